@@ -1,0 +1,20 @@
+"""The operators, installed as ``mmfuse.kernels``."""
+
+if __name__ == "kernels":
+    # The checkout's root is on sys.path (`python -m`, `python -c`), so this folder shadows Hugging Face's `kernels`
+    # distribution, which transformers imports: step aside for the real one where there is one.
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from pathlib import Path
+
+    _root = Path(__file__).resolve().parent.parent
+    _spec = PathFinder.find_spec("kernels", [p for p in sys.path if Path(p or ".").resolve() != _root])
+    if _spec is not None and _spec.loader is not None:
+        _module = module_from_spec(_spec)
+        sys.modules["kernels"] = _module
+        _spec.loader.exec_module(_module)
+else:
+    from mmfuse.kernels.contrastive import clip_loss, siglip_loss
+
+    __all__ = ["clip_loss", "siglip_loss"]

@@ -1,0 +1,5 @@
+"""Contrastive losses that never hold the N x N matrix of logits: CLIP's softmax and SigLIP's sigmoid."""
+
+from mmfuse.kernels.contrastive.op import clip_loss, siglip_loss
+
+__all__ = ["clip_loss", "siglip_loss"]

@@ -1,0 +1,292 @@
+"""The contrastive template as a loop over blocks of rows: matrix products by torch, one pass over each block of logits.
+
+For features x [b, D] and y [N, D], logits S = s U with U = x yT and positives at column i + row_offset:
+
+    stats      log-sum-exp and maximum of every row and column of S over the negatives
+    grad       G_ij = a_i exp(S_ij - rho_i) + b_j exp(S_ij - kappa_j) - shift,  d_i on the positives
+               dx = s alpha G y,   dy = s alpha GT x,   ds = alpha <x, G y>
+    sigmoid    softplus(-z S) and its gradients in the same pass
+
+No b x N matrix is held unless the caller asks for the logits to be kept. The pass over a block is `tile`: plain torch
+(`TorchTile`), or the compiled part's streaming kernels for CPU and CUDA (`compiled_tile`).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# rows per block: large enough for the matrix products' full speed, and a block of logits that stays near the cache
+_MAX_ROWS = 1024
+_BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+_INT16_MAX = 32767
+# float16 blocks of G hold this much more than G: 1/N would be subnormal there
+FP16_SCALE = 2.0**13
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> in the accumulation dtype [b], without an upcast copy of either tensor."""
+    acc = accumulation_dtype(x.dtype)
+    out = torch.empty(len(x), dtype=acc, device=x.device)
+    for i in range(0, len(x), 8192):
+        out[i : i + 8192] = (x[i : i + 8192].to(acc) * y[i : i + 8192]).sum(-1)
+    return out
+
+
+def unit_rows(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(v / max(|v|, 1e-12) in v's dtype, 1 / max(|v|, 1e-12) [b] in the accumulation dtype)."""
+    norm = torch.linalg.vector_norm(v, dim=-1, dtype=accumulation_dtype(v.dtype))
+    inverse = norm.clamp_min(1e-12).reciprocal()
+    return torch.mul(v, inverse[:, None], out=torch.empty(v.shape, dtype=v.dtype, device=v.device)), inverse
+
+
+def fixed_point_step(x: Tensor, y: Tensor) -> Tensor:
+    """The step of int16 logits, one per row [b]: |<x_i, y_j>| <= |x_i| max_j |y_j| (Cauchy-Schwarz)."""
+    acc = accumulation_dtype(x.dtype)
+    bound = torch.linalg.vector_norm(x, dim=-1, dtype=acc)
+    if len(y):
+        bound = bound * torch.linalg.vector_norm(y, dim=-1, dtype=acc).amax()
+    return bound.clamp_min(1e-30) / _INT16_MAX
+
+
+def finish(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, out: Tensor) -> Tensor:
+    """Write factor * g into `out`, through the L2 normalisation when its inverse norms are given; return <x, g>."""
+    dot = (g * x).sum(-1)
+    if inverse is not None:
+        # at |v| <= 1e-12 the clamp holds the norm fixed, so nothing is projected out
+        g = torch.addcmul(g, x.to(g.dtype), (dot * (inverse < 0.999e12))[:, None], value=-1)
+        g = g * inverse[:, None]
+    torch.mul(g, factor, out=out)
+    return dot.sum()
+
+
+def finish_rows(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, out: Tensor) -> Tensor:
+    """`finish` over blocks of rows, so that no second [N, D] tensor of the accumulation dtype exists."""
+    total = g.new_zeros(())
+    for i in range(0, len(g), 8192):
+        rows = slice(i, i + 8192)
+        total = total + finish(g[rows], x[rows], factor, None if inverse is None else inverse[rows], out[rows])
+    return total
+
+
+class TorchTile:
+    """The pass over a block of logits in plain torch, any float dtype, any device."""
+
+    @staticmethod
+    def logit_stats(u, scale, diagonal, step, row_max, row_lse, col_max, col_sum, q) -> None:  # type: ignore[no-untyped-def]
+        if q.numel():
+            q.copy_(torch.round(u / step[:, None]))
+        s = u * scale
+        s.diagonal(diagonal).fill_(-torch.inf)
+        torch.amax(s, 1, out=row_max)
+        row_lse.copy_(s.logsumexp(1))
+        m = torch.maximum(col_max, s.amax(0))
+        shift = m.masked_fill(m == -torch.inf, 0)
+        col_sum.mul_(torch.exp(col_max - shift)).add_(s.sub_(shift).exp_().sum(0))
+        col_max.copy_(m)
+
+    @staticmethod
+    def logit_grad(u, scale, a, rho, b, kappa, d, shift, diagonal, step, g, dot) -> None:  # type: ignore[no-untyped-def]
+        if u.dtype == torch.int16:
+            u = u * step[:, None]
+        s = u * scale
+        p = torch.exp(s - rho[:, None]).mul_(a[:, None])
+        p.addcmul_(s.sub_(kappa).exp_(), b)
+        if shift:
+            p.sub_(shift)
+        rows = slice(max(0, -diagonal), max(0, min(len(u), u.shape[1] - diagonal)))
+        p.diagonal(diagonal).copy_(d[rows])
+        if dot.numel():
+            dot.copy_((p * u).sum(1))
+        g.copy_(p * FP16_SCALE if g.dtype == torch.float16 else p)
+
+    @staticmethod
+    def sigmoid_grad(u, scale, bias, diagonal, negative_only, g, sums) -> None:  # type: ignore[no-untyped-def]
+        s = u * scale + bias
+        positive = s.diagonal(diagonal)
+        loss = torch.logaddexp(s, s.new_zeros(())).sum(1, dtype=torch.float64)
+        p = torch.sigmoid(s)
+        if not negative_only:
+            rows = slice(max(0, -diagonal), max(0, -diagonal) + len(positive))
+            loss[rows] -= positive
+            # sigma(S) - 1 = -sigma(-S), which keeps its digits when the pair is already well matched
+            p.diagonal(diagonal).copy_(-torch.sigmoid(-positive))
+        sums[0], sums[1], sums[2] = loss, p.sum(1, dtype=torch.float64), (p * u).sum(1, dtype=torch.float64)
+        if g.numel():
+            g.copy_(p * FP16_SCALE if g.dtype == torch.float16 else p)
+
+
+def compiled_tile(namespace: Any) -> SimpleNamespace:
+    """The same three passes from the compiled part, `torch.ops.mmfuse_cpu` or `torch.ops.mmfuse_cuda`."""
+    return SimpleNamespace(
+        logit_stats=namespace.logit_stats.default,
+        logit_grad=namespace.logit_grad.default,
+        sigmoid_grad=namespace.sigmoid_grad.default,
+    )
+
+
+class _Blocks:
+    """Operands ready for matrix products, and the loop's bounds."""
+
+    def __init__(self, x: Tensor, y: Tensor):
+        self.acc = accumulation_dtype(x.dtype)
+        # CPU: products of 16-bit operands are slower than of float32 ones; CUDA: they accumulate in float32
+        self.dtype = x.dtype if x.is_cuda else self.acc
+        self.x, self.y = x.to(self.dtype), y.to(self.dtype)
+        b, n = len(x), len(y)
+        rows = _BLOCK_BYTES[x.device.type] // max(1, n * self.acc.itemsize)
+        self.rows = max(64, min(_MAX_ROWS if x.device.type == "cpu" else 4096, rows))
+        self.spans = [(i, min(i + self.rows, b)) for i in range(0, b, self.rows)]
+
+    def block(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(min(self.rows, len(self.x)), len(self.y), dtype=dtype, device=self.x.device)
+
+    def logits(self, i: int, j: int, out: Tensor) -> Tensor:
+        return self.product(self.x[i:j], self.y.t(), out)
+
+    def product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        """left @ right in the accumulation dtype."""
+        if left.dtype == self.acc:
+            return torch.mm(left, right, out=out)
+        return torch.mm(left, right, out_dtype=self.acc, out=out)
+
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        if left.dtype == self.acc:
+            total.addmm_(left, right)
+        else:
+            torch.addmm(total, left, right, out_dtype=self.acc, out=total)
+
+
+def stats(
+    tile: Any, x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(row_max, row_lse [b], col_max, col_lse [N], logits): the negatives' statistics, and the logits if kept.
+
+    `save`: "" keeps nothing (logits is empty), "full" keeps U in the accumulation dtype, "int16" in fixed point.
+    """
+    blocks = _Blocks(x, y)
+    b, n, acc, device = len(x), len(y), blocks.acc, x.device
+    row_max, row_lse = (torch.full((b,), -torch.inf, dtype=acc, device=device) for _ in range(2))
+    col_max = torch.full((n,), -torch.inf, dtype=acc, device=device)
+    col_sum = torch.zeros(n, dtype=acc, device=device)
+    shape = (b, n) if save else (0,)
+    logits = torch.empty(shape, dtype=torch.int16 if save == "int16" else acc, device=device)
+    step = fixed_point_step(x, y) if save == "int16" else x.new_empty(0, dtype=acc)
+    if b and n:
+        block = logits if save == "full" else blocks.block(acc)
+        for i, j in blocks.spans:
+            u = blocks.logits(i, j, block[i:j] if save == "full" else block[: j - i])
+            q = logits[i:j] if save == "int16" else logits[:0]
+            rows = step[i:j] if save == "int16" else step
+            tile.logit_stats(u, scale, i + row_offset, rows, row_max[i:j], row_lse[i:j], col_max, col_sum, q)
+    return row_max, row_lse, col_max, col_max + torch.log(col_sum), logits
+
+
+def grad(
+    tile: Any,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    alpha: Tensor,
+    a: Tensor,
+    rho: Tensor,
+    b: Tensor,
+    kappa: Tensor,
+    d: Tensor,
+    shift: float,
+    row_offset: int,
+    logits: Tensor,
+    x_inv: Tensor | None,
+    y_inv: Tensor | None,
+    need_x: bool,
+    need_y: bool,
+    need_s: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dy, ds) for the external normalisers (a, rho, b, kappa), the positives' d and a constant shift."""
+    blocks = _Blocks(x, y)
+    acc, device = blocks.acc, x.device
+    out = _Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y)
+    dot = torch.zeros(len(x) if need_s and not (need_x or need_y) else 0, dtype=acc, device=device)
+    step = fixed_point_step(x, y) if logits.dtype == torch.int16 else dot[:0]
+    if len(x) and len(y):
+        u_block = None if logits.numel() else blocks.block(acc)
+        g_block = u_block if blocks.dtype == acc and u_block is not None else blocks.block(blocks.dtype)
+        for i, j in blocks.spans:
+            u = logits[i:j] if u_block is None else blocks.logits(i, j, u_block[: j - i])
+            g = g_block[: j - i]
+            tile.logit_grad(u, scale, a[i:j], rho[i:j], b, kappa, d[i:j], shift, i + row_offset, step[i:j], g, dot[i:j])
+            out.add(g, i, j)
+    dx, dy, xgy = out.finish()
+    return dx, dy, alpha * (dot.sum() if dot.numel() else xgy) if need_s else dot[:0]
+
+
+def sigmoid(
+    tile: Any,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_offset: int,
+    negative_only: bool,
+    x_inv: Tensor | None,
+    y_inv: Tensor | None,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dx, dy, ds, db) of SigLIP's loss, sum over all pairs divided by the number of rows."""
+    blocks = _Blocks(x, y)
+    acc = blocks.acc
+    alpha = torch.full((), 1 / max(1, len(x)), dtype=acc, device=x.device)
+    out = _Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y)
+    sums = torch.zeros(3, len(x), dtype=torch.float64, device=x.device)
+    if len(x) and len(y):
+        u_block = blocks.block(acc)
+        g_block = u_block if blocks.dtype == acc else blocks.block(blocks.dtype)
+        for i, j in blocks.spans:
+            u = blocks.logits(i, j, u_block[: j - i])
+            g = g_block[: j - i] if need_x or need_y else g_block[:0]
+            row_sums = torch.empty(3, j - i, dtype=torch.float64, device=x.device)
+            tile.sigmoid_grad(u, scale, bias, i + row_offset, negative_only, g, row_sums)
+            sums[:, i:j] = row_sums
+            if need_x or need_y:
+                out.add(g, i, j)
+    dx, dy, _ = out.finish()
+    loss, db, ds = (sums.sum(1) / max(1, len(x))).to(acc)
+    return loss.clone(), dx, dy, ds.clone(), db.clone()
+
+
+class _Gradients:
+    """dx and dy, from blocks of G as they come."""
+
+    def __init__(self, blocks, x, y, factor, x_inv, y_inv, need_x, need_y):  # type: ignore[no-untyped-def]
+        self.blocks, self.x, self.y, self.x_inv, self.y_inv = blocks, x, y, x_inv, y_inv
+        self.need_x, self.need_y = need_x, need_y
+        self.unscale = 1 / FP16_SCALE if blocks.dtype == torch.float16 else 1.0
+        self.factor = factor * self.unscale
+        new = {"dtype": blocks.acc, "device": x.device}
+        self.dx = torch.zeros(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
+        self.gx = torch.empty((min(blocks.rows, len(x)), x.shape[1]) if need_x else 0, **new)
+        self.gy = torch.zeros(y.shape if need_y else 0, **new)
+        self.xgy = torch.zeros((), **new)
+
+    def add(self, g: Tensor, i: int, j: int) -> None:
+        if self.need_x:
+            gx = self.blocks.product(g, self.blocks.y, self.gx[: j - i])
+            inv = None if self.x_inv is None else self.x_inv[i:j]
+            self.xgy += finish(gx, self.x[i:j], self.factor, inv, self.dx[i:j])
+        if self.need_y:
+            self.blocks.add_product(self.gy, g.t(), self.blocks.x[i:j])
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        dy = torch.zeros(self.y.shape if self.need_y else 0, dtype=self.y.dtype, device=self.y.device)
+        if self.need_y:
+            ygx = finish_rows(self.gy, self.y, self.factor, self.y_inv, dy)
+            self.xgy = self.xgy if self.need_x else ygx
+        return self.dx, dy, self.xgy * self.unscale

@@ -1,0 +1,495 @@
+"""The public contrastive losses: argument checks, autograd, and choice of implementation."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.device import total_memory, triton_reasons
+from mmfuse.kernels._runtime.library import load
+from mmfuse.kernels.contrastive import blocked, reference
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype, row_dot, unit_rows
+from torch import Tensor
+
+Save = Literal["auto", "recompute", "store"]
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+# --- implementations ------------------------------------------------------------------------------------------------
+
+
+def _template(backend: str) -> Any:
+    """The module of `stats`, `grad` and `sigmoid` that a backend computes with."""
+    if backend == "triton":
+        from mmfuse.kernels.contrastive import kernel
+
+        return kernel
+    tile = blocked.TorchTile if backend == "chunked" else blocked.compiled_tile(getattr(torch.ops, f"mmfuse_{backend}"))
+    return SimpleNamespace(
+        **{f: partial(getattr(blocked, f), tile) for f in ("stats", "grad", "sigmoid")},
+    )
+
+
+def _compiled_reasons(kind: str, x: Tensor) -> list[str]:
+    why = []
+    if x.device.type != kind:
+        return [f"device is {x.device.type}"]
+    if missing := load(kind):
+        why.append(missing)
+    if x.dtype not in _DTYPES:
+        why.append(f"dtype is {x.dtype}, the compiled part computes in float32")
+    return why
+
+
+def _reasons_against_cuda(x: Tensor, y: Tensor) -> list[str]:
+    return _compiled_reasons("cuda", x)
+
+
+def _reasons_against_cpu(x: Tensor, y: Tensor) -> list[str]:
+    return _compiled_reasons("cpu", x)
+
+
+def _reasons_against_triton(x: Tensor, y: Tensor) -> list[str]:
+    return triton_reasons(x, _DTYPES)
+
+
+def _reasons_against_chunked(x: Tensor, y: Tensor) -> list[str]:
+    return [] if x.is_floating_point() else [f"dtype is {x.dtype}"]
+
+
+def _no_reason(x: Tensor, y: Tensor) -> list[str]:
+    return []
+
+
+# --- CLIP: softmax over rows and columns ----------------------------------------------------------------------------
+
+
+def _clip_fwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    w_image: float,
+    w_text: float,
+    label_smoothing: float,
+    normalize: bool,
+    row_offset: int,
+    save: str,
+    total: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, y, x_inv, y_inv = _units(image, text, scale, normalize)
+    row_max, row_lse, col_max, col_lse, logits = _template(backend).stats(x, y, scale, row_offset, save)
+    b, n = len(x), len(y)
+    pairs = slice(row_offset, row_offset + b)
+    diag = scale * row_dot(x, y[pairs])
+    zero = diag.new_zeros(())
+    # rho - S_ii = log(1 + e^(row_lse - S_ii)) keeps its digits down to a loss of 0, where a difference does not
+    loss = w_image * torch.logaddexp(row_lse - diag, zero) + w_text * torch.logaddexp(col_lse[pairs] - diag, zero)
+    loss = loss.mean()
+    total_logits = zero.clone()
+    if label_smoothing or total:
+        total_logits = scale * torch.dot(x.sum(0, dtype=scale.dtype), y.sum(0, dtype=scale.dtype))
+    if label_smoothing:
+        loss = loss + label_smoothing * (
+            (w_image + w_text) * diag.mean() - (w_image / n + w_text / b) * total_logits / b
+        )
+    empty = image.new_empty
+    unit = (x, y, x_inv, y_inv) if normalize else (empty(0), empty(0), diag.new_empty(0), diag.new_empty(0))
+    return loss, row_max, row_lse, col_max, col_lse, diag, total_logits, logits, *unit
+
+
+def _units(
+    image: Tensor, text: Tensor, scale: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    if not normalize:
+        return image, text, None, None
+    (x, x_inv), (y, y_inv) = unit_rows(image), unit_rows(text)
+    return x, y, x_inv, y_inv
+
+
+def _clip_fwd_fake(image, text, scale, w_image, w_text, label_smoothing, normalize, row_offset, save, total, backend):  # type: ignore[no-untyped-def]
+    b, n = image.shape[0], text.shape[0]
+    new = scale.new_empty
+    logits = new((b, n), dtype=torch.int16 if save == "int16" else scale.dtype) if save else new(0)
+    unit = (torch.empty_like(image), torch.empty_like(text)) if normalize else (image.new_empty(0), text.new_empty(0))
+    inverse = (new(b), new(n)) if normalize else (new(0), new(0))
+    return new(()), new(b), new(b), new(n), new(n), new(b), new(()), logits, *unit, *inverse
+
+
+def _clip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, scale, *options = inputs
+    _, _, row_lse, _, col_lse, diag, _, logits, x, y, x_inv, y_inv = output
+    *settings, normalize, row_offset, _, _, backend = options
+    ctx.options = (*settings, row_offset, backend)
+    x, y = (x, y) if normalize else (image, text)
+    ctx.save_for_backward(x, y, scale, row_lse, col_lse, diag, logits, x_inv, y_inv)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _clip_backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    grads = clip_bwd(g, *ctx.saved_tensors, *ctx.options, *needs)
+    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 8)
+
+
+def _clip_bwd(
+    g: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    diag: Tensor,
+    logits: Tensor,
+    x_inv: Tensor,
+    y_inv: Tensor,
+    w_image: float,
+    w_text: float,
+    label_smoothing: float,
+    row_offset: int,
+    backend: str,
+    need_x: bool,
+    need_y: bool,
+    need_s: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, n = len(x), len(y)
+    pairs = slice(row_offset, row_offset + b)
+    normalize = x_inv.numel() > 0
+    shift = label_smoothing * (w_image / n + w_text / b) if b else 0.0
+    # 1 - P_ii = sigmoid(row_lse - S_ii), likewise the columns: G on the positives without cancellation
+    d = -w_image * torch.sigmoid(row_lse - diag) - w_text * torch.sigmoid(col_lse[pairs] - diag)
+    d = d + (label_smoothing * (w_image + w_text) - shift)
+    a, beta = torch.full_like(diag, w_image), torch.zeros_like(col_lse)
+    beta[pairs] = w_text
+    kappa = col_lse.clone()
+    kappa[pairs] = torch.logaddexp(kappa[pairs], diag)
+    return _template(backend).grad(
+        x,
+        y,
+        scale,
+        g.to(scale.dtype) / max(b, 1),
+        a,
+        torch.logaddexp(row_lse, diag),
+        beta,
+        kappa,
+        d,
+        shift,
+        row_offset,
+        logits,
+        x_inv if normalize else None,
+        y_inv if normalize else None,
+        need_x,
+        need_y,
+        need_s,
+    )
+
+
+def _clip_bwd_fake(g, x, y, scale, *args):  # type: ignore[no-untyped-def]
+    need_x, need_y, need_s = args[-3:]
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
+        torch.empty_like(y, memory_format=torch.contiguous_format) if need_y else y.new_empty(0),
+        scale.new_empty(() if need_s else 0),
+    )
+
+
+clip_bwd = register("clip_bwd", _clip_bwd, _clip_bwd_fake)
+clip_fwd = register("clip_fwd", _clip_fwd, _clip_fwd_fake, setup_context=_clip_setup, backward=_clip_backward)
+
+
+def _fused_clip(
+    backend: str, image: Tensor, text: Tensor, scale: Tensor, *options: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    loss, row_max, _, col_max, _, diag, total, *_ = clip_fwd(image, text, scale, *options, backend)
+    return loss, (row_max, col_max, diag, total)
+
+
+def _reference_clip(image: Tensor, text: Tensor, scale: Tensor, *options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    *settings, row_offset, _, total = options
+    loss, s = reference.clip_loss(image, text, scale, *settings, row_offset)
+    return loss, reference.statistics(s.detach(), row_offset) if total else ()
+
+
+CLIP = Op(
+    "clip_loss",
+    [
+        Impl("cuda", partial(_fused_clip, "cuda"), _reasons_against_cuda),
+        Impl("triton", partial(_fused_clip, "triton"), _reasons_against_triton),
+        Impl("cpu", partial(_fused_clip, "cpu"), _reasons_against_cpu),
+        Impl("chunked", partial(_fused_clip, "chunked"), _reasons_against_chunked),
+        Impl("torch", _reference_clip, _no_reason),
+    ],
+)
+
+
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    normalize: bool = False,
+    weights: tuple[float, float] = (0.5, 0.5),
+    label_smoothing: float = 0.0,
+    row_offset: int = 0,
+    save: Save = "auto",
+    store_budget: int | None = None,
+    metrics: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """CLIP's symmetric cross-entropy over the similarities of paired features, without the N x N matrix of logits.
+
+    L = w_r mean_i(logsumexp_j S_ij - S_ii) + w_c mean_i(logsumexp_j S_ji - S_ii),  S = logit_scale * image @ text.T
+    (Radford et al. 2021, figure 3, with w_r = w_c = 1/2). Features are taken as they are unless `normalize` is set.
+
+    Args:
+        image: [b, D], float16, bfloat16, float32 or float64; any strides.
+        text: [N, D] with N >= b + row_offset, same dtype and device. Row i of `image` pairs with row i + row_offset.
+        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element.
+        logit_bias: accepted for a common signature; softmax does not see it, its gradient is zero.
+        normalize: divide each row by its L2 norm first, inside the operator.
+        weights: (w_r, w_c) of the image-to-text and the text-to-image direction; a zero makes the loss one-sided.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`, in both directions; needs b = N if w_c is not 0.
+        row_offset: where the positives begin, for a block of rows of a larger batch. With b < N, the text-to-image
+            direction is taken over the b texts that have an image here, each against the b images.
+        save: what the forward keeps for the backward. "recompute": no logits, they are computed again (four
+            matrix products in all). "store": the logits, three products; at full precision for float32 and float64
+            features if `store_budget` allows, otherwise in 16-bit fixed point (relative error of a probability at
+            most logit_scale / 65534 for unit rows). "auto": as "store" while the logits at the features' own
+            precision fit the budget, otherwise recompute.
+        store_budget: bytes; by default 256 MiB on a CPU and 1/32 of the memory of a GPU.
+        metrics: also return a dict of detached scalars: `image_to_text_r1` and `text_to_image_r1` (a tie is a miss),
+            `mean_positive`, `mean_negative` and `max_logit`.
+        backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 features), or `(loss, metrics)`.
+        Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
+
+    Deterministic: two runs are equal bitwise. Differentiable once in image, text and logit_scale.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    image, text, scale = _check(image, text, logit_scale, row_offset)
+    w_image, w_text = _check_weights(weights)
+    b, n = image.shape[0], text.shape[0]
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")
+    if label_smoothing and w_text and b != n:
+        raise ValueError(
+            f"label_smoothing is {label_smoothing} with a text-to-image weight of {w_text}: expected as many images "
+            f"as texts, got {b} and {n}"
+        )
+    if save not in ("auto", "recompute", "store"):
+        raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
+    needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
+    kept = _kept_logits(save, store_budget, image, n) if needs else ""
+    impl = CLIP.select(image, text, backend=backend)
+    loss, found = impl.fn(
+        image, text, scale, w_image, w_text, float(label_smoothing), normalize, row_offset, kept, metrics
+    )
+    if isinstance(logit_bias, Tensor):
+        loss = loss + 0 * logit_bias.sum().to(loss.dtype)
+    return (loss, _metrics(b, n, row_offset, *found)) if metrics else loss
+
+
+def _kept_logits(save: Save, budget: int | None, image: Tensor, n: int) -> str:
+    """What the forward keeps: "" (nothing), "int16" or "full"."""
+    if save == "recompute":
+        return ""
+    if budget is None:
+        budget = total_memory(image.device) // 32 if image.is_cuda else 256 << 20
+    wide = image.dtype.itemsize >= 4
+    pairs = image.shape[0] * n
+    if wide and pairs * image.dtype.itemsize <= budget:
+        return "full"
+    return "int16" if save == "store" or (not wide and 2 * pairs <= budget) else ""
+
+
+def _metrics(
+    b: int, n: int, row_offset: int, row_max: Tensor, col_max: Tensor, diag: Tensor, total: Tensor
+) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {
+            "image_to_text_r1": (diag > row_max).to(diag.dtype).mean(),
+            "text_to_image_r1": (diag > col_max[row_offset : row_offset + b]).to(diag.dtype).mean(),
+            "mean_positive": diag.mean(),
+            "mean_negative": (total - diag.sum()) / (b * n - b) if b * n > b else torch.full_like(total, math.nan),
+            "max_logit": torch.maximum(diag, row_max).amax() if b else torch.full_like(total, math.nan),
+        }
+
+
+# --- SigLIP: one sigmoid per pair -----------------------------------------------------------------------------------
+
+
+def _siglip_fwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    normalize: bool,
+    row_offset: int,
+    negative_only: bool,
+    need_x: bool,
+    need_y: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, y, x_inv, y_inv = _units(image, text, scale, normalize)
+    return _template(backend).sigmoid(x, y, scale, bias, row_offset, negative_only, x_inv, y_inv, need_x, need_y)
+
+
+def _siglip_fwd_fake(image, text, scale, bias, normalize, row_offset, negative_only, need_x, need_y, backend):  # type: ignore[no-untyped-def]
+    return (
+        scale.new_empty(()),
+        image.new_empty(image.shape if need_x else 0),
+        text.new_empty(text.shape if need_y else 0),
+        scale.new_empty(()),
+        scale.new_empty(()),
+    )
+
+
+def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _siglip_backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
+    return (*((g * d).to(d.dtype) if need else None for d, need in grads), *[None] * 6)
+
+
+siglip_fwd = register(
+    "siglip_fwd", _siglip_fwd, _siglip_fwd_fake, setup_context=_siglip_setup, backward=_siglip_backward
+)
+
+
+def _fused_siglip(backend: str, image: Tensor, text: Tensor, *options: Any) -> Tensor:
+    graph = torch.is_grad_enabled()
+    needs = (graph and image.requires_grad, graph and text.requires_grad)
+    return siglip_fwd(image, text, *options, *needs, backend)[0]
+
+
+def _reference_siglip(*args: Any) -> Tensor:
+    return reference.siglip_loss(*args)[0]
+
+
+SIGLIP = Op(
+    "siglip_loss",
+    [
+        Impl("cuda", partial(_fused_siglip, "cuda"), _reasons_against_cuda),
+        Impl("triton", partial(_fused_siglip, "triton"), _reasons_against_triton),
+        Impl("cpu", partial(_fused_siglip, "cpu"), _reasons_against_cpu),
+        Impl("chunked", partial(_fused_siglip, "chunked"), _reasons_against_chunked),
+        Impl("torch", _reference_siglip, _no_reason),
+    ],
+)
+
+
+def siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    normalize: bool = False,
+    negative_only: bool = False,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """SigLIP's pairwise sigmoid loss, without the N x N matrix of logits.
+
+    L = (1/b) sum_ij softplus(-z_ij S_ij),  S = logit_scale * image @ text.T + logit_bias,  z = 1 for a pair, else -1
+    (Zhai et al. 2023, equation 1). The gradients are computed in the forward pass: three matrix products in all.
+
+    Args:
+        image: [b, D], float16, bfloat16, float32 or float64; any strides.
+        text: [N, D] with N >= b + row_offset, same dtype and device. Row i of `image` pairs with row i + row_offset.
+        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element.
+        logit_bias: a float, a tensor of one element, or None for 0.
+        normalize: divide each row by its L2 norm first, inside the operator.
+        negative_only: no pair is positive, as for a block of another process's texts.
+        row_offset: where the positives begin, for a block of rows of a larger batch.
+        backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 features).
+        Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
+
+    Deterministic: two runs are equal bitwise. Differentiable once in image, text, logit_scale and logit_bias.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    image, text, scale = _check(image, text, logit_scale, 0 if negative_only else row_offset, paired=not negative_only)
+    bias = _scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
+    impl = SIGLIP.select(image, text, backend=backend)
+    return impl.fn(image, text, scale, bias, normalize, row_offset, negative_only)
+
+
+# --- argument checks ------------------------------------------------------------------------------------------------
+
+
+def _check(
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, row_offset: int, paired: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    for name, t in (("image", image), ("text", text)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor of features [N, D]")
+        if t.dim() != 2:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected features [N, D]")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+    if image.shape[1] != text.shape[1]:
+        raise ValueError(f"text has {text.shape[1]} features per row, expected {image.shape[1]} as in image")
+    if image.shape[1] == 0:
+        raise ValueError(f"image has shape {tuple(image.shape)}, expected at least one feature per row")
+    if image.device != text.device:
+        raise ValueError(f"text is on {text.device}, expected {image.device} as image")
+    kind = image.device.type
+    if torch.is_autocast_enabled(kind) and image.dtype != torch.float64:
+        low = torch.get_autocast_dtype(kind)
+        image, text = image.to(low), text.to(low)
+    if image.dtype != text.dtype:
+        raise TypeError(f"text has dtype {text.dtype}, expected {image.dtype} as image")
+    if paired and not (row_offset >= 0 and row_offset + image.shape[0] <= text.shape[0]):
+        raise ValueError(
+            f"image has {image.shape[0]} rows at row_offset {row_offset}, expected 0 <= row_offset and at most the "
+            f"{text.shape[0]} rows of text"
+        )
+    return image, text, _scalar("logit_scale", logit_scale, image)
+
+
+def _scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """`value` as a 0-d tensor in the accumulation dtype of `like`, keeping its graph."""
+    acc = accumulation_dtype(like.dtype)
+    if not isinstance(value, Tensor):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, expected a finite number")
+        return torch.full((), value, dtype=acc, device=like.device)
+    if value.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype}, expected a floating-point dtype")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, expected {like.device} as image")
+    # reading a GPU's number would wait for it: there, a non-finite scale shows in the loss
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(value.detach().item()):
+        raise ValueError(f"{name} is {value.item()}, expected a finite number")
+    return value.reshape(()).to(acc)
+
+
+def _check_weights(weights: tuple[float, float]) -> tuple[float, float]:
+    try:
+        w_image, w_text = (float(w) for w in weights)
+    except (TypeError, ValueError):
+        raise ValueError(f"weights is {weights!r}, expected two numbers (image to text, text to image)") from None
+    if not (math.isfinite(w_image) and math.isfinite(w_text) and w_image >= 0 and w_text >= 0):
+        raise ValueError(f"weights is {weights!r}, expected finite numbers >= 0")
+    return w_image, w_text

@@ -1,0 +1,42 @@
+"""Fused kernels, drop-in modules and reference models for multimodal training and serving."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "accelerate": "mmfuse.fused",
+    "explain": "mmfuse.kernels._runtime",
+    "use_backend": "mmfuse.kernels._runtime",
+    "UnsupportedError": "mmfuse.kernels._runtime",
+    "clip_loss": "mmfuse.kernels",
+    "siglip_loss": "mmfuse.kernels",
+}
+
+if TYPE_CHECKING:
+    from mmfuse.fused import accelerate
+    from mmfuse.kernels import clip_loss, siglip_loss
+    from mmfuse.kernels._runtime import UnsupportedError, explain, use_backend
+
+__all__ = [
+    "UnsupportedError",
+    "__version__",
+    "accelerate",
+    "clip_loss",
+    "explain",
+    "siglip_loss",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'mmfuse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
