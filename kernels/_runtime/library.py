@@ -25,8 +25,9 @@ def register(
     """Register `fn` as `torch.ops.mmfuse.<name>` and return the function to call.
 
     `fake` gives the outputs' shapes; `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are as for
-    `torch.library.register_autograd`. Plain eager calls skip the dispatcher, which costs more than a small kernel takes; compiling, exporting and
-    transforms see the registered operator. Inside `fn` autocast is off: an operator chooses its own precision.
+    `torch.library.register_autograd`. Plain eager calls skip the dispatcher, which costs more than a small kernel
+    takes; compiling, exporting and transforms see the registered operator. Inside `fn` autocast is off: an operator
+    chooses its own precision.
     """
     schema = torch.library.infer_schema(fn, mutates_args=())
 
