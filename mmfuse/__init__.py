@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if not Path(__file__).with_name("kernels").exists():
+    # a checkout on sys.path: the sub-packages lie beside this folder
+    __path__.append(str(Path(__file__).parents[1]))
 
 _LAZY = {
     "accelerate": "mmfuse.fused",
