@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mmfuse.kernels._runtime.device import INTERPRET
+
 logger = logging.getLogger("mmfuse")
 
 BACKENDS = ("cuda", "triton", "cpu", "chunked", "torch")
@@ -52,6 +54,8 @@ class Op:
         report = []
         for impl in candidates:
             why = impl.reasons_against(*args)
+            if impl.name == "triton" and name is None and INTERPRET:
+                why = ["Triton's interpreter runs only where it is named"]
             if not why:
                 if report and not torch.compiler.is_compiling():  # logging would break the graph
                     self._tell(impl.name, "; ".join(report))

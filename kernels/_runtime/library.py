@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 
@@ -53,9 +52,10 @@ def register(
                 return output
 
             @staticmethod
-            @once_differentiable
             def backward(ctx: Any, *grads: Any) -> Any:
-                return backward(ctx, *grads)
+                with torch.no_grad():
+                    inputs = backward(ctx, *grads)
+                return _differentiable_once(name, inputs) if torch.is_grad_enabled() else inputs
 
         eager = Eager.apply
 
@@ -64,6 +64,15 @@ def register(
 
     call.op = op  # type: ignore[attr-defined]  # the registered operator, for opcheck
     return call
+
+
+def _differentiable_once(name: str, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same gradients, which raise when differentiated again instead of silently contributing nothing."""
+    tensors = [g for g in grads if g is not None]
+    refuse = torch._C._functions.DelayedError(f"mmfuse::{name} is differentiable once, not twice", len(tensors))
+    guarded = refuse(*(g.detach().requires_grad_() for g in tensors))
+    guarded = iter(guarded if isinstance(guarded, tuple) else (guarded,))
+    return tuple(None if g is None else next(guarded) for g in grads)
 
 
 def _plain(args: tuple[Any, ...]) -> bool:

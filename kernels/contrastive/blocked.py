@@ -2,7 +2,7 @@
 
 For features x [b, D] and y [N, D], logits S = s U with U = x yT and positives at column i + row_offset:
 
-    stats      log-sum-exp and maximum of every row and column of S over the negatives
+    stats      m = max S and l = sum exp(S - m) of every row and column over the negatives
     grad       G_ij = a_i exp(S_ij - rho_i) + b_j exp(S_ij - kappa_j) - shift,  d_i on the positives
                dx = s alpha G y,   dy = s alpha GT x,   ds = alpha <x, G y>
     sigmoid    softplus(-z S) and its gradients in the same pass
@@ -58,38 +58,43 @@ def fixed_point_step(x: Tensor, y: Tensor) -> Tensor:
 
 def finish(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, out: Tensor) -> Tensor:
     """Write factor * g into `out`, through the L2 normalisation when its inverse norms are given; return <x, g>."""
-    dot = (g * x).sum(-1)
+    # float64: the rows' terms cancel in the sum, which is the gradient of the scale
+    dot = (g * x).sum(-1, dtype=torch.float64)
     if inverse is not None:
         # at |v| <= 1e-12 the clamp holds the norm fixed, so nothing is projected out
-        g = torch.addcmul(g, x.to(g.dtype), (dot * (inverse < 0.999e12))[:, None], value=-1)
-        g = g * inverse[:, None]
+        along = (dot * (inverse < 0.999e12)).to(g.dtype)
+        g = torch.addcmul(g, x.to(g.dtype), along[:, None], value=-1) * inverse[:, None]
     torch.mul(g, factor, out=out)
     return dot.sum()
 
 
 def finish_rows(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, out: Tensor) -> Tensor:
     """`finish` over blocks of rows, so that no second [N, D] tensor of the accumulation dtype exists."""
-    total = g.new_zeros(())
+    total = g.new_zeros((), dtype=torch.float64)
     for i in range(0, len(g), 8192):
         rows = slice(i, i + 8192)
         total = total + finish(g[rows], x[rows], factor, None if inverse is None else inverse[rows], out[rows])
     return total
 
 
+def finite(m: Tensor) -> Tensor:
+    """A maximum as an offset: 0 where there was nothing to take the maximum of."""
+    return m.masked_fill(m == -torch.inf, 0)
+
+
 class TorchTile:
     """The pass over a block of logits in plain torch, any float dtype, any device."""
 
     @staticmethod
-    def logit_stats(u, scale, diagonal, step, row_max, row_lse, col_max, col_sum, q) -> None:  # type: ignore[no-untyped-def]
+    def logit_stats(u, scale, diagonal, step, row_max, row_sum, col_max, col_sum, q) -> None:  # type: ignore[no-untyped-def]
         if q.numel():
             q.copy_(torch.round(u / step[:, None]))
         s = u * scale
         s.diagonal(diagonal).fill_(-torch.inf)
         torch.amax(s, 1, out=row_max)
-        row_lse.copy_(s.logsumexp(1))
+        row_sum.copy_(torch.exp(s - finite(row_max)[:, None]).sum(1))
         m = torch.maximum(col_max, s.amax(0))
-        shift = m.masked_fill(m == -torch.inf, 0)
-        col_sum.mul_(torch.exp(col_max - shift)).add_(s.sub_(shift).exp_().sum(0))
+        col_sum.mul_(torch.exp(col_max - finite(m))).add_(s.sub_(finite(m)).exp_().sum(0))
         col_max.copy_(m)
 
     @staticmethod
@@ -167,15 +172,16 @@ class _Blocks:
 def stats(
     tile: Any, x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row_max, row_lse [b], col_max, col_lse [N], logits): the negatives' statistics, and the logits if kept.
+    """(row_max, row_sum [b], col_max, col_sum [N], logits): the negatives' m and l, and the logits if kept.
+
+    Without a negative m = -inf and l = 0.
 
     `save`: "" keeps nothing (logits is empty), "full" keeps U in the accumulation dtype, "int16" in fixed point.
     """
     blocks = _Blocks(x, y)
     b, n, acc, device = len(x), len(y), blocks.acc, x.device
-    row_max, row_lse = (torch.full((b,), -torch.inf, dtype=acc, device=device) for _ in range(2))
-    col_max = torch.full((n,), -torch.inf, dtype=acc, device=device)
-    col_sum = torch.zeros(n, dtype=acc, device=device)
+    row_max, col_max = (torch.full((k,), -torch.inf, dtype=acc, device=device) for k in (b, n))
+    row_sum, col_sum = (torch.zeros(k, dtype=acc, device=device) for k in (b, n))
     shape = (b, n) if save else (0,)
     logits = torch.empty(shape, dtype=torch.int16 if save == "int16" else acc, device=device)
     step = fixed_point_step(x, y) if save == "int16" else x.new_empty(0, dtype=acc)
@@ -185,8 +191,8 @@ def stats(
             u = blocks.logits(i, j, block[i:j] if save == "full" else block[: j - i])
             q = logits[i:j] if save == "int16" else logits[:0]
             rows = step[i:j] if save == "int16" else step
-            tile.logit_stats(u, scale, i + row_offset, rows, row_max[i:j], row_lse[i:j], col_max, col_sum, q)
-    return row_max, row_lse, col_max, col_max + torch.log(col_sum), logits
+            tile.logit_stats(u, scale, i + row_offset, rows, row_max[i:j], row_sum[i:j], col_max, col_sum, q)
+    return row_max, row_sum, col_max, col_sum, logits
 
 
 def grad(
@@ -224,7 +230,8 @@ def grad(
             tile.logit_grad(u, scale, a[i:j], rho[i:j], b, kappa, d[i:j], shift, i + row_offset, step[i:j], g, dot[i:j])
             out.add(g, i, j)
     dx, dy, xgy = out.finish()
-    return dx, dy, alpha * (dot.sum() if dot.numel() else xgy) if need_s else dot[:0]
+    ds = alpha * (dot.sum() if dot.numel() else xgy.to(acc))
+    return dx, dy, ds if need_s else dot.new_empty(0)
 
 
 def sigmoid(
@@ -274,7 +281,7 @@ class _Gradients:
         self.dx = torch.zeros(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
         self.gx = torch.empty((min(blocks.rows, len(x)), x.shape[1]) if need_x else 0, **new)
         self.gy = torch.zeros(y.shape if need_y else 0, **new)
-        self.xgy = torch.zeros((), **new)
+        self.xgy = torch.zeros((), dtype=torch.float64, device=x.device)
 
     def add(self, g: Tensor, i: int, j: int) -> None:
         if self.need_x:
@@ -289,4 +296,4 @@ class _Gradients:
         if self.need_y:
             ygx = finish_rows(self.gy, self.y, self.factor, self.y_inv, dy)
             self.xgy = self.xgy if self.need_x else ygx
-        return self.dx, dy, self.xgy * self.unscale
+        return self.dx, dy, (self.xgy * self.unscale)

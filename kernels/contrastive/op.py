@@ -12,7 +12,7 @@ from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.device import total_memory, triton_reasons
 from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.contrastive import blocked, reference
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype, row_dot, unit_rows
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype, finite, row_dot, unit_rows
 from torch import Tensor
 
 Save = Literal["auto", "recompute", "store"]
@@ -82,13 +82,15 @@ def _clip_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, x_inv, y_inv = _units(image, text, scale, normalize)
-    row_max, row_lse, col_max, col_lse, logits = _template(backend).stats(x, y, scale, row_offset, save)
+    row_max, row_sum, col_max, col_sum, logits = _template(backend).stats(x, y, scale, row_offset, save)
     b, n = len(x), len(y)
     pairs = slice(row_offset, row_offset + b)
     diag = scale * row_dot(x, y[pairs])
     zero = diag.new_zeros(())
-    # rho - S_ii = log(1 + e^(row_lse - S_ii)) keeps its digits down to a loss of 0, where a difference does not
-    loss = w_image * torch.logaddexp(row_lse - diag, zero) + w_text * torch.logaddexp(col_lse[pairs] - diag, zero)
+    # rho - S_ii = log(1 + l e^(m - S_ii)) keeps its digits down to a loss of 0, where a difference does not
+    row = torch.logaddexp(torch.log(row_sum) + (row_max - diag), zero)
+    column = torch.logaddexp(torch.log(col_sum[pairs]) + (col_max[pairs] - diag), zero)
+    loss = w_image * row + w_text * column
     loss = loss.mean()
     total_logits = zero.clone()
     if label_smoothing or total:
@@ -99,7 +101,7 @@ def _clip_fwd(
         )
     empty = image.new_empty
     unit = (x, y, x_inv, y_inv) if normalize else (empty(0), empty(0), diag.new_empty(0), diag.new_empty(0))
-    return loss, row_max, row_lse, col_max, col_lse, diag, total_logits, logits, *unit
+    return loss, row_max, row_sum, col_max, col_sum, diag, total_logits, logits, *unit
 
 
 def _units(
@@ -122,11 +124,11 @@ def _clip_fwd_fake(image, text, scale, w_image, w_text, label_smoothing, normali
 
 def _clip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, text, scale, *options = inputs
-    _, _, row_lse, _, col_lse, diag, _, logits, x, y, x_inv, y_inv = output
+    _, row_max, row_sum, col_max, col_sum, diag, _, logits, x, y, x_inv, y_inv = output
     *settings, normalize, row_offset, _, _, backend = options
     ctx.options = (*settings, row_offset, backend)
     x, y = (x, y) if normalize else (image, text)
-    ctx.save_for_backward(x, y, scale, row_lse, col_lse, diag, logits, x_inv, y_inv)
+    ctx.save_for_backward(x, y, scale, row_max, row_sum, col_max, col_sum, diag, logits, x_inv, y_inv)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -141,8 +143,10 @@ def _clip_bwd(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    col_max: Tensor,
+    col_sum: Tensor,
     diag: Tensor,
     logits: Tensor,
     x_inv: Tensor,
@@ -160,21 +164,19 @@ def _clip_bwd(
     pairs = slice(row_offset, row_offset + b)
     normalize = x_inv.numel() > 0
     shift = label_smoothing * (w_image / n + w_text / b) if b else 0.0
-    # 1 - P_ii = sigmoid(row_lse - S_ii), likewise the columns: G on the positives without cancellation
-    d = -w_image * torch.sigmoid(row_lse - diag) - w_text * torch.sigmoid(col_lse[pairs] - diag)
-    d = d + (label_smoothing * (w_image + w_text) - shift)
-    a, beta = torch.full_like(diag, w_image), torch.zeros_like(col_lse)
-    beta[pairs] = w_text
-    kappa = col_lse.clone()
-    kappa[pairs] = torch.logaddexp(kappa[pairs], diag)
+    rho, a, miss = _normaliser(row_max, row_sum, diag)
+    kappa, beta = finite(col_max), torch.zeros_like(col_sum)
+    kappa[pairs], beta[pairs], column_miss = _normaliser(col_max[pairs], col_sum[pairs], diag)
+    # P_ii - 1 without cancellation, likewise the columns
+    d = label_smoothing * (w_image + w_text) - shift - w_image * miss - w_text * column_miss
     return _template(backend).grad(
         x,
         y,
         scale,
         g.to(scale.dtype) / max(b, 1),
-        a,
-        torch.logaddexp(row_lse, diag),
-        beta,
+        w_image * a,
+        rho,
+        w_text * beta,
         kappa,
         d,
         shift,
@@ -186,6 +188,14 @@ def _clip_bwd(
         need_y,
         need_s,
     )
+
+
+def _normaliser(m: Tensor, l: Tensor, diag: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
+    """(r, 1 / Z, 1 - P_ii): the softmax over the negatives and the positive is exp(S - r) / Z with r its maximum."""
+    r = torch.maximum(m, diag)
+    negatives = l * torch.exp(m - r)
+    z = negatives + torch.exp(diag - r)
+    return r, 1 / z, negatives / z
 
 
 def _clip_bwd_fake(g, x, y, scale, *args):  # type: ignore[no-untyped-def]
@@ -262,8 +272,8 @@ def clip_loss(
             most logit_scale / 65534 for unit rows). "auto": as "store" while the logits at the features' own
             precision fit the budget, otherwise recompute.
         store_budget: bytes; by default 256 MiB on a CPU and 1/32 of the memory of a GPU.
-        metrics: also return a dict of detached scalars: `image_to_text_r1` and `text_to_image_r1` (a tie is a miss),
-            `mean_positive`, `mean_negative` and `max_logit`.
+        metrics: also return a dict of detached scalars: `image_to_text_r1` and `text_to_image_r1` (the share of
+            rows whose positive has the largest logit), `mean_positive`, `mean_negative` and `max_logit`.
         backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
 
     Returns:
@@ -470,7 +480,7 @@ def _scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """`value` as a 0-d tensor in the accumulation dtype of `like`, keeping its graph."""
     acc = accumulation_dtype(like.dtype)
     if not isinstance(value, Tensor):
-        if not math.isfinite(value):
+        if not abs(value) < math.inf:
             raise ValueError(f"{name} is {value}, expected a finite number")
         return torch.full((), value, dtype=acc, device=like.device)
     if value.numel() != 1:
@@ -490,6 +500,6 @@ def _check_weights(weights: tuple[float, float]) -> tuple[float, float]:
         w_image, w_text = (float(w) for w in weights)
     except (TypeError, ValueError):
         raise ValueError(f"weights is {weights!r}, expected two numbers (image to text, text to image)") from None
-    if not (math.isfinite(w_image) and math.isfinite(w_text) and w_image >= 0 and w_text >= 0):
+    if not (0 <= w_image < math.inf and 0 <= w_text < math.inf):
         raise ValueError(f"weights is {weights!r}, expected finite numbers >= 0")
     return w_image, w_text

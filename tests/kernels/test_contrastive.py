@@ -1,0 +1,502 @@
+"""The contrastive losses, every implementation against float64 and against eager in the same dtype."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmfuse.kernels.contrastive import clip_loss, siglip_loss
+from mmfuse.kernels.contrastive.op import CLIP, SIGLIP, clip_bwd, clip_fwd, siglip_fwd
+from torch import Tensor
+
+import mmfuse
+from judge import assert_no_worse
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PROBE = torch.ones(8, 16, device=DEVICE)
+AVAILABLE = {name: why for name, why in CLIP.explain(PROBE, PROBE).items() if not why or name in ("cpu", "cuda")}
+# the interpreter runs a Triton program in Python: it takes the small cases
+FAST = [n for n, why in AVAILABLE.items() if not why and (GPU or n != "triton")]
+ALL = [n for n, why in AVAILABLE.items() if not why]
+
+
+def features(
+    n: int, d: int, dtype: torch.dtype = torch.float32, unit: bool = True, m: int | None = None
+) -> list[Tensor]:
+    image, text = torch.randn(n, d, device=DEVICE), torch.randn(m or n, d, device=DEVICE)
+    if unit:
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    return [image.to(dtype), text.to(dtype)]
+
+
+def clip_and_grads(image: Tensor, text: Tensor, scale: float, dtype: torch.dtype, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    image, text = (t.detach().to(dtype).requires_grad_() for t in (image, text))
+    s = torch.tensor(scale, dtype=torch.promote_types(dtype, torch.float32), device=image.device, requires_grad=True)
+    loss = clip_loss(image, text, s, **options)
+    return [loss, *torch.autograd.grad(loss, (image, text, s))]
+
+
+def siglip_and_grads(
+    image: Tensor, text: Tensor, scale: float, bias: float, dtype: torch.dtype, **options
+) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    acc = torch.promote_types(dtype, torch.float32)
+    image, text = (t.detach().to(dtype).requires_grad_() for t in (image, text))
+    s, b = (torch.tensor(v, dtype=acc, device=image.device, requires_grad=True) for v in (scale, bias))
+    loss = siglip_loss(image, text, s, b, **options)
+    return [loss, *torch.autograd.grad(loss, (image, text, s, b))]
+
+
+def judge(run, image: Tensor, text: Tensor, *args, dtype: torch.dtype, backend: str, **options) -> None:  # type: ignore[no-untyped-def]
+    """`backend` against the reference in float64 and in `dtype`.
+
+    Eager's error in a single number may be nothing by luck, so scalars are judged over several orders of the pairs.
+    """
+    keep = {k: v for k, v in options.items() if k not in ("save", "store_budget")}
+    n = len(image) if len(image) == len(text) else 0  # a rectangular block has one order
+    orders = (
+        [torch.arange(n), torch.arange(n).flip(0), *(torch.randperm(n) for _ in range(4 if n < 500 else 0))]
+        if n
+        else [slice(None)]
+    )
+    results: list[list[Tensor]] = [[], [], []]
+    for order in orders:
+        pairs = (image[order], text[order])
+        results[0].append(run(*pairs, *args, dtype, backend=backend, **options))
+        results[1].append(run(*pairs, *args, dtype, backend="torch", **keep))
+        results[2].append(run(*pairs, *args, torch.float64, backend="torch", **keep))
+    for i, name in enumerate(("loss", "image", "text", "scale", "bias")[: len(results[0][0])]):
+        got, eager, exact = (torch.stack([r[i] for r in rs]) if rs[0][i].dim() == 0 else rs[0][i] for rs in results)
+        assert_no_worse(got, eager, exact, name)
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("save", ["recompute", "store"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, d", [(1, 16), (2, 512), (7, 96), (63, 16), (64, 770), (65, 96), (129, 512), (1000, 96)])
+@pytest.mark.parametrize("backend", FAST)
+def test_clip_matches_float64(backend: str, n: int, d: int, dtype: torch.dtype, save: str) -> None:
+    judge(clip_and_grads, *features(n, d, dtype), 14.3, dtype=dtype, backend=backend, save=save)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, d", [(1, 16), (2, 512), (7, 96), (63, 16), (64, 770), (65, 96), (129, 512), (1000, 96)])
+@pytest.mark.parametrize("backend", FAST)
+def test_siglip_matches_float64(backend: str, n: int, d: int, dtype: torch.dtype) -> None:
+    judge(siglip_and_grads, *features(n, d, dtype), 10.0, -10.0, dtype=dtype, backend=backend)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"save": "store"}], ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_small_case_in_every_implementation(backend: str, options: dict) -> None:
+    judge(clip_and_grads, *features(35, 24, unit=False), 0.5, dtype=torch.float32, backend=backend, **options)
+    options.pop("save", None)
+    judge(siglip_and_grads, *features(35, 24, unit=False), 0.5, -1.0, dtype=torch.float32, backend=backend, **options)
+
+
+def negative_cosines() -> list[Tensor]:
+    """Half of the rows point away from every text: their best logit at scale 100 is far below 0."""
+    image, text = features(96, 32)
+    axis = F.normalize(torch.ones(32, device=DEVICE), dim=0)
+    text = F.normalize(text * 0.2 + axis, dim=-1)
+    image = F.normalize(
+        image * 0.2 + axis * torch.where(torch.arange(96, device=DEVICE) % 2 == 0, 1.0, -1.0)[:, None], dim=-1
+    )
+    return [image, text]
+
+
+def duplicates() -> list[Tensor]:
+    image, text = features(80, 32)
+    return [image[torch.arange(80) % 5], text[torch.arange(80) % 5]]
+
+
+def solved() -> list[Tensor]:
+    """Orthogonal pairs: at scale 100 the loss is e^-100."""
+    eye = torch.eye(64, device=DEVICE)
+    return [eye, eye.clone()]
+
+
+def zero_rows() -> list[Tensor]:
+    image, text = features(70, 16)
+    image[3], text[5], image[6], text[6] = 0, 0, 0, 0
+    return [image, text]
+
+
+EXTREMES = {f.__name__: f for f in (negative_cosines, duplicates, solved, zero_rows)}
+
+
+@pytest.mark.parametrize("save", ["recompute", "store"])
+@pytest.mark.parametrize("case", EXTREMES)
+@pytest.mark.parametrize("backend", ALL)
+def test_clip_at_scale_100(backend: str, case: str, save: str) -> None:
+    torch.manual_seed(1)
+    judge(clip_and_grads, *EXTREMES[case](), 100.0, dtype=torch.float32, backend=backend, save=save)
+
+
+@pytest.mark.parametrize("case", EXTREMES)
+@pytest.mark.parametrize("backend", ALL)
+def test_siglip_at_scale_100(backend: str, case: str) -> None:
+    torch.manual_seed(1)
+    judge(siglip_and_grads, *EXTREMES[case](), 100.0, -10.0, dtype=torch.float32, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_a_solved_batch_keeps_its_digits(backend: str) -> None:
+    # eager computes log(1 + 63 e^-100) as a difference of two equal numbers: 0
+    image, text = solved()
+    loss = clip_loss(image, text, 50.0, backend=backend)
+    torch.testing.assert_close(loss.item(), math.log1p(63 * math.exp(-50)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": (1.0, 0.0)},
+        {"weights": (0.0, 1.0)},
+        {"weights": (0.7, 0.1)},
+        {"label_smoothing": 0.1},
+        {"label_smoothing": 0.2, "weights": (0.7, 0.3), "normalize": True},
+        {"normalize": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", FAST)
+def test_clip_variants(backend: str, options: dict) -> None:
+    judge(clip_and_grads, *features(67, 24, unit=False), 1.5, dtype=torch.float32, backend=backend, **options)
+
+
+@pytest.mark.parametrize("options", [{"weights": (1.0, 0.0), "label_smoothing": 0.1}, {}, {"save": "store"}], ids=str)
+@pytest.mark.parametrize("row_offset", [0, 5, 40])
+@pytest.mark.parametrize("backend", FAST)
+def test_rectangular_blocks(backend: str, row_offset: int, options: dict) -> None:
+    image, text = features(30, 24, m=70)
+    judge(clip_and_grads, image, text, 14.0, dtype=torch.float32, backend=backend, row_offset=row_offset, **options)
+    judge(siglip_and_grads, image, text, 14.0, -3.0, dtype=torch.float32, backend=backend, row_offset=row_offset)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_many_blocks_of_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmfuse.kernels.contrastive.blocked._MAX_ROWS", 64)
+    judge(clip_and_grads, *features(333, 24), 14.0, dtype=torch.float32, backend=backend)
+    judge(siglip_and_grads, *features(333, 24), 14.0, -3.0, dtype=torch.float32, backend=backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_negative_block_of_siglip(backend: str) -> None:
+    image, text = features(30, 24, m=20)
+    judge(siglip_and_grads, image, text, 14.0, -3.0, dtype=torch.float32, backend=backend, negative_only=True)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("backend", ALL)
+def test_any_strides(backend: str, layout: str) -> None:
+    image = {
+        "transposed": lambda: torch.randn(24, 33, device=DEVICE).t(),
+        "sliced": lambda: torch.randn(33, 48, device=DEVICE)[:, ::2],
+        "expanded": lambda: torch.randn(1, 24, device=DEVICE).expand(33, 24),
+    }[layout]()
+    text = torch.randn(33, 24, device=DEVICE)
+    for normalize in (False, True):
+        got = clip_and_grads(image, text, 1.0, torch.float32, backend=backend, normalize=normalize)
+        want = clip_and_grads(image.contiguous(), text, 1.0, torch.float32, backend=backend, normalize=normalize)
+        torch.testing.assert_close(got, want)
+    got = siglip_and_grads(image, text, 1.0, 0.0, torch.float32, backend=backend)
+    torch.testing.assert_close(
+        got, siglip_and_grads(image.contiguous(), text, 1.0, 0.0, torch.float32, backend=backend)
+    )
+
+
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+@pytest.mark.parametrize("backend", ALL)
+def test_an_expanded_incoming_gradient_is_respected(backend: str, loss) -> None:  # type: ignore[no-untyped-def]
+    image, text = (t.requires_grad_() for t in features(9, 16))
+    weights = torch.tensor([3.0], device=DEVICE).expand(4)
+    out = torch.stack([loss(image, text, 5.0, backend=backend)]).expand(4)
+    (got,) = torch.autograd.grad(out, image, weights)
+    (one,) = torch.autograd.grad(loss(image, text, 5.0, backend=backend), image)
+    torch.testing.assert_close(got, 12 * one)
+    assert weights.stride() == (0,) and weights[0] == 3.0
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_fp16_gradients_do_not_underflow(backend: str) -> None:
+    # 1 / 2N is below float16's normal range, and an uninformative batch has probabilities of 1 / N
+    image, text = features(2048, 16, torch.float16)
+    judge(clip_and_grads, image, text, 1.0, dtype=torch.float16, backend=backend, save="recompute")
+    grad = clip_and_grads(image, text, 1.0, torch.float16, backend=backend)[1]
+    assert (grad != 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("save", ["recompute", "store"])
+@pytest.mark.parametrize("frozen", ["image", "text", "both", "scale"])
+@pytest.mark.parametrize("backend", ALL)
+def test_frozen_inputs_get_no_gradient(backend: str, frozen: str, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text = features(20, 16)
+    image.requires_grad_(frozen not in ("image", "both"))
+    text.requires_grad_(frozen not in ("text", "both"))
+    s = torch.tensor(7.0, device=DEVICE, requires_grad=frozen != "scale")
+    inputs = [t for t in (image, text, s) if t.requires_grad]
+    seen: list[tuple[int, ...]] = []
+    inner = mmfuse.kernels.contrastive.op._template
+
+    def spy(name: str):  # type: ignore[no-untyped-def]
+        template = inner(name)
+
+        class Spy:
+            stats, sigmoid = staticmethod(template.stats), staticmethod(template.sigmoid)
+
+            @staticmethod
+            def grad(*args):  # type: ignore[no-untyped-def]
+                out = template.grad(*args)
+                seen.append(tuple(t.numel() for t in out))
+                return out
+
+        return Spy
+
+    monkeypatch.setattr("mmfuse.kernels.contrastive.op._template", spy)
+    got = torch.autograd.grad(clip_loss(image, text, s, backend=backend, save=save), inputs)
+    monkeypatch.undo()
+    torch.testing.assert_close(got, torch.autograd.grad(clip_loss(image, text, s, backend="torch"), inputs))
+    assert backend == "torch" or seen == [tuple(t.numel() if t.requires_grad else 0 for t in (image, text, s))]
+    got = torch.autograd.grad(siglip_loss(image, text, s, backend=backend), inputs)
+    torch.testing.assert_close(got, torch.autograd.grad(siglip_loss(image, text, s, backend="torch"), inputs))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_scale_of_zero_has_a_gradient(backend: str) -> None:
+    judge(clip_and_grads, *features(20, 16), 0.0, dtype=torch.float32, backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("backend", FAST)
+def test_scale_and_bias_keep_their_shape(backend: str, shape: tuple[int, ...]) -> None:
+    image, text = features(9, 16)
+    s, b = (torch.full(shape, v, device=DEVICE, requires_grad=True) for v in (10.0, -3.0))
+    for loss in (clip_loss, siglip_loss):
+        grads = torch.autograd.grad(loss(image, text, s, b, backend=backend), (s, b))
+        assert [g.shape for g in grads] == [s.shape, b.shape]
+        want = torch.autograd.grad(loss(image, text, s, b, backend="torch"), (s, b))
+        torch.testing.assert_close(grads, want)
+        assert loss is siglip_loss or grads[1].item() == 0
+
+
+@pytest.mark.parametrize("backend", ["chunked", *(["triton"] if "triton" in ALL else [])])
+def test_gradcheck(backend: str) -> None:
+    if GPU and backend == "triton":
+        pytest.skip("float64 Triton kernels run in the interpreter only")
+    image, text = (t.double().requires_grad_() for t in features(5, 6, m=7, unit=False))
+    s, b = (torch.tensor(v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (0.7, -0.2))
+    for save in ("recompute", "store"):
+        assert torch.autograd.gradcheck(
+            lambda i, t, s: clip_loss(i, t, s, normalize=True, row_offset=1, save=save, backend=backend),  # noqa: B023
+            (image, text, s),
+        )
+    assert torch.autograd.gradcheck(
+        lambda i, t, s, b: siglip_loss(i, t, s, b, normalize=True, row_offset=1, backend=backend), (image, text, s, b)
+    )
+
+
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_second_backward_is_the_same_and_double_backward_raises(backend: str) -> None:
+    image, text = (t.requires_grad_() for t in features(33, 16))
+    for loss in (clip_loss(image, text, 10.0, backend=backend), siglip_loss(image, text, 10.0, backend=backend)):
+        first = torch.autograd.grad(loss, (image, text), retain_graph=True)
+        second = torch.autograd.grad(loss, (image, text), retain_graph=True)
+        assert all(map(torch.equal, first, second))
+        (g,) = torch.autograd.grad(loss, image, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once, not twice"):
+            (loss + g.sum()).backward()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_runs_are_bitwise_equal(backend: str) -> None:
+    image, text = features(130, 16)
+    runs = [clip_and_grads(image, text, 20.0, torch.float32, backend=backend) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("where", ["image", "text"])
+@pytest.mark.parametrize("backend", ALL)
+def test_a_nan_row_stays_visible(backend: str, where: str) -> None:
+    image, text = features(70, 16)
+    (image if where == "image" else text)[11, 3] = torch.nan
+    loss, d_image, d_text, ds = clip_and_grads(image, text, 10.0, torch.float32, backend=backend)
+    assert loss.isnan() and ds.isnan() and d_image[11].isnan().any() and d_text[11].isnan().any()
+    loss, d_image, d_text, ds, db = siglip_and_grads(image, text, 10.0, -3.0, torch.float32, backend=backend)
+    assert loss.isnan() and ds.isnan() and db.isnan() and d_image[11].isnan().any() and d_text[11].isnan().any()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_empty_batch(backend: str) -> None:
+    image, text = (torch.zeros(0, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    s = torch.tensor(5.0, device=DEVICE, requires_grad=True)
+    for loss in (clip_loss(image, text, s, backend=backend), siglip_loss(image, text, s, backend=backend)):
+        grads = torch.autograd.grad(loss, (image, text, s))
+        assert [g.shape for g in grads] == [(0, 16), (0, 16), ()]
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_rounds_features_as_a_matrix_product_would(backend: str) -> None:
+    image, text = (t.requires_grad_() for t in features(50, 32))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = clip_loss(image, text, 14.0, backend=backend)
+        grads = torch.autograd.grad(loss, (image, text))
+    assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in grads)
+    low = [t.detach().bfloat16().requires_grad_() for t in (image, text)]
+    want = clip_loss(*low, 14.0, backend=backend)
+    assert torch.equal(loss, want)
+    for g, w in zip(grads, torch.autograd.grad(want, low), strict=True):
+        torch.testing.assert_close(g, w.float())
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_metrics(backend: str) -> None:
+    image, text = features(40, 16)
+    text[:20] = image[:20]
+    s = 20 * image.double() @ text.double().t()
+    loss, m = clip_loss(image, text, 20.0, metrics=True, backend=backend)
+    off = ~torch.eye(40, dtype=torch.bool, device=DEVICE)
+    hits = s.diagonal() > s.masked_fill(~off, -torch.inf).amax(1) + 1e-4
+    hits_t = s.diagonal() > s.masked_fill(~off, -torch.inf).amax(0) + 1e-4
+    want = [hits.double().mean(), hits_t.double().mean(), s.diagonal().mean(), s[off].mean(), s.max()]
+    keys = ["image_to_text_r1", "text_to_image_r1", "mean_positive", "mean_negative", "max_logit"]
+    assert list(m) == keys
+    torch.testing.assert_close([v.double() for v in m.values()], want, rtol=1e-5, atol=1e-5)
+    assert not any(v.requires_grad for v in m.values()) and torch.equal(
+        loss, clip_loss(image, text, 20.0, backend=backend)
+    )
+
+
+# --- the compiler and torch.library ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [None, "chunked", "torch", *(["triton"] if "triton" in ALL else [])])
+def test_compiles_whole(backend: str | None) -> None:
+    image, text = (t.requires_grad_() for t in features(12, 16))
+    s = torch.tensor(10.0, device=DEVICE, requires_grad=True)
+
+    def both(image: Tensor, text: Tensor, s: Tensor) -> Tensor:
+        loss, m = clip_loss(image, text, s, normalize=True, metrics=True, backend=backend)
+        return loss + siglip_loss(image, text, s, -3.0, backend=backend) + 0 * m["mean_positive"]
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (12, 9):  # the second size reuses the graph
+        inputs = (image[:n], text[:n], s)
+        torch.testing.assert_close(compiled(*inputs), both(*inputs))
+        got, want = (torch.autograd.grad(f(*inputs), (image, text, s)) for f in (compiled, both))
+        torch.testing.assert_close(got, want)
+
+
+def test_opcheck() -> None:
+    image, text = features(9, 16, m=12)
+    s, bias = (torch.tensor(v, device=DEVICE) for v in (10.0, -1.0))
+    grads = [t.clone().requires_grad_() for t in (image, text, s)]
+    for normalize, save in ((False, ""), (True, "full"), (False, "int16")):
+        options = (0.5, 0.5, 0.0, normalize, 2, save, True, "chunked")
+        torch.library.opcheck(clip_fwd.op, (*grads, *options))
+    out = clip_fwd.op(image, text, s, 0.5, 0.5, 0.0, False, 2, "", False, "chunked")
+    empty = image.new_empty(0)
+    args = (out[0], image, text, s, *out[1:6], out[7], empty, empty, 0.5, 0.5, 0.0, 2, "chunked")
+    torch.library.opcheck(clip_bwd.op, (*args, True, False, True))
+    torch.library.opcheck(siglip_fwd.op, (*grads, bias.requires_grad_(), False, 2, False, True, True, "chunked"))
+
+
+def test_transforms_see_the_operator() -> None:
+    image, text = features(9, 16)
+    got = torch.func.grad(lambda i: clip_loss(i, text, 10.0, backend="torch"))(image)
+    torch.testing.assert_close(got, clip_and_grads(image, text, 10.0, torch.float32, backend="chunked")[1])
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_auto_keeps() -> None:
+    from mmfuse.kernels.contrastive.op import _kept_logits
+
+    wide, narrow = torch.empty(8192, 1), torch.empty(8192, 1, dtype=torch.bfloat16)
+    assert _kept_logits("auto", None, wide, 8192) == "full"
+    assert _kept_logits("auto", None, torch.empty(16384, 1), 16384) == ""
+    assert _kept_logits("auto", None, narrow, 8192) == "int16"
+    assert _kept_logits("auto", 2 * 8192**2, wide, 8192) == ""
+    assert _kept_logits("store", 2 * 8192**2, wide, 8192) == "int16"
+    assert _kept_logits("recompute", None, wide, 8) == ""
+
+
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_16_bit_logits_stay_within_their_bound(backend: str) -> None:
+    """Half a step of fixed point moves a probability by at most s |x| max|y| / 65534, relatively."""
+    image, text = features(65, 32)
+    for scale in (14.3, 100.0):
+        got = clip_and_grads(image, text, scale, torch.float32, backend=backend, save="store", store_budget=0)
+        exact = clip_and_grads(image, text, scale, torch.float64, backend="torch")
+        s = scale * image.double() @ text.double().t()
+        mass = s.softmax(1) + s.softmax(0)
+        mass.diagonal().zero_()  # the positives are kept exactly
+        moved = math.expm1(scale * 1.0001 / 65534) * scale / (2 * 65) * mass
+        for g, t, bound in ((got[1], exact[1], moved.sum(1)), (got[2], exact[2], moved.sum(0))):
+            error = torch.linalg.vector_norm(g.double() - t, dim=1)
+            assert (error <= bound + 1e-6 * t.abs().max()).all()
+        assert not torch.equal(got[1], clip_and_grads(image, text, scale, torch.float32, backend=backend)[1])
+
+
+# --- choice and errors ----------------------------------------------------------------------------------------------
+
+
+def test_choice_of_implementation() -> None:
+    image, text = features(9, 16)
+    with pytest.raises(mmfuse.UnsupportedError, match="device is cpu|CUDA|cuda"):
+        clip_loss(image.cpu(), text.cpu(), 1.0, backend="cuda")
+    with pytest.raises(ValueError, match="backend is 'nope', expected one of cuda, triton, cpu, chunked, torch"):
+        clip_loss(image, text, 1.0, backend="nope")
+    with mmfuse.use_backend("torch"):
+        # only the reference is differentiable twice
+        x = image.clone().requires_grad_()
+        (g,) = torch.autograd.grad(clip_loss(x, text, 1.0), x, create_graph=True)
+        g.sum().backward()
+    assert "-> " in mmfuse.explain(mmfuse.clip_loss, image, text)
+    assert set(SIGLIP.explain(image, text)) == {"cuda", "triton", "cpu", "chunked", "torch"}
+
+
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+def test_bad_arguments(loss) -> None:  # type: ignore[no-untyped-def]
+    image, text = features(4, 8)
+    for error, message, args in (
+        (ValueError, r"image has shape \(8,\), expected features", (image[0], text, 1.0)),
+        (ValueError, "text has 7 features per row, expected 8", (image, text[:, :7], 1.0)),
+        (ValueError, "image has 4 rows at row_offset 0", (image, text[:3], 1.0)),
+        (TypeError, "image has dtype torch.int64", (image.long(), text.long(), 1.0)),
+        (TypeError, "text has dtype torch.float64, expected torch.float32", (image, text.double(), 1.0)),
+        (TypeError, "image is list", ([1.0], text, 1.0)),
+        (ValueError, "at least one feature", (image[:, :0], text[:, :0], 1.0)),
+        (ValueError, "text is on meta", (image, text.to("meta"), 1.0)),
+        (ValueError, "logit_scale is nan", (image, text, math.nan)),
+        (ValueError, "logit_scale is inf", (image.cpu(), text.cpu(), torch.tensor(math.inf))),
+        (ValueError, r"logit_scale has shape \(2,\)", (image, text, torch.ones(2, device=DEVICE))),
+        (
+            TypeError,
+            "logit_scale has dtype torch.int64",
+            (image, text, torch.ones((), dtype=torch.int64, device=DEVICE)),
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            loss(*args)
+
+
+def test_bad_options_of_clip() -> None:
+    image, text = features(4, 8)
+    for message, options in (
+        ("weights is", {"weights": (1.0,)}),
+        ("weights is", {"weights": (math.nan, 1.0)}),
+        ("label_smoothing is 1.5", {"label_smoothing": 1.5}),
+        ("expected as many images as texts, got 3 and 4", {"label_smoothing": 0.1}),
+        ("save is 'all', expected 'auto', 'recompute' or 'store'", {"save": "all"}),
+        ("row_offset 2", {"row_offset": 2}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            clip_loss(image[:3], text, 1.0, **options)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        clip_loss(image, text, 1.0, nope=1)
