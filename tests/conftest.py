@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 GPU = torch.cuda.is_available()
 if not GPU:  # before anything imports triton
@@ -15,6 +16,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+# `with torch.device(...)` knows constructors by identity: let it see the real ones before `_poison` replaces them
+_device_constructors()
 
 
 @pytest.fixture

@@ -1,0 +1,98 @@
+"""Create a reference system by name, and load official weights into it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+NAMES = ("clip",)  # mmfuse.models.<name> declares its SYSTEM
+
+
+@dataclass(frozen=True)
+class System:
+    """What a model's module declares: how a config becomes a model, the published configs, and the paper.
+
+    The model that `build` returns has the attributes `embed_dim` and `image_resolution`. If the official state dict
+    is not its own, it has a method `official_state(state_dict)` that turns the one into the other.
+    """
+
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    presets: Mapping[str, Mapping[str, Any]]
+    paper: str
+
+
+def system(name: str) -> System:
+    """The declaration of system `name`."""
+    if name not in NAMES:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(NAMES)}")
+    return import_module(f"mmfuse.models.{name}").SYSTEM
+
+
+def create(name: str, config: str | Mapping[str, Any]) -> nn.Module:
+    """A reference model with the official initialisation, in float32 and training mode.
+
+    Args:
+        name: a system, e.g. "clip"; `list()` names them.
+        config: a preset, i.e. a published size ("vit-b-16"), or a mapping of the official constructor's arguments.
+
+    Raises:
+        ValueError: unknown name, preset or key, missing key, or a value that does not fit; the message names it.
+    """
+    declared = system(name)
+    if isinstance(config, str):
+        if config not in declared.presets:
+            raise ValueError(f"config is {config!r}, expected a preset of {name}: {', '.join(declared.presets)}")
+        config = declared.presets[config]
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config is {type(config).__name__}, expected a preset's name or a mapping")
+    return declared.build(config)
+
+
+def list() -> dict[str, tuple[str, ...]]:
+    """Every system with its presets."""
+    return {name: tuple(system(name).presets) for name in NAMES}
+
+
+def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy an official implementation's weights into `model`, which keeps its dtype and device.
+
+    Strict: on an error nothing is copied.
+
+    Raises:
+        ValueError: listing every missing key, unexpected key and shape that differs.
+    """
+    official_state = getattr(model, "official_state", dict)
+    given, expected = official_state(state_dict), model.state_dict()
+    problems = [f"missing: {key} {tuple(expected[key].shape)}" for key in expected if key not in given]
+    problems += [f"unexpected: {key} {tuple(given[key].shape)}" for key in given if key not in expected]
+    problems += [
+        f"{key}: shape {tuple(given[key].shape)}, expected {tuple(t.shape)}"
+        for key, t in expected.items()
+        if key in given and given[key].shape != t.shape
+    ]
+    if problems:
+        raise ValueError(f"state_dict does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
+    model.load_state_dict(given)
+
+
+def instantiate(constructor: Callable[..., nn.Module], config: Mapping[str, Any]) -> nn.Module:
+    """`constructor(**config)`, with a ValueError that names an unknown or a missing key."""
+    parameters = inspect.signature(constructor).parameters
+    check_keys(config, parameters)
+    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in config]
+    if missing:
+        raise ValueError(f"config has no {', '.join(missing)}, expected by {constructor.__name__}")
+    return constructor(**config)
+
+
+def check_keys(config: Mapping[str, Any], accepted: Iterable[str]) -> None:
+    """Raise a ValueError that names the first key of `config` that is not among `accepted`."""
+    accepted = tuple(accepted)
+    for key in config:
+        if key not in accepted:
+            raise ValueError(f"config has an unknown key {key!r}, expected only {', '.join(accepted)}")
