@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
+def once(fn: F) -> F:
+    """Call `fn` once for each argument, and never inside a compiled graph: to the compiler its result is a constant."""
+    cached = functools.cache(fn)
+
+    @functools.wraps(fn)
+    def call(*args: Any) -> Any:
+        return cached(*args)
+
+    return torch.compiler.assume_constant_result(call)
+
+
+@once
 def triton_missing() -> str | None:
     """None when triton can be imported, otherwise the reason."""
     try:
@@ -32,13 +47,13 @@ def triton_reasons(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> list[str
     return why
 
 
-@functools.cache
+@once
 def gpu_name(index: int = 0) -> str:
     """The GPU's name as a file name, e.g. `NVIDIA_H200`."""
     return torch.cuda.get_device_name(index).replace(" ", "_")
 
 
-@functools.cache
+@once
 def total_memory(device: torch.device) -> int:
     """Bytes of memory on a CUDA device."""
     return torch.cuda.get_device_properties(device).total_memory

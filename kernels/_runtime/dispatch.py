@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from mmfuse.kernels._runtime.device import INTERPRET
 
 logger = logging.getLogger("mmfuse")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmfuse.kernels._runtime.device import once
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 
@@ -85,7 +86,7 @@ def _plain(args: tuple[Any, ...]) -> bool:
     )
 
 
-@functools.cache
+@once
 def load(part: str) -> str | None:
     """Load `mmfuse/_C_<part>.so`, once. Returns None, or the reason why its operators are not there."""
     path = _PACKAGE / "mmfuse" / f"_C_{part}.so"
