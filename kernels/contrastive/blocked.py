@@ -88,7 +88,10 @@ class TorchTile:
     @staticmethod
     def logit_stats(u, scale, diagonal, step, row_max, row_sum, col_max, col_sum, q) -> None:  # type: ignore[no-untyped-def]
         if q.numel():
-            q.copy_(torch.round(u / step[:, None]))
+            # the loss is that of the kept logits, so that the probabilities of the backward sum to one
+            u = torch.round(u / step[:, None])
+            q.copy_(u)
+            u = u * step[:, None]
         s = u * scale
         s.diagonal(diagonal).fill_(-torch.inf)
         torch.amax(s, 1, out=row_max)

@@ -268,9 +268,9 @@ def clip_loss(
             direction is taken over the b texts that have an image here, each against the b images.
         save: what the forward keeps for the backward. "recompute": no logits, they are computed again (four
             matrix products in all). "store": the logits, three products; at full precision for float32 and float64
-            features if `store_budget` allows, otherwise in 16-bit fixed point (relative error of a probability at
-            most logit_scale / 65534 for unit rows). "auto": as "store" while the logits at the features' own
-            precision fit the budget, otherwise recompute.
+            features if `store_budget` allows, otherwise in 16-bit fixed point: loss and gradients are then those of
+            logits off by at most logit_scale / 65534 (for unit rows). "auto": as "store" while the logits at the
+            features' own precision fit the budget, otherwise recompute.
         store_budget: bytes; by default 256 MiB on a CPU and 1/32 of the memory of a GPU.
         metrics: also return a dict of detached scalars: `image_to_text_r1` and `text_to_image_r1` (the share of
             rows whose positive has the largest logit), `mean_positive`, `mean_negative` and `max_logit`.

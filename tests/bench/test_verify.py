@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from mmfuse.bench import verify
+from mmfuse.kernels._runtime import operators
+
+from mmfuse.cli import main
+
+
+def test_every_operator_is_verified() -> None:
+    assert {check.op for check in verify.CHECKS} == set(operators())
+
+
+def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_DRAWS", 2)
+    assert main(["verify", "siglip_loss", "--json", "--device", "cpu"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {r["quantity"] for r in rows} == {"loss", "d image", "d text", "d scale", "d bias"}
+    assert {"float32", "bfloat16", "float16"} == {r["dtype"] for r in rows} and "chunked" in {
+        r["backend"] for r in rows
+    }
+    assert all(r["error"] <= r["allowed"] for r in rows) and any(r["eager"] > 0 for r in rows)
+
+
+def test_a_wrong_gradient_is_reported(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    right = next(c for c in verify.CHECKS if c.op == "clip_loss")
+
+    def wrong(inputs: dict[str, torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
+        out = right.run(inputs, backend)
+        return {**out, "d text": out["d text"] * (1 if backend == "torch" else 1.01)}
+
+    monkeypatch.setattr(verify, "CHECKS", [replace(right, run=wrong)])
+    monkeypatch.setattr(verify, "DTYPES", {"float32": torch.float32})
+    assert main(["verify", "--device", "cpu"]) == 1
+    bad = [line for line in capsys.readouterr().out.splitlines() if line.endswith("WORSE")]
+    assert bad and all("d text" in line for line in bad)
+
+
+def test_unknown_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "nope"]) == 2
+    assert "expected one of clip_loss, siglip_loss" in capsys.readouterr().err
