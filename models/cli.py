@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 import torch
 from mmfuse.models import registry
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _row(name: str, preset: str) -> dict[str, str | int]:
+def _row(name: str, preset: str) -> dict[str, Any]:
     with torch.device("meta"):  # allocates nothing
         model = registry.create(name, preset)
     return {

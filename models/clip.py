@@ -14,9 +14,15 @@ from mmfuse.models.registry import System, check_keys, instantiate
 from torch import Tensor, nn
 
 
-class QuickGELU(nn.Module):
+class MLP(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        x = self.c_fc(x)
+        return self.c_proj(x * torch.sigmoid(1.702 * x))  # QuickGELU
 
 
 class Attention(nn.Module):
@@ -44,9 +50,7 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.attn = Attention(width, heads, causal)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
-        )
+        self.mlp = MLP(width)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,7 +202,7 @@ class CLIP(nn.Module):
             if vision_patch_size is None:
                 raise ValueError("vision_patch_size is None, expected an integer for a ViT")
             heads = vision_heads or vision_width // 64
-            self.visual = VisionTransformer(
+            self.visual: VisionTransformer | ModifiedResNet = VisionTransformer(
                 image_resolution, vision_patch_size, vision_width, vision_layers, heads, embed_dim
             )
         else:
@@ -219,11 +223,13 @@ class CLIP(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         width, layers = self.ln_final.normalized_shape[0], len(self.transformer.resblocks)
         nn.init.normal_(self.text_projection, std=width**-0.5)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * layers) ** -0.5)
+        for module in self.transformer.modules():
+            if isinstance(module, Attention):
+                nn.init.normal_(module.in_proj_weight, std=width**-0.5)
+                nn.init.normal_(module.out_proj.weight, std=(2 * width * layers) ** -0.5)
+            elif isinstance(module, MLP):
+                nn.init.normal_(module.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(module.c_proj.weight, std=(2 * width * layers) ** -0.5)
         if isinstance(self.visual, ModifiedResNet):
             pool = self.visual.attnpool
             for linear in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):

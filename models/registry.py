@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+Model = TypeVar("Model", bound=nn.Module)
 NAMES = ("clip",)  # mmfuse.models.<name> declares its SYSTEM
 
 
@@ -80,7 +81,7 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     model.load_state_dict(given)
 
 
-def instantiate(constructor: Callable[..., nn.Module], config: Mapping[str, Any]) -> nn.Module:
+def instantiate(constructor: type[Model], config: Mapping[str, Any]) -> Model:
     """`constructor(**config)`, with a ValueError that names an unknown or a missing key."""
     parameters = inspect.signature(constructor).parameters
     check_keys(config, parameters)
