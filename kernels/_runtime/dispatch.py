@@ -50,7 +50,7 @@ class Op:
         if name is not None:
             _check_name(name)
         candidates = [i for i in self.implementations if name in (None, i.name)]
-        report = []
+        report: list[str] = []
         for impl in candidates:
             why = impl.reasons_against(*args)
             if impl.name == "triton" and name is None and INTERPRET:

@@ -19,7 +19,7 @@ def register(
     fn: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    setup_context: Callable[..., None] | None = None,
+    setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register `fn` as `torch.ops.mmfuse.<name>` and return the function to call.
@@ -49,7 +49,7 @@ def register(
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
                 output = run(*args)
-                setup_context(ctx, args, output)  # type: ignore[misc]
+                setup_context(ctx, args, output)
                 return output
 
             @staticmethod
@@ -72,8 +72,8 @@ def _differentiable_once(name: str, grads: tuple[Any, ...]) -> tuple[Any, ...]:
     tensors = [g for g in grads if g is not None]
     refuse = torch._C._functions.DelayedError(f"mmfuse::{name} is differentiable once, not twice", len(tensors))
     guarded = refuse(*(g.detach().requires_grad_() for g in tensors))
-    guarded = iter(guarded if isinstance(guarded, tuple) else (guarded,))
-    return tuple(None if g is None else next(guarded) for g in grads)
+    left = iter(guarded if isinstance(guarded, tuple) else (guarded,))
+    return tuple(None if g is None else next(left) for g in grads)
 
 
 def _plain(args: tuple[Any, ...]) -> bool:

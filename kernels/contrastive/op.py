@@ -99,8 +99,10 @@ def _clip_fwd(
         loss = loss + label_smoothing * (
             (w_image + w_text) * diag.mean() - (w_image / n + w_text / b) * total_logits / b
         )
-    empty = image.new_empty
-    unit = (x, y, x_inv, y_inv) if normalize else (empty(0), empty(0), diag.new_empty(0), diag.new_empty(0))
+    if x_inv is None or y_inv is None:  # an output may not alias an input
+        unit = (image.new_empty(0), text.new_empty(0), diag.new_empty(0), diag.new_empty(0))
+    else:
+        unit = (x, y, x_inv, y_inv)
     return loss, row_max, row_sum, col_max, col_sum, diag, total_logits, logits, *unit
 
 
@@ -218,9 +220,19 @@ def _fused_clip(
     return loss, (row_max, col_max, diag, total)
 
 
-def _reference_clip(image: Tensor, text: Tensor, scale: Tensor, *options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-    *settings, row_offset, _, total = options
-    loss, s = reference.clip_loss(image, text, scale, *settings, row_offset)
+def _reference_clip(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    w_image: float,
+    w_text: float,
+    label_smoothing: float,
+    normalize: bool,
+    row_offset: int,
+    save: str,
+    total: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    loss, s = reference.clip_loss(image, text, scale, w_image, w_text, label_smoothing, normalize, row_offset)
     return loss, reference.statistics(s.detach(), row_offset) if total else ()
 
 
