@@ -15,8 +15,8 @@ from torch import Tensor
 def _logits(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> Tensor:
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-    # one rounding to the operands' dtype at most: the loss itself is computed in float32 or float64
-    return scale * (image @ text.t()).to(scale.dtype)
+    # logits in the operands' dtype, as eager code computes them; the loss itself in float32 or float64
+    return ((scale.to(image.dtype) * image) @ text.t()).to(scale.dtype)
 
 
 def clip_loss(

@@ -52,7 +52,7 @@ def siglip_and_grads(
 def judge(run, image: Tensor, text: Tensor, *args, dtype: torch.dtype, backend: str, **options) -> None:  # type: ignore[no-untyped-def]
     """`backend` against the reference in float64 and in `dtype`.
 
-    Eager's error in a single number may be nothing by luck, so scalars are judged over several orders of the pairs.
+    Eager's error in one number may be nothing by luck, so results are judged over several orders of the same pairs.
     """
     keep = {k: v for k, v in options.items() if k not in ("save", "store_budget")}
     n = len(image) if len(image) == len(text) else 0  # a rectangular block has one order
@@ -68,7 +68,7 @@ def judge(run, image: Tensor, text: Tensor, *args, dtype: torch.dtype, backend: 
         results[1].append(run(*pairs, *args, dtype, backend="torch", **keep))
         results[2].append(run(*pairs, *args, torch.float64, backend="torch", **keep))
     for i, name in enumerate(("loss", "image", "text", "scale", "bias")[: len(results[0][0])]):
-        got, eager, exact = (torch.stack([r[i] for r in rs]) if rs[0][i].dim() == 0 else rs[0][i] for rs in results)
+        got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in results)
         assert_no_worse(got, eager, exact, name)
 
 
