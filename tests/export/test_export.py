@@ -1,0 +1,329 @@
+"""CLIP as an ONNX file: what it holds, that onnxruntime computes it, and that `check` notices when it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmfuse.export import check_onnx, export_onnx
+from mmfuse.export.clip import OUTPUTS, ServedCLIP, build, fingerprint, read_weights, samples
+from mmfuse.models.clip import CLIP, SYSTEM
+from torch import nn
+
+import mmfuse
+from mmfuse.cli import main
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+# one worker: the exported files are shared
+pytestmark = pytest.mark.xdist_group("export")
+
+VIT: dict[str, Any] = {
+    "embed_dim": 16,
+    "image_resolution": 32,
+    "vision_layers": 1,
+    "vision_width": 64,
+    "vision_patch_size": 8,
+    "context_length": 77,
+    "vocab_size": 3000,
+    "transformer_width": 32,
+    "transformer_heads": 2,
+    "transformer_layers": 2,
+}
+RESNET = {**VIT, "vision_layers": (1, 1, 1, 1), "vision_width": 8, "vision_patch_size": None, "vision_heads": 4}
+
+
+def make_resnet() -> CLIP:
+    """With batch statistics of its own: at initialisation the residual branches are multiplied by zero."""
+    model = build(RESNET, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for t in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                t.copy_(torch.rand(t.shape, generator=generator) + 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vit") / "clip.onnx"
+    return export_onnx(build(VIT, seed=3), path, config=VIT, seed=3)
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_onnx(make_resnet(), tmp_path_factory.mktemp("resnet") / "clip.onnx")
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(SYSTEM.presets, "tiny", VIT)
+    return "tiny"
+
+
+def edited(path: Path, folder: Path, edit: Any) -> Path:
+    """A copy of an ONNX file after `edit(model)`."""
+    file = onnx.load(path)
+    edit(file)
+    onnx.save(file, folder / "edited.onnx")
+    return folder / "edited.onnx"
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_served_outputs_are_those_of_clip(config: dict[str, Any]) -> None:
+    model = build(config).double().eval()
+    image, text = samples(model, 3, 5)
+    per_image, per_text, image_embeds, text_embeds = ServedCLIP(model)(image, text)
+    logits, _ = model(image, text)
+    assert torch.allclose(per_image, logits, rtol=1e-12, atol=1e-12)
+    assert torch.equal(per_text, per_image.T)
+    for embeds, raw in ((image_embeds, model.encode_image(image)), (text_embeds, model.encode_text(text))):
+        assert torch.allclose(embeds * raw.norm(dim=1, keepdim=True), raw, rtol=1e-12, atol=1e-12)
+
+
+def test_samples_end_with_one_end_token() -> None:
+    _, text = samples(build(VIT), 1, 50)
+    assert ((text == VIT["vocab_size"] - 1).sum(1) == 1).all()
+    assert all((row[row.argmax() + 1 :] == 0).all() and (row[: row.argmax()] > 0).all() for row in text)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_portable_file(name: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(name)
+    file = onnx.load(path)
+    assert [(o.domain, o.version) for o in file.opset_import] == [("", 18)]
+    assert {n.domain for n in file.graph.node} == {""} and not file.functions
+    assert all(onnx.defs.get_schema(n.op_type, 18, "") for n in file.graph.node)
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*file.graph.input, *file.graph.output)
+    }
+    size = file.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+    assert shapes == {
+        "image": ["image_batch", 3, size, size],
+        "text": ["text_batch", 77],
+        "logits_per_image": ["image_batch", "text_batch"],
+        "logits_per_text": ["text_batch", "image_batch"],
+        "image_embeds": ["image_batch", 16],
+        "text_embeds": ["text_batch", 16],
+    }
+    assert str(Path(mmfuse.__file__).parent).encode() not in path.read_bytes(), "a path of this machine"
+    assert [f.name for f in path.parent.iterdir()] == [path.name]
+
+
+def test_metadata(vit: Path, resnet: Path) -> None:
+    facts = {p.key: p.value for p in onnx.load(vit).metadata_props}
+    assert facts == {
+        "mmfuse.version": mmfuse.__version__,
+        "mmfuse.model": "clip",
+        "mmfuse.config": json.dumps(VIT),
+        "mmfuse.target": "portable",
+        "mmfuse.opset": "18",
+        "mmfuse.dtype": "float32",
+        "mmfuse.seed": "3",
+        "mmfuse.weights_sha256": fingerprint(build(VIT, seed=3)),
+    }
+    assert fingerprint(build(VIT, seed=4)) != facts["mmfuse.weights_sha256"]
+
+
+def test_any_batch_in_onnxruntime(vit: Path) -> None:
+    session = onnxruntime.InferenceSession(vit, providers=["CPUExecutionProvider"])
+    model = build(VIT, seed=3).eval()
+    image, text = samples(model, 5, 7)
+    run = session.run(OUTPUTS, {"image": image.numpy(), "text": text.numpy()})
+    for i, j in ((0, 6), (4, 2)):  # a picture and a text alone give what they gave among others
+        alone = session.run(OUTPUTS, {"image": image[i : i + 1].numpy(), "text": text[j : j + 1].numpy()})
+        assert alone[0].shape == (1, 1)
+        assert abs(alone[0][0, 0] - run[0][i, j]) < 1e-4
+    assert [r.shape for r in run] == [(5, 7), (7, 5), (5, 16), (7, 16)]
+
+
+def test_check_holds(vit: Path, resnet: Path) -> None:
+    before = torch.random.get_rng_state()
+    report = check_onnx(vit)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert report["ok"] and [o["name"] for o in report["outputs"]] == list(OUTPUTS), report
+    assert report["operators"]["ArgMax"] == 1 and report["bytes"] == vit.stat().st_size
+    assert check_onnx(resnet, make_resnet())["ok"]
+    with pytest.raises(ValueError, match="does not record how its model was made"):
+        check_onnx(resnet)
+    with pytest.raises(ValueError, match="not the one exported"):
+        check_onnx(resnet, build(RESNET, seed=1))
+
+
+def test_float16_and_the_model_left_as_it_was(tmp_path: Path) -> None:
+    model = build(VIT).half()
+    before = fingerprint(model)
+    path = export_onnx(model, tmp_path / "half.onnx", config=VIT, seed=0)
+    assert model.training and fingerprint(model) == before and all(p.requires_grad for p in model.parameters())
+    file = onnx.load(path)
+    assert file.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    report = check_onnx(path)
+    assert report["ok"] and report["dtype"] == "float16", report
+
+
+def test_weights_above_the_limit_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmfuse.export.onnx.SINGLE_FILE_BYTES", 0)
+    path = export_onnx(build(VIT), tmp_path / "large.onnx", config=VIT, seed=0)
+    data = tmp_path / "large.onnx.data"
+    assert {f.name for f in tmp_path.iterdir()} == {path.name, data.name}
+    report = check_onnx(path)
+    assert report["ok"] and report["bytes"] == path.stat().st_size + data.stat().st_size
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    assert not check_onnx(path)["ok"]
+    data.unlink()
+    with pytest.raises(ValueError, match=r"large\.onnx.*not a readable ONNX file"):
+        check_onnx(path)
+
+
+def corrupt(name: str, row: int = 0) -> Any:
+    def edit(file: Any) -> None:
+        tensor = next(t for t in file.graph.initializer if t.name == name)
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        values[row] += 0.01
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, name))
+
+    return edit
+
+
+def test_check_notices_a_changed_weight(vit: Path, tmp_path: Path) -> None:
+    # the exporter renames what it transposes: the weight of some matrix product
+    file = onnx.load(vit)
+    weights = {t.name for t in file.graph.initializer if len(t.dims) == 2}
+    product = next(n.input[1] for n in file.graph.node if n.op_type == "MatMul" and n.input[1] in weights)
+    report = check_onnx(edited(vit, tmp_path, corrupt(product)))
+    assert not report["ok"] and not all(o["ok"] for o in report["outputs"])
+
+    _, text = samples(build(VIT), 4, 16)
+    unused = next(i for i in range(1, VIT["vocab_size"]) if i not in text)
+    report = check_onnx(edited(vit, tmp_path, corrupt("clip.token_embedding.weight", unused)))
+    assert not report["ok"]
+    assert [c["name"] for c in report["checks"] if not c["ok"]] == ["token embedding"]
+
+
+def test_check_notices_foreign_operators_and_a_broken_graph(vit: Path, tmp_path: Path) -> None:
+    def foreign(file: Any) -> None:
+        node = next(n for n in file.graph.node if n.op_type == "Sigmoid")
+        node.domain = "somewhere"
+        file.opset_import.append(onnx.helper.make_opsetid("somewhere", 1))
+
+    failed = {c["name"] for c in check_onnx(edited(vit, tmp_path, foreign))["checks"] if not c["ok"]}
+    assert {"operators", "onnxruntime"} <= failed
+
+    failed = {
+        c["name"] for c in check_onnx(edited(vit, tmp_path, lambda f: f.graph.node.pop(3)))["checks"] if not c["ok"]
+    }
+    assert {"onnx.checker", "onnxruntime"} <= failed
+
+
+def test_command(tmp_path: Path, tiny_preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights, path = tmp_path / "w.safetensors", tmp_path / "clip.onnx"
+    safetensors.save_file(build(VIT, seed=9).state_dict(), weights)
+    command = ["export", "clip", "--preset", tiny_preset, "--onnx", str(path), "--target", "portable"]
+    assert main([*command, "--weights", str(weights)]) == 0
+    assert str(path) in capsys.readouterr().out
+    assert main(["export", "check", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["weights"] == str(weights) and "seed" not in report
+
+    weights = weights.rename(tmp_path / "moved.safetensors")
+    assert main(["export", "check", str(path)]) == 2
+    assert "w.safetensors" in capsys.readouterr().err
+    assert main(["export", "check", str(path), "--weights", str(weights)]) == 0
+    table = capsys.readouterr().out
+    assert all(word in table for word in (*OUTPUTS, "onnxruntime", "opset 18"))
+    safetensors.save_file(build(VIT, seed=8).state_dict(), weights)
+    assert main(["export", "check", str(path), "--weights", str(weights)]) == 2
+
+
+def test_command_exit_codes(vit: Path, tmp_path: Path) -> None:
+    changed = edited(vit, tmp_path, corrupt("clip.visual.conv1.weight"))
+    truncated, empty, other = (tmp_path / f"{name}.onnx" for name in ("truncated", "empty", "other"))
+    truncated.write_bytes(vit.read_bytes()[:-1000])
+    empty.write_bytes(b"")
+    file = onnx.load(vit)
+    file.ClearField("metadata_props")
+    onnx.save(file, other)
+    for file in (truncated, empty, other, tmp_path, tmp_path / "absent.onnx"):
+        assert main(["export", "check", str(file)]) == 2, file
+
+    process = [sys.executable, "-m", "mmfuse.cli", "export", "check", str(changed)]
+    done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "100"})
+    assert done.returncode == 1, done.stderr
+    assert "no" in done.stdout.split("image_embeds")[1].split("text_embeds")[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--preset", "vit-z", "vit-b-16"),
+        ("--target", "toaster", "target is 'toaster', expected one of portable"),
+        ("--dtype", "int8", "dtype is 'int8', expected one of float32, float16"),
+        ("--weights", "absent.pt", "weights is 'absent.pt', which cannot be read"),
+        ("--onnx", "absent/clip.onnx", "path is 'absent/clip.onnx', which cannot be written"),
+        ("--onnx", ".", "path is '.', which is a folder"),
+    ],
+)
+def test_command_errors(
+    option: str, value: str, message: str, tiny_preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    options = {"--preset": tiny_preset, "--onnx": "clip.onnx"} | {option: value}
+    assert main(["export", "clip", *(word for pair in options.items() for word in pair)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="model is Linear, expected"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "clip.onnx")
+    with pytest.raises(TypeError, match="dtype is bfloat16, expected float32 or float16"):
+        export_onnx(build(VIT).bfloat16(), tmp_path / "clip.onnx")
+
+
+def test_failed_export_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "clip.onnx"
+    path.write_text("old")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        Path(args[1]).write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmfuse.export.onnx._write", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(build(VIT), path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_missing_package_names_the_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(mmfuse.UnsupportedError, match=rf"{package} cannot be imported.*pip install 'mmfuse\[onnx\]'"):
+        export_onnx(build(VIT), tmp_path / "clip.onnx")
+
+
+def test_read_weights(tmp_path: Path) -> None:
+    state = {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
+    layer = nn.Linear(3, 2)
+    layer.load_state_dict(state)
+    torch.save(state, tmp_path / "plain.pt")
+    torch.jit.script(layer).save(tmp_path / "archive.pt")
+    for name in ("plain.pt", "archive.pt"):
+        read = read_weights(tmp_path / name)
+        assert read.keys() == state.keys() and all(torch.equal(read[k], state[k]) for k in state)
+    torch.save({"state_dict": state}, tmp_path / "nested.pt")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for name, message in (("nested.pt", "nothing around them"), ("text.safetensors", "cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            read_weights(tmp_path / name)
