@@ -74,7 +74,7 @@ def check_onnx(path: str | Path, model: CLIP | None = None, *, weights: str | Pa
 def _read(path: Path) -> tuple[onnx.ModelProto, int]:
     """The file without weights that lie beside it, and the size of both."""
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         file = onnx.load(path, format="protobuf", load_external_data=False)

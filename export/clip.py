@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmfuse.export.require import require
 from mmfuse.models import create, load_official
 from mmfuse.models.clip import CLIP
@@ -33,8 +32,9 @@ class ServedCLIP(nn.Module):
         self.clip = clip
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        image_embeds = F.normalize(self.clip.encode_image(image), dim=-1)
-        text_embeds = F.normalize(self.clip.encode_text(text), dim=-1)
+        image_embeds, text_embeds = self.clip.encode_image(image), self.clip.encode_text(text)
+        image_embeds = image_embeds / image_embeds.norm(dim=-1, keepdim=True)
+        text_embeds = text_embeds / text_embeds.norm(dim=-1, keepdim=True)
         logits = self.clip.logit_scale.exp() * image_embeds @ text_embeds.T
         return logits, logits.T, image_embeds, text_embeds
 
@@ -44,6 +44,7 @@ def build(config: str | Mapping[str, Any], *, seed: int = 0, weights: str | Path
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would also seed the GPUs
         model = create("clip", config)
+    assert isinstance(model, CLIP)
     if weights is not None:
         load_official(model, read_weights(Path(weights)))
     return model

@@ -95,9 +95,9 @@ def _write(model: CLIP, path: Path, opset: int, facts: Mapping[str, Any]) -> Non
             dynamic_shapes={name: {0: f"{name}_batch"} for name in INPUTS},
             verbose=False,
         )
-    graph = program.model.graph
-    for node in graph.all_nodes():
+    assert program is not None
+    for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names this machine's folders
     program.model.metadata_props.update({f"mmfuse.{key}": str(fact) for key, fact in facts.items() if fact is not None})
-    large = sum(value.const_value.nbytes for value in graph.initializers.values()) > SINGLE_FILE_BYTES
+    large = sum(t.nbytes for t in model.state_dict().values()) > SINGLE_FILE_BYTES
     onnx_ir.save(program.model, path, external_data=f"{path.name}.data" if large else None)
