@@ -1,1 +1,6 @@
+"""Modules and losses that replace the field's own, and `accelerate()`, which swaps them into a live model."""
 
+from mmfuse.fused.acceleration import Report, accelerate
+from mmfuse.fused.losses import ClipLoss, SigLipLoss
+
+__all__ = ["ClipLoss", "Report", "SigLipLoss", "accelerate"]

@@ -1,0 +1,6 @@
+"""`accelerate()`: fused modules swapped into a live model by a table of rules."""
+
+from mmfuse.fused.acceleration.engine import accelerate
+from mmfuse.fused.acceleration.report import Report
+
+__all__ = ["Report", "accelerate"]

@@ -1,0 +1,83 @@
+"""Walk a live model and swap in what the table of rules matches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mmfuse.fused.acceleration.report import Entry, Report
+from mmfuse.fused.acceleration.rules import RULES, Fused, Rule, loaded
+from mmfuse.kernels._runtime import UnsupportedError
+from torch import nn
+
+
+def accelerate(
+    model: nn.Module, ops: Iterable[str] | None = None, strict: bool = False, dry_run: bool = False
+) -> Report:
+    """Swap fused code into the modules of `model` that a rule matches, in place, and report it.
+
+    Only the `forward` of matched instances changes: classes, parameters, buffers, state-dict keys, hooks and outputs
+    stay; copies and pickles of the model stay accelerated. transformers' CLIPModel and SiglipModel return the logits,
+    so there the fused loss is opt-in: with `return_loss=True` the logits are then computed only when read.
+
+        report = accelerate(model)          # print(report); report.undo()
+        with accelerate(model): ...         # undone at the end
+
+    Args:
+        model: any module, the loss itself included.
+        ops: operators to use, e.g. {"clip_loss"}; names those that are opt-in too. By default all that are not.
+        strict: raise, and change nothing, unless every matched module can be replaced and there is one.
+        dry_run: report only.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `ops` names an unknown operator.
+        UnsupportedError: `strict`, and a matched module has to be left or none is matched; the message is the report.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module")
+    rules = _rules(ops)
+    entries, swaps, barriers = [], [], {}
+    for path, module in model.named_modules():
+        if barrier := _barrier(module):
+            barriers[path] = barrier
+        for rule in (r for r in rules if r.matches(module)):
+            outcome, why = _outcome(rule, module, path, barriers, opted_in=ops is not None)
+            entries.append(Entry(path, type(module).__name__, rule.op, outcome, why))
+            if outcome == "replaced":
+                swaps.append((rule, module))
+    nothing = f"no module matches; there are rules for {', '.join(r.target.replace(':', '.') for r in rules)}"
+    report = Report(type(model).__name__, entries, nothing, dry_run)
+    if strict and (report.left or not (report.replaced or report.already)):
+        raise UnsupportedError(str(report))
+    if not dry_run:
+        for rule, module in swaps:
+            report.remember(rule.apply(module))
+    return report
+
+
+def _rules(ops: Iterable[str] | None) -> list[Rule]:
+    if ops is None:
+        return list(RULES)
+    chosen = {ops} if isinstance(ops, str) else set(ops)
+    known = {r.op for r in RULES}
+    if unknown := chosen - known:
+        raise ValueError(f"ops names {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(known))}")
+    return [r for r in RULES if r.op in chosen]
+
+
+def _outcome(rule: Rule, module: nn.Module, path: str, barriers: dict[str, str], opted_in: bool) -> tuple[str, str]:
+    if isinstance(vars(module).get("forward"), Fused):
+        return "already replaced", ""
+    inside = [why for outer, why in barriers.items() if outer in ("", path) or path.startswith(f"{outer}.")]
+    why = inside[0] if inside else rule.why_not(module) or ("" if opted_in else rule.opt_in)
+    return ("left", why) if why else ("replaced", "")
+
+
+def _barrier(module: nn.Module) -> str | None:
+    """Why nothing at or below `module` may change, or None."""
+    optimized = loaded("torch._dynamo.eval_frame:OptimizedModule")
+    if module._compiled_call_impl is not None or (optimized is not None and isinstance(module, optimized)):
+        return "it is compiled already; call accelerate() before torch.compile"
+    if isinstance(module, nn.DataParallel):
+        return "nn.DataParallel's replicas would run the original; use DistributedDataParallel"
+    return None

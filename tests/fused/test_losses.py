@@ -1,0 +1,226 @@
+"""ClipLoss and SigLipLoss against open_clip's own classes."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmfuse.fused import ClipLoss, SigLipLoss
+from torch import Tensor, nn
+
+import mmfuse
+from judge import assert_no_worse
+from mmfuse._compat import allow_torchvision
+
+allow_torchvision()
+open_clip = pytest.importorskip("open_clip")
+from open_clip.model import CLIP  # noqa: E402
+
+PAIRS = {ClipLoss: open_clip.loss.ClipLoss, SigLipLoss: open_clip.loss.SigLipLoss}
+BIAS = {ClipLoss: (), SigLipLoss: (-10.0,)}
+LOSSES = pytest.mark.parametrize("cls", [ClipLoss, SigLipLoss])
+
+
+def features(n: int, d: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Pairs as an untrained model has them: where the loss is next to 0, open_clip's own float64 rounds it to 0."""
+    image, text = (F.normalize(torch.randn(n, d, device=device), dim=-1) for _ in range(2))
+    return image, text
+
+
+def value_and_grads(loss: nn.Module, image: Tensor, text: Tensor, dtype: torch.dtype, *scalars: float) -> list[Tensor]:
+    image, text = (t.to(dtype, copy=True).requires_grad_() for t in (image, text))
+    acc = torch.promote_types(dtype, torch.float32)
+    parameters = [torch.tensor(v, dtype=acc, device=image.device, requires_grad=True) for v in scalars]
+    value = loss(image, text, *parameters, *[None] * (isinstance(loss, SigLipLoss) and len(scalars) < 2))
+    return [value, *torch.autograd.grad(value, (image, text, *parameters))]
+
+
+@LOSSES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("n, d", [(1, 16), (2, 96), (7, 512), (65, 96)])
+def test_as_open_clip(cls, n: int, d: int, scale: float, dtype: torch.dtype, device: str) -> None:
+    results: list[list[list[Tensor]]] = [[], [], []]
+    for _ in range(30):  # eager's error in one number may be nothing by luck
+        pairs = [t.to(dtype) for t in features(n, d, device)]
+        results[0].append(value_and_grads(cls(), *pairs, dtype, scale, *BIAS[cls]))
+        results[1].append(value_and_grads(PAIRS[cls](), *pairs, dtype, scale, *BIAS[cls]))
+        results[2].append(value_and_grads(PAIRS[cls](), *pairs, torch.float64, scale, *BIAS[cls]))
+    for i, name in enumerate(("loss", "image", "text", "scale", "bias")[: len(results[0][0])]):
+        got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in results)
+        assert_no_worse(got, eager, exact, name)
+
+
+@LOSSES
+def test_exact_in_float64(cls) -> None:
+    for n, d in ((1, 3), (6, 5), (65, 32)):
+        args = (*features(n, d), torch.float64, 14.3, *BIAS[cls])
+        got, want = value_and_grads(cls(), *args), value_and_grads(PAIRS[cls](), *args)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+
+
+def test_clip_bias_cancels() -> None:
+    args = (*features(9, 8), torch.float64, 14.3, -10.0)
+    *got, bias = value_and_grads(ClipLoss(), *args)
+    *want, noise = value_and_grads(open_clip.loss.ClipLoss(), *args)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+    assert bias == 0 and noise.abs() < 1e-15
+
+
+@pytest.mark.parametrize("n", [1, 5, 65])
+def test_negatives_only(n: int) -> None:
+    image, text = (t.double().requires_grad_() for t in features(n, 16))
+    got, want = (c()._loss(image, text, 10.0, -10.0, negative_only=True) for c in (SigLipLoss, PAIRS[SigLipLoss]))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, (image, text)), torch.autograd.grad(want, (image, text)), rtol=1e-10, atol=1e-16
+    )
+
+
+@LOSSES
+def test_outputs(cls) -> None:
+    image, text = features(6, 8)
+    args = {"image_features": image, "text_features": text, "logit_scale": torch.tensor(10.0)}
+    args["logit_bias"] = torch.tensor(-1.0)
+    for output_dict in (False, True):
+        got, want = (c()(**args, output_dict=output_dict) for c in (cls, PAIRS[cls]))
+        assert type(got) is type(want)
+        torch.testing.assert_close(got, want)
+    assert list(got) == ["contrastive_loss"]
+
+
+@LOSSES
+@pytest.mark.parametrize("scale", [14.3, torch.tensor(14.3), torch.tensor([14.3])], ids=["float", "0-d", "[1]"])
+@pytest.mark.parametrize("bias", [None, -2.0, torch.tensor(-2.0), torch.tensor([-2.0])], ids=str)
+def test_forms_of_scale_and_bias(cls, scale: Tensor | float, bias: Tensor | float | None) -> None:
+    got, want = [], []
+    for loss, into in ((cls(), got), (PAIRS[cls](), want)):
+        torch.manual_seed(0)
+        leaves = [t.requires_grad_() for t in features(6, 8)]
+        parameters = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in (scale, bias)]
+        leaves += [t for t in parameters if isinstance(t, Tensor)]
+        value = loss(*leaves[:2], *parameters)
+        into += [value, *torch.autograd.grad(value, leaves)]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@LOSSES
+def test_interface(cls) -> None:
+    theirs = PAIRS[cls]
+    for method in ("__init__", "forward", "get_logits", "get_ground_truth", "_loss"):
+        if hasattr(theirs, method):
+            found, want = (inspect.signature(getattr(c, method)).parameters.values() for c in (cls, theirs))
+            assert [(p.name, p.default, p.kind) for p in found] == [(p.name, p.default, p.kind) for p in want], method
+    options = {"cache_labels": True, "rank": 3} | ({"local_loss": True} if cls is ClipLoss else {"dist_impl": "gather"})
+    mine, other = cls(**options), theirs(**options)
+    assert {k: v for k, v in vars(mine).items() if k[0] != "_"} == {k: v for k, v in vars(other).items() if k[0] != "_"}
+    assert not mine.state_dict() and not list(mine.parameters())
+    mine.load_state_dict(other.state_dict())
+
+
+@LOSSES
+@pytest.mark.parametrize("bias", [None, -2.0])
+def test_logits(cls, bias: float | None) -> None:
+    args = (*features(6, 8), torch.tensor(10.0), bias)
+    torch.testing.assert_close(cls().get_logits(*args), PAIRS[cls]().get_logits(*args), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_clip_labels_are_cached(cache: bool) -> None:
+    device = torch.device("cpu")
+    for loss in (ClipLoss(cache_labels=cache), open_clip.loss.ClipLoss(cache_labels=cache)):
+        first, second = (loss.get_ground_truth(device, 5) for _ in range(2))
+        assert first.dtype == torch.long and first.tolist() == [0, 1, 2, 3, 4]
+        assert (first is second) is cache and (device in loss.labels) is cache
+        assert loss.get_ground_truth(device, 3).tolist() == [0, 1, 2]
+        assert loss.prev_num_logits == (3 if cache else 0)
+
+
+@pytest.mark.parametrize("negative_only", [False, True])
+def test_siglip_labels(negative_only: bool) -> None:
+    args = (torch.device("cpu"), torch.bfloat16, 5, negative_only)
+    got, want = (c().get_ground_truth(*args) for c in (SigLipLoss, PAIRS[SigLipLoss]))
+    assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+@LOSSES
+def test_under_autocast(cls) -> None:
+    image, text = features(64, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, eager = (c()(image, text, 14.3, *BIAS[cls] or (None,)) for c in (cls, PAIRS[cls]))
+    exact = PAIRS[cls]()(image.double(), text.double(), 14.3, *BIAS[cls] or (None,))
+    assert got.dtype == torch.float32
+    assert_no_worse(got, eager.float(), exact)
+
+
+def test_compiles_whole() -> None:
+    image, text = features(16, 8)
+    for loss in (ClipLoss(), SigLipLoss()):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        got = compiled(image, text, torch.tensor(10.0), torch.tensor(-10.0), output_dict=True)
+        torch.testing.assert_close(got, loss(image, text, 10.0, -10.0, output_dict=True))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ClipLoss(world_size=2),
+        lambda: ClipLoss(use_horovod=True),
+        lambda: SigLipLoss(rank=1, world_size=8),
+    ],
+)
+def test_distributed_is_refused(make) -> None:
+    with pytest.raises(mmfuse.UnsupportedError, match="Loss: (world_size is|use_horovod is).*no distributed form yet"):
+        make()
+
+
+@LOSSES
+def test_distributed_is_refused_later_too(cls) -> None:
+    loss = cls()
+    loss.world_size = 2
+    with pytest.raises(mmfuse.UnsupportedError, match="world_size is 2, expected 1"):
+        loss(*features(4, 8), 10.0, None)
+
+
+@LOSSES
+def test_bad_input(cls) -> None:
+    image, text = features(4, 8)
+    # open_clip refuses unequal counts as well; the operator alone would take them for a block of a larger batch
+    with pytest.raises(ValueError, match=r"text_features has shape \(4, 8\), expected \(3, 8\)"):
+        cls()(image[:3], text, 10.0, None)
+    with pytest.raises(ValueError, match="logit_scale has shape"):
+        cls()(image, text, torch.ones(4, 1), None)
+    with pytest.raises(ValueError, match="dist_impl is 'ring', expected 'bidir'"):
+        SigLipLoss(dist_impl="ring")
+
+
+@LOSSES
+@pytest.mark.parametrize("nonscalar", [False, True])
+def test_trains_a_clip_of_open_clip(cls, nonscalar: bool) -> None:
+    pixels, tokens = torch.randn(3, 8, 3, 16, 16).double(), torch.randint(1, 40, (3, 8, 6))
+
+    def train(loss: nn.Module) -> tuple[list[Tensor], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = CLIP(
+            16,
+            {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+            {"context_length": 6, "vocab_size": 40, "width": 16, "heads": 2, "layers": 1},
+            init_logit_bias=BIAS[cls][0] if BIAS[cls] else None,
+            nonscalar_logit_scale=nonscalar,
+            output_dict=True,
+        ).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        values = []
+        for step in range(3):
+            losses = loss(**model(pixels[step], tokens[step]), output_dict=True)
+            optimizer.zero_grad()
+            losses["contrastive_loss"].backward()
+            optimizer.step()
+            values.append(losses["contrastive_loss"].detach())
+        return values, model.state_dict()
+
+    got, want = train(cls()), train(PAIRS[cls]())
+    assert want[0][0] != want[0][2]
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
