@@ -1,0 +1,83 @@
+"""What is measured: one case per operation, with the shapes of real models and everything that can compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shape = dict[str, int]
+# (device, dtype) -> the function to measure; raising means absent, with the exception as the reason
+Load = Callable[[torch.device, torch.dtype], Callable[..., Tensor]]
+
+# suite: the module with its CASES; a new suite is one line here and one module
+SUITES = {"contrastive": "mmfuse.bench.contrastive"}
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Work that no implementation can do without, timed beside the providers."""
+
+    load: Load
+    flops: Callable[..., float]  # (**shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One operation: `inputs(device, dtype, **shape)` are the arguments of every provider, which returns a scalar."""
+
+    name: str
+    inputs: Callable[..., tuple[Tensor, ...]]
+    outputs: tuple[str, ...]  # names of the result and of the gradients of the inputs that require one
+    providers: dict[str, Load]  # baselines first
+    definitions: tuple[str, ...]  # the providers that are the operation itself; the first of them loads everywhere
+    default: Callable[[torch.device, torch.dtype], list[str]]  # the providers measured when none are named
+    dims: tuple[str, ...]  # what the numbers of a size such as 8192x512 are
+    shapes: dict[str, list[Shape]]  # by device type, smallest first
+    growth: str  # the dimension over which cost is fitted
+    flops: Callable[..., float]  # (mode, **shape): the fewest that compute it
+    bytes: Callable[..., float]  # (mode, itemsize, **shape): each input read once, each output written once
+    anchors: dict[str, Anchor]
+    anchor: Callable[[str, str], str]  # (provider, mode) -> the anchor that it is compared with
+
+    def shape(self, size: str) -> Shape:
+        """`8192x512` as {"N": 8192, "D": 512}."""
+        numbers = size.split("x")
+        if len(numbers) != len(self.dims) or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+            raise ValueError(f"size is {size!r}, expected {'x'.join(self.dims)} such as {label(self.shapes['cpu'][0])}")
+        return dict(zip(self.dims, map(int, numbers), strict=True))
+
+
+def label(shape: Shape) -> str:
+    return "x".join(map(str, shape.values()))
+
+
+def suite(name: str) -> list[Case]:
+    """The cases of a suite."""
+    if name not in SUITES:
+        raise ValueError(f"suite is {name!r}, expected one of {', '.join(SUITES)}")
+    cases: list[Case] = import_module(SUITES[name]).CASES
+    return cases
+
+
+def find(name: str) -> Case:
+    """The case called `name`, of any suite."""
+    return next(case for case in everything() if case.name == name)
+
+
+def everything() -> Iterator[Case]:
+    for name in SUITES:
+        yield from suite(name)
+
+
+def is_ours(provider: str) -> bool:
+    return provider.startswith("mmfuse")
+
+
+def options(fn: Any) -> dict[str, Any]:
+    """The options that a provider of ours was bound to, e.g. the backend that the dispatcher chose."""
+    return dict(getattr(fn, "keywords", {}))

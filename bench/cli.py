@@ -1,0 +1,167 @@
+"""`mmfuse bench`: speed and memory against what you would otherwise run, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from mmfuse.bench import report, runner, store
+from mmfuse.bench.cases import SUITES, Case, Shape, everything, label, suite
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_MINUTE = 60.0
+
+Job = tuple[Case, Shape, list[str]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "suite", nargs="?", choices=[*SUITES, "all"], help="what to measure; without it, a table of one minute"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--mode", choices=runner.MODES, default=runner.MODES[0])
+    parser.add_argument("--cases", help="comma-separated, e.g. clip")
+    parser.add_argument("--sizes", help="comma-separated, e.g. 4096x512,8192x512")
+    parser.add_argument(
+        "--providers", help="comma-separated; a name without [...] is all its variants, e.g. open_clip,mmfuse"
+    )
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="leave out what does not fit, smallest first")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the records as DIR/<device>/<suite>.jsonl")
+    parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="show these records, measure nothing")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the records into a PNG")
+    parser.add_argument("--json", action="store_true", help="print the records as JSON lines")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    parser.add_argument("--list", action="store_true", help="list the cases, their sizes and providers")
+
+
+def run(args: argparse.Namespace) -> int:
+    device = torch.device(args.device)
+    dtype = _DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    if args.source is not None:
+        if not args.source.exists():
+            raise ValueError(f"--from is {str(args.source)!r}, expected a file of records or a folder of such files")
+        records = store.read(args.source)
+    else:
+        jobs = list(_jobs(args, device, dtype))
+        if args.list:
+            return _list(jobs, device, dtype)
+        budget = _MINUTE if args.suite is None and args.budget is None else args.budget
+        records = []
+        with _progress(len(jobs)) as tick:
+            for found in runner.run(jobs, device, dtype, args.mode, tick, budget):
+                found = store.stamped(found, device)
+                records += found
+                if args.out is not None:  # at once: what was measured stays, whatever comes after it
+                    store.append(args.out, _suite_of(found[0]["case"]), found)
+    if args.json:
+        print("\n".join(json.dumps(record) for record in records))
+    elif args.markdown:
+        print(report.markdown(records), end="")
+    else:
+        _show(records)
+    if args.plot is not None:
+        from mmfuse.bench import plots
+
+        plots.draw(records, args.plot)
+        print(f"plot: {args.plot}", file=sys.stderr)
+    return 0 if runner.holds(records) else 1
+
+
+def _jobs(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
+    """What to measure, smallest first."""
+    cases = list(everything()) if args.suite in (None, "all") else suite(args.suite)
+    if args.cases:
+        wanted = args.cases.split(",")
+        _check("--cases", wanted, [case.name for case in cases])
+        cases = [case for case in cases if case.name in wanted]
+    jobs: list[Job] = []
+    for case in cases:
+        shapes = case.shapes[device.type]
+        if args.sizes:
+            shapes = [case.shape(size) for size in args.sizes.split(",")]
+        elif args.suite is None and not args.list:
+            shapes = shapes[:2]
+        names = _providers(args.providers, case, device, dtype)
+        jobs += [(case, shape, names) for shape in shapes if names]
+    yield from sorted(jobs, key=lambda job: job[0].flops(args.mode, **job[1]))
+
+
+def _providers(wanted: str | None, case: Case, device: torch.device, dtype: torch.dtype) -> list[str]:
+    if wanted is None:
+        return case.default(device, dtype)
+    names = wanted.split(",")
+    _check(
+        "--providers", names, {p for c in everything() for p in (*c.providers, *(q.split("[")[0] for q in c.providers))}
+    )
+    return [p for p in case.providers if p in names or p.split("[")[0] in names]
+
+
+def _check(option: str, given: list[str], known: list[str] | set[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{option} has {name!r}, expected some of {', '.join(sorted(known))}")
+
+
+def _suite_of(case: str) -> str:
+    return next(name for name in SUITES if any(c.name == case for c in suite(name)))
+
+
+@contextmanager
+def _progress(rows: int) -> Iterator[runner.Tick]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    # on the error stream: the output may be read by a program
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring the ceilings", total=rows)
+        yield lambda text, done: progress.update(task, description=text, completed=done)
+
+
+def _show(records: list[store.Record]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    if records:
+        console.print(report.machine(records[0]))
+    for key, group in report.groups(records).items():
+        console.print(f"\n[bold]{report.title(key)}[/bold]  {report.ceiling(group)}")
+        table = Table(*report.columns(group), box=None, pad_edge=False, header_style="dim")
+        for column in table.columns[2:9]:
+            column.justify = "right"
+        last = None
+        for row in report.rows(group):
+            if last not in (None, row[0]):
+                table.add_section()
+            table.add_row("" if row[0] == last else row[0], *map(escape, row[1:]))
+            last = row[0]
+        console.print(table)
+        for provider, time, space in report.growth_rows(group):
+            dim = report.varying(group)[0]
+            memory = f", memory ~ {dim}^{space}" if space else ""
+            console.print(f"  {escape(f'{provider:26}')} time ~ {dim}^{time}{memory}")
+        for line in report.left_out(group):
+            console.print(f"  {escape(line)}", style="dim")
+
+
+def _list(jobs: list[Job], device: torch.device, dtype: torch.dtype) -> int:
+    by_case = {case.name: case for case, *_ in jobs}
+    for case in by_case.values():
+        print(f"{case.name}: sizes {', '.join(label(s) for s in case.shapes[device.type])} ({'x'.join(case.dims)})")
+        default = case.default(device, dtype)
+        for name, load in case.providers.items():
+            try:
+                load(device, dtype)
+                state = "measured by default" if name in default else "available"
+            except Exception as error:  # importing a package built for another torch can raise anything
+                state = f"absent: {runner.first_line(error)}"
+            print(f"  {name:26} {state}")
+    return 0

@@ -1,0 +1,293 @@
+"""CLIP's and SigLIP's losses against open_clip's, torch.compile of them, and the published kernels.
+
+N pairs of unit features of D dimensions, a pair at a cosine of 0.3, and the logit scale (and bias) that training starts
+from. Forward and backward need three matrix products, 6 N^2 D floating-point operations: U = X YT, G Y and GT X. What
+keeps no logits computes U twice: four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from mmfuse.bench.cases import Anchor, Case, Load
+from mmfuse.kernels._runtime import Op
+from mmfuse.kernels.contrastive.op import CLIP, SIGLIP, clip_loss, siglip_loss
+from torch import Tensor
+
+from mmfuse._compat import allow_torchvision
+
+_Loss = Callable[..., Tensor]
+
+_TEMPERATURE = 0.07
+_SIGLIP_SCALE, _SIGLIP_BIAS = 10.0, -10.0
+
+
+def _features(device: torch.device, dtype: torch.dtype, N: int, D: int) -> list[Tensor]:
+    image, noise = (F.normalize(torch.randn(N, D, device=device), dim=-1) for _ in range(2))
+    text = F.normalize(0.3 * image + 0.954 * noise, dim=-1)
+    return [t.to(dtype).requires_grad_() for t in (image, text)]
+
+
+def _scalar(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # parameters are float32 beside 16-bit features
+    return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32), device=device, requires_grad=True)
+
+
+def _clip_inputs(device: torch.device, dtype: torch.dtype, N: int, D: int) -> tuple[Tensor, ...]:
+    return *_features(device, dtype, N, D), _scalar(1 / _TEMPERATURE, device, dtype)
+
+
+def _siglip_inputs(device: torch.device, dtype: torch.dtype, N: int, D: int) -> tuple[Tensor, ...]:
+    scalars = (_scalar(v, device, dtype) for v in (_SIGLIP_SCALE, _SIGLIP_BIAS))
+    return *_features(device, dtype, N, D), *scalars
+
+
+# --- what the field computes ----------------------------------------------------------------------------------------
+
+
+def eager_clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """open_clip's ClipLoss in one process: two products, two cross-entropies."""
+    label = torch.arange(len(image), device=image.device)
+    per_image, per_text = scale * image @ text.T, scale * text @ image.T
+    return (F.cross_entropy(per_image, label) + F.cross_entropy(per_text, label)) / 2
+
+
+def eager_siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """open_clip's SigLipLoss in one process."""
+    logits = scale * image @ text.T + bias
+    z = 2 * torch.eye(len(image), device=image.device, dtype=image.dtype) - 1
+    return -F.logsigmoid(z * logits).sum() / len(image)
+
+
+def _amp(loss: _Loss) -> _Loss:
+    """16-bit features meet an eager loss under autocast, as they do in training."""
+
+    def run(image: Tensor, text: Tensor, *scalars: Tensor) -> Tensor:
+        low = image.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(image.device.type, image.dtype if low else None, enabled=low):
+            return loss(image, text, *scalars)
+
+    return run
+
+
+def _eager(loss: _Loss) -> Load:
+    return lambda device, dtype: _amp(loss)
+
+
+def _open_clip(name: str) -> Load:
+    def load(device: torch.device, dtype: torch.dtype) -> _Loss:
+        allow_torchvision()
+        return _amp(getattr(import_module("open_clip.loss"), name)())
+
+    return load
+
+
+@cache
+def _has_open_clip() -> bool:
+    try:
+        _open_clip("ClipLoss")(torch.device("cpu"), torch.float32)
+    except Exception:  # importing a package built for another torch can raise anything
+        return False
+    return True
+
+
+def _compiled(name: str, loss: _Loss) -> Load:
+    """torch.compile of open_clip's loss, or of the same formula where open_clip is absent."""
+
+    def load(device: torch.device, dtype: torch.dtype) -> _Loss:
+        torch._dynamo.reset()  # each size compiles for itself, as in training
+        fn = _open_clip(name)(device, dtype) if _has_open_clip() else _amp(loss)
+        return torch.compile(fn, dynamic=False)
+
+    return load
+
+
+# --- ours -----------------------------------------------------------------------------------------------------------
+
+_BACKENDS = ("cuda", "triton", "cpu", "chunked", "torch")
+
+
+def _chosen(op: Op, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    features = torch.empty(1, 1, device=device, dtype=dtype)
+    return op.select(features, features, backend=backend).name
+
+
+def _ours(op: Op, loss: _Loss, save: str | None = None, backend: str | None = None) -> Load:
+    bound = {} if save is None else {"save": save}
+    return lambda device, dtype: partial(loss, backend=_chosen(op, device, dtype, backend), **bound)
+
+
+def _all_of_ours(op: Op, loss: _Loss, saves: tuple[str, ...]) -> dict[str, Load]:
+    """`mmfuse` is what the dispatcher chooses, `mmfuse-triton[store]` names the implementation and what is saved."""
+    return {
+        "mmfuse" + (f"-{backend}" if backend else "") + (f"[{save}]" if save else ""): _ours(op, loss, save, backend)
+        for backend in (None, *_BACKENDS)
+        for save in ((None, *saves) if backend != "torch" else (None,))
+    }
+
+
+# --- published kernels, for CUDA ------------------------------------------------------------------------------------
+
+
+def _peer(make: Callable[[], _Loss]) -> Load:
+    def load(device: torch.device, dtype: torch.dtype) -> _Loss:
+        if device.type != "cuda":
+            raise NotImplementedError("needs a CUDA device")
+        return make()
+
+    return load
+
+
+def _inf_cl() -> _Loss:
+    from inf_cl import cal_flash_loss
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        head = next(h for h in (256, 128, 64, 32) if image.shape[1] % h == 0)
+        one = partial(cal_flash_loss, scale=scale, head_dim=head)
+        return (one(image, text).mean() + one(text, image).mean()) / 2
+
+    return loss
+
+
+def _memeff() -> _Loss:
+    from memeff import MemoryEfficientCLIPLoss
+
+    # the textbook gradient; the temperature is a constant of the module
+    loss = MemoryEfficientCLIPLoss(temperature=_TEMPERATURE, normalized_inputs=True, stable=False)
+    return lambda image, text, scale: loss(image, text)
+
+
+def _siglip_kernel() -> _Loss:
+    from siglip_kernel import fused_siglip_loss
+
+    return lambda image, text, scale, bias: fused_siglip_loss(image, text, scale.log(), bias)
+
+
+def _two_calls(cross_entropy: _Loss) -> _Loss:
+    """CLIP's loss from a fused linear cross-entropy (features, weight, label), one call per direction."""
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        label = torch.arange(len(image), device=image.device)
+        scale = scale.to(image.dtype)
+        return (cross_entropy(scale * image, text, label) + cross_entropy(scale * text, image, label)) / 2
+
+    return loss
+
+
+def _liger() -> _Loss:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return _two_calls(partial(liger_fused_linear_cross_entropy, accum_dtype=torch.float32))
+
+
+def _cut_cross_entropy() -> _Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    # its default skips the small probabilities, which here are the whole repulsion between negatives
+    return _two_calls(partial(linear_cross_entropy, filter_eps=None))
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+def _products(count: int) -> Anchor:
+    """U = X YT, then G Y, then GT X, then U again: the first `count` of them."""
+
+    def load(device: torch.device, dtype: torch.dtype) -> _Loss:
+        kept: list[Tensor] = []
+
+        def run(image: Tensor, text: Tensor, *scalars: Tensor) -> Tensor:
+            out = kept or [image.new_empty(len(image), len(text)), torch.empty_like(image), torch.empty_like(text)]
+            if device.type == "cpu":  # where fresh memory costs page faults, which are no part of a product
+                kept[:] = out
+            u, gy, gx = out
+            torch.mm(image, text.T, out=u)
+            if count > 1:
+                torch.mm(u, text, out=gy)
+                torch.mm(u.T, image, out=gx)
+            if count > 3:
+                torch.mm(image, text.T, out=u)
+            return u
+
+        return run
+
+    return Anchor(load, lambda N, D: count * 2 * N * N * D)
+
+
+def _flops(mode: str, N: int, D: int) -> float:
+    return (2 if mode == "fwd" else 6) * N * N * D
+
+
+def _bytes(mode: str, itemsize: int, N: int, D: int) -> float:
+    return (2 if mode == "fwd" else 4) * N * D * itemsize
+
+
+def _default(op: Op, saves: tuple[str, ...], peers: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Every alternative once: no implementation under two names, none of another device."""
+    compiled = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
+    ours = ["", *(f"-{b}" for b in compiled if b != _chosen(op, device, dtype))]
+    baseline = "open_clip" if _has_open_clip() else "eager"
+    fused = [f"mmfuse{b}{save}" for b in ours for save in ([f"[{s}]" for s in saves] or [""])]
+    return [baseline, "compile", *(peers if device.type == "cuda" else []), *fused, "mmfuse-chunked"]
+
+
+def _case(name: str, op: Op, loss: _Loss, eager: _Loss, saves: tuple[str, ...], peers: dict[str, Load], **own) -> Case:  # type: ignore[no-untyped-def]
+    reference = {"clip": "ClipLoss", "siglip": "SigLipLoss"}[name]
+    return Case(
+        name=name,
+        providers={
+            "eager": _eager(eager),
+            "open_clip": _open_clip(reference),
+            "compile": _compiled(reference, eager),
+            **peers,
+            **_all_of_ours(op, loss, saves),
+        },
+        definitions=("eager", "open_clip"),
+        default=partial(_default, op, saves, list(peers)),
+        dims=("N", "D"),
+        shapes={
+            "cpu": [{"N": n, "D": 512} for n in (512, 2048, 8192)],
+            # ViT-B, ViT-L and the batches that contrastive training uses
+            "cuda": [{"N": n, "D": d} for n, d in ((4096, 512), (32768, 768), (65536, 768))],
+        },
+        growth="N",
+        flops=_flops,
+        bytes=_bytes,
+        anchors={f"gemm{count}": _products(count) for count in (1, 3, 4)},
+        **own,
+    )
+
+
+CASES = [
+    _case(
+        "clip",
+        CLIP,
+        clip_loss,
+        eager_clip,
+        saves=("store", "recompute"),
+        peers={
+            "inf_cl": _peer(_inf_cl),
+            "memeff": _peer(_memeff),
+            "liger": _peer(_liger),
+            "cut_cross_entropy": _peer(_cut_cross_entropy),
+        },
+        inputs=_clip_inputs,
+        outputs=("loss", "d image", "d text", "d logit_scale"),
+        anchor=lambda provider, mode: "gemm1" if mode == "fwd" else "gemm4" if "recompute" in provider else "gemm3",
+    ),
+    _case(
+        "siglip",
+        SIGLIP,
+        siglip_loss,
+        eager_siglip,
+        saves=(),
+        peers={"siglip_kernel": _peer(_siglip_kernel)},
+        inputs=_siglip_inputs,
+        outputs=("loss", "d image", "d text", "d logit_scale", "d logit_bias"),
+        anchor=lambda provider, mode: "gemm1" if mode == "fwd" else "gemm3",
+    ),
+]
