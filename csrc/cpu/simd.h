@@ -1,0 +1,62 @@
+// Elementary functions that the compiler vectorises inside a loop.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+// one binary, compiled for three generations of x86; the loader picks
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
+#define MMFUSE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MMFUSE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#else
+#define MMFUSE_CLONES
+#endif
+#define MMFUSE_INLINE inline __attribute__((always_inline))
+
+namespace mmfuse {
+
+// Hides a constant: gcc turns a clamp to a known constant into masked arithmetic instead of a minimum.
+MMFUSE_INLINE float opaque(float x) {
+    __asm__("" : "+m"(x));
+    return x;
+}
+
+// e^x within 1.1 ulp (1.4 without FMA): 2^n p(r), x = n log(2) + r, |r| <= log(2) / 2.
+// 0 below 2^-126.5, inf above 2^127.5, NaN stays NaN. Make one per loop, outside of it.
+struct Exp {
+    const float low = opaque(-88.0f), high = opaque(89.0f);
+
+    MMFUSE_INLINE float operator()(float x) const {
+        constexpr float log2e = 1.44269504f, round = 12582912.0f + 127.0f;  // 1.5 * 2^23: n + 127 is in the low bits
+        constexpr float log2_high = 0.693359375f, log2_low = -2.12194440e-4f;  // n * log2_high is exact
+        x = x < low ? low : x;
+        x = x > high ? high : x;
+        const float shifted = x * log2e + round, n = shifted - round;
+        const float r = x - n * log2_high - n * log2_low;
+        float p = 1.38368458e-3f;
+        p = p * r + 8.37481581e-3f;
+        p = p * r + 4.16682251e-2f;
+        p = p * r + 1.66664198e-1f;
+        p = p * r + 4.99999911e-1f;
+        p = p * r + 1.0f;
+        p = p * r + 1.0f;
+        // a product, not an addition to the exponent bits: it keeps NaN, 0 and inf
+        return p * std::bit_cast<float>(std::bit_cast<uint32_t>(shifted) << 23);
+    }
+};
+
+// 2 atanh(w) for 0 <= w <= 1/3, relative error 4e-9 before rounding; log1p(e) = 2 atanh(e / (2 + e))
+MMFUSE_INLINE float twice_atanh(float w) {
+    const float z = w * w;
+    float p = 2.81783342e-1f;
+    p = p * z + 2.79606014e-1f;
+    p = p * z + 4.00249094e-1f;
+    p = p * z + 6.66663170e-1f;
+    p = p * z + 2.0f;
+    return w * p;
+}
+
+}  // namespace mmfuse

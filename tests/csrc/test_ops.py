@@ -1,0 +1,344 @@
+"""Each compiled operation against its formula in float64, on every device whose part is built."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from mmfuse.kernels._runtime.library import load
+from torch import Tensor
+
+from judge import assert_no_worse
+
+SHAPES = [(1, 1), (3, 7), (64, 65), (129, 1000), (70, 1540)]
+DIAGONALS = [0, 5, -2, 10_000]
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def part(request: pytest.FixtureRequest) -> str:
+    reason = load(request.param)
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+def positives(u: Tensor, diagonal: int) -> Tensor:
+    row, col = (torch.arange(n, device=u.device) for n in u.shape)
+    return col == row[:, None] + diagonal
+
+
+def logit_stats(part: str, u: Tensor, scale: float, diagonal: int, state=None, step=None):
+    """(row_max, row_sum, col_max, col_sum, q)"""
+    c, n = u.shape
+    row_max, row_sum = torch.empty(c, device=part), torch.empty(c, device=part)
+    col_max, col_sum = state or (torch.full((n,), -math.inf, device=part), torch.zeros(n, device=part))
+    q = torch.empty(0 if step is None else (c, n), dtype=torch.int16, device=part)
+    step = torch.empty(0, device=part) if step is None else step
+    op = getattr(torch.ops, f"mmfuse_{part}").logit_stats
+    op(u, torch.tensor(scale, device=part), diagonal, step, row_max, row_sum, col_max, col_sum, q)
+    return row_max, row_sum, col_max, col_sum, q
+
+
+def check_stats(part: str, u: Tensor, scale: float, diagonal: int) -> None:
+    u = u.to(part)
+    row_max, row_sum, col_max, col_sum, _ = logit_stats(part, u, scale, diagonal)
+
+    def formula(u: Tensor) -> tuple[Tensor, ...]:
+        s = (scale * u).masked_fill(positives(u, diagonal), -math.inf)
+        return s.amax(1), s.logsumexp(1), s.amax(0), s.logsumexp(0)
+
+    got = row_max, row_max + row_sum.log(), col_max, col_max + col_sum.log()
+    for name, *results in zip(
+        ("row_max", "row_lse", "col_max", "col_lse"), got, formula(u), formula(u.double()), strict=True
+    ):
+        assert_no_worse(*results, name=name)
+
+
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stats(part: str, shape: tuple[int, int], diagonal: int) -> None:
+    check_stats(part, 0.3 * torch.randn(shape), 20.0, diagonal)
+
+
+def mixed(kind: str, c: int = 130, n: int = 1100) -> Tensor:
+    """Cosines whose rows, columns or single elements differ by as much as cosines can."""
+    u = 0.1 * torch.randn(c, n)
+    sign_row = torch.where(torch.arange(c) % 3 == 0, -0.9, 0.9)[:, None]
+    sign_col = torch.where(torch.arange(n) % 5 == 0, -0.9, 0.9)
+    return {
+        "rows": u + sign_row,
+        "columns": u + sign_col,
+        "both": u + (sign_row + sign_col) / 2,
+        "negative": u - 0.9,
+        "one": u.index_put((torch.tensor(7), torch.tensor(400)), torch.tensor(1.0)),
+        "row": u.index_fill(0, torch.tensor(7), 1.0),
+        "equal": torch.ones(c, n),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "both", "negative", "one", "row", "equal"])
+@pytest.mark.parametrize("scale", [100.0, 0.0, -100.0])
+def test_stats_of_any_spread(part: str, kind: str, scale: float) -> None:
+    check_stats(part, mixed(kind), scale, 3)
+
+
+def test_stats_over_chunks(part: str) -> None:
+    u = mixed("both").to(part)
+    whole = logit_stats(part, u, 100.0, 1)
+    state, rows = None, []
+    for chunk, first in zip(u.split(50), range(0, 130, 50), strict=True):
+        *row, col_max, col_sum, _ = logit_stats(part, chunk.contiguous(), 100.0, first + 1, state)
+        state = col_max, col_sum
+        rows.append(row)
+    assert torch.equal(torch.cat([r[0] for r in rows]), whole[0])
+    torch.testing.assert_close(torch.cat([r[1] for r in rows]), whole[1], rtol=1e-6, atol=0)
+    assert torch.equal(state[0], whole[2])
+    torch.testing.assert_close(state[1], whole[3], rtol=1e-5, atol=0)
+
+
+def test_stats_show_nan(part: str) -> None:
+    u = 0.1 * torch.randn(70, 600)
+    u[2, 5] = u[40, 30] = math.nan
+    u[50, 54] = math.nan  # a positive: no part of the statistics
+    row_max, row_sum, col_max, col_sum, _ = logit_stats(part, u.to(part), 20.0, 4)
+    for t in (row_max, row_sum):
+        assert t.isnan().nonzero().flatten().tolist() == [2, 40]
+    for t in (col_max, col_sum):
+        assert t.isnan().nonzero().flatten().tolist() == [5, 30]
+
+
+def test_fixed_point(part: str) -> None:
+    u = 0.3 * torch.randn(66, 520, device=part)
+    u[3] = 0
+    step = u.abs().amax(1) / 32767
+    *stats, q = logit_stats(part, u, 20.0, 0, step=step)
+    assert q[3].eq(0).all()
+    # half a step, and what the division rounds
+    error = (q * step[:, None] - u).abs()
+    assert (error <= step[:, None] * 0.505).all()
+    # the statistics are those of the kept logits
+    for got, expected in zip(stats, logit_stats(part, q * step[:, None], 20.0, 0), strict=False):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    *_, q = logit_stats(part, u, 20.0, 0, step=step / 2)
+    assert q.amin() == -32767 and q.amax() == 32767
+
+
+def test_fixed_point_shows_nan(part: str) -> None:
+    u = torch.randn(6, 20, device=part)
+    u[2, 5] = math.nan
+    row_max, row_sum, col_max, col_sum, _ = logit_stats(part, u, 20.0, 0, step=torch.full((6,), 1e-3, device=part))
+    assert row_sum.isnan().nonzero().flatten().tolist() == [2]
+    assert col_sum.isnan().nonzero().flatten().tolist() == [5]
+
+
+def grad_formula(u: Tensor, scale: float, a, rho, b, kappa, d, shift: float, diagonal: int):
+    """(G, row sums of G u); a weight of 0 leaves its normaliser without effect."""
+    s = scale * u
+    a, rho, b, kappa, d = (t.to(u.dtype) for t in (a, rho, b, kappa, d))
+    rho, kappa = rho.masked_fill(a == 0, math.inf), kappa.masked_fill(b == 0, math.inf)
+    g = a[:, None] * (s - rho[:, None]).exp() + b * (s - kappa).exp() - shift
+    g = torch.where(positives(u, diagonal), d[:, None], g)
+    return g, (g * u).sum(1)
+
+
+def logit_grad(part: str, u: Tensor, scale: float, *vectors: Tensor, shift: float, diagonal: int, step=None, g=None):
+    g = torch.empty(u.shape, device=part) if g is None else g
+    dot = torch.empty(u.shape[0], device=part)
+    step = torch.empty(0, device=part) if step is None else step
+    op = getattr(torch.ops, f"mmfuse_{part}").logit_grad
+    op(u, torch.tensor(scale, device=part), *vectors, shift, diagonal, step, g, dot)
+    return g, dot
+
+
+def vectors_for(u: Tensor, scale: float, diagonal: int) -> tuple[Tensor, ...]:
+    """a, rho, b, kappa, d as a loss has them: rho and kappa are log-sum-exps."""
+    s = scale * u.float()
+    row, col = s.logsumexp(1), s.logsumexp(0)
+    (c, n), device = u.shape, u.device
+    return torch.rand(c, device=device), row, torch.rand(n, device=device), col, torch.randn(c, device=device)
+
+
+def check_grad(part: str, u: Tensor, scale: float, diagonal: int, *vectors: Tensor, step=None) -> None:
+    got = logit_grad(part, u, scale, *vectors, shift=0.25, diagonal=diagonal, step=step)
+    raw = u.float() if step is None else u * step[:, None]
+    exact_raw = u.double() if step is None else u.double() * step[:, None].double()
+    eager = grad_formula(raw, scale, *vectors, 0.25, diagonal)
+    exact = grad_formula(exact_raw, scale, *vectors, 0.25, diagonal)
+    assert_no_worse(got[0], eager[0], exact[0], name="g")
+    # float32 within a block of 512 columns, where each addition rounds once; float64 until stored
+    rounding = 513 * 2**-24 * (exact[0] * exact_raw).abs().sum(1)
+    assert ((got[1] - exact[1]).abs() <= 2 * (eager[1] - exact[1]).abs().amax() + rounding).all()
+
+
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_grad(part: str, shape: tuple[int, int], diagonal: int) -> None:
+    u = 0.3 * torch.randn(shape, device=part)
+    check_grad(part, u, 20.0, diagonal, *vectors_for(u, 20.0, diagonal))
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "both", "negative", "one", "row", "equal"])
+def test_grad_of_any_spread(part: str, kind: str) -> None:
+    u = mixed(kind).to(part)
+    check_grad(part, u, 100.0, 3, *vectors_for(u, 100.0, 3))
+
+
+@pytest.mark.parametrize("kind", ["rows", "negative"])
+def test_grad_of_one_side(part: str, kind: str) -> None:
+    u = mixed(kind).to(part)
+    a, rho, b, kappa, d = vectors_for(u, 100.0, 3)
+    unused = torch.full_like
+    check_grad(part, u, 100.0, 3, a, rho, torch.zeros_like(b), unused(kappa, -math.inf), d)
+    check_grad(part, u, 100.0, 3, torch.zeros_like(a), unused(rho, math.nan), b, kappa, d)
+    check_grad(part, u, 100.0, 3, a * (torch.arange(130, device=part) > 9), rho, b * (kappa > 0), kappa, d)
+
+
+def test_grad_from_fixed_point(part: str) -> None:
+    u = mixed("columns").to(part)
+    step = u.abs().amax(1) / 32767
+    *_, q = logit_stats(part, u, 30.0, 2, step=step)
+    check_grad(part, q, 30.0, 2, *vectors_for(u, 30.0, 2), step=step)
+
+
+def test_grad_in_place(part: str) -> None:
+    u = mixed("both").to(part)
+    vectors = vectors_for(u, 100.0, 3)
+    g, dot = logit_grad(part, u, 100.0, *vectors, shift=0.1, diagonal=3)
+    again, again_dot = logit_grad(part, u, 100.0, *vectors, shift=0.1, diagonal=3, g=u)
+    assert torch.equal(u, g) and again is u
+    assert torch.equal(again_dot, dot)
+
+
+def test_grad_overflows_only_where_the_formula_does(part: str) -> None:
+    u = mixed("both").to(part)
+    a, rho, b, kappa, d = vectors_for(u, 100.0, 3)
+    vectors = a + 0.5, rho - 60 * torch.rand_like(rho) - 60, b + 0.5, kappa, d
+    g, _ = logit_grad(part, u, 100.0, *vectors, shift=0.0, diagonal=3)
+    exact, _ = grad_formula(u.double(), 100.0, *vectors, 0.0, 3)
+    assert exact.amax() > 1e40 and not g.isnan().any()
+    # an exponential is infinite from 2^127.5 on
+    finite = exact.abs() < 1e38
+    assert g[~finite].gt(9e37).all()
+    torch.testing.assert_close(g[finite].double(), exact[finite], rtol=1e-4, atol=1e-6)
+
+
+def test_grad_shows_nan(part: str) -> None:
+    u = 0.1 * torch.randn(70, 600, device=part)
+    a, rho, b, kappa, d = vectors_for(u, 20.0, 4)
+    u[2, 5], rho[40], kappa[30] = math.nan, math.nan, math.nan
+    g, dot = logit_grad(part, u, 20.0, a, rho, b, kappa, d, shift=0.0, diagonal=4)
+    expected = torch.zeros(u.shape, dtype=torch.bool, device=part)
+    expected[2, 5] = expected[40] = expected[:, 30] = True
+    assert torch.equal(g.isnan(), expected & ~positives(u, 4))
+    # row 26 meets column 30 at its positive
+    assert dot.isfinite().nonzero().flatten().tolist() == [26]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**13)])
+def test_grad_in_sixteen_bits(dtype: torch.dtype, factor: float) -> None:
+    if reason := load("cuda"):
+        pytest.skip(reason)
+    for shape in SHAPES:
+        u = 0.3 * torch.randn(shape, device="cuda")
+        vectors = vectors_for(u, 20.0, 0)
+        half = torch.empty(shape, dtype=dtype, device="cuda")
+        full, dot = logit_grad("cuda", u, 20.0, *vectors, shift=0.25, diagonal=0)
+        _, half_dot = logit_grad("cuda", u, 20.0, *vectors, shift=0.25, diagonal=0, g=half)
+        assert torch.equal(half, (full * factor).to(dtype))
+        # 16-bit rows may be unaligned where float32 ones are not: another order of summation
+        torch.testing.assert_close(half_dot, dot, rtol=1e-5, atol=1e-5)
+
+
+def sigmoid_grad(part: str, u: Tensor, scale: float, bias: float, diagonal: int, negative_only: bool, g: Tensor):
+    sums = torch.empty(3, u.shape[0], dtype=torch.float64, device=part)
+    op = getattr(torch.ops, f"mmfuse_{part}").sigmoid_grad
+    op(u, *(torch.tensor(t, device=part) for t in (scale, bias)), diagonal, negative_only, g, sums)
+    return sums
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (100.0, 0.0), (1.0, 60.0)])
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sigmoid(part: str, shape: tuple[int, int], diagonal: int, scale: float, bias: float) -> None:
+    u = (0.4 * torch.randn(shape, device=part)).clamp(-1, 1)
+    for negative_only in (False, True):
+
+        def formula(u: Tensor, only: bool = negative_only) -> tuple[Tensor, Tensor]:
+            s, positive = scale * u + bias, positives(u, diagonal) & (not only)
+            loss = torch.nn.functional.softplus(torch.where(positive, -s, s), threshold=1e4)
+            g = torch.where(positive, -(-s).sigmoid(), s.sigmoid())
+            return g, torch.stack([loss, g, g * u]).double()
+
+        g = torch.empty_like(u)
+        sums = sigmoid_grad(part, u, scale, bias, diagonal, negative_only, g)
+        (eager, _), (exact, terms) = formula(u), formula(u.double())
+        exact_sums, magnitude = terms.sum(2), terms.abs().sum(2)
+        assert_no_worse(g, eager, exact, name="g")
+        # float32 within a block of 512 columns, each addition rounds once; float64 beyond
+        assert ((sums - exact_sums).abs() <= 512 * 2**-24 * magnitude).all()
+        assert torch.equal(
+            sigmoid_grad(part, u, scale, bias, diagonal, negative_only, torch.empty(0, device=part)), sums
+        )
+        in_place = u.clone()
+        assert torch.equal(sigmoid_grad(part, in_place, scale, bias, diagonal, negative_only, in_place), sums)
+        assert torch.equal(in_place, g)
+
+
+def test_sigmoid_shows_nan(part: str) -> None:
+    u = torch.zeros(70, 600, device=part)
+    u[2, 5], u[40, 44] = math.nan, math.nan
+    g = torch.empty_like(u)
+    sums = sigmoid_grad(part, u, 1.0, 0.0, 4, False, g)
+    assert torch.equal(g.isnan(), u.isnan())
+    assert sums.isnan().any(0).nonzero().flatten().tolist() == [2, 40]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_empty(part: str, shape: tuple[int, int]) -> None:
+    u = torch.empty(shape, device=part)
+    row_max, row_sum, col_max, col_sum, _ = logit_stats(part, u, 1.0, 0)
+    assert row_max.eq(-math.inf).all() and row_sum.eq(0).all()
+    assert col_max.eq(-math.inf).all() and col_sum.eq(0).all()
+    c, n = (torch.zeros(k, device=part) for k in shape)
+    _, dot = logit_grad(part, u, 1.0, c, c, n, n, c, shift=0.0, diagonal=0)
+    assert dot.eq(0).all()
+    assert sigmoid_grad(part, u, 1.0, 0.0, 0, False, u).eq(0).all()
+
+
+def test_any_number_of_threads() -> None:
+    if reason := load("cpu"):
+        pytest.skip(reason)
+    u = mixed("rows")
+    vectors = vectors_for(u, 100.0, 3)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            g = torch.empty_like(u)
+            sums = sigmoid_grad("cpu", u, 100.0, 0.0, 3, False, g)
+            grads = logit_grad("cpu", u, 100.0, *vectors, shift=0.1, diagonal=3)
+            results.append([*logit_stats("cpu", u, 100.0, 3)[:4], *grads, g, sums])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_repeats_bitwise(part: str) -> None:
+    u = mixed("both").to(part)
+    first, second = (logit_stats(part, u, 100.0, 3)[:4] for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_rejects_wrong_tensors(part: str) -> None:
+    u = torch.randn(4, 5, device=part)
+    vectors = vectors_for(u, 1.0, 0)
+    with pytest.raises(RuntimeError, match="u: expected"):
+        logit_grad(part, u.t(), 1.0, *vectors, shift=0.0, diagonal=0)
+    with pytest.raises(RuntimeError, match="rho: expected"):
+        logit_grad(part, u, 1.0, vectors[0], vectors[1][:3], *vectors[2:], shift=0.0, diagonal=0)
+    with pytest.raises(RuntimeError, match="g: expected"):
+        logit_grad(part, u, 1.0, *vectors, shift=0.0, diagonal=0, g=torch.empty(4, 5, dtype=torch.float64, device=part))
