@@ -120,7 +120,7 @@ def _progress(rows: int) -> Iterator[runner.Tick]:
     # on the error stream: the output may be read by a program
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring the ceilings", total=rows)
+        task = progress.add_task("", total=rows)
         yield lambda text, done: progress.update(task, description=text, completed=done)
 
 

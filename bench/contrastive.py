@@ -172,7 +172,6 @@ def _two_calls(cross_entropy: _Loss) -> _Loss:
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         label = torch.arange(len(image), device=image.device)
-        scale = scale.to(image.dtype)
         return (cross_entropy(scale * image, text, label) + cross_entropy(scale * text, image, label)) / 2
 
     return loss

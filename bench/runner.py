@@ -7,6 +7,7 @@ compared with the operation's definition at the size itself. Timing interleaves 
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import os
 import time
@@ -112,7 +113,7 @@ class Row:
         shares = {}
         for name, g, e, x in zip(self.case.outputs, got, eager, exact, strict=False):
             error, allowed, _ = error_and_bound(g, e, x)
-            shares[name] = error / allowed if allowed else float(error > 0)
+            shares[name] = error / allowed if allowed else math.inf if error else 0.0
         worst = max(shares, key=lambda name: shares[name])
         if shares[worst] <= 1:
             return {"error": shares[worst]}
@@ -190,8 +191,10 @@ def _judges(
 
 def _distance(got: Tensor, want: Tensor) -> float:
     """|got - want| / |want|; infinite for a NaN."""
-    gap, norm = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (got.double() - want.double(), want))
-    return gap / norm if norm > 0 and gap == gap else float("inf") if gap != 0 else 0.0
+    gap, size = (torch.linalg.vector_norm(t).item() for t in (got.double() - want.double(), want.double()))
+    if math.isnan(gap):
+        return math.inf
+    return gap / size if size else math.inf if gap else 0.0
 
 
 def first_line(error: BaseException) -> str:
@@ -305,7 +308,7 @@ def _cuda_times(run: Callable[[], Any], calls: int, device: torch.device) -> lis
 @functools.cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(FLOP/s of a large matrix product, bytes/s of a large copy, read and written), measured here."""
-    n, length = (8192, 1 << 30) if device.type == "cuda" else (2048, 256 << 20)
+    n, length = (8192, 1 << 30) if device.type == "cuda" else (1536, 256 << 20)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     source = torch.ones(length, dtype=torch.int8, device=device)
@@ -316,7 +319,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
         if device.type == "cuda":
             best.append(min(_cuda_times(run, 10, device)) / 1e3)
         else:
-            best.append(min(_clock(run) for _ in range(5)))
+            best.append(min(_clock(run) for _ in range(10)))
     return 2 * n**3 / best[0], 2 * length / best[1]
 
 
@@ -409,6 +412,8 @@ def run(
 ) -> Iterator[list[Record]]:
     """Measure (case, shape, providers) one after another; with a budget of seconds, skip what does not fit."""
     start = time.perf_counter()
+    tick("measuring the ceilings", 0)
+    ceilings(device, dtype)
     limit = 20.0 if budget is None else min(20.0, budget / (3 * max(1, len(jobs))))
     past: dict[str, tuple[float, float, float]] = {}  # case: seconds besides the rounds, seconds per round, its flops
     with prober(device) as probes:

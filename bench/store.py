@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import platform
 import re
 import subprocess
@@ -77,8 +78,12 @@ def _version(name: str) -> str | None:
 
 def stamped(records: Iterable[Record], device: torch.device) -> list[Record]:
     """The records with the time and the environment in which they were measured."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return [{"time": now, **environment(device), **record} for record in records]
+    common = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **environment(device)}
+    return [{**common, **{k: _json(v) for k, v in record.items()}} for record in records]
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def slug(device: str) -> str:
