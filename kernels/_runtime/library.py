@@ -44,6 +44,7 @@ def register(
     eager: Callable[..., Any] = run
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
+        differentiate = backward
 
         class Eager(torch.autograd.Function):
             @staticmethod
@@ -55,7 +56,7 @@ def register(
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:
                 with torch.no_grad():
-                    inputs = backward(ctx, *grads)
+                    inputs = differentiate(ctx, *grads)
                 return _differentiable_once(name, inputs) if torch.is_grad_enabled() else inputs
 
         eager = Eager.apply
