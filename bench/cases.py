@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Shape = dict[str, int]
+Record = dict[str, Any]  # one measurement, as it is stored
 # (device, dtype) -> the function to measure; raising means absent, with the exception as the reason
 Load = Callable[[torch.device, torch.dtype], Callable[..., Tensor]]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from mmfuse.bench import report, runner, store
-from mmfuse.bench.cases import SUITES, Case, Shape, everything, label, suite
+from mmfuse.bench.cases import SUITES, Case, Record, Shape, everything, label, suite
+from mmfuse.bench.row import first_line
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _MINUTE = 60.0
@@ -42,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise ValueError(f"--device is {args.device!r}, expected cpu{' or cuda' * torch.cuda.is_available()}")
     dtype = _DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     if args.source is not None:
         if not args.source.exists():
@@ -124,7 +129,7 @@ def _progress(rows: int) -> Iterator[runner.Tick]:
         yield lambda text, done: progress.update(task, description=text, completed=done)
 
 
-def _show(records: list[store.Record]) -> None:
+def _show(records: list[Record]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -162,6 +167,6 @@ def _list(jobs: list[Job], device: torch.device, dtype: torch.dtype) -> int:
                 load(device, dtype)
                 state = "measured by default" if name in default else "available"
             except Exception as error:  # importing a package built for another torch can raise anything
-                state = f"absent: {runner.first_line(error)}"
+                state = f"absent: {first_line(error)}"
             print(f"  {name:26} {state}")
     return 0

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfuse.bench import report
-from mmfuse.bench.cases import is_ours
-
-Record = dict[str, Any]
+from mmfuse.bench.cases import Record, is_ours
 
 _OURS = ("#0b5fa5", "#2f9e8f", "#6a4fb3", "#3f8fd2", "#7fb069", "#1b3a57")
 _OTHERS = ("#8c8c8c", "#d1873a", "#b5504c", "#a38560", "#c9a227", "#5e5e5e")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
+from mmfuse.bench.cases import Record
 
-Record = dict[str, Any]
 Fit = tuple[list[float], list[float], float, float]  # sizes, values, exponent, factor
 
 COLUMNS = (

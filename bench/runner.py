@@ -7,7 +7,6 @@ compared with the operation's definition at the size itself. Timing interleaves 
 from __future__ import annotations
 
 import functools
-import math
 import multiprocessing
 import os
 import time
@@ -18,206 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmfuse.bench import memory
-from mmfuse.bench.cases import Case, Shape, find, is_ours, label, options
-from mmfuse.kernels._runtime.numerics import error_and_bound
-from torch import Tensor
+from mmfuse.bench import clock, memory
+from mmfuse.bench.cases import Case, Record, Shape, find, is_ours, label
+from mmfuse.bench.row import Row, failure
 
-Record = dict[str, Any]
-Outputs = tuple[Tensor | None, ...]
 Tick = Callable[[str, float], None]  # (what is being done, rows that are done)
 
 MODES = ("fwd+bwd", "fwd")
-# |got - want| / |want| that rounding may explain, by dtype: beyond it, it is another function
-DISTANCE = {torch.float64: 1e-9, torch.float32: 3e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-# rows that float64 judges: several blocks of every implementation
-_JUDGED = {"cpu": 1200, "cuda": 5000}
-_DRAWS = 4
 # below this share of the time that the measured ceilings allow, something was not computed
 _PLAUSIBLE = 0.9
-
-
-def _call(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> Outputs:
-    """The result and, in mode fwd+bwd, the gradient of every input that requires one."""
-    if mode == "fwd":
-        with torch.no_grad():
-            return (fn(*inputs),)
-    result = fn(*inputs)
-    leaves = [t for t in inputs if t.requires_grad]
-    return (result.detach(), *torch.autograd.grad(result, leaves, allow_unused=True))
-
-
-def _draw(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        return case.inputs(device, dtype, **shape)
-
-
-class Row:
-    """A case at one size, on one device, in one dtype and mode."""
-
-    def __init__(self, case: Case, shape: Shape, device: torch.device, dtype: torch.dtype, mode: str):
-        self.case, self.shape, self.device, self.dtype, self.mode = case, shape, device, dtype, mode
-        self.small = shape | {case.growth: min(shape[case.growth], _JUDGED[device.type])}
-        self.inputs = _draw(case, shape, device, dtype)
-        self._fns: dict[str, Callable[..., Tensor]] = {}
-        self._want: Outputs | None = None  # empty: the definition does not fit into memory
-
-    def fn(self, name: str) -> Callable[..., Tensor]:
-        if name not in self._fns:
-            load = self.case.anchors[name].load if name in self.case.anchors else self.case.providers[name]
-            self._fns[name] = load(self.device, self.dtype)
-        return self._fns[name]
-
-    def call(self, name: str) -> Outputs:
-        return _call(self.fn(name), self.inputs, "fwd" if name in self.case.anchors else self.mode)
-
-    def seconds(self, run: Callable[[], Any]) -> tuple[float, Any]:
-        _wait(self.device)
-        start = time.perf_counter()
-        result = run()
-        _wait(self.device)
-        return time.perf_counter() - start, result
-
-    # --- correctness and memory
-
-    def probe(self, name: str) -> Record:
-        """Run a provider once: is it right, how much memory does it take, and about how long."""
-        try:
-            fn = self.fn(name)
-        except Exception as error:  # importing a package built for another torch can raise anything
-            return {"status": "absent", "reason": first_line(error)}
-        try:
-            found = {"status": "ok", "options": options(fn), **(self._judge(fn) if is_ours(name) else {})}
-            if found["status"] != "ok":
-                return found
-            if self.warms(name):
-                self.call(name)
-            else:
-                _call(fn, _draw(self.case, self.small, self.device, self.dtype), self.mode)
-            seconds, (got, peak) = self.seconds(lambda: memory.peak(lambda: self.call(name), self.device))
-            return {**found, "seconds": seconds, "memory": peak, **self._compare(name, got)}
-        except Exception as error:
-            if name in self.case.definitions and _out_of_memory(error):
-                self._want = ()
-            return _failure(error)
-
-    def warms(self, name: str) -> bool:
-        """Whether the first call at a size compiles for it."""
-        return self.device.type == "cuda" or hasattr(self.fn(name), "_torchdynamo_orig_callable")
-
-    def _judge(self, fn: Callable[..., Tensor]) -> Record:
-        """The project's rule of tolerance, over a few draws so that a lucky sum of eager's does not decide."""
-        eager, exact = _judges(self.case, tuple(self.small.items()), self.device, self.dtype, self.mode)
-        got = _draws(fn, self.case, self.small, self.device, self.dtype, self.mode)
-        shares = {}
-        for name, g, e, x in zip(self.case.outputs, got, eager, exact, strict=False):
-            error, allowed, _ = error_and_bound(g, e, x)
-            shares[name] = error / allowed if allowed else math.inf if error else 0.0
-        worst = max(shares, key=lambda name: shares[name])
-        if shares[worst] <= 1:
-            return {"error": shares[worst]}
-        why = f"{worst}: {shares[worst]:.2g} times the error that is allowed, at {label(self.small)}"
-        return {"status": "wrong", "error": shares[worst], "reason": why}
-
-    def _compare(self, name: str, got: Outputs) -> Record:
-        if self._want is None:
-            self._want = got if name in self.case.definitions else self._define()
-        want, at = self._want, label(self.shape)
-        if not want:  # too large for the definition
-            small, at = _draw(self.case, self.small, self.device, self.dtype), label(self.small)
-            got = _call(self.fn(name), small, self.mode)
-            want = _call(self.fn(self.case.definitions[0]), small, self.mode)
-        found: Record = {"flags": []}
-        distances = {}
-        for output, g, w in zip(self.case.outputs, got, want, strict=False):
-            if g is None or w is None:
-                found["flags"].append(f"no {output}")
-            else:
-                distances[output] = _distance(g, w)
-        worst = max(distances, key=lambda output: distances[output])
-        found["distance"] = distances[worst]
-        if not all(d <= DISTANCE[self.dtype] for d in distances.values()):
-            found |= {"status": "wrong", "reason": f"{worst}: {distances[worst]:.2g} away from {self._by()}, at {at}"}
-        return found
-
-    def _by(self) -> str:
-        return f"the definition, {DISTANCE[self.dtype]:g} is allowed in {str(self.dtype)[6:]}"
-
-    def _define(self) -> Outputs:
-        try:
-            return self.call(self.case.definitions[0])
-        except Exception as error:
-            if _out_of_memory(error):
-                return ()
-            raise
-
-    # --- time
-
-    def sample(self, name: str, calls: int) -> list[float]:
-        """Milliseconds of each of a few calls."""
-        if self.device.type == "cuda":
-            return _cuda_times(lambda: self.call(name), calls, self.device)
-        return [1e3 * self.seconds(lambda: self.call(name))[0] for _ in range(calls)]
-
-
-def _draws(
-    fn: Callable[..., Tensor],
-    case: Case,
-    shape: Shape,
-    device: torch.device,
-    dtype: torch.dtype,
-    mode: str,
-    exact: bool = False,
-) -> list[Tensor]:
-    """The outputs over a few draws of the inputs, in float64 if `exact`."""
-    results = []
-    for seed in range(_DRAWS):
-        inputs = _draw(case, shape, device, dtype, seed)
-        if exact:
-            inputs = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
-        results.append(_call(fn, inputs, mode))
-    return [torch.stack(ts) for ts in zip(*results, strict=True)]
-
-
-@functools.lru_cache(maxsize=2)
-def _judges(
-    case: Case, shape: tuple[tuple[str, int], ...], device: torch.device, dtype: torch.dtype, mode: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    define = case.providers[case.definitions[0]](device, dtype)
-    eager, exact = (_draws(define, case, dict(shape), device, dtype, mode, exact) for exact in (False, True))
-    return eager, exact
-
-
-def _distance(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|; infinite for a NaN."""
-    gap, size = (torch.linalg.vector_norm(t).item() for t in (got.double() - want.double(), want.double()))
-    if math.isnan(gap):
-        return math.inf
-    return gap / size if size else math.inf if gap else 0.0
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # an operator that accepts nothing says why on its second line
-    return lines[1] if isinstance(error, NotImplementedError) and len(lines) > 1 else lines[0]
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error) for words in ("can't allocate memory", "bad_alloc", "out of memory")
-    )
-
-
-def _failure(error: Exception) -> Record:
-    if _out_of_memory(error):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return {"status": "out of memory", "reason": first_line(error)}
-    # what turns out at the first call to be missing is absent, not broken
-    missing = isinstance(error, (ImportError, NotImplementedError))
-    return {"status": "absent" if missing else "failed", "reason": first_line(error)}
 
 
 class Isolated:
@@ -284,54 +92,6 @@ def prober(device: torch.device) -> Isolated | InProcess:
     return InProcess() if device.type == "cuda" else Isolated()
 
 
-# --- clocks and ceilings --------------------------------------------------------------------------------------------
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _cuda_times(run: Callable[[], Any], calls: int, device: torch.device) -> list[float]:
-    """Milliseconds of each call by events, queued without waiting, the L2 cache cleared before each."""
-    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
-    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(calls)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) for start, end in events]
-
-
-@functools.cache
-def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product, bytes/s of a large copy, read and written), measured here."""
-    n, length = (8192, 1 << 30) if device.type == "cuda" else (1536, 256 << 20)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    source = torch.ones(length, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    best = []
-    for run in (lambda: torch.mm(a, b, out=out), lambda: target.copy_(source)):
-        run()
-        if device.type == "cuda":
-            best.append(min(_cuda_times(run, 10, device)) / 1e3)
-        else:
-            best.append(min(_clock(run) for _ in range(10)))
-    return 2 * n**3 / best[0], 2 * length / best[1]
-
-
-def _clock(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-# --- one row, and many ----------------------------------------------------------------------------------------------
-
-
 def _rounds(seconds: float, limit: float) -> int:
     """How many rounds of `seconds` each: about `limit` seconds in all, fewer of very long ones."""
     return max(2 if seconds > 30 else 3, min(25, int(limit / max(seconds, 1e-3))))
@@ -352,7 +112,7 @@ def measure(
     for name in anchors:
         records[name] = {**common, "provider": name, "role": "anchor", "status": "ok"}
     samples: dict[str, list[float]] = {}
-    first = {}
+    first: dict[str, float] = {}
     for name in (*anchors, *timed):
         tick(f"warming {name}", 0.5)
         try:
@@ -361,13 +121,17 @@ def measure(
             first[name] = known if known > 2 and not row.warms(name) else _warm(row, name)
             samples[name] = []
         except Exception as error:
-            records[name] |= _failure(error)
+            records[name] |= failure(error)
     rounds = _rounds(sum(first.values()), limit)
     for i in range(rounds):
-        for name in samples:
+        for name in list(samples):
             tick(f"round {i + 1} of {rounds}: {name}", 0.5 + i / rounds / 2)
-            samples[name] += row.sample(name, _calls(first[name], row.device))
-    peak_flops, peak_bytes = ceilings(row.device, row.dtype)
+            try:
+                samples[name] += row.sample(name, _calls(first[name], row.device))
+            except Exception as error:
+                records[name] |= failure(error)
+                del samples[name]
+    peak_flops, peak_bytes = clock.ceilings(row.device, row.dtype)
     for name, times in samples.items():
         records[name] |= _summary(row, name, times, records[name].get("flags", []), peak_flops, peak_bytes)
     for name in timed:
@@ -379,7 +143,7 @@ def measure(
 
 def _warm(row: Row, name: str) -> float:
     row.call(name)
-    return row.seconds(lambda: row.call(name))[0]
+    return row.sample(name, 1)[0] / 1e3
 
 
 def _calls(seconds: float, device: torch.device) -> int:
@@ -413,7 +177,7 @@ def run(
     """Measure (case, shape, providers) one after another; with a budget of seconds, skip what does not fit."""
     start = time.perf_counter()
     tick("measuring the ceilings", 0)
-    ceilings(device, dtype)
+    clock.ceilings(device, dtype)
     limit = 20.0 if budget is None else min(20.0, budget / (3 * max(1, len(jobs))))
     past: dict[str, tuple[float, float, float]] = {}  # case: seconds besides the rounds, seconds per round, its flops
     with prober(device) as probes:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from mmfuse.bench.cases import SUITES, everything, find, label, suite
-from mmfuse.bench.runner import MODES, InProcess, Row, measure
+from mmfuse.bench.row import Row
+from mmfuse.bench.runner import MODES, InProcess, measure
 
 SHAPE = {"N": 40, "D": 32}
 CASES = list(everything())

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmfuse.bench import plots, report, store
-
-Record = store.Record
+from mmfuse.bench.cases import Record
 
 
 def _record(provider: str, n: int, p50: float, **more: object) -> Record:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mmfuse.bench import memory, runner
-from mmfuse.bench.cases import Case, find
-from mmfuse.bench.runner import InProcess, Isolated, Record, Row, holds, measure
+from mmfuse.bench import clock, memory, runner
+from mmfuse.bench import row as rows
+from mmfuse.bench.cases import Case, Record, find
+from mmfuse.bench.row import Row
+from mmfuse.bench.runner import InProcess, Isolated, holds, measure
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -95,7 +97,7 @@ def test_what_cannot_run_is_listed_with_its_reason() -> None:
 
 
 def test_a_definition_that_does_not_fit_is_replaced_by_a_smaller_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(runner._JUDGED, "cpu", 32)
+    monkeypatch.setitem(rows._JUDGED, "cpu", 32)
 
     def small_only(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         if len(image) > 32:
@@ -110,7 +112,7 @@ def test_a_definition_that_does_not_fit_is_replaced_by_a_smaller_comparison(monk
 
 
 def test_impossible_speed_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "ceilings", lambda device, dtype: (1.0, 1.0))
+    monkeypatch.setattr(clock, "ceilings", lambda device, dtype: (1.0, 1.0))
     assert _measure(_with())["eager"]["flags"] == ["faster than the measured ceilings"]
 
 
@@ -146,7 +148,7 @@ def test_guard() -> None:
     with memory.guard(), pytest.raises(RuntimeError) as error:
         assert resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
         torch.zeros(1 << 45, dtype=torch.int8)
-    assert runner._out_of_memory(error.value)
+    assert rows._out_of_memory(error.value)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
@@ -161,3 +163,32 @@ def test_isolated_probe_sees_the_matrix_of_logits() -> None:
     if eager["memory"] is not None:
         # two matrices of logits, two of log-probabilities
         assert 3 * 4 * n * n < eager["memory"] < 6 * 4 * n * n
+
+
+def test_rounds_interleave_the_providers() -> None:
+    calls: list[str] = []
+
+    def logged(name: str) -> Callable[..., Tensor]:
+        def fn(*args: Tensor) -> Tensor:
+            calls.append(name)
+            return _eager(*args)
+
+        return fn
+
+    found = _measure(_with(a=logged("a"), b=logged("b")))
+    rounds = found["a"]["samples"]
+    assert rounds == found["b"]["samples"] >= 3
+    assert calls[-2 * rounds :] == ["a", "b"] * rounds
+
+
+def test_a_failure_while_timing_ends_only_its_own_row() -> None:
+    left = iter([True] * 5)
+
+    def tires(*args: Tensor) -> Tensor:
+        if not next(left, False):
+            raise RuntimeError("out of memory")
+        return _eager(*args)
+
+    found = _measure(_with(tires=tires, peer=_eager))
+    assert found["tires"]["status"] == "out of memory" and "p50" not in found["tires"]
+    assert "p50" in found["peer"] and "p50" in found["eager"]
