@@ -48,7 +48,7 @@ def accelerate(
     nothing = f"no module matches; there are rules for {', '.join(r.target.replace(':', '.') for r in rules)}"
     report = Report(type(model).__name__, entries, nothing, dry_run)
     if strict and (report.left or not (report.replaced or report.already)):
-        raise UnsupportedError(str(report))
+        raise UnsupportedError(f"strict, so the model is unchanged\n{report}")
     if not dry_run:
         for rule, module in swaps:
             report.remember(rule.apply(module))
@@ -69,7 +69,7 @@ def _outcome(rule: Rule, module: nn.Module, path: str, barriers: dict[str, str],
     if isinstance(vars(module).get("forward"), Fused):
         return "already replaced", ""
     inside = [why for outer, why in barriers.items() if outer in ("", path) or path.startswith(f"{outer}.")]
-    why = inside[0] if inside else rule.why_not(module) or ("" if opted_in else rule.opt_in)
+    why = inside[0] if inside else ("" if opted_in else rule.opt_in) or rule.why_not(module)
     return ("left", why) if why else ("replaced", "")
 
 

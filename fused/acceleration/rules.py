@@ -69,7 +69,8 @@ class Fused(partial):
 
 def loaded(target: str) -> type | None:
     """The class "module:Class", or None if its module was not imported."""
-    return resolve_name(target) if target.partition(":")[0] in sys.modules else None
+    module, _, name = target.partition(":")
+    return getattr(sys.modules.get(module), name, None)
 
 
 _LOGITS_IN_OUTPUT = "its output holds the N x N logits; with ops={%r} they are computed only when read"
