@@ -13,6 +13,10 @@ import torch
 from mmfuse.bench import report, runner, store
 from mmfuse.bench.cases import SUITES, Case, Record, Shape, everything, label, suite
 from mmfuse.bench.row import first_line
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _MINUTE = 60.0
@@ -119,9 +123,6 @@ def _suite_of(case: str) -> str:
 
 @contextmanager
 def _progress(rows: int) -> Iterator[runner.Tick]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     # on the error stream: the output may be read by a program
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -130,31 +131,33 @@ def _progress(rows: int) -> Iterator[runner.Tick]:
 
 
 def _show(records: list[Record]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    if records:
-        console.print(report.machine(records[0]))
+    device = None
     for key, group in report.groups(records).items():
+        if key[0] != device:
+            device = key[0]
+            console.print(report.machine(group[0]))
         console.print(f"\n[bold]{report.title(key)}[/bold]  {report.ceiling(group)}")
-        table = Table(*report.columns(group), box=None, pad_edge=False, header_style="dim")
-        for column in table.columns[2:9]:
-            column.justify = "right"
-        last = None
-        for row in report.rows(group):
-            if last not in (None, row[0]):
-                table.add_section()
-            table.add_row("" if row[0] == last else row[0], *map(escape, row[1:]))
-            last = row[0]
-        console.print(table)
+        if cells := list(report.rows(group)):
+            console.print(_table(report.columns(group), cells))
         for provider, time, space in report.growth_rows(group):
             dim = report.varying(group)[0]
             memory = f", memory ~ {dim}^{space}" if space else ""
             console.print(f"  {escape(f'{provider:26}')} time ~ {dim}^{time}{memory}")
         for line in report.left_out(group):
             console.print(f"  {escape(line)}", style="dim")
+
+
+def _table(header: tuple[str, ...], cells: list[tuple[str, ...]]) -> Table:
+    table = Table(*header, box=None, pad_edge=False, header_style="dim")
+    for column in table.columns[2:9]:
+        column.justify = "right"
+    for row, above in zip(cells, [None, *cells], strict=False):
+        same = above is not None and above[0] == row[0]
+        if above is not None and not same:
+            table.add_section()
+        table.add_row("" if same else row[0], *map(escape, row[1:]))
+    return table
 
 
 def _list(jobs: list[Job], device: torch.device, dtype: torch.dtype) -> int:

@@ -184,7 +184,9 @@ def markdown(records: Sequence[Record]) -> str:
         if key[0] != device:
             device = key[0]
             lines += [f"### {machine(group[0])}", ""]
-        lines += [f"**{title(key)}**; {ceiling(group)}", "", *_table(columns(group), rows(group)), ""]
+        lines += ["; ".join(filter(None, (f"**{title(key)}**", ceiling(group)))), ""]
+        if cells := list(rows(group)):
+            lines += [*_table(columns(group), cells), ""]
         if fits := list(growth_rows(group)):
             dim = varying(group)[0]
             lines += [*_table(("provider", f"time ~ {dim}^", f"memory ~ {dim}^"), fits), ""]
