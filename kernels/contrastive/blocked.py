@@ -31,15 +31,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """<x_i, y_i> in the accumulation dtype [b], without an upcast copy of either tensor."""
-    acc = accumulation_dtype(x.dtype)
-    out = torch.empty(len(x), dtype=acc, device=x.device)
-    for i in range(0, len(x), 8192):
-        out[i : i + 8192] = (x[i : i + 8192].to(acc) * y[i : i + 8192]).sum(-1)
-    return out
-
-
 def unit_rows(v: Tensor) -> tuple[Tensor, Tensor]:
     """(v / max(|v|, 1e-12) in v's dtype, 1 / max(|v|, 1e-12) [b] in the accumulation dtype)."""
     norm = torch.linalg.vector_norm(v, dim=-1, dtype=accumulation_dtype(v.dtype))
@@ -174,10 +165,11 @@ class _Blocks:
 
 def stats(
     tile: Any, x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row_max, row_sum [b], col_max, col_sum [N], logits): the negatives' m and l, and the logits if kept.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits).
 
-    Without a negative m = -inf and l = 0.
+    The negatives' m and l (without a negative -inf and 0), U at the positives, and the logits if kept. The positives
+    come out of the same products as the negatives: among equal features they have to cancel.
 
     `save`: "" keeps nothing (logits is empty), "full" keeps U in the accumulation dtype, "int16" in fixed point.
     """
@@ -185,6 +177,7 @@ def stats(
     b, n, acc, device = len(x), len(y), blocks.acc, x.device
     row_max, col_max = (torch.full((k,), -torch.inf, dtype=acc, device=device) for k in (b, n))
     row_sum, col_sum = (torch.zeros(k, dtype=acc, device=device) for k in (b, n))
+    positive = torch.empty(b, dtype=acc, device=device)
     shape = (b, n) if save else (0,)
     logits = torch.empty(shape, dtype=torch.int16 if save == "int16" else acc, device=device)
     step = fixed_point_step(x, y) if save == "int16" else x.new_empty(0, dtype=acc)
@@ -192,10 +185,11 @@ def stats(
         block = logits if save == "full" else blocks.block(acc)
         for i, j in blocks.spans:
             u = blocks.logits(i, j, block[i:j] if save == "full" else block[: j - i])
+            positive[i:j] = u.diagonal(i + row_offset)
             q = logits[i:j] if save == "int16" else logits[:0]
             rows = step[i:j] if save == "int16" else step
             tile.logit_stats(u, scale, i + row_offset, rows, row_max[i:j], row_sum[i:j], col_max, col_sum, q)
-    return row_max, row_sum, col_max, col_sum, logits
+    return row_max, row_sum, col_max, col_sum, positive, logits
 
 
 def grad(

@@ -12,7 +12,7 @@ from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.device import total_memory, triton_reasons
 from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.contrastive import blocked, reference
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype, finite, row_dot, unit_rows
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype, finite, unit_rows
 from torch import Tensor
 
 Save = Literal["auto", "recompute", "store"]
@@ -82,10 +82,10 @@ def _clip_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, x_inv, y_inv = _units(image, text, scale, normalize)
-    row_max, row_sum, col_max, col_sum, logits = _template(backend).stats(x, y, scale, row_offset, save)
+    row_max, row_sum, col_max, col_sum, positive, logits = _template(backend).stats(x, y, scale, row_offset, save)
     b, n = len(x), len(y)
     pairs = slice(row_offset, row_offset + b)
-    diag = scale * row_dot(x, y[pairs])
+    diag = scale * positive
     zero = diag.new_zeros(())
     # rho - S_ii = log(1 + l e^(m - S_ii)) keeps its digits down to a loss of 0, where a difference does not
     row = torch.logaddexp(torch.log(row_sum) + (row_max - diag), zero)
