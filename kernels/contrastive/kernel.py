@@ -1,0 +1,772 @@
+"""The contrastive template in Triton: tiles of logits that never leave the chip, in the forward and in the backward.
+
+For features x [b, D] and y [N, D], logits S = s U with U = x yT and positives at column i + row_offset:
+
+    stats      m = max S and l = sum exp(S - m) of every row and column over the negatives, each tile computed once
+    grad       G_ij = a_i exp(S_ij - rho_i) + b_j exp(S_ij - kappa_j) - shift,  d_i on the positives
+               dx = s alpha G y,   dy = s alpha GT x,   ds = alpha <x, G y>
+    sigmoid    softplus(-z S) and G = sigmoid(S) - [positive] in the same pass
+
+`stats` leaves one partial (m, l) per row and group of tiles, and per column and row of tiles, in a workspace that a
+second kernel merges in a fixed order: no atomics, two runs are equal bitwise. `grad` and `sigmoid` write G in squares,
+in the dtype of the operands, and leave the two products to cuBLAS, which accumulates in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from mmfuse.kernels._runtime import configs
+from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.device import INTERPRET
+from mmfuse.kernels.contrastive.blocked import FP16_SCALE, accumulation_dtype, finish, finish_rows, fixed_point_step
+from torch import Tensor
+
+# G is made in squares of this many rows and columns: 128 MiB in 16 bits, long enough products for cuBLAS, and the
+# float32 accumulators of dx and dy are read again only N / 8192 times
+_SQUARE = 8192
+# a program of `stats` walks up to 8 tiles of a row, unless that left fewer programs than this
+_MAX_TILES, _MIN_PROGRAMS = 8, 2048
+
+# --- device code ----------------------------------------------------------------------------------------------------
+
+# two directions share exp(S - max of the tile) while no maximum lies further than this below it: exp(-60) and what is
+# 2^-24 of it are normal numbers
+_SPREAD = tl.constexpr(60.0)
+# adding it leaves the nearest integer in the low bits of a float32
+_ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Programs in flight share rows of x and of y in L2: down GROUP_M row tiles, then the next column."""
+    first = (pid // (GROUP_M * tiles_n)) * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def _products(
+    x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """U [BLOCK_M, BLOCK_N]; rows and columns past the end repeat the last one."""
+    x_ptr += row0.to(tl.int64) * stride_x
+    y_ptr += col0.to(tl.int64) * stride_y
+    k = tl.arange(0, BLOCK_D)
+    at_x = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row0)[:, None] * stride_x + k[None, :]
+    at_y = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - col0)[None, :] * stride_y + k[:, None]
+    u = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for k0 in range(0, D, BLOCK_D):
+        if EVEN_D:
+            x = tl.load(x_ptr + at_x)
+            y = tl.load(y_ptr + at_y)
+        else:
+            x = tl.load(x_ptr + at_x, mask=k[None, :] < D - k0, other=0.0)
+            y = tl.load(y_ptr + at_y, mask=k[:, None] < D - k0, other=0.0)
+        u = tl.dot(x, y, u, input_precision=PRECISION, out_dtype=ACC)
+        x_ptr += BLOCK_D
+        y_ptr += BLOCK_D
+    return u
+
+
+@triton.jit
+def _at(ptr, row0, col0, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers to the tile that begins at (row0, col0): int64 up to there, int32 within, for half the registers."""
+    ptr += row0.to(tl.int64) * stride + col0
+    return ptr + tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_N)[None, :]
+
+
+@triton.jit
+def _crosses(row0, col0, diagonal, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a positive lies in the tile."""
+    return (col0 < row0 + diagonal + BLOCK_M) & (row0 + diagonal < col0 + BLOCK_N)
+
+
+@triton.jit
+def _halves(t):
+    return tl.split(tl.permute(tl.reshape(t, (t.shape[0], 2, t.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _parts(t, PARTS: tl.constexpr):
+    """The columns in 1, 2 or 4 parts: what is done with a whole tile at once may not fit the registers."""
+    if PARTS == 4:
+        left, right = _halves(t)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        parts = (a, b, c, d)
+    elif PARTS == 2:
+        parts = _halves(t)
+    else:
+        parts = (t,)
+    return parts
+
+
+@triton.jit
+def _stats_of(
+    u, row_max, row_sum, col_max_ptr, col_sum_ptr, positive_ptr, logits_ptr, scale, step_ptr, stride_u, M, N, diagonal, row0, col0,
+    SAVE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the columns of `u` to the rows' running (max, sum), and write the columns' own."""
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+    crosses = _crosses(row0, col0, diagonal, BLOCK_M, BLOCK_N)
+    if crosses:
+        at = rows + diagonal
+        positive = tl.sum(tl.where(cols[None, :] == at[:, None], u, 0.0), axis=1)
+        tl.store(positive_ptr + rows, positive, mask=(rows < M) & (at >= col0) & (at < col0 + BLOCK_N) & (at < N))
+    if SAVE != "":
+        u_ptrs = logits_ptr + rows.to(tl.int64)[:, None] * stride_u + cols[None, :]
+        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        if SAVE == "int16":
+            # the loss is that of the kept logits, so that the probabilities of the backward sum to one
+            step = tl.load(step_ptr + rows, mask=rows < M, other=1.0)
+            q = tl.clamp((u * (1.0 / step)[:, None]).to(tl.float32), -32767.0, 32767.0) + _ROUND
+            tl.store(u_ptrs, q.to(tl.int32, bitcast=True).to(tl.int16), mask=inside)
+            u = (q - _ROUND).to(ACC) * step[:, None]
+        else:
+            tl.store(u_ptrs, u, mask=inside)
+    s = u * scale
+    if crosses | (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N):
+        negative = (rows < M)[:, None] & (cols < N)[None, :] & (cols[None, :] != (rows + diagonal)[:, None])
+        s = tl.where(negative, s, float("-inf"))
+
+    m_row = tl.max(s, axis=1)
+    m_col = tl.max(s, axis=0)
+    top = tl.max(m_row, axis=0)
+    # what has no negative in this tile is no reason for the slow path
+    r_row = tl.where(m_row == float("-inf"), top, m_row)
+    r_col = tl.where(m_col == float("-inf"), top, m_col)
+    # a NaN takes the slow path too
+    if (top - tl.min(r_row, axis=0) < _SPREAD) & (top - tl.min(r_col, axis=0) < _SPREAD):
+        e = tl.exp(s - top)
+        l_row = tl.sum(e, axis=1) * tl.exp(top - r_row)
+        l_col = tl.sum(e, axis=0) * tl.exp(top - r_col)
+    else:
+        l_row = tl.sum(tl.exp(s - _finite(m_row)[:, None]), axis=1)
+        l_col = tl.sum(tl.exp(s - _finite(m_col)[None, :]), axis=0)
+
+    at_col = (row0 // BLOCK_M).to(tl.int64) * N
+    tl.store(col_max_ptr + at_col + cols, m_col, mask=cols < N)
+    tl.store(col_sum_ptr + at_col + cols, l_col, mask=cols < N)
+    new = tl.maximum(row_max, m_row)
+    row_sum = row_sum * tl.exp(row_max - _finite(new)) + l_row * tl.exp(m_row - _finite(new))
+    return new, row_sum
+
+
+@triton.jit(do_not_specialize=["M", "N", "diagonal", "tiles"])
+def _stats_fwd_kernel(
+    row_max_ptr,  # out [tiles_n / tiles, M], partial
+    row_sum_ptr,
+    col_max_ptr,  # out [tiles_m, N], partial
+    col_sum_ptr,
+    positive_ptr,  # out [M], U at the positives
+    logits_ptr,  # out [M, N] if SAVE
+    x_ptr,  # [M, D]
+    y_ptr,  # [N, D]
+    scale_ptr,  # []
+    step_ptr,  # [M] if SAVE is "int16"
+    stride_x,
+    stride_y,
+    stride_u,
+    D,
+    M,
+    N,
+    diagonal,
+    tiles,
+    SAVE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_m, group = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(tiles_n, tiles), GROUP_M)
+    scale = tl.load(scale_ptr)
+    row0 = tile_m * BLOCK_M
+    rows = row0 + tl.arange(0, BLOCK_M)
+    row_max = tl.full((BLOCK_M,), float("-inf"), ACC)
+    row_sum = tl.zeros((BLOCK_M,), ACC)
+    for tile_n in range(group * tiles, min((group + 1) * tiles, tiles_n)):
+        col0 = tile_n * BLOCK_N
+        u = _products(
+            x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
+            ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        parts = _parts(u, PARTS)
+        for i in tl.static_range(PARTS):
+            row_max, row_sum = _stats_of(
+                parts[i], row_max, row_sum, col_max_ptr, col_sum_ptr, positive_ptr, logits_ptr, scale, step_ptr, stride_u,
+                M, N, diagonal, row0, col0 + i * (BLOCK_N // PARTS), SAVE, ACC, BLOCK_M, BLOCK_N // PARTS,
+            )  # fmt: skip
+    at_row = group.to(tl.int64) * M + rows
+    tl.store(row_max_ptr + at_row, row_max, mask=rows < M)
+    tl.store(row_sum_ptr + at_row, row_sum, mask=rows < M)
+
+
+@triton.jit
+def _finite(m):
+    """A maximum as an offset: 0 where there was nothing to take the maximum of."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit(do_not_specialize=["G", "N"])
+def _merge_kernel(
+    max_ptr,  # out [N]
+    sum_ptr,  # out [N]
+    part_max_ptr,  # [G, N]
+    part_sum_ptr,  # [G, N]
+    G,
+    N,
+    ACC: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.full((BLOCK_N,), float("-inf"), ACC)
+    l = tl.zeros((BLOCK_N,), ACC)  # noqa: E741
+    for g0 in range(0, G, BLOCK_G):
+        parts = g0 + tl.arange(0, BLOCK_G)
+        at = parts.to(tl.int64)[:, None] * N + cols[None, :]
+        inside = (parts < G)[:, None] & (cols < N)[None, :]
+        part_m = tl.load(part_max_ptr + at, mask=inside, other=float("-inf"))
+        part_l = tl.load(part_sum_ptr + at, mask=inside, other=0.0)
+        new = tl.maximum(m, tl.max(part_m, axis=0))
+        l = l * tl.exp(m - _finite(new)) + tl.sum(part_l * tl.exp(part_m - _finite(new)[None, :]), axis=0)  # noqa: E741
+        m = new
+    tl.store(max_ptr + cols, tl.where(l == l, m, l), mask=cols < N)
+    tl.store(sum_ptr + cols, l, mask=cols < N)
+
+
+@triton.jit
+def _grad_of(
+    u, g_ptr, scale, a_ptr, rho_ptr, b_ptr, kappa_ptr, d_ptr, stride_g, M, N, diagonal, shift, row0, col0,
+    STORE: tl.constexpr, DOT: tl.constexpr, G_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write G of a tile; return sum G U if DOT."""
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    a = tl.load(a_ptr + rows, mask=rows < M, other=0.0)
+    b = tl.load(b_ptr + cols, mask=cols < N, other=0.0)
+    rho = tl.load(rho_ptr + rows, mask=rows < M, other=float("inf"))
+    kappa = tl.load(kappa_ptr + cols, mask=cols < N, other=float("inf"))
+    s = u * scale
+    top = tl.max(s)
+    low = tl.minimum(tl.min(rho, axis=0), tl.min(kappa, axis=0))
+    # a NaN takes the slow path too
+    if top - low < _SPREAD:
+        g = tl.exp(s - top) * ((a * tl.exp(top - rho))[:, None] + (b * tl.exp(top - kappa))[None, :])
+    else:
+        g = a[:, None] * tl.exp(s - rho[:, None]) + b[None, :] * tl.exp(s - kappa[None, :])
+    g -= shift
+    if _crosses(row0, col0, diagonal, BLOCK_M, BLOCK_N):
+        d = tl.load(d_ptr + rows, mask=rows < M, other=0.0)
+        g = tl.where(cols[None, :] == (rows + diagonal)[:, None], d[:, None], g)
+    if STORE:
+        out = _at(g_ptr, row0, col0, stride_g, BLOCK_M, BLOCK_N)
+        tl.store(out, (g * G_SCALE).to(g_ptr.dtype.element_ty), mask=inside)
+    return tl.sum(tl.where(inside, g * u, 0.0)) if DOT else 0.0
+
+
+@triton.jit(do_not_specialize=["M", "N", "diagonal", "shift"])
+def _grad_kernel(
+    g_ptr,  # out [M, N] if STORE
+    dot_ptr,  # out [programs] if DOT: sum G U of the tile
+    logits_ptr,  # [M, N] if SAVED
+    x_ptr,  # [M, D], otherwise
+    y_ptr,  # [N, D]
+    scale_ptr,  # []
+    a_ptr,  # [M]
+    rho_ptr,  # [M]
+    b_ptr,  # [N]
+    kappa_ptr,  # [N]
+    d_ptr,  # [M]
+    step_ptr,  # [M] if SAVED is "int16"
+    stride_g,
+    stride_u,
+    stride_x,
+    stride_y,
+    D,
+    M,
+    N,
+    diagonal,
+    shift,
+    SAVED: tl.constexpr,
+    STORE: tl.constexpr,
+    DOT: tl.constexpr,
+    G_SCALE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    row0, col0 = tile_m * BLOCK_M, tile_n * BLOCK_N
+    scale, shift = tl.load(scale_ptr), tl.full((), shift, ACC)
+    if SAVED != "":
+        rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        u = tl.load(_at(logits_ptr, row0, col0, stride_u, BLOCK_M, BLOCK_N), mask=inside, other=0).to(ACC)
+        if SAVED == "int16":
+            u *= tl.load(step_ptr + rows, mask=rows < M, other=0.0)[:, None]
+    else:
+        u = _products(
+            x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
+            ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    parts = _parts(u, PARTS)
+    total = tl.zeros((), ACC)
+    for i in tl.static_range(PARTS):
+        total += _grad_of(
+            parts[i], g_ptr, scale, a_ptr, rho_ptr, b_ptr, kappa_ptr, d_ptr, stride_g, M, N, diagonal, shift,
+            row0, col0 + i * (BLOCK_N // PARTS), STORE, DOT, G_SCALE, BLOCK_M, BLOCK_N // PARTS,
+        )  # fmt: skip
+    if DOT:
+        tl.store(dot_ptr + tl.program_id(0), total)
+
+
+@triton.jit
+def _sigmoid_of(
+    u, g_ptr, scale, bias, stride_g, M, N, diagonal, row0, col0,
+    PAIRED: tl.constexpr, STORE: tl.constexpr, G_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write G of a tile; return the sums of softplus, of G and, unless STORE, of G U."""
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    positive = (cols[None, :] == (rows + diagonal)[:, None]) & PAIRED
+    s = u * scale + bias
+    # softplus(-S) and sigmoid(S) - 1 = -sigmoid(-S) on the positives, which keeps their digits
+    s = tl.where(positive, -s, s)
+    if (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N):
+        s = tl.where(inside, s, float("-inf"))
+    e = tl.exp(-tl.abs(s))
+    loss = tl.sum(tl.maximum(s, 0.0) + _log1p(e))
+    g = tl.where(s >= 0, 1.0, e) / (1.0 + e)
+    g = tl.where(positive, -g, g)
+    db = tl.sum(g)
+    ds = 0.0 if STORE else tl.sum(g * u)
+    if STORE:
+        out = _at(g_ptr, row0, col0, stride_g, BLOCK_M, BLOCK_N)
+        tl.store(out, (g * G_SCALE).to(g_ptr.dtype.element_ty), mask=inside)
+    return loss, db, ds
+
+
+@triton.jit(do_not_specialize=["M", "N", "diagonal"])
+def _sigmoid_fwd_kernel(
+    g_ptr,  # out [M, N] if STORE
+    sums_ptr,  # out [3, programs]: sum of softplus, of G and, unless STORE, of G U over the tile
+    x_ptr,  # [M, D]
+    y_ptr,  # [N, D]
+    scale_ptr,  # []
+    bias_ptr,  # []
+    stride_g,
+    stride_x,
+    stride_y,
+    D,
+    M,
+    N,
+    diagonal,
+    PAIRED: tl.constexpr,
+    STORE: tl.constexpr,
+    G_SCALE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    row0, col0 = tile_m * BLOCK_M, tile_n * BLOCK_N
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
+    u = _products(
+        x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
+        ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    parts = _parts(u, PARTS)
+    loss, db, ds = tl.zeros((), ACC), tl.zeros((), ACC), tl.zeros((), ACC)
+    for i in tl.static_range(PARTS):
+        more_loss, more_db, more_ds = _sigmoid_of(
+            parts[i], g_ptr, scale, bias, stride_g, M, N, diagonal, row0, col0 + i * (BLOCK_N // PARTS),
+            PAIRED, STORE, G_SCALE, BLOCK_M, BLOCK_N // PARTS,
+        )  # fmt: skip
+        loss += more_loss
+        db += more_db
+        ds += more_ds
+    sums = sums_ptr + tl.program_id(0)
+    tl.store(sums, loss)
+    tl.store(sums + tl.num_programs(0), db)
+    tl.store(sums + 2 * tl.num_programs(0), ds)
+
+
+@triton.jit
+def _log1p(e):
+    """log(1 + e) for e in [0, 1]: the sum of N^2 small terms needs their relative accuracy, which log(1 + e) loses."""
+    if e.dtype == tl.float64:
+        return tl.log(1.0 + e)
+    p = 0.0051261019 * e - 0.0290740654
+    p = p * e + 0.0775160864
+    p = p * e - 0.136022478
+    p = p * e + 0.190768808
+    p = p * e - 0.248353988
+    p = p * e + 0.333181202
+    p = p * e - 0.499994457
+    return e * (p * e + 0.99999994)
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+_INTERPRETED = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64, "GROUP_M": 2, "PARTS": 2}
+
+
+def _tile(m: int, n: int, d: int, parts: int, warps: int, stages: int) -> dict[str, int]:
+    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d, "GROUP_M": 8, "PARTS": parts}
+    return tile | {"num_warps": warps, "num_stages": stages}
+
+
+# by what the tensor cores see, the major compute capability, and the kernel; chosen to compile without spills with two
+# blocks on a multiprocessor, so that one's exponentials run under the other's products. Not measured
+_TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
+    "half": {
+        8: {
+            "stats": _tile(128, 128, 32, 2, 8, 4),
+            "grad": _tile(128, 128, 32, 2, 4, 4),
+            "sigmoid": _tile(128, 128, 32, 4, 4, 4),
+        },
+        9: {
+            "stats": _tile(128, 128, 64, 4, 4, 3),
+            "grad": _tile(128, 128, 64, 1, 4, 3),
+            "sigmoid": _tile(128, 128, 64, 4, 4, 3),
+        },
+        10: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 128, 64, 4, 4, 3)),
+    },
+    "tf32": {
+        8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 64, 32, 2, 4, 3)),
+        9: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 128, 32, 4, 4, 3)),
+        10: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 128, 32, 4, 4, 3)),
+    },
+    # no tensor cores
+    "ieee": {8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(64, 64, 32, 1, 8, 2))},
+}
+# a variant that also keeps logits of float32 features, or sums what it does not store, needs more registers
+_WIDE = {"num_warps": 8}
+# the pass over kept logits only streams
+_STREAM = _tile(32, 128, 16, 1, 4, 1)
+_MERGE = {"BLOCK_G": 16, "BLOCK_N": 128}
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 operands are rounded to TF32 where torch's own products are."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _tiles(dtype: torch.dtype, precision: str) -> dict[int, dict[str, dict[str, int]]]:
+    return _TILES["half" if dtype.itemsize == 2 else precision]
+
+
+def _settings(kernel: str, x: Tensor, wide: bool = False) -> dict[str, Any]:
+    """The constexpr arguments and launch options that depend on the device and the dtype."""
+    precision = _precision(x.dtype)
+    if INTERPRET:
+        tile = _INTERPRETED
+    else:
+        name = str(x.dtype).removeprefix("torch.") + (f"-{precision}" if x.dtype == torch.float32 else "")
+        by_arch = _tiles(x.dtype, precision)
+        major = torch.cuda.get_device_capability(x.device)[0]
+        # sm_12x has the tensor cores and the shared memory of sm_8x
+        tile = by_arch[major if major in by_arch else 8][kernel] | (_WIDE if wide else {})
+        tile = configs.tuned("contrastive", x.device, kernel, name, x.shape[1]) or tile
+    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    return dict(tile, ACC=acc, PRECISION=precision, EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0)
+
+
+def _operand(t: Tensor) -> Tensor:
+    """Rows for whole-vector loads: unit stride, columns padded to a multiple of 16 with zeros. A copy only if not so."""
+    n, d = t.shape
+    if t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.stride(0) < 2**24 and d % 16 == 0:
+        return t
+    padded = torch.zeros(n, -(-d // 16) * 16, dtype=t.dtype, device=t.device)
+    padded[:, :d] = t
+    return padded
+
+
+def stats(
+    x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits); see `blocked.stats`.
+
+    Extra memory: 8 N (b / BLOCK_M + N / (8 BLOCK_N)) bytes, 302 MB at b = N = 65536 and tiles of 128 x 128.
+    """
+    b, n, acc = len(x), len(y), accumulation_dtype(x.dtype)
+    new = {"dtype": acc, "device": x.device}
+    logits = torch.empty((b, n) if save else (0,), dtype=torch.int16 if save == "int16" else acc, device=x.device)
+    if not b or not n:
+        lonely = [f(k, **new) for k in (b, n) for f in (_no_maximum, torch.zeros)]
+        return (*lonely, x.new_empty(b, dtype=acc), logits)
+    step = fixed_point_step(x, y) if save == "int16" else scale
+    x, y = _operand(x), _operand(y)
+    settings = _settings("stats", x, wide=bool(save) and x.dtype.itemsize > 2)
+    tiles_m, tiles_n = triton.cdiv(b, settings["BLOCK_M"]), triton.cdiv(n, settings["BLOCK_N"])
+    tiles = max(1, min(_MAX_TILES, tiles_m * tiles_n // _MIN_PROGRAMS))
+    groups = triton.cdiv(tiles_n, tiles)
+    row, col, positive = (torch.empty(*shape, **new) for shape in ((2, groups, b), (2, tiles_m, n), (b,)))
+    with torch.cuda.device_of(x):
+        _stats_fwd_kernel[(tiles_m * groups,)](
+            row[0], row[1], col[0], col[1], positive, logits, x, y, scale, step,
+            x.stride(0), y.stride(0), n, x.shape[1], b, n, row_offset, tiles, SAVE=save, **settings,
+        )  # fmt: skip
+        return *_merge(row), *_merge(col), positive, logits
+
+
+def _no_maximum(k: int, **new: Any) -> Tensor:
+    return torch.full((k,), -torch.inf, **new)
+
+
+def _merge(parts: Tensor) -> tuple[Tensor, Tensor]:
+    _, groups, n = parts.shape
+    m, l = torch.empty(2, n, dtype=parts.dtype, device=parts.device)  # noqa: E741
+    acc = tl.float64 if parts.dtype == torch.float64 else tl.float32
+    _merge_kernel[(triton.cdiv(n, _MERGE["BLOCK_N"]),)](m, l, parts[0], parts[1], groups, n, ACC=acc, **_MERGE)
+    return m, l
+
+
+def grad(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    alpha: Tensor,
+    a: Tensor,
+    rho: Tensor,
+    b: Tensor,
+    kappa: Tensor,
+    d: Tensor,
+    shift: float,
+    row_offset: int,
+    logits: Tensor,
+    x_inv: Tensor | None,
+    y_inv: Tensor | None,
+    need_x: bool,
+    need_y: bool,
+    need_s: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dy, ds) for the external normalisers (a, rho, b, kappa), the positives' d and a constant shift.
+
+    Extra memory: a square of G, float32 accumulators of dy and of one square's rows of dx; 360 MB at b = N = 65536,
+    D = 768 in 16 bits.
+    """
+    saved = "" if not logits.numel() else "int16" if logits.dtype == torch.int16 else "full"
+    step = fixed_point_step(x, y) if saved == "int16" else scale
+    left, right = _operand(x), _operand(y)
+    in_tiles = need_s and not (need_x or need_y)
+    settings = _settings("grad", left, wide=in_tiles)
+    if saved and not INTERPRET:
+        settings.update(_STREAM)
+    dot = torch.zeros((), dtype=torch.float64, device=x.device)
+
+    def fill(i: int, j: int, m: int, n: int, g: Tensor) -> None:
+        rows, cols = slice(i, i + m), slice(j, j + n)
+        programs = triton.cdiv(m, settings["BLOCK_M"]) * triton.cdiv(n, settings["BLOCK_N"])
+        part = torch.empty(programs if in_tiles else 0, dtype=scale.dtype, device=x.device)
+        u = logits[rows, cols] if saved else logits
+        _grad_kernel[(programs,)](
+            g, part, u, left[rows], right[cols], scale, a[rows], rho[rows], b[cols], kappa[cols], d[rows],
+            step[rows] if saved == "int16" else step, g.stride(0), len(y), left.stride(0), right.stride(0),
+            left.shape[1], m, n, i + row_offset - j, float(shift), SAVED=saved, STORE=not in_tiles, DOT=in_tiles,
+            G_SCALE=_g_scale(x.dtype), **settings,
+        )  # fmt: skip
+        if in_tiles:
+            dot.add_(part.sum(dtype=torch.float64))
+
+    with torch.cuda.device_of(x):
+        dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill)
+    ds = alpha * (dot if in_tiles else xgy).to(scale.dtype)
+    return dx, dy, ds if need_s else scale.new_empty(0)
+
+
+def sigmoid(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_offset: int,
+    negative_only: bool,
+    x_inv: Tensor | None,
+    y_inv: Tensor | None,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dx, dy, ds, db) of SigLIP's loss, sum over all pairs divided by the number of rows. Memory as `grad`."""
+    left, right = _operand(x), _operand(y)
+    store = need_x or need_y
+    settings = _settings("sigmoid", left, wide=not store)
+    sums = torch.zeros(3, dtype=torch.float64, device=x.device)
+    alpha = torch.full((), 1 / max(1, len(x)), dtype=scale.dtype, device=x.device)
+
+    def fill(i: int, j: int, m: int, n: int, g: Tensor) -> None:
+        rows, cols = slice(i, i + m), slice(j, j + n)
+        programs = triton.cdiv(m, settings["BLOCK_M"]) * triton.cdiv(n, settings["BLOCK_N"])
+        part = torch.empty(3, programs, dtype=scale.dtype, device=x.device)
+        _sigmoid_fwd_kernel[(programs,)](
+            g, part, left[rows], right[cols], scale, bias, g.stride(0), left.stride(0), right.stride(0),
+            left.shape[1], m, n, i + row_offset - j, PAIRED=not negative_only, STORE=store,
+            G_SCALE=_g_scale(x.dtype), **settings,
+        )  # fmt: skip
+        sums.add_(part.sum(1, dtype=torch.float64))
+
+    with torch.cuda.device_of(x):
+        dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill)
+    loss, db, ds = (sums * alpha).to(scale.dtype)
+    # <x, G y> costs nothing beside the products; where there are none, the tiles have summed G U
+    return loss.clone(), dx, dy, (alpha * xgy).to(scale.dtype) if store else ds.clone(), db.clone()
+
+
+def _g_scale(dtype: torch.dtype) -> float:
+    return FP16_SCALE if dtype == torch.float16 else 1.0
+
+
+def _gradients(
+    x: Tensor,
+    y: Tensor,
+    left: Tensor,
+    right: Tensor,
+    factor: Tensor,
+    x_inv: Tensor | None,
+    y_inv: Tensor | None,
+    need_x: bool,
+    need_y: bool,
+    fill: Callable[[int, int, int, int, Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dy, <x, G y>): `fill(i, j, m, n, g)` writes the m x n block of G whose first element is (i, j)."""
+    (b, dim), n, acc = x.shape, len(y), accumulation_dtype(x.dtype)
+    unscale = 1 / _g_scale(x.dtype)
+    factor = factor * unscale
+    empty = {"dtype": x.dtype, "device": x.device}
+    # whole vectors in each row of G, for the kernel and for cuBLAS
+    side = -(-min(n, _SQUARE) // 16) * 16
+    square = torch.empty((min(b, _SQUARE), side) if need_x or need_y else (1, 1), **empty)
+    gx = torch.empty((len(square), dim) if need_x else 0, dtype=acc, device=x.device)
+    gy = torch.zeros((n, dim) if need_y else 0, dtype=acc, device=x.device)
+    dx = torch.zeros(x.shape if need_x else 0, **empty)
+    xgy = torch.zeros((), dtype=torch.float64, device=x.device)
+    for i in range(0, b, _SQUARE):
+        m = min(b - i, _SQUARE)
+        rows = slice(i, i + m)
+        for j in range(0, n, _SQUARE):
+            k = min(n - j, _SQUARE)
+            g = square[:m, :k]
+            fill(i, j, m, k, g)
+            if need_x:
+                _multiply(gx[:m], g, right[j : j + k, :dim], accumulate=j > 0)
+            if need_y:
+                _multiply(gy[j : j + k], g.t(), left[rows, :dim], accumulate=i > 0)
+        if need_x and n:
+            xgy += finish(gx[:m], x[rows], factor, None if x_inv is None else x_inv[rows], dx[rows])
+    del square, gx
+    dy = torch.empty(y.shape if need_y else 0, **empty)
+    if need_y:
+        ygx = finish_rows(gy, y, factor, y_inv, dy)
+        xgy = xgy if need_x else ygx
+    return dx, dy, xgy * unscale
+
+
+def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
+    """out = left @ right or out += left @ right, accumulated in the dtype of `out`."""
+    if not left.is_cuda:
+        left, right = left.to(out.dtype), right.to(out.dtype)
+    wide = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
+    if accumulate:
+        torch.addmm(out, left, right, out=out, **wide)
+    else:
+        torch.mm(left, right, out=out, **wide)
+
+
+# --- ahead-of-time compilation --------------------------------------------------------------------------------------
+
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_INTEGERS = ("tiles", "diagonal", "stride_g", "stride_u", "stride_x", "stride_y", "D", "M", "N", "G")
+
+
+def aot_specs() -> Iterator[Spec]:
+    """Every kernel at every configuration that ships, for `mmfuse compile-report`."""
+    kinds = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
+    for dtype, precision in kinds:
+        by_arch = _tiles(dtype, precision)
+        for major, tiles in by_arch.items():
+            archs = tuple(arch for arch in (80, 90, 100) if (arch // 10 if arch // 10 in by_arch else 8) == major)
+            for kernel, tile in tiles.items():
+                yield from _specs(kernel, dtype, precision, tile, archs)
+    for table in configs.tables("contrastive").values():
+        for key, tile in table["configs"].items():
+            kernel, name, _ = key.split("/")
+            name, _, precision = name.partition("-")
+            yield from _specs(kernel, getattr(torch, name), precision or "ieee", tile, (table["arch"],))
+    for saved in ("int16", "full"):
+        options = dict(_STREAM, PRECISION="ieee", EVEN_D=True, SAVED=saved, STORE=True, DOT=False, G_SCALE=1.0)
+        for dtype in (torch.bfloat16, torch.float32) if saved == "int16" else (torch.float32,):
+            yield _spec("_grad_kernel", saved, dtype, options, (80, 90, 100))
+    yield _spec("_merge_kernel", "", torch.float32, dict(_MERGE, num_warps=4, num_stages=3), (80, 90, 100))
+
+
+def _specs(
+    kernel: str, dtype: torch.dtype, precision: str, tile: dict[str, int], archs: tuple[int, ...]
+) -> Iterator[Spec]:
+    """The variants of one kernel that a call can reach, at one tile."""
+    half = dtype.itemsize == 2
+    dot = "half" if half else precision if precision == "tf32" else None
+    options = dict(tile, PRECISION=precision, EVEN_D=True)
+    g = {"G_SCALE": _g_scale(dtype), "STORE": True}
+    if kernel == "stats":
+        variants = [("", {"SAVE": ""}), ("odd D", {"SAVE": "", "EVEN_D": False})]
+        variants += [(save, {"SAVE": save} | ({} if half else _WIDE)) for save in ("int16", "full")[: 2 - half]]
+    elif kernel == "grad":
+        g |= {"SAVED": "", "DOT": False}
+        variants = [("", g), ("dot", g | {"STORE": False, "DOT": True} | _WIDE)]
+    else:
+        g |= {"PAIRED": True}
+        variants = [("", g), ("loss", g | {"STORE": False} | _WIDE)]
+    name = {"stats": "_stats_fwd_kernel", "grad": "_grad_kernel", "sigmoid": "_sigmoid_fwd_kernel"}[kernel]
+    for variant, more in variants:
+        yield _spec(name, variant, dtype, options | more, archs, dot)
+
+
+def _spec(
+    name: str, variant: str, dtype: torch.dtype, options: dict[str, Any], archs: tuple[int, ...], dot: str | None = None
+) -> Spec:
+    kernel = globals()[name]
+    constants = {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")} | {"ACC": tl.float32}
+    saved = constants.get("SAVE") or constants.get("SAVED")
+    logits = "*i16" if saved == "int16" else "*fp32"
+    operand = {"x_ptr": "*" + _SHORT[dtype], "y_ptr": "*" + _SHORT[dtype], "g_ptr": "*" + _SHORT[dtype]}
+    signature = {}
+    for n in kernel.arg_names:
+        if n not in constants:
+            other = "i32" if n in _INTEGERS else "fp32" if n == "shift" else logits if n == "logits_ptr" else "*fp32"
+            signature[n] = operand.get(n, other)
+    precision = f"-{constants['PRECISION']}" if dtype == torch.float32 and "PRECISION" in constants else ""
+    return Spec(
+        kernel=f"{__name__}:{name}",
+        variant=" ".join(v for v in (_SHORT[dtype] + precision, variant) if v),
+        signature=signature,
+        constants=constants,
+        num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
+        aligned=tuple(n for n in signature if n == "D" or n.startswith("stride_")),
+        archs=archs,
+        dot=dot,
+    )
