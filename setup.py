@@ -119,7 +119,8 @@ class BuildParts(build_ext):
 
     def build_extensions(self) -> None:
         parts: dict[str, dict[str, object]] = {}
-        for ext in list(self.extensions):
+        wanted, self.extensions = self.extensions, []  # leaves what was built
+        for ext in wanted:
             part = ext.name.removeprefix("mmfuse._C_")
             out = Path(self.get_ext_fullpath(ext.name))
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,12 +128,12 @@ class BuildParts(build_ext):
             try:
                 facts = BUILD[part](ext.sources, str(out))
                 parts[part] = {"built": True, "torch": importlib.metadata.version("torch"), **facts}
+                self.extensions.append(ext)
             except NotBuilt as why:
                 if MODE == "1" and not isinstance(why, Missing):
                     sys.exit(f"mmfuse: {ext.name} was not built: {why}")
                 print(f"mmfuse: {ext.name} was not built: {why}", file=sys.stderr)
                 parts[part] = {"built": False, "reason": str(why)}
-                self.extensions.remove(ext)
         Path(self.build_lib, INFO).write_text(json.dumps({"parts": parts}, indent=1) + "\n")
 
     def copy_extensions_to_source(self) -> None:

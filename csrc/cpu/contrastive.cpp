@@ -31,7 +31,7 @@ int64_t row_grain(int64_t n) { return ceil_div(32768, n + 1); }
 // logit_stats
 
 // a maximum over nothing is -inf, and -inf - -inf would be NaN
-MMFUSE_INLINE float reference(float max) { return max > -INF ? max : 0.0f; }
+MMFUSE_INLINE float reference(float max, float otherwise = 0.0f) { return max > -INF ? max : otherwise; }
 
 template <class T>
 MMFUSE_CLONES void load_logits(const T* u, float scale, float* s, int64_t n) {
@@ -74,15 +74,14 @@ MMFUSE_INLINE void band_max(const float* s, int64_t cols, float* row_max, float*
     row_max[0] = m0, row_max[1] = m1, row_max[2] = m2, row_max[3] = m3;
 }
 
-// Sums of a band of rows: e^{S - reference} for rows and columns alike.
-MMFUSE_INLINE void band_sum(const float* s, int64_t cols, float reference, float* row_sum, float* col_sum) {
-    const Exp exp;
+// Sums of a band of rows: e^S 2^-k for rows and columns alike.
+MMFUSE_INLINE void band_sum(const float* s, int64_t cols, float k, float* row_sum, float* col_sum) {
+    const Exp exp(k);
     const float *s0 = s, *s1 = s + COLS, *s2 = s + 2 * COLS, *s3 = s + 3 * COLS;
     float l0 = 0, l1 = 0, l2 = 0, l3 = 0;
 #pragma omp simd reduction(+ : l0, l1, l2, l3)
     for (int64_t j = 0; j < cols; ++j) {
-        const float a = exp(s0[j] - reference), b = exp(s1[j] - reference);
-        const float c = exp(s2[j] - reference), d = exp(s3[j] - reference);
+        const float a = exp(s0[j]), b = exp(s1[j]), c = exp(s2[j]), d = exp(s3[j]);
         l0 += a, l1 += b, l2 += c, l3 += d;
         col_sum[j] += (a + b) + (c + d);
     }
@@ -99,7 +98,6 @@ struct Stats {
 // A padded tile of logits S, -inf where there is no negative.
 MMFUSE_CLONES
 void tile_stats(const float* s, int64_t rows, int64_t cols, Stats row, Stats col) {
-    const Exp exp;
     std::fill_n(col.max, cols, -INF);
     std::fill_n(col.sum, cols, 0.0f);
     for (int64_t i = 0; i < rows; i += BAND) band_max(s + i * COLS, cols, row.max + i, col.max);
@@ -113,16 +111,18 @@ void tile_stats(const float* s, int64_t rows, int64_t cols, Stats row, Stats col
 #pragma omp simd reduction(min : low)
     for (int64_t j = 0; j < cols; ++j) low = col.max[j] > -INF && col.max[j] < low ? col.max[j] : low;
 
-    // S - R is rounded to an ulp of its size, so R lies near every maximum (and nothing that counts underflows)
-    if (high - low <= 4.0f) {
-        const float shared = reference(high);
-        for (int64_t i = 0; i < rows; i += BAND) band_sum(s + i * COLS, cols, shared, row.sum + i, col.sum);
+    // the smallest maximum keeps its terms down to e^{-38} of it
+    if (high - low <= 50.0f && std::abs(high) < 1e5f) {
+        const float k = power_of_two(high);
+        for (int64_t i = 0; i < rows; i += BAND) band_sum(s + i * COLS, cols, k, row.sum + i, col.sum);
+        const Exp back(-k);
 #pragma omp simd
-        for (int64_t i = 0; i < rows; ++i) row.sum[i] *= exp(row.max[i] > -INF ? shared - row.max[i] : 0.0f);
+        for (int64_t i = 0; i < rows; ++i) row.sum[i] *= back(-reference(row.max[i], high));
 #pragma omp simd
-        for (int64_t j = 0; j < cols; ++j) col.sum[j] *= exp(col.max[j] > -INF ? shared - col.max[j] : 0.0f);
+        for (int64_t j = 0; j < cols; ++j) col.sum[j] *= back(-reference(col.max[j], high));
         return;
     }
+    const Exp exp;
     for (int64_t i = 0; i < rows; ++i) {
         const float m = reference(row.max[i]);
         const float* s_i = s + i * COLS;
@@ -212,15 +212,15 @@ void logit_stats(Tensor u, Tensor scale, int64_t diagonal, Tensor step, Tensor r
 // ---------------------------------------------------------------------------------------------------------------
 // logit_grad
 
-// The columns' part of the gradient in a block of columns, behind one exponential: b e^{S - kappa} = e^{S - R} B.
+// The columns' part of the gradient in a block of columns, behind one exponential: b e^{S - kappa} = (e^S 2^-k) B.
 struct Block {
-    float reference;  // R, the largest normaliser; -inf: all weights are 0; NaN: the normalisers lie too far apart
+    float high, k;  // the largest normaliser (-inf: all weights are 0; NaN: they lie too far apart) and its power of two
     bool zeros;  // some weight is 0
 };
 
-// Normalisers as far apart as this share a reference. It is the largest of them: e^{S - R} overflows only where the
-// formula does, and what underflows in it is below e^{2 SPREAD - 88}.
-constexpr float SPREAD = 4.0f;
+// Normalisers as far apart as this share a power of two, that of the largest: e^S 2^-k overflows only where the formula
+// does, and what underflows in it is below e^{2 SPREAD - 88}.
+constexpr float SPREAD = 20.0f;
 
 MMFUSE_CLONES
 Block scale_weights(const float* b, const float* kappa, float* scaled, int64_t n) {
@@ -234,48 +234,59 @@ Block scale_weights(const float* b, const float* kappa, float* scaled, int64_t n
         high = above > high ? above : high;
         zeros |= zero;
     }
-    const Exp exp;
+    const bool close = high - low <= SPREAD && !(std::abs(high) >= 1e5f);
+    const float k = std::isfinite(high) ? power_of_two(high) : 0.0f;
+    const Exp exp(-k);
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) scaled[j] = b[j] == 0.0f ? 0.0f : b[j] * exp(high - kappa[j]);
-    return {high - low <= SPREAD ? high : NOT_A_NUMBER, zeros != 0};
+    for (int64_t j = 0; j < n; ++j) scaled[j] = b[j] == 0.0f ? 0.0f : b[j] * exp(-kappa[j]);
+    return {close || high < low ? high : NOT_A_NUMBER, k, zeros != 0};
 }
 
 bool can_share(const Block& block, float a, float rho) {
-    if (a == 0.0f) return !block.zeros && !std::isnan(block.reference);
-    return block.reference == -INF ? std::isfinite(rho) : std::abs(rho - block.reference) <= SPREAD;
+    if (a == 0.0f) return !block.zeros && !std::isnan(block.high);
+    return block.high == -INF ? std::abs(rho) < 1e5f : std::abs(rho - block.high) <= SPREAD;
 }
 
-// Part of a row: g = e^{S - R} (A + f B) - shift, where R is the larger of rho and the block's reference,
-// A = a e^{R - rho} and f = e^{R - reference}.
-MMFUSE_CLONES
-void grad_shared(const float* s, float a, float rho, float reference, const float* scaled_b, float shift, float* g,
-                 int64_t n) {
-    const Exp exp;
-    const float shared = a != 0.0f && rho > reference ? rho : reference;
-    const float scaled_a = a == 0.0f ? 0.0f : a * exp(shared - rho);
-    const float factor = reference == -INF ? 0.0f : exp(shared - reference);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) g[j] = exp(s[j] - shared) * (scaled_a + factor * scaled_b[j]) - shift;
+// Part of a row, S = scale * u: g = (e^S 2^-k) (A + f B) - shift, where 2^k is the larger of rho's and the block's power
+// of two, A = a e^{-rho} 2^k and f lifts B to this k. Returns sum g u.
+template <class T>
+MMFUSE_CLONES float grad_shared(const T* u, float scale, float a, float rho, Block block, const float* scaled_b,
+                                float shift, float* g, int64_t n) {
+    const bool row_leads = a != 0.0f && !(rho <= block.high);
+    const float k = row_leads ? power_of_two(rho) : block.k;
+    const float scaled_a = a == 0.0f ? 0.0f : a * Exp(-k)(-rho);
+    const float factor = block.high == -INF ? 0.0f : std::exp2(k - block.k);
+    const Exp exp(k);
+    float dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t j = 0; j < n; ++j) {
+        const float x = u[j];
+        const float value = exp(scale * x) * (scaled_a + factor * scaled_b[j]) - shift;
+        dot += value * x;
+        g[j] = value;
+    }
+    return dot;
 }
 
-// The same without a common reference: g = a e^{S - rho} + b e^{S - kappa} - shift.
-MMFUSE_CLONES
-void grad_separate(const float* s, float a, float rho, const float* b, const float* kappa, float shift, float* g,
-                   int64_t n) {
-    const Exp exp;
+// The same with an exponential for each direction: g = a e^{S - rho} + b e^{S - kappa} - shift.
+template <class T>
+MMFUSE_CLONES float grad_separate(const T* u, float scale, float a, float rho, const float* b, const float* kappa,
+                                  float shift, float* g, int64_t n) {
     // under a weight of 0 no normaliser may make a NaN
     rho = a == 0.0f ? INF : rho;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j)
-        g[j] = a * exp(s[j] - rho) + b[j] * exp(s[j] - (b[j] == 0.0f ? INF : kappa[j])) - shift;
-}
-
-MMFUSE_CLONES
-float inner_product(const float* g, const float* u, int64_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += g[j] * u[j];
-    return sum;
+    // S is rounded before rho is subtracted, as everywhere: only then do the probabilities sum to one
+    float s[COLS];
+    load_logits(u, scale, s, n);
+    const Exp exp;
+    float dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t j = 0; j < n; ++j) {
+        const float x = u[j], kappa_j = b[j] == 0.0f ? INF : kappa[j];
+        const float value = a * exp(s[j] - rho) + b[j] * exp(s[j] - kappa_j) - shift;
+        dot += value * x;
+        g[j] = value;
+    }
+    return dot;
 }
 
 // Calls f(begin, end) for the parts of a row's columns, block by block, without the positive.
@@ -311,16 +322,12 @@ void logit_grad_rows(const T* u, const float* step, float scale, const float* a,
             }
             for_negatives(n, positive, [&](int64_t begin, int64_t end) {
                 const Block& block = blocks[begin / COLS];
-                const int64_t k = end - begin;
-                // S is rounded here as in the statistics (no multiply-add), so that the probabilities sum to one
-                alignas(64) float s[COLS], raw[COLS];
-                load_logits(u_i + begin, scale * unit, s, k);
-                if (dot) load_logits(u_i + begin, 1.0f, raw, k);  // g may overwrite u
-                if (can_share(block, a[i], rho[i]))
-                    grad_shared(s, a[i], rho[i], block.reference, scaled_b.data() + begin, shift, g_i + begin, k);
-                else
-                    grad_separate(s, a[i], rho[i], b + begin, kappa + begin, shift, g_i + begin, k);
-                if (dot) sum += inner_product(g_i + begin, raw, k);
+                const int64_t size = end - begin;
+                sum += can_share(block, a[i], rho[i])
+                           ? grad_shared(u_i + begin, scale * unit, a[i], rho[i], block, scaled_b.data() + begin, shift,
+                                         g_i + begin, size)
+                           : grad_separate(u_i + begin, scale * unit, a[i], rho[i], b + begin, kappa + begin, shift,
+                                           g_i + begin, size);
             });
             if (dot) dot[i] = float(sum * unit);
         }

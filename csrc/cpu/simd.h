@@ -24,17 +24,29 @@ MMFUSE_INLINE float opaque(float x) {
     return x;
 }
 
-// e^x within 1.1 ulp (1.4 without FMA): 2^n p(r), x = n log(2) + r, |r| <= log(2) / 2.
+// The power of two nearest to e^reference, as an exponent.
+MMFUSE_INLINE float power_of_two(float reference) {
+    constexpr float log2e = 1.44269504f, round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    return reference * log2e + round - round;
+}
+
+// e^x 2^-k within 1.1 ulp (1.4 without FMA), |k| < 2^20: 2^(n-k) p(r), x = n log(2) + r, |r| <= log(2) / 2. A power of
+// two takes out the size of e^x without the rounding of x - reference.
 // 0 below 2^-126.5, inf above 2^127.5, NaN stays NaN. Make one per loop, outside of it.
 struct Exp {
-    const float low = opaque(-88.0f), high = opaque(89.0f);
+    const float low, high, round;
+
+    MMFUSE_INLINE explicit Exp(float k = 0)
+        : low(opaque((k - 127.0f) * 0.693147181f)),
+          high(opaque((k + 128.0f) * 0.693147181f)),
+          round(12582912.0f + 127.0f - k) {}
 
     MMFUSE_INLINE float operator()(float x) const {
-        constexpr float log2e = 1.44269504f, round = 12582912.0f + 127.0f;  // 1.5 * 2^23: n + 127 is in the low bits
+        constexpr float log2e = 1.44269504f;
         constexpr float log2_high = 0.693359375f, log2_low = -2.12194440e-4f;  // n * log2_high is exact
         x = x < low ? low : x;
         x = x > high ? high : x;
-        const float shifted = x * log2e + round, n = shifted - round;
+        const float shifted = x * log2e + round, n = shifted - round;  // the low bits of shifted hold n - k + 127
         const float r = x - n * log2_high - n * log2_low;
         float p = 1.38368458e-3f;
         p = p * r + 8.37481581e-3f;

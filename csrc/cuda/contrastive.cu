@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int k = 0; k < PATCH_COLS; ++k) {
                 const int col = column<ALIGNED, PATCH_COLS>(lane, k);
-                s[i][k] = i < rows && col < left && col != positive ? factor * s[i][k] : -INF;
+                s[i][k] = i < rows && col < left && col != positive ? __fmul_rn(factor, s[i][k]) : -INF;
             }
         }
 
@@ -268,7 +268,8 @@ struct SoftmaxGrad {
         return {unit, *scale * unit, a[i], a[i] == 0.0f ? INF : rho[i], d[i]};
     }
     __device__ float operator()(T x, bool positive, const Row& r, const Col& c, float (&terms)[1]) const {
-        const float s = r.scale * x;
+        // S is rounded as in the statistics (no multiply-add): only then do the probabilities sum to one
+        const float s = __fmul_rn(r.scale, x);
         const float g = positive ? r.d : r.a * __expf(s - r.rho) + c.b * __expf(s - c.kappa) - shift;
         terms[0] = g * (r.unit * x);
         return g;
@@ -300,7 +301,7 @@ struct SigmoidGrad {
 // A warp walks down ROWS_PER_WARP rows of TILE_COLS columns, one row ahead with its loads. g may be u, or null; part
 // [SUMS, tiles of columns, c] may be null.
 template <bool ALIGNED, class T, class G, class Op>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)  // 80 registers
     grad_kernel(Op op, const T* u, int64_t diagonal, bool positives, G* g, float* part, int64_t c, int64_t n) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const int64_t first = blockIdx.x * int64_t(TILE_COLS);

@@ -235,6 +235,22 @@ def test_grad_shows_nan(part: str) -> None:
     assert dot.isfinite().nonzero().flatten().tolist() == [26]
 
 
+@pytest.mark.parametrize("kind", ["rows", "columns", "both", "negative", "one", "row", "equal"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_probabilities_sum_to_one(part: str, kind: str, fixed: bool) -> None:
+    u = mixed(kind).to(part)
+    step = u.abs().amax(1) / 32767 if fixed else None
+    row_max, row_sum, col_max, col_sum, q = logit_stats(part, u, 100.0, 3, step=step)
+    raw = q if fixed else u
+    zero_row, zero_col = torch.zeros_like(row_max), torch.zeros_like(col_max)
+    rows = (1 / row_sum, row_max, zero_col, zero_col, zero_row)
+    cols = (zero_row, zero_row, 1 / col_sum, col_max, zero_row)
+    for dim, vectors in ((1, rows), (0, cols)):
+        p, _ = logit_grad(part, raw, 100.0, *vectors, shift=0.0, diagonal=3, step=step)
+        total = p.double().sum(dim)
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**13)])
 def test_grad_in_sixteen_bits(dtype: torch.dtype, factor: float) -> None:
