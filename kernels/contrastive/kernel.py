@@ -462,7 +462,7 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
         10: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 128, 32, 4, 4, 3)),
     },
     # no tensor cores
-    "ieee": {8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(64, 64, 32, 1, 8, 2))},
+    "ieee": {8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(64, 64, 16, 1, 4, 2))},
 }
 # a variant that also keeps logits of float32 features, or sums what it does not store, needs more registers
 _WIDE = {"num_warps": 8}
@@ -497,7 +497,7 @@ def _settings(kernel: str, x: Tensor, wide: bool = False) -> dict[str, Any]:
 
 
 def _operand(t: Tensor) -> Tensor:
-    """Rows for whole-vector loads: unit stride, columns padded to a multiple of 16 with zeros. A copy only if not so."""
+    """Rows for whole-vector loads: unit stride, columns padded with zeros to a multiple of 16; a copy only if not so."""
     n, d = t.shape
     if t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.stride(0) < 2**24 and d % 16 == 0:
         return t
@@ -540,7 +540,7 @@ def _no_maximum(k: int, **new: Any) -> Tensor:
 
 def _merge(parts: Tensor) -> tuple[Tensor, Tensor]:
     _, groups, n = parts.shape
-    m, l = torch.empty(2, n, dtype=parts.dtype, device=parts.device)  # noqa: E741
+    m, l = (torch.empty(n, dtype=parts.dtype, device=parts.device) for _ in range(2))  # noqa: E741
     acc = tl.float64 if parts.dtype == torch.float64 else tl.float32
     _merge_kernel[(triton.cdiv(n, _MERGE["BLOCK_N"]),)](m, l, parts[0], parts[1], groups, n, ACC=acc, **_MERGE)
     return m, l

