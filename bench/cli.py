@@ -124,7 +124,7 @@ def _suite_of(case: str) -> str:
 @contextmanager
 def _progress(rows: int) -> Iterator[runner.Tick]:
     # on the error stream: the output may be read by a program
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (BarColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=rows)
         yield lambda text, done: progress.update(task, description=text, completed=done)

@@ -86,8 +86,9 @@ class Row:
             return failure(error)
 
     def warms(self, name: str) -> bool:
-        """Whether the first call at a size compiles for it."""
-        return self.device.type == "cuda" or hasattr(self.fn(name), "_torchdynamo_orig_callable")
+        """Whether the first call at a size compiles or allocates for it."""
+        compiles = self.device.type == "cuda" or hasattr(self.fn(name), "_torchdynamo_orig_callable")
+        return compiles or name in self.case.anchors
 
     def _judge(self, fn: Callable[..., Tensor]) -> Record:
         """The project's rule of tolerance, over a few draws so that a lucky sum of eager's does not decide."""

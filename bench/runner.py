@@ -26,6 +26,8 @@ Tick = Callable[[str, float], None]  # (what is being done, rows that are done)
 MODES = ("fwd+bwd", "fwd")
 # below this share of the time that the measured ceilings allow, something was not computed
 _PLAUSIBLE = 0.9
+# of timing per case and size, as far as three rounds fit into it
+_SECONDS = 10.0
 
 
 class Isolated:
@@ -98,7 +100,7 @@ def _rounds(seconds: float, limit: float) -> int:
 
 
 def measure(
-    row: Row, names: Sequence[str], probes: Isolated | InProcess, tick: Tick, limit: float = 20.0
+    row: Row, names: Sequence[str], probes: Isolated | InProcess, tick: Tick, limit: float = _SECONDS
 ) -> list[Record]:
     """The records of the named providers at one size, and of the anchors that they are compared with."""
     case = row.case
@@ -109,16 +111,16 @@ def measure(
         records[name] = {**common, "provider": name, "role": "provider", **probes.probe(row, name)}
     timed = [name for name in names if records[name]["status"] == "ok"]
     anchors = list(dict.fromkeys(case.anchor(name, row.mode) for name in timed))
+    peak_flops, peak_bytes = clock.ceilings(row.device, row.dtype)
     for name in anchors:
-        records[name] = {**common, "provider": name, "role": "anchor", "status": "ok"}
+        seconds = case.anchors[name].flops(**row.shape) / peak_flops
+        records[name] = {**common, "provider": name, "role": "anchor", "status": "ok", "seconds": seconds}
     samples: dict[str, list[float]] = {}
     first: dict[str, float] = {}
     for name in (*anchors, *timed):
         tick(f"warming {name}", 0.5)
         try:
-            # a long call warms itself, unless it also compiles
-            known = records[name].get("seconds", 0.0)
-            first[name] = known if known > 2 and not row.warms(name) else _warm(row, name)
+            first[name] = _warm(row, name, records[name]["seconds"])
             samples[name] = []
         except Exception as error:
             records[name] |= failure(error)
@@ -131,7 +133,6 @@ def measure(
             except Exception as error:
                 records[name] |= failure(error)
                 del samples[name]
-    peak_flops, peak_bytes = clock.ceilings(row.device, row.dtype)
     for name, times in samples.items():
         records[name] |= _summary(row, name, times, records[name].get("flags", []), peak_flops, peak_bytes)
     for name in timed:
@@ -141,7 +142,12 @@ def measure(
     return list(records.values())
 
 
-def _warm(row: Row, name: str) -> float:
+def _warm(row: Row, name: str, seconds: float) -> float:
+    """Seconds of a warm call, of which about `seconds` is known: a long one needs no second call to find out."""
+    if seconds > 2:
+        if row.warms(name):
+            row.call(name)
+        return seconds
     row.call(name)
     return row.sample(name, 1)[0] / 1e3
 
@@ -178,7 +184,7 @@ def run(
     start = time.perf_counter()
     tick("measuring the ceilings", 0)
     clock.ceilings(device, dtype)
-    limit = 20.0 if budget is None else min(20.0, budget / (3 * max(1, len(jobs))))
+    limit = _SECONDS if budget is None else min(_SECONDS, budget / (3 * max(1, len(jobs))))
     past: dict[str, tuple[float, float, float]] = {}  # case: seconds besides the rounds, seconds per round, its flops
     with prober(device) as probes:
         for i, (case, shape, names) in enumerate(jobs):
