@@ -168,7 +168,7 @@ def ceiling(records: Iterable[Record]) -> str:
         return ""
     prefix, factor = _unit([r])
     flops, moved = number(factor * r["ceiling_tflops"]), number(r["ceiling_gbps"])
-    return f"measured ceilings: {flops} {prefix}FLOP/s ({r['dtype']} matrix product), {moved} GB/s (copy)"
+    return f"measured ceilings: {flops} {prefix}FLOP/s (matrix product), {moved} GB/s (copy)"
 
 
 def title(key: tuple[str, ...]) -> str:
