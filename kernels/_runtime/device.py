@@ -57,3 +57,8 @@ def gpu_name(index: int = 0) -> str:
 def total_memory(device: torch.device) -> int:
     """Bytes of memory on a CUDA device."""
     return torch.cuda.get_device_properties(device).total_memory
+
+
+def only_named_in_the_interpreter(*args: Any) -> list[str]:
+    """Triton's interpreter is for tests."""
+    return ["Triton's interpreter runs only where it is named"] if INTERPRET else []

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmfuse.kernels._runtime.device import INTERPRET
 
 logger = logging.getLogger("mmfuse")
 
@@ -25,11 +24,15 @@ class UnsupportedError(NotImplementedError):
 
 @dataclass(frozen=True)
 class Impl:
-    """One implementation: `fn` computes, `reasons_against` says why it would not (an empty list: it would)."""
+    """One implementation: `fn` computes, `reasons_against` says why it cannot (an empty list: it can).
+
+    `steps_aside` says why a later one is the better choice, unless this one is named.
+    """
 
     name: str
     fn: Callable[..., Any]
     reasons_against: Callable[..., list[str]]
+    steps_aside: Callable[..., list[str]] = lambda *args: []
 
 
 class Op:
@@ -41,8 +44,12 @@ class Op:
         _OPERATORS[name] = self
 
     def explain(self, *args: Any) -> dict[str, list[str]]:
-        """Each implementation's reasons against these arguments, in order of preference."""
-        return {i.name: i.reasons_against(*args) for i in self.implementations}
+        """Each implementation's reasons not to run for these arguments, in order of preference."""
+        return {i.name: i.reasons_against(*args) or i.steps_aside(*args) for i in self.implementations}
+
+    def available(self, *args: Any) -> list[str]:
+        """The implementations that run for these arguments when they are named."""
+        return [i.name for i in self.implementations if not i.reasons_against(*args)]
 
     def select(self, *args: Any, backend: str | None = None) -> Impl:
         """The implementation to run: `backend` if named (argument, then context, then environment), else the first."""
@@ -52,9 +59,7 @@ class Op:
         candidates = [i for i in self.implementations if name in (None, i.name)]
         report: list[str] = []
         for impl in candidates:
-            why = impl.reasons_against(*args)
-            if impl.name == "triton" and name is None and INTERPRET:
-                why = ["Triton's interpreter runs only where it is named"]
+            why = impl.reasons_against(*args) or (impl.steps_aside(*args) if name is None else [])
             if not why:
                 if report and not torch.compiler.is_compiling():  # logging would break the graph
                     self._tell(impl.name, "; ".join(report))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import total_memory, triton_reasons
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter, total_memory, triton_reasons
 from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.contrastive import blocked, reference
 from mmfuse.kernels.contrastive.blocked import accumulation_dtype, finite, unit_rows
@@ -59,6 +59,13 @@ def _reasons_against_triton(x: Tensor, y: Tensor) -> list[str]:
 
 def _reasons_against_chunked(x: Tensor, y: Tensor) -> list[str]:
     return [] if x.is_floating_point() else [f"dtype is {x.dtype}"]
+
+
+def _faster_eager(side: int, x: Tensor, y: Tensor) -> list[str]:
+    """On a CPU, small products are over before the blocks of rows have begun."""
+    if x.device.type == "cpu" and x.shape[0] * y.shape[0] < side**2:
+        return [f"eager is faster for less than {side} x {side} pairs"]
+    return []
 
 
 def _no_reason(x: Tensor, y: Tensor) -> list[str]:
@@ -240,9 +247,9 @@ CLIP = Op(
     "clip_loss",
     [
         Impl("cuda", partial(_fused_clip, "cuda"), _reasons_against_cuda),
-        Impl("triton", partial(_fused_clip, "triton"), _reasons_against_triton),
-        Impl("cpu", partial(_fused_clip, "cpu"), _reasons_against_cpu),
-        Impl("chunked", partial(_fused_clip, "chunked"), _reasons_against_chunked),
+        Impl("triton", partial(_fused_clip, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
+        Impl("cpu", partial(_fused_clip, "cpu"), _reasons_against_cpu, partial(_faster_eager, 256)),
+        Impl("chunked", partial(_fused_clip, "chunked"), _reasons_against_chunked, partial(_faster_eager, 256)),
         Impl("torch", _reference_clip, _no_reason),
     ],
 )
@@ -405,9 +412,9 @@ SIGLIP = Op(
     "siglip_loss",
     [
         Impl("cuda", partial(_fused_siglip, "cuda"), _reasons_against_cuda),
-        Impl("triton", partial(_fused_siglip, "triton"), _reasons_against_triton),
-        Impl("cpu", partial(_fused_siglip, "cpu"), _reasons_against_cpu),
-        Impl("chunked", partial(_fused_siglip, "chunked"), _reasons_against_chunked),
+        Impl("triton", partial(_fused_siglip, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
+        Impl("cpu", partial(_fused_siglip, "cpu"), _reasons_against_cpu, partial(_faster_eager, 512)),
+        Impl("chunked", partial(_fused_siglip, "chunked"), _reasons_against_chunked, partial(_faster_eager, 512)),
         Impl("torch", _reference_siglip, _no_reason),
     ],
 )

@@ -18,10 +18,9 @@ from judge import assert_no_worse
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-AVAILABLE = {name: why for name, why in CLIP.explain(PROBE, PROBE).items() if not why or name in ("cpu", "cuda")}
+ALL = CLIP.available(PROBE, PROBE)
 # the interpreter runs a Triton program in Python: it takes the small cases
-FAST = [n for n, why in AVAILABLE.items() if not why and (GPU or n != "triton")]
-ALL = [n for n, why in AVAILABLE.items() if not why]
+FAST = [n for n in ALL if GPU or n != "triton"]
 
 
 def features(
@@ -463,6 +462,16 @@ def test_choice_of_implementation() -> None:
         g.sum().backward()
     assert "-> " in mmfuse.explain(mmfuse.clip_loss, image, text)
     assert set(SIGLIP.explain(image, text)) == {"cuda", "triton", "cpu", "chunked", "torch"}
+
+
+@pytest.mark.skipif(GPU, reason="what is small there was not measured")
+def test_steps_aside_for_eager_where_that_is_faster() -> None:
+    small, large = torch.empty(100, 16), torch.empty(600, 16)
+    for op in (CLIP, SIGLIP):
+        assert op.select(small, small).name == "torch"
+        assert op.select(large, large).name in ("cpu", "chunked")
+        assert op.select(small, small, backend="chunked").name == "chunked"
+        assert op.explain(small, small)["chunked"][0].startswith("eager is faster for less than")
 
 
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
