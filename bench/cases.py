@@ -36,6 +36,7 @@ class Case:
     outputs: tuple[str, ...]  # names of the result and of the gradients of the inputs that require one
     providers: dict[str, Load]  # baselines first
     definitions: tuple[str, ...]  # the providers that are the operation itself; the first of them loads everywhere
+    chosen: Callable[..., str]  # (inputs, backend or None) -> the implementation of ours that runs
     default: Callable[[torch.device, torch.dtype], list[str]]  # the providers measured when none are named
     dims: tuple[str, ...]  # what the numbers of a size such as 8192x512 are
     shapes: dict[str, list[Shape]]  # by device type, smallest first
@@ -80,5 +81,5 @@ def is_ours(provider: str) -> bool:
 
 
 def options(fn: Any) -> dict[str, Any]:
-    """The options that a provider of ours was bound to, e.g. the backend that the dispatcher chose."""
+    """The options that a provider of ours was bound to."""
     return dict(getattr(fn, "keywords", {}))

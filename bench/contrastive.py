@@ -111,14 +111,19 @@ def _compiled(name: str, loss: _Loss) -> Load:
 _BACKENDS = ("cuda", "triton", "cpu", "chunked", "torch")
 
 
-def _chosen(op: Op, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
-    features = torch.empty(1, 1, device=device, dtype=dtype)
-    return op.select(features, features, backend=backend).name
+def _chosen(op: Op, inputs: tuple[Tensor, ...], backend: str | None = None) -> str:
+    return op.select(*inputs[:2], backend=backend).name
 
 
 def _ours(op: Op, loss: _Loss, save: str | None = None, backend: str | None = None) -> Load:
     bound = {} if save is None else {"save": save}
-    return lambda device, dtype: partial(loss, backend=_chosen(op, device, dtype, backend), **bound)
+
+    def load(device: torch.device, dtype: torch.dtype) -> _Loss:
+        features = torch.empty(1, 1, device=device, dtype=dtype)
+        _chosen(op, (features, features), backend)  # raises where it cannot run
+        return partial(loss, backend=backend, **bound)
+
+    return load
 
 
 def _all_of_ours(op: Op, loss: _Loss, saves: tuple[str, ...]) -> dict[str, Load]:
@@ -227,8 +232,9 @@ def _bytes(mode: str, itemsize: int, N: int, D: int) -> float:
 
 def _default(op: Op, saves: tuple[str, ...], peers: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
     """Every alternative once: no implementation under two names, none of another device."""
-    compiled = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
-    ours = ["", *(f"-{b}" for b in compiled if b != _chosen(op, device, dtype))]
+    features = torch.empty(1024, 512, device=device, dtype=dtype)
+    chosen = _chosen(op, (features, features))
+    ours = ["", *(f"-{b}" for b in ("cuda", "triton") if device.type == "cuda" and b != chosen)]
     baseline = "open_clip" if _has_open_clip() else "eager"
     fused = [f"mmfuse{b}{save}" for b in ours for save in ([f"[{s}]" for s in saves] or [""])]
     return [baseline, "compile", *(peers if device.type == "cuda" else []), *fused, "mmfuse-chunked"]
@@ -246,6 +252,7 @@ def _case(name: str, op: Op, loss: _Loss, eager: _Loss, saves: tuple[str, ...], 
             **_all_of_ours(op, loss, saves),
         },
         definitions=("eager", "open_clip"),
+        chosen=partial(_chosen, op),
         default=partial(_default, op, saves, list(peers)),
         dims=("N", "D"),
         shapes={

@@ -75,6 +75,9 @@ def rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
 
 def _cells(record: Record, base: Record, factor: float) -> tuple[str, ...]:
     notes = list(record.get("flags", []))
+    backend = record.get("options", {}).get("backend")
+    if backend and f"-{backend}" not in record["provider"]:
+        notes.insert(0, f"runs {backend}")
     if record["status"] != "ok":
         notes.insert(0, f"{record['status'].upper()}: {record['reason']}")
     if record["status"] != "ok":

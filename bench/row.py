@@ -68,7 +68,11 @@ class Row:
         except Exception as error:  # importing a package built for another torch can raise anything
             return {"status": "absent", "reason": first_line(error)}
         try:
-            found = {"status": "ok", "options": options(fn), **(self._judge(fn) if is_ours(name) else {})}
+            found: Record = {"status": "ok"}
+            if is_ours(name):
+                bound = options(fn)
+                chosen = self.case.chosen(self.inputs, bound.get("backend"))
+                found |= {"options": bound | {"backend": chosen}, **self._judge(fn)}
             if found["status"] != "ok":
                 return found
             if self.warms(name):
