@@ -111,16 +111,12 @@ def _parts(t, PARTS: tl.constexpr):
 
 @triton.jit
 def _stats_of(
-    u, row_max, row_sum, col_max_ptr, col_sum_ptr, positive_ptr, logits_ptr, scale, step_ptr, stride_u, M, N, diagonal, row0, col0,
+    u, row_max, row_sum, col_max_ptr, col_sum_ptr, positive_ptr, logits_ptr, scale, step_ptr, stride_u,
+    M, N, diagonal, row0, col0,
     SAVE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the columns of `u` to the rows' running (max, sum), and write the columns' own."""
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-    crosses = _crosses(row0, col0, diagonal, BLOCK_M, BLOCK_N)
-    if crosses:
-        at = rows + diagonal
-        positive = tl.sum(tl.where(cols[None, :] == at[:, None], u, 0.0), axis=1)
-        tl.store(positive_ptr + rows, positive, mask=(rows < M) & (at >= col0) & (at < col0 + BLOCK_N) & (at < N))
     if SAVE != "":
         u_ptrs = logits_ptr + rows.to(tl.int64)[:, None] * stride_u + cols[None, :]
         inside = (rows < M)[:, None] & (cols < N)[None, :]
@@ -133,9 +129,12 @@ def _stats_of(
         else:
             tl.store(u_ptrs, u, mask=inside)
     s = u * scale
-    if crosses | (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N):
-        negative = (rows < M)[:, None] & (cols < N)[None, :] & (cols[None, :] != (rows + diagonal)[:, None])
-        s = tl.where(negative, s, float("-inf"))
+    if _crosses(row0, col0, diagonal, BLOCK_M, BLOCK_N) | (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N):
+        at = rows + diagonal
+        pair = cols[None, :] == at[:, None]
+        here = (rows < M) & (at >= col0) & (at < tl.minimum(col0 + BLOCK_N, N))
+        tl.store(positive_ptr + rows, tl.sum(tl.where(pair, u, 0.0), axis=1), mask=here)
+        s = tl.where((rows < M)[:, None] & (cols < N)[None, :] & (pair == 0), s, float("-inf"))
 
     m_row = tl.max(s, axis=1)
     m_col = tl.max(s, axis=0)
@@ -206,8 +205,8 @@ def _stats_fwd_kernel(
         parts = _parts(u, PARTS)
         for i in tl.static_range(PARTS):
             row_max, row_sum = _stats_of(
-                parts[i], row_max, row_sum, col_max_ptr, col_sum_ptr, positive_ptr, logits_ptr, scale, step_ptr, stride_u,
-                M, N, diagonal, row0, col0 + i * (BLOCK_N // PARTS), SAVE, ACC, BLOCK_M, BLOCK_N // PARTS,
+                parts[i], row_max, row_sum, col_max_ptr, col_sum_ptr, positive_ptr, logits_ptr, scale, step_ptr,
+                stride_u, M, N, diagonal, row0, col0 + i * (BLOCK_N // PARTS), SAVE, ACC, BLOCK_M, BLOCK_N // PARTS,
             )  # fmt: skip
     at_row = group.to(tl.int64) * M + rows
     tl.store(row_max_ptr + at_row, row_max, mask=rows < M)
@@ -462,7 +461,7 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
         10: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 128, 32, 4, 4, 3)),
     },
     # no tensor cores
-    "ieee": {8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(64, 64, 16, 1, 4, 2))},
+    "ieee": {8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(64, 32, 32, 1, 4, 2))},
 }
 # a variant that also keeps logits of float32 features, or sums what it does not store, needs more registers
 _WIDE = {"num_warps": 8}
@@ -497,7 +496,7 @@ def _settings(kernel: str, x: Tensor, wide: bool = False) -> dict[str, Any]:
 
 
 def _operand(t: Tensor) -> Tensor:
-    """Rows for whole-vector loads: unit stride, columns padded with zeros to a multiple of 16; a copy only if not so."""
+    """Rows for whole-vector loads: unit stride, padded with zeros to a multiple of 16 columns; a copy if not so."""
     n, d = t.shape
     if t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.stride(0) < 2**24 and d % 16 == 0:
         return t
