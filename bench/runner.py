@@ -33,25 +33,19 @@ _SECONDS = 10.0
 class Isolated:
     """Probes in another process, whose resident memory is the provider's alone, and which may run out of it."""
 
-    def __init__(self) -> None:
-        self._pool: ProcessPoolExecutor | None = None
-
     def __enter__(self) -> Isolated:
+        self._pool = self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        self._pool.shutdown()
 
     def probe(self, row: Row, name: str) -> Record:
-        if self._pool is None:
-            self._pool = self._start()
         key = (row.case.name, tuple(row.shape.items()), row.device, row.dtype, row.mode)
         try:
-            return self._pool.submit(_probe, key, name, torch.get_num_threads()).result()
+            return self._pool.submit(_probe, key, name).result()
         except BrokenProcessPool:
-            self.__exit__()
+            self._pool = self._start()
             return {"status": "out of memory", "reason": "the process that ran it was ended"}
 
     def _start(self) -> ProcessPoolExecutor:
@@ -59,15 +53,14 @@ class Isolated:
         before = {key: os.environ.get(key) for key in memory.EXACT}
         os.environ.update(memory.EXACT)  # read when the process starts
         try:
-            pool.submit(os.getpid).result()
+            pool.submit(torch.set_num_threads, torch.get_num_threads()).result()
         finally:
             for key, value in before.items():
                 os.environ.pop(key) if value is None else os.environ.update({key: value})
         return pool
 
 
-def _probe(key: tuple[Any, ...], name: str, threads: int) -> Record:
-    torch.set_num_threads(threads)
+def _probe(key: tuple[Any, ...], name: str) -> Record:
     with memory.guard():
         return _row(*key).probe(name)
 

@@ -192,3 +192,13 @@ def test_a_failure_while_timing_ends_only_its_own_row() -> None:
     found = _measure(_with(tires=tires, peer=_eager))
     assert found["tires"]["status"] == "out of memory" and "p50" not in found["tires"]
     assert "p50" in found["peer"] and "p50" in found["eager"]
+
+
+def test_a_probe_that_ends_its_process_is_survived() -> None:
+    row = Row(find("siglip"), {"N": 32, "D": 16}, CPU, torch.float32, "fwd")
+    with Isolated() as probes:
+        (process,) = probes._pool._processes.values()
+        process.kill()
+        process.join()
+        assert probes.probe(row, "eager")["status"] == "out of memory"
+        assert probes.probe(row, "eager")["status"] == "ok"
