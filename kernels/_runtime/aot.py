@@ -87,7 +87,7 @@ def compile_for(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
     )
     ptx = compiled.asm["ptx"]
     registers, stack = _resources(compiled.asm["cubin"])

@@ -431,6 +431,8 @@ def _log1p(e):
 
 # --- launches -------------------------------------------------------------------------------------------------------
 
+# a multiply and an add are one instruction, whatever this version of Triton does unasked
+_FUSED = {} if INTERPRET else {"enable_fp_fusion": True}
 _INTERPRETED = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64, "GROUP_M": 2, "PARTS": 2}
 
 
@@ -463,8 +465,13 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
     # no tensor cores
     "ieee": {8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(64, 32, 32, 1, 4, 2))},
 }
-# a variant that also keeps logits of float32 features, or sums what it does not store, needs more registers
-_WIDE = {"num_warps": 8}
+
+
+def _widened(tile: dict[str, int]) -> dict[str, int]:
+    """For what also keeps logits of float32 features, or sums what it does not store: the registers of 8 warps."""
+    return tile | {"num_warps": 8} if tile["BLOCK_M"] * tile["BLOCK_N"] >= 8192 else tile
+
+
 # the pass over kept logits only streams
 _STREAM = _tile(32, 128, 16, 1, 4, 1)
 _MERGE = {"BLOCK_G": 16, "BLOCK_N": 128}
@@ -489,10 +496,11 @@ def _settings(kernel: str, x: Tensor, wide: bool = False) -> dict[str, Any]:
         by_arch = _tiles(x.dtype, precision)
         major = torch.cuda.get_device_capability(x.device)[0]
         # sm_12x has the tensor cores and the shared memory of sm_8x
-        tile = by_arch[major if major in by_arch else 8][kernel] | (_WIDE if wide else {})
+        tile = by_arch[major if major in by_arch else 8][kernel]
         tile = configs.tuned("contrastive", x.device, kernel, name, x.shape[1]) or tile
+        tile = _widened(tile) if wide else tile
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
-    return dict(tile, ACC=acc, PRECISION=precision, EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0)
+    return dict(tile, ACC=acc, PRECISION=precision, EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **_FUSED)
 
 
 def _operand(t: Tensor) -> Tensor:
@@ -541,7 +549,9 @@ def _merge(parts: Tensor) -> tuple[Tensor, Tensor]:
     _, groups, n = parts.shape
     m, l = (torch.empty(n, dtype=parts.dtype, device=parts.device) for _ in range(2))  # noqa: E741
     acc = tl.float64 if parts.dtype == torch.float64 else tl.float32
-    _merge_kernel[(triton.cdiv(n, _MERGE["BLOCK_N"]),)](m, l, parts[0], parts[1], groups, n, ACC=acc, **_MERGE)
+    _merge_kernel[(triton.cdiv(n, _MERGE["BLOCK_N"]),)](
+        m, l, parts[0], parts[1], groups, n, ACC=acc, **_MERGE, **_FUSED
+    )
     return m, l
 
 
@@ -728,20 +738,22 @@ def _specs(
     """The variants of one kernel that a call can reach, at one tile."""
     half = dtype.itemsize == 2
     dot = "half" if half else precision if precision == "tf32" else None
-    options = dict(tile, PRECISION=precision, EVEN_D=True)
     g = {"G_SCALE": _g_scale(dtype), "STORE": True}
     if kernel == "stats":
-        variants = [("", {"SAVE": ""}), ("odd D", {"SAVE": "", "EVEN_D": False})]
-        variants += [(save, {"SAVE": save} | ({} if half else _WIDE)) for save in ("int16", "full")[: 2 - half]]
+        variants = [("", tile, {"SAVE": ""}), ("odd D", tile, {"SAVE": "", "EVEN_D": False})]
+        if half:
+            variants += [("int16", tile, {"SAVE": "int16"})]
+        else:
+            variants += [(save, _widened(tile), {"SAVE": save}) for save in ("int16", "full")]
     elif kernel == "grad":
         g |= {"SAVED": "", "DOT": False}
-        variants = [("", g), ("dot", g | {"STORE": False, "DOT": True} | _WIDE)]
+        variants = [("", tile, g), ("dot", _widened(tile), g | {"STORE": False, "DOT": True})]
     else:
         g |= {"PAIRED": True}
-        variants = [("", g), ("loss", g | {"STORE": False} | _WIDE)]
+        variants = [("", tile, g), ("loss", _widened(tile), g | {"STORE": False})]
     name = {"stats": "_stats_fwd_kernel", "grad": "_grad_kernel", "sigmoid": "_sigmoid_fwd_kernel"}[kernel]
-    for variant, more in variants:
-        yield _spec(name, variant, dtype, options | more, archs, dot)
+    for variant, size, more in variants:
+        yield _spec(name, variant, dtype, {"PRECISION": precision, "EVEN_D": True} | size | more, archs, dot)
 
 
 def _spec(
