@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from mmfuse.bench import report, runner, store
-from mmfuse.bench.cases import SUITES, Case, Record, Shape, everything, label, suite
-from mmfuse.bench.row import first_line
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from mmfuse.bench import report, runner, store
+from mmfuse.bench.cases import SUITES, Case, Record, Shape, everything, label, suite
+from mmfuse.bench.row import first_line
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MINUTE = 60.0

@@ -15,12 +15,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mmfuse.kernels._runtime import UnsupportedError
-from mmfuse.kernels._runtime.aot import SHARED_LIMIT, Facts, Spec, compile_all, violations
-from mmfuse.kernels._runtime.device import INTERPRET, triton_missing
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from mmfuse.kernels._runtime import UnsupportedError
+from mmfuse.kernels._runtime.aot import SHARED_LIMIT, Facts, Spec, compile_all, violations
+from mmfuse.kernels._runtime.device import INTERPRET, triton_missing
 
 ARCHS = (80, 90, 100)
 

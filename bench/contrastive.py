@@ -13,12 +13,12 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from mmfuse.bench.cases import Anchor, Case, Load
-from mmfuse.kernels._runtime import Op
-from mmfuse.kernels.contrastive.op import CLIP, SIGLIP, clip_loss, siglip_loss
 from torch import Tensor
 
 from mmfuse._compat import allow_torchvision
+from mmfuse.bench.cases import Anchor, Case, Load
+from mmfuse.kernels._runtime import Op
+from mmfuse.kernels.contrastive.op import CLIP, SIGLIP, clip_loss, siglip_loss
 
 _Loss = Callable[..., Tensor]
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+
 from mmfuse.bench.cases import Record
 
 Fit = tuple[list[float], list[float], float, float]  # sizes, values, exponent, factor

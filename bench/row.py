@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from mmfuse.bench import clock, memory
 from mmfuse.bench.cases import Case, Record, Shape, is_ours, label, options
 from mmfuse.kernels._runtime.numerics import error_and_bound
-from torch import Tensor
 
 Outputs = tuple[Tensor | None, ...]
 

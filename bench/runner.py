@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from mmfuse.bench import clock, memory
 from mmfuse.bench.cases import Case, Record, Shape, find, is_ours, label
 from mmfuse.bench.row import Row, failure

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmfuse.bench.cases import Record
 
 import mmfuse
+from mmfuse.bench.cases import Record
 
 
 @functools.cache

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from mmfuse.kernels import clip_loss, siglip_loss
 from mmfuse.kernels._runtime import operators
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.numerics import error_and_bound
-from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DRAWS = 4

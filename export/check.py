@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
 from mmfuse.export.clip import DTYPES, INPUTS, OUTPUTS, ServedCLIP, build, fingerprint, samples
 from mmfuse.export.require import require
 from mmfuse.models.clip import CLIP
-from torch import Tensor
 
 if TYPE_CHECKING:
     import onnx

@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from mmfuse.export.check import check_onnx
 from mmfuse.export.clip import DTYPES, build
 from mmfuse.export.onnx import TARGETS, export_onnx
 from mmfuse.models.clip import SYSTEM
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

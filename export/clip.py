@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from mmfuse.export.require import require
 from mmfuse.models import create, load_official
 from mmfuse.models.clip import CLIP
-from torch import Tensor, nn
 
 INPUTS = ("image", "text")
 OUTPUTS = ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import mmfuse
 from mmfuse.export.clip import DTYPES, INPUTS, OUTPUTS, ServedCLIP, fingerprint, samples
 from mmfuse.export.require import require
 from mmfuse.models.clip import CLIP
-
-import mmfuse
 
 TARGETS = {"portable": 18}  # opset; from 23 on attention is one node, which TensorRT does not build in float32
 SINGLE_FILE_BYTES = 2_000_000_000  # protobuf ends at 2 GiB, and the graph needs its share

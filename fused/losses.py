@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from mmfuse.kernels import clip_loss, siglip_loss
 from mmfuse.kernels._runtime import UnsupportedError
-from torch import Tensor, nn
 
 
 class ClipLoss(nn.Module):

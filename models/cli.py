@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import torch
+
 from mmfuse.models import registry
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from mmfuse.kernels import clip_loss
 from mmfuse.models.registry import System, check_keys, instantiate
-from torch import Tensor, nn
 
 
 class MLP(nn.Module):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mmfuse.kernels._runtime.numerics import error_and_bound
 from torch import Tensor
+
+from mmfuse.kernels._runtime.numerics import error_and_bound
 
 
 def assert_no_worse(got: Tensor, eager: Tensor, exact: Tensor, name: str = "result", slack: float = 2.0) -> None:

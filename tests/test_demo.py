@@ -156,9 +156,8 @@ def test_captions_become_ids() -> None:
 
 
 def test_cost_of_a_step(packages: None) -> None:
-    from mmfuse.fused import ClipLoss
-
     from mmfuse.demo import digits, training
+    from mmfuse.fused import ClipLoss
 
     data, held_out = digits.load(torch.device("cpu"))
     assert (len(data.grey), len(held_out.grey)) == (1200, 597)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import nn
+
 from mmfuse.fused.acceleration.report import Entry, Report
 from mmfuse.fused.acceleration.rules import RULES, Fused, Rule, loaded
 from mmfuse.kernels._runtime import UnsupportedError
-from torch import nn
 
 
 def accelerate(

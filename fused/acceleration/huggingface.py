@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from mmfuse.fused.losses import require_pairs
-from mmfuse.kernels import clip_loss, siglip_loss
 from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPOutput
 from transformers.models.siglip.modeling_siglip import SiglipModel, SiglipOutput
 from transformers.utils import ModelOutput, can_return_tuple
+
+from mmfuse.fused.losses import require_pairs
+from mmfuse.kernels import clip_loss, siglip_loss
 
 
 @can_return_tuple

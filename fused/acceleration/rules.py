@@ -10,8 +10,9 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
-from mmfuse.fused.losses import distributed
 from torch import nn
+
+from mmfuse.fused.losses import distributed
 
 
 @dataclass(frozen=True)

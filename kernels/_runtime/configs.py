@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from mmfuse.kernels._runtime.device import gpu_name
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from mmfuse.kernels._runtime.device import once
 
 _PACKAGE = Path(__file__).resolve().parents[2]

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mmfuse.kernels._runtime import configs
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels.contrastive.blocked import FP16_SCALE, accumulation_dtype, finish, finish_rows, fixed_point_step
-from torch import Tensor
 
 # G is made in squares of this many rows and columns: 128 MiB in 16 bits, long enough products for cuBLAS, and the
 # float32 accumulators of dx and dy are read again only N / 8192 times

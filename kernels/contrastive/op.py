@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
 from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter, total_memory, triton_reasons
 from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.contrastive import blocked, reference
 from mmfuse.kernels.contrastive.blocked import accumulation_dtype, finite, unit_rows
-from torch import Tensor
 
 Save = Literal["auto", "recompute", "store"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmfuse.bench import cli, plots, runner, store
 
+from mmfuse.bench import cli, plots, runner, store
 from mmfuse.cli import main
 
 TINY = ("bench", "contrastive", "--device", "cpu", "--sizes", "48x32", "--providers", "eager,mmfuse-chunked[store]")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mmfuse.bench.cases import SUITES, everything, find, label, suite
 from mmfuse.bench.row import Row
 from mmfuse.bench.runner import MODES, InProcess, measure

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from mmfuse.bench import plots, report, store
 from mmfuse.bench.cases import Record
 

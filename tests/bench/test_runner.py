@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from mmfuse.bench import clock, memory, runner
 from mmfuse.bench import row as rows
 from mmfuse.bench.cases import Case, Record, find
 from mmfuse.bench.row import Row
 from mmfuse.bench.runner import InProcess, Isolated, holds, measure
-from torch import Tensor
 
 CPU = torch.device("cpu")
 

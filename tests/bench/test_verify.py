@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from mmfuse.bench import verify
-from mmfuse.kernels._runtime import operators
 
+from mmfuse.bench import verify
 from mmfuse.cli import main
+from mmfuse.kernels._runtime import operators
 
 
 def test_every_operator_is_verified() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from mmfuse.fused import ClipLoss, SigLipLoss
 from torch import Tensor, nn
+
+from mmfuse.fused import ClipLoss, SigLipLoss
 
 datasets = pytest.importorskip("sklearn.datasets")
 

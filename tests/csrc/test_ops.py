@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from mmfuse.kernels._runtime.library import load
 from torch import Tensor
 
 from judge import assert_no_worse
+from mmfuse.kernels._runtime.library import load
 
 SHAPES = [(1, 1), (3, 7), (64, 65), (129, 1000), (70, 1540)]
 DIAGONALS = [0, 5, -2, 10_000]

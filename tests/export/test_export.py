@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from mmfuse.export import check_onnx, export_onnx
-from mmfuse.export.clip import OUTPUTS, ServedCLIP, build, fingerprint, read_weights, samples
-from mmfuse.models.clip import CLIP, SYSTEM
 from torch import nn
 
 import mmfuse
 from mmfuse.cli import main
+from mmfuse.export import check_onnx, export_onnx
+from mmfuse.export.clip import OUTPUTS, ServedCLIP, build, fingerprint, read_weights, samples
+from mmfuse.models.clip import CLIP, SYSTEM
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

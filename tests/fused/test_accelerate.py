@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from mmfuse.fused import accelerate
-from mmfuse.fused.acceleration.rules import RULES, Fused
 from torch import Tensor, nn
 
 import mmfuse
 from judge import assert_no_worse
 from mmfuse._compat import allow_torchvision
+from mmfuse.fused import accelerate
+from mmfuse.fused.acceleration.rules import RULES, Fused
 
 allow_torchvision()
 open_clip = pytest.importorskip("open_clip")

@@ -7,12 +7,12 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from mmfuse.fused import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 import mmfuse
 from judge import assert_no_worse
 from mmfuse._compat import allow_torchvision
+from mmfuse.fused import ClipLoss, SigLipLoss
 
 allow_torchvision()
 open_clip = pytest.importorskip("open_clip")

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from mmfuse.kernels.contrastive import clip_loss, siglip_loss
-from mmfuse.kernels.contrastive.op import CLIP, SIGLIP, clip_bwd, clip_fwd, siglip_fwd
 from torch import Tensor
 
 import mmfuse
 from judge import assert_no_worse
+from mmfuse.kernels.contrastive import clip_loss, siglip_loss
+from mmfuse.kernels.contrastive.op import CLIP, SIGLIP, clip_bwd, clip_fwd, siglip_fwd
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

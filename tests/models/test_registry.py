@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mmfuse.models import registry
 
 from mmfuse import models
+from mmfuse.models import registry
 
 TINY = {
     "embed_dim": 16,

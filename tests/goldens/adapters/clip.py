@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from mmfuse.models import create, load_official
 from torch import Tensor
 
 from goldens.cases import Given, gradients, record_outputs
+from mmfuse.models import create, load_official
 
 
 def run(given: Given) -> dict[str, Tensor]:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mmfuse.fused import ClipLoss, SigLipLoss
 from torch import Tensor
 
 from goldens.cases import Given
+from mmfuse.fused import ClipLoss, SigLipLoss
 
 
 def run(given: Given) -> dict[str, Tensor]:
