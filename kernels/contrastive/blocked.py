@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 # rows per block: large enough for the matrix products' full speed, and a block of logits that stays near the cache
-_MAX_ROWS = 1024
-_BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+_MAX_ROWS = 2048
+_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 _INT16_MAX = 32767
 # float16 blocks of G hold this much more than G: 1/N would be subnormal there
 FP16_SCALE = 2.0**13
