@@ -70,7 +70,7 @@ _EAGER_SIDE = {
 }
 
 
-def _faster_eager(op: str, x: Tensor, y: Tensor) -> list[str]:
+def _aside(op: str, x: Tensor, y: Tensor) -> list[str]:
     side = _EAGER_SIDE[op].get(x.dtype, 0) if x.device.type == "cpu" else 0
     few = x.shape[0] * y.shape[0] < side**2
     return [f"eager is faster for less than {side} x {side} pairs in {str(x.dtype)[6:]}"] if few else []
@@ -256,8 +256,8 @@ CLIP = Op(
     [
         Impl("cuda", partial(_fused_clip, "cuda"), _reasons_against_cuda),
         Impl("triton", partial(_fused_clip, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused_clip, "cpu"), _reasons_against_cpu, partial(_faster_eager, "clip_loss")),
-        Impl("chunked", partial(_fused_clip, "chunked"), _reasons_against_chunked, partial(_faster_eager, "clip_loss")),
+        Impl("cpu", partial(_fused_clip, "cpu"), _reasons_against_cpu, partial(_aside, "clip_loss")),
+        Impl("chunked", partial(_fused_clip, "chunked"), _reasons_against_chunked, partial(_aside, "clip_loss")),
         Impl("torch", _reference_clip, _no_reason),
     ],
 )
@@ -421,12 +421,12 @@ SIGLIP = Op(
     [
         Impl("cuda", partial(_fused_siglip, "cuda"), _reasons_against_cuda),
         Impl("triton", partial(_fused_siglip, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused_siglip, "cpu"), _reasons_against_cpu, partial(_faster_eager, "siglip_loss")),
+        Impl("cpu", partial(_fused_siglip, "cpu"), _reasons_against_cpu, partial(_aside, "siglip_loss")),
         Impl(
             "chunked",
             partial(_fused_siglip, "chunked"),
             _reasons_against_chunked,
-            partial(_faster_eager, "siglip_loss"),
+            partial(_aside, "siglip_loss"),
         ),
         Impl("torch", _reference_siglip, _no_reason),
     ],
