@@ -138,9 +138,9 @@ def _print(rows: list[Row], absent: list[str], bad: int) -> None:
             ", ".join(f"{n} {kind}" for kind, n in r.tensor_core.items()) or "-",
             style="red" if r.violations else None,
         )
-    # as wide as the table: piped output is not cut to 80 columns
     console = Console()
-    console.width = max(console.width, console.measure(table).maximum)
+    if not console.is_terminal:  # a log is not cut to 80 columns
+        console.width = 160
     console.print(table)
     for r in rows:
         for why in r.violations:
