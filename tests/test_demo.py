@@ -155,6 +155,12 @@ def test_captions_become_ids() -> None:
     assert ids.max() == end
 
 
+def test_eager_is_not_compared_with_itself(device: str) -> None:
+    from mmfuse import demo
+
+    assert demo._fused(torch.device(device)) != "torch"
+
+
 def test_cost_of_a_step(packages: None) -> None:
     from mmfuse.demo import digits, training
     from mmfuse.fused import ClipLoss

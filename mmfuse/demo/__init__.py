@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mmfuse._compat import allow_torchvision
-from mmfuse.kernels._runtime import UnsupportedError
+from mmfuse.kernels._runtime import UnsupportedError, operators, use_backend
 
 if TYPE_CHECKING:
     from mmfuse.demo.page import Page
@@ -51,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(torch.device(args.device), args.quick)
     page = Page(args.out)
     _environment(page)
-    swap.show(page, settings)
-    trained = training.show(page, settings)
+    with use_backend(_fused(settings.device)):
+        swap.show(page, settings)
+        trained = training.show(page, settings)
     numerics.show(page, settings)
     speed.show(page, settings)
     export.show(page, trained)
@@ -69,6 +70,12 @@ def _require(*packages: str) -> None:
             beside = package == "open_clip"  # it would bring torchvision, which pins torch
             how = "--no-deps torchvision timm open_clip_torch" if beside else "'mmfuse[demo]'"
             raise UnsupportedError(f"{package} cannot be imported ({error}): pip install {how}") from error
+
+
+def _fused(device: torch.device) -> str:
+    """The implementation to name for small batches, which step aside for eager where that is faster."""
+    features = torch.empty(1, 1, device=device)
+    return operators()["clip_loss"].available(features, features)[0]
 
 
 def _environment(page: Page) -> None:

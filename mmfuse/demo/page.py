@@ -27,7 +27,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa5b1; --line: #343b44; --paper: #15181c;
   --card: #1e2329; --link: #79b8f3; --good: #56c98b; --bad: #ff8a80; } }
 @media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --card: #fff;
-  --link: #000; --good: #1a7f4b; --bad: #b3261e; } body { font-size: 10pt; } nav { display: none; } }
+  --link: #000; --good: #1a7f4b; --bad: #b3261e; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 66rem; padding: 2.5rem 1.5rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -41,10 +41,12 @@ ul { list-style: none; padding: 0; margin: 1rem 0; } li { padding-left: 1.7rem; 
 li::before { display: inline-block; width: 1.7rem; text-indent: 0; font-weight: 700; }
 .holds::before { content: "\\2713"; color: var(--good); } .fails::before { content: "\\2717"; color: var(--bad); }
 .fails { color: var(--bad); font-weight: 600; }
-.wide { overflow-x: auto; margin: 1rem 0; break-inside: avoid; }
+.wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .86rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem 1.1rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; color: var(--soft); white-space: nowrap; } .left { text-align: left; }
+th, td { padding: .3rem 1.1rem .3rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+th { font-weight: 600; color: var(--soft); } .left { text-align: left; }
+td.left:last-child { white-space: normal; } tr { break-inside: avoid; }
 td:last-child, th:last-child { padding-right: 0; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; font-size: .8rem;
   line-height: 1.5; white-space: pre-wrap; overflow-wrap: anywhere; break-inside: avoid; }
@@ -52,6 +54,8 @@ figure { margin: 1.2rem 0; break-inside: avoid; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px; }
 figcaption { color: var(--soft); font-size: .86rem; margin-top: .4rem; max-width: 52rem; }
+@media print { body { font-size: 10pt; padding: 0; } nav { display: none; } .wide { overflow: visible; }
+  table { font-size: 7.5pt; } th, td { padding-right: .7rem; } pre { font-size: 7.5pt; } h2 { margin-top: 1.5rem; } }
 """
 
 

@@ -21,7 +21,7 @@ _TITLE: dict[str, Any] = {"fontsize": 10, "loc": "left"}
 
 def pictures(captions: list[str], pixels: Tensor, similarity: Tensor) -> Figure:
     """Pictures [N, 3, H, W] in [0, 1] under their captions, beside the similarity matrix [N, N]."""
-    figure = Figure(figsize=(11, 4.7), layout="constrained")
+    figure = Figure(figsize=(11, 4.1), layout="constrained")
     ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(7, 6))
     axes = left.subplots(2, -(-len(captions) // 2)).flatten()
     for ax in axes:
@@ -42,7 +42,7 @@ def training(eager: Trained, fused: Trained) -> Figure:
     loss.plot(steps, eager.losses.numpy(), color=_EAGER, linewidth=4, alpha=0.6, label="open_clip.ClipLoss")
     loss.plot(steps, fused.losses.numpy(), color=_FUSED, linewidth=1.1, label="mmfuse.fused.ClipLoss")
     loss.legend(frameon=False, fontsize=9)
-    apart.set_title("difference of the two losses (none is drawn at 1e-8)", **_TITLE)
+    apart.set_title("difference of the losses (equal: 1e-8)", **_TITLE)
     apart.plot(steps, difference.numpy(), color=_FUSED, linewidth=1)
     apart.plot((1, 50), (1e-4, 1e-4), color=_WRONG, linewidth=1.5)
     apart.annotate("bound, first 50 steps", (1, 1e-4), (0, 5), textcoords="offset points", fontsize=8, color=_WRONG)
@@ -87,10 +87,10 @@ def samples(data: Digits, similarity: Tensor) -> Figure:
 def _matrix(ax: Any, values: Tensor, rows: Any, columns: Any, form: str) -> None:
     """A heat-map with its numbers."""
     ax.imshow(values.numpy(), cmap="Blues")
-    middle = (values.max() + values.min()) / 2
+    dark = values.min() + 0.65 * (values.max() - values.min())
     for y, row in enumerate(values.tolist()):
         for x, value in enumerate(row):
-            color = "white" if value > middle else _TEXT
+            color = "white" if value > dark else _TEXT
             ax.text(x, y, form.format(value), ha="center", va="center", fontsize=7, color=color)
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.set_xticks(range(len(columns)), columns, fontsize=8, rotation=35, ha="right")

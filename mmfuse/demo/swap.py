@@ -96,7 +96,8 @@ def show(page: Page, settings: Settings) -> None:
     page.text(
         "Live models at random weights, on the pictures below. Errors are against the same model in float64; allowed "
         "is twice the error of the eager model, and one unit in the last place. The gradient is that of every "
-        "parameter of the model."
+        "parameter of the model. Batches this small step aside for eager where that is faster; here and in the "
+        "training below they may not, or eager would be compared with itself."
     )
     swap(page, "transformers", hugging_face, _loss_of_transformers, {"clip_loss"}, batches)
     swap(page, "open_clip", open_clip, lambda model, *batch: model(*batch), None, batches)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -93,9 +95,20 @@ def train(page: Page, name: str, loss: nn.Module, data: Digits, held_out: Digits
             looking += time.perf_counter() - start
 
     start = time.perf_counter()
-    with page.progress(steps) as tick:
+    with _one_thread(), page.progress(steps) as tick:
         model, losses = digits.train(loss, data, steps, batch, each)
     return Trained(model, losses, found, time.perf_counter() - start - looking)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain little from a second thread, and lose much to it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def accuracy(model: CLIP, data: Digits) -> tuple[float, float]:
