@@ -29,7 +29,7 @@ def show(page: Page, settings: Settings) -> None:
     records = []
     with page.progress(len(sizes)) as tick:
         jobs = [(clip, size, providers) for size in sizes]
-        for found in runner.run(jobs, device, dtype, "fwd+bwd", tick, budget=settings.of(120, 10)):
+        for found in runner.run(jobs, device, dtype, "fwd+bwd", tick, budget=settings.of(90, 10)):
             records += store.stamped(found, device)
     page.text(
         f"CLIP's loss with its gradients. {report.machine(records[0])}; {report.ceiling(records)}. Each provider is "
