@@ -147,6 +147,7 @@ def _clip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     x, y = (x, y) if normalize else (image, text)
     ctx.save_for_backward(x, y, scale, row_max, row_sum, col_max, col_sum, diag, logits, x_inv, y_inv)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for every other output, the kept logits among them
 
 
 def _clip_backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -394,6 +395,7 @@ def _siglip_fwd_fake(image, text, scale, bias, normalize, row_offset, negative_o
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for every other output, the kept logits among them
 
 
 def _siglip_backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
