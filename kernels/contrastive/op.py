@@ -150,7 +150,9 @@ def _clip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)  # zeros for every other output, the kept logits among them
 
 
-def _clip_backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _clip_backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 11
     needs = ctx.needs_input_grad[:3]
     grads = clip_bwd(g, *ctx.saved_tensors, *ctx.options, *needs)
     return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 8)
@@ -398,7 +400,9 @@ def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.set_materialize_grads(False)  # zeros for every other output, the kept logits among them
 
 
-def _siglip_backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _siglip_backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 10
     grads = zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
     return (*((g * d).to(d.dtype) if need else None for d, need in grads), *[None] * 6)
 
