@@ -7,8 +7,8 @@ For features x [b, D] and y [N, D], logits S = s U with U = x yT and positives a
                dx = s alpha G y,   dy = s alpha GT x,   ds = alpha <x, G y>
     sigmoid    softplus(-z S) and G = sigmoid(S) - [positive] in the same pass
 
-`stats` leaves one partial (m, l) per row and group of tiles, and per column and row of tiles, in a workspace that a
-second kernel merges in a fixed order: no atomics, two runs are equal bitwise. `grad` and `sigmoid` write G in squares,
+`stats` leaves one partial (m, l) per tile and row, and per tile and column, in a workspace that a second kernel merges
+in a fixed order: no atomics, two runs are equal bitwise. `grad` and `sigmoid` write G in squares,
 in the dtype of the operands, and leave the two products to cuBLAS, which accumulates in float32.
 """
 
@@ -30,8 +30,8 @@ from mmfuse.kernels.contrastive.blocked import FP16_SCALE, accumulation_dtype, f
 # G is made in squares of this many rows and columns: 128 MiB in 16 bits, long enough products for cuBLAS, and the
 # float32 accumulators of dx and dy are read again only N / 8192 times
 _SQUARE = 8192
-# a program of `stats` walks up to 8 tiles of a row, unless that left fewer programs than this
-_MAX_TILES, _MIN_PROGRAMS = 8, 2048
+# `stats` takes this many rows at a time, which bounds its workspace
+_ROWS = 16384
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ def _stats_of(
     """Add the columns of `u` to the rows' running (max, sum), and write the columns' own."""
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     if SAVE != "":
-        u_ptrs = logits_ptr + rows.to(tl.int64)[:, None] * stride_u + cols[None, :]
+        u_ptrs = _at(logits_ptr, row0, col0, stride_u, BLOCK_M, BLOCK_N)
         inside = (rows < M)[:, None] & (cols < N)[None, :]
         if SAVE == "int16":
             # the loss is that of the kept logits, so that the probabilities of the backward sum to one
@@ -160,9 +160,9 @@ def _stats_of(
     return new, row_sum
 
 
-@triton.jit(do_not_specialize=["M", "N", "diagonal", "tiles"])
+@triton.jit(do_not_specialize=["M", "N", "diagonal"])
 def _stats_fwd_kernel(
-    row_max_ptr,  # out [tiles_n / tiles, M], partial
+    row_max_ptr,  # out [tiles_n, M], partial
     row_sum_ptr,
     col_max_ptr,  # out [tiles_m, N], partial
     col_sum_ptr,
@@ -179,7 +179,6 @@ def _stats_fwd_kernel(
     M,
     N,
     diagonal,
-    tiles,
     SAVE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -190,28 +189,25 @@ def _stats_fwd_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_m, group = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(tiles_n, tiles), GROUP_M)
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     scale = tl.load(scale_ptr)
-    row0 = tile_m * BLOCK_M
-    rows = row0 + tl.arange(0, BLOCK_M)
+    row0, col0 = tile_m * BLOCK_M, tile_n * BLOCK_N
+    u = _products(
+        x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
+        ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    parts = _parts(u, PARTS)
     row_max = tl.full((BLOCK_M,), float("-inf"), ACC)
     row_sum = tl.zeros((BLOCK_M,), ACC)
-    for tile_n in range(group * tiles, min((group + 1) * tiles, tiles_n)):
-        col0 = tile_n * BLOCK_N
-        u = _products(
-            x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
-            ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
+    for i in tl.static_range(PARTS):
+        row_max, row_sum = _stats_of(
+            parts[i], row_max, row_sum, col_max_ptr, col_sum_ptr, positive_ptr, logits_ptr, scale, step_ptr, stride_u,
+            M, N, diagonal, row0, col0 + i * (BLOCK_N // PARTS), SAVE, ACC, BLOCK_M, BLOCK_N // PARTS,
         )  # fmt: skip
-        parts = _parts(u, PARTS)
-        for i in tl.static_range(PARTS):
-            row_max, row_sum = _stats_of(
-                parts[i], row_max, row_sum, col_max_ptr, col_sum_ptr, positive_ptr, logits_ptr, scale, step_ptr,
-                stride_u, M, N, diagonal, row0, col0 + i * (BLOCK_N // PARTS), SAVE, ACC, BLOCK_M, BLOCK_N // PARTS,
-            )  # fmt: skip
-    at_row = group.to(tl.int64) * M + rows
-    tl.store(row_max_ptr + at_row, row_max, mask=rows < M)
-    tl.store(row_sum_ptr + at_row, row_sum, mask=rows < M)
+    rows = row0 + tl.arange(0, BLOCK_M)
+    at_row = tile_n.to(tl.int64) * M
+    tl.store(row_max_ptr + at_row + rows, row_max, mask=rows < M)
+    tl.store(row_sum_ptr + at_row + rows, row_sum, mask=rows < M)
 
 
 @triton.jit
@@ -222,19 +218,18 @@ def _finite(m):
 
 @triton.jit(do_not_specialize=["G", "N"])
 def _merge_kernel(
-    max_ptr,  # out [N]
-    sum_ptr,  # out [N]
+    max_ptr,  # in and out [N]
+    sum_ptr,  # in and out [N]
     part_max_ptr,  # [G, N]
     part_sum_ptr,  # [G, N]
     G,
     N,
-    ACC: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.full((BLOCK_N,), float("-inf"), ACC)
-    l = tl.zeros((BLOCK_N,), ACC)  # noqa: E741
+    m = tl.load(max_ptr + cols, mask=cols < N, other=float("-inf"))
+    l = tl.load(sum_ptr + cols, mask=cols < N, other=0.0)  # noqa: E741
     for g0 in range(0, G, BLOCK_G):
         parts = g0 + tl.arange(0, BLOCK_G)
         at = parts.to(tl.int64)[:, None] * N + cols[None, :]
@@ -464,15 +459,11 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
         10: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 128, 32, 4, 4, 3)),
     },
     # no tensor cores
-    "ieee": {8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(64, 32, 32, 1, 4, 2))},
+    "ieee": {8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(64, 64, 16, 1, 4, 2))},
 }
 
-
-def _widened(tile: dict[str, int]) -> dict[str, int]:
-    """For what also keeps logits of float32 features, or sums what it does not store: the registers of 8 warps."""
-    return tile | {"num_warps": 8} if tile["BLOCK_M"] * tile["BLOCK_N"] >= 8192 else tile
-
-
+# for what also keeps float32 logits of 128 columns, or sums what it does not store: twice the registers
+_WIDE = {"num_warps": 8}
 # the pass over kept logits only streams
 _STREAM = _tile(32, 128, 16, 1, 4, 1)
 _MERGE = {"BLOCK_G": 16, "BLOCK_N": 128}
@@ -499,7 +490,7 @@ def _settings(kernel: str, x: Tensor, wide: bool = False) -> dict[str, Any]:
         # sm_12x has the tensor cores and the shared memory of sm_8x
         tile = by_arch[major if major in by_arch else 8][kernel]
         tile = configs.tuned("contrastive", x.device, kernel, name, x.shape[1]) or tile
-        tile = _widened(tile) if wide else tile
+        tile = tile | _WIDE if wide else tile
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
     return dict(tile, ACC=acc, PRECISION=precision, EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **_FUSED)
 
@@ -519,41 +510,40 @@ def stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits); see `blocked.stats`.
 
-    Extra memory: 8 N (b / BLOCK_M + N / (8 BLOCK_N)) bytes, 302 MB at b = N = 65536 and tiles of 128 x 128.
+    Extra memory: 8 (N R / BLOCK_M + R N / BLOCK_N) bytes for R = 16384 rows at a time, 134 MB at N = 65536 and tiles of
+    128 x 128.
     """
     b, n, acc = len(x), len(y), accumulation_dtype(x.dtype)
     new = {"dtype": acc, "device": x.device}
     logits = torch.empty((b, n) if save else (0,), dtype=torch.int16 if save == "int16" else acc, device=x.device)
-    if not b or not n:
-        lonely = [f(k, **new) for k in (b, n) for f in (_no_maximum, torch.zeros)]
-        return (*lonely, x.new_empty(b, dtype=acc), logits)
-    step = fixed_point_step(x, y) if save == "int16" else scale
-    x, y = _operand(x), _operand(y)
-    settings = _settings("stats", x, wide=bool(save) and x.dtype.itemsize > 2)
-    tiles_m, tiles_n = triton.cdiv(b, settings["BLOCK_M"]), triton.cdiv(n, settings["BLOCK_N"])
-    tiles = max(1, min(_MAX_TILES, tiles_m * tiles_n // _MIN_PROGRAMS))
-    groups = triton.cdiv(tiles_n, tiles)
-    row, col, positive = (torch.empty(*shape, **new) for shape in ((2, groups, b), (2, tiles_m, n), (b,)))
-    with torch.cuda.device_of(x):
-        _stats_fwd_kernel[(tiles_m * groups,)](
-            row[0], row[1], col[0], col[1], positive, logits, x, y, scale, step,
-            x.stride(0), y.stride(0), n, x.shape[1], b, n, row_offset, tiles, SAVE=save, **settings,
-        )  # fmt: skip
-        return *_merge(row), *_merge(col), positive, logits
-
-
-def _no_maximum(k: int, **new: Any) -> Tensor:
-    return torch.full((k,), -torch.inf, **new)
-
-
-def _merge(parts: Tensor) -> tuple[Tensor, Tensor]:
-    _, groups, n = parts.shape
-    m, l = (torch.empty(n, dtype=parts.dtype, device=parts.device) for _ in range(2))  # noqa: E741
-    acc = tl.float64 if parts.dtype == torch.float64 else tl.float32
-    _merge_kernel[(triton.cdiv(n, _MERGE["BLOCK_N"]),)](
-        m, l, parts[0], parts[1], groups, n, ACC=acc, **_MERGE, **_FUSED
+    (row_max, row_sum), (col_max, col_sum) = (
+        (torch.full((k,), -torch.inf, **new), torch.zeros(k, **new)) for k in (b, n)
     )
-    return m, l
+    positive = torch.empty(b, **new)
+    step = fixed_point_step(x, y) if save == "int16" and b else scale
+    x, y = _operand(x), _operand(y)
+    settings = _settings("stats", x, wide=save == "full" and _precision(x.dtype) == "tf32")
+    tiles_n = triton.cdiv(n, settings["BLOCK_N"])
+    with torch.cuda.device_of(x):
+        for i in range(0, b if n else 0, _ROWS):
+            m = min(b - i, _ROWS)
+            rows = slice(i, i + m)
+            tiles_m = triton.cdiv(m, settings["BLOCK_M"])
+            row, col = torch.empty(2, tiles_n, m, **new), torch.empty(2, tiles_m, n, **new)
+            _stats_fwd_kernel[(tiles_m * tiles_n,)](
+                row[0], row[1], col[0], col[1], positive[rows], logits[rows] if save else logits, x[rows], y, scale,
+                step[rows] if save == "int16" else step, x.stride(0), y.stride(0), n, x.shape[1], m, n, i + row_offset,
+                SAVE=save, **settings,
+            )  # fmt: skip
+            _merge(row_max[rows], row_sum[rows], row)
+            _merge(col_max, col_sum, col)
+    return row_max, row_sum, col_max, col_sum, positive, logits
+
+
+def _merge(m: Tensor, l: Tensor, parts: Tensor) -> None:  # noqa: E741
+    """Merge partial (m, l) [2, G, N] into the running ones."""
+    _, groups, n = parts.shape
+    _merge_kernel[(triton.cdiv(n, _MERGE["BLOCK_N"]),)](m, l, parts[0], parts[1], groups, n, **_MERGE, **_FUSED)
 
 
 def grad(
@@ -709,7 +699,7 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> Non
 # --- ahead-of-time compilation --------------------------------------------------------------------------------------
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_INTEGERS = ("tiles", "diagonal", "stride_g", "stride_u", "stride_x", "stride_y", "D", "M", "N", "G")
+_INTEGERS = ("diagonal", "stride_g", "stride_u", "stride_x", "stride_y", "D", "M", "N", "G")
 
 
 def aot_specs() -> Iterator[Spec]:
@@ -741,17 +731,15 @@ def _specs(
     dot = "half" if half else precision if precision == "tf32" else None
     g = {"G_SCALE": _g_scale(dtype), "STORE": True}
     if kernel == "stats":
-        variants = [("", tile, {"SAVE": ""}), ("odd D", tile, {"SAVE": "", "EVEN_D": False})]
-        if half:
-            variants += [("int16", tile, {"SAVE": "int16"})]
-        else:
-            variants += [(save, _widened(tile), {"SAVE": save}) for save in ("int16", "full")]
+        variants = [(save, tile, {"SAVE": save}) for save in ("", "int16")]
+        variants += [("odd D", tile, {"SAVE": "", "EVEN_D": False})]
+        variants += [] if half else [("full", tile | (_WIDE if dot else {}), {"SAVE": "full"})]
     elif kernel == "grad":
         g |= {"SAVED": "", "DOT": False}
-        variants = [("", tile, g), ("dot", _widened(tile), g | {"STORE": False, "DOT": True})]
+        variants = [("", tile, g), ("dot", tile | _WIDE, g | {"STORE": False, "DOT": True})]
     else:
         g |= {"PAIRED": True}
-        variants = [("", tile, g), ("loss", _widened(tile), g | {"STORE": False})]
+        variants = [("", tile, g), ("loss", tile | _WIDE, g | {"STORE": False})]
     name = {"stats": "_stats_fwd_kernel", "grad": "_grad_kernel", "sigmoid": "_sigmoid_fwd_kernel"}[kernel]
     for variant, size, more in variants:
         yield _spec(name, variant, dtype, {"PRECISION": precision, "EVEN_D": True} | size | more, archs, dot)
@@ -761,7 +749,8 @@ def _spec(
     name: str, variant: str, dtype: torch.dtype, options: dict[str, Any], archs: tuple[int, ...], dot: str | None = None
 ) -> Spec:
     kernel = globals()[name]
-    constants = {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")} | {"ACC": tl.float32}
+    constants = {"ACC": tl.float32} | {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     saved = constants.get("SAVE") or constants.get("SAVED")
     logits = "*i16" if saved == "int16" else "*fp32"
     operand = {"x_ptr": "*" + _SHORT[dtype], "y_ptr": "*" + _SHORT[dtype], "g_ptr": "*" + _SHORT[dtype]}

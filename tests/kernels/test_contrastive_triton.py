@@ -24,9 +24,9 @@ SHAPES = [(1, 1, 16, 0), (2, 7, 96, 5), (7, 65, 770, 0), (63, 64, 16, 1), (65, 1
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """Several squares of G and several tiles per program, at the sizes of a test."""
+    """Several squares of G and several launches of `stats`, at the sizes of a test."""
     monkeypatch.setattr(kernel, "_SQUARE", 64)
-    monkeypatch.setattr(kernel, "_MIN_PROGRAMS", 1)
+    monkeypatch.setattr(kernel, "_ROWS", 64)
 
 
 def pairs(b: int, n: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def judge(names, got, eager, exact):  # type: ignore[no-untyped-def]
     for i, name in enumerate(names):
         g, e, t = (torch.cat([r[i].flatten() for r in results]) for results in (got, eager, exact))
         if g.dtype == torch.float64:  # eager is the float64 result itself: what is left is the order of the sums
-            assert (g - t).abs().max() <= 1e-13 * (1 + t.abs().max()), name
+            torch.testing.assert_close(g, t, rtol=0, atol=1e-13 * (1 + t[t.isfinite()].abs().sum().item() / len(t)))
         else:
             assert_no_worse(g, e, t, name)
 
