@@ -67,11 +67,12 @@ def _reasons_against_chunked(x: Tensor, y: Tensor) -> list[str]:
 _EAGER_SIDE = {
     "clip_loss": {torch.float32: 384, torch.float64: 384, torch.bfloat16: 2048, torch.float16: 0},
     "siglip_loss": {torch.float32: 512, torch.float64: 512, torch.bfloat16: 2048, torch.float16: 0},
+    "siglip_loss, chunked": {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096, torch.float16: 0},
 }
 
 
-def _aside(op: str, x: Tensor, y: Tensor) -> list[str]:
-    side = _EAGER_SIDE[op].get(x.dtype, 0) if x.device.type == "cpu" else 0
+def _aside(name: str, x: Tensor, y: Tensor) -> list[str]:
+    side = _EAGER_SIDE[name].get(x.dtype, 0) if x.device.type == "cpu" else 0
     few = x.shape[0] * y.shape[0] < side**2
     return [f"eager is faster for less than {side} x {side} pairs in {str(x.dtype)[6:]}"] if few else []
 
