@@ -169,7 +169,7 @@ def stats(
     """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits).
 
     The negatives' m and l (without a negative -inf and 0), U at the positives, and the logits if kept. The positives
-    come out of the same products as the negatives: among equal features they have to cancel.
+    are read like the negatives, out of the same products and as they are kept: among equal features they cancel.
 
     `save`: "" keeps nothing (logits is empty), "full" keeps U in the accumulation dtype, "int16" in fixed point.
     """
@@ -185,10 +185,10 @@ def stats(
         block = logits if save == "full" else blocks.block(acc)
         for i, j in blocks.spans:
             u = blocks.logits(i, j, block[i:j] if save == "full" else block[: j - i])
-            positive[i:j] = u.diagonal(i + row_offset)
             q = logits[i:j] if save == "int16" else logits[:0]
             rows = step[i:j] if save == "int16" else step
             tile.logit_stats(u, scale, i + row_offset, rows, row_max[i:j], row_sum[i:j], col_max, col_sum, q)
+            positive[i:j] = q.diagonal(i + row_offset) * rows if save == "int16" else u.diagonal(i + row_offset)
     return row_max, row_sum, col_max, col_sum, positive, logits
 
 
