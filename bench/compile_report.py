@@ -86,11 +86,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def triton_specs(name: str = "") -> Iterator[Spec]:
-    """What every family's `kernel.py` ships."""
+    """What every `kernel.py` ships."""
     import mmfuse.kernels
 
-    for path in sorted(Path(mmfuse.kernels.__file__).parent.glob("*/kernel.py")):
-        for spec in import_module(f"mmfuse.kernels.{path.parent.name}.kernel").aot_specs():
+    root = Path(mmfuse.kernels.__file__).parent
+    for path in sorted(root.rglob("kernel.py")):
+        module = ".".join(("mmfuse.kernels", *path.relative_to(root).with_suffix("").parts))
+        for spec in import_module(module).aot_specs():
             if name in f"{spec.kernel} {spec.variant}":
                 yield spec
 

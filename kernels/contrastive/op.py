@@ -4,63 +4,29 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter, total_memory, triton_reasons
-from mmfuse.kernels._runtime.library import load
-from mmfuse.kernels.contrastive import blocked, reference
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype, finite, unit_rows
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter, total_memory
+from mmfuse.kernels.contrastive import reference
+from mmfuse.kernels.contrastive.arguments import features, scalar, weights_of
+from mmfuse.kernels.contrastive.backends import (
+    no_reason,
+    reasons_against_chunked,
+    reasons_against_cpu,
+    reasons_against_cuda,
+    reasons_against_triton,
+    template,
+)
+from mmfuse.kernels.contrastive.blocked import finite, unit_rows
 
 Save = Literal["auto", "recompute", "store"]
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-# --- implementations ------------------------------------------------------------------------------------------------
-
-
-def _template(backend: str) -> Any:
-    """The module of `stats`, `grad` and `sigmoid` that a backend computes with."""
-    if backend == "triton":
-        from mmfuse.kernels.contrastive import kernel
-
-        return kernel
-    tile = blocked.TorchTile if backend == "chunked" else blocked.compiled_tile(getattr(torch.ops, f"mmfuse_{backend}"))
-    return SimpleNamespace(
-        **{f: partial(getattr(blocked, f), tile) for f in ("stats", "grad", "sigmoid")},
-    )
-
-
-def _compiled_reasons(kind: str, x: Tensor) -> list[str]:
-    why = []
-    if x.device.type != kind:
-        return [f"device is {x.device.type}"]
-    if missing := load(kind):
-        why.append(missing)
-    if x.dtype not in _DTYPES:
-        why.append(f"dtype is {x.dtype}, the compiled part computes in float32")
-    return why
-
-
-def _reasons_against_cuda(x: Tensor, y: Tensor) -> list[str]:
-    return _compiled_reasons("cuda", x)
-
-
-def _reasons_against_cpu(x: Tensor, y: Tensor) -> list[str]:
-    return _compiled_reasons("cpu", x)
-
-
-def _reasons_against_triton(x: Tensor, y: Tensor) -> list[str]:
-    return triton_reasons(x, _DTYPES)
-
-
-def _reasons_against_chunked(x: Tensor, y: Tensor) -> list[str]:
-    return [] if x.device.type in ("cpu", "cuda") else [f"device is {x.device.type}"]
-
+# --- when eager is faster --------------------------------------------------------------------------------------------
 
 # on a CPU, eager is faster for fewer than side x side pairs: its small products are over before the blocks have begun,
 # and it multiplies in bfloat16, which newer processors do at twice the speed. Measured on 2 cores with AVX-512 BF16
@@ -75,10 +41,6 @@ def _aside(name: str, x: Tensor, y: Tensor) -> list[str]:
     side = _EAGER_SIDE[name].get(x.dtype, 0) if x.device.type == "cpu" else 0
     few = x.shape[0] * y.shape[0] < side**2
     return [f"eager is faster for less than {side} x {side} pairs in {str(x.dtype)[6:]}"] if few else []
-
-
-def _no_reason(x: Tensor, y: Tensor) -> list[str]:
-    return []
 
 
 # --- CLIP: softmax over rows and columns ----------------------------------------------------------------------------
@@ -98,7 +60,7 @@ def _clip_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, x_inv, y_inv = _units(image, text, scale, normalize)
-    row_max, row_sum, col_max, col_sum, positive, logits = _template(backend).stats(x, y, scale, row_offset, save)
+    row_max, row_sum, col_max, col_sum, positive, logits = template(backend).stats(x, y, scale, row_offset, save)
     b, n = len(x), len(y)
     pairs = slice(row_offset, row_offset + b)
     diag = scale * positive
@@ -190,7 +152,7 @@ def _clip_bwd(
     kappa[pairs], beta[pairs], column_miss = _normaliser(col_max[pairs], col_sum[pairs], diag)
     # P_ii - 1 without cancellation, likewise the columns
     d = label_smoothing * (w_image + w_text) - shift - w_image * miss - w_text * column_miss
-    return _template(backend).grad(
+    return template(backend).grad(
         x,
         y,
         scale,
@@ -258,11 +220,11 @@ def _reference_clip(
 CLIP = Op(
     "clip_loss",
     [
-        Impl("cuda", partial(_fused_clip, "cuda"), _reasons_against_cuda),
-        Impl("triton", partial(_fused_clip, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused_clip, "cpu"), _reasons_against_cpu, partial(_aside, "clip_loss")),
-        Impl("chunked", partial(_fused_clip, "chunked"), _reasons_against_chunked, partial(_aside, "clip_loss")),
-        Impl("torch", _reference_clip, _no_reason),
+        Impl("cuda", partial(_fused_clip, "cuda"), reasons_against_cuda),
+        Impl("triton", partial(_fused_clip, "triton"), reasons_against_triton, only_named_in_the_interpreter),
+        Impl("cpu", partial(_fused_clip, "cpu"), reasons_against_cpu, partial(_aside, "clip_loss")),
+        Impl("chunked", partial(_fused_clip, "chunked"), reasons_against_chunked, partial(_aside, "clip_loss")),
+        Impl("torch", _reference_clip, no_reason),
     ],
 )
 
@@ -317,8 +279,8 @@ def clip_loss(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    image, text, scale = _check(image, text, logit_scale, row_offset)
-    w_image, w_text = _check_weights(weights)
+    image, text, scale = features(image, text, logit_scale, row_offset)
+    w_image, w_text = weights_of(weights)
     b, n = image.shape[0], text.shape[0]
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")
@@ -382,7 +344,7 @@ def _siglip_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, x_inv, y_inv = _units(image, text, scale, normalize)
-    return _template(backend).sigmoid(x, y, scale, bias, row_offset, negative_only, x_inv, y_inv, need_x, need_y)
+    return template(backend).sigmoid(x, y, scale, bias, row_offset, negative_only, x_inv, y_inv, need_x, need_y)
 
 
 def _siglip_fwd_fake(image, text, scale, bias, normalize, row_offset, negative_only, need_x, need_y, backend):  # type: ignore[no-untyped-def]
@@ -426,16 +388,16 @@ def _reference_siglip(*args: Any) -> Tensor:
 SIGLIP = Op(
     "siglip_loss",
     [
-        Impl("cuda", partial(_fused_siglip, "cuda"), _reasons_against_cuda),
-        Impl("triton", partial(_fused_siglip, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused_siglip, "cpu"), _reasons_against_cpu, partial(_aside, "siglip_loss")),
+        Impl("cuda", partial(_fused_siglip, "cuda"), reasons_against_cuda),
+        Impl("triton", partial(_fused_siglip, "triton"), reasons_against_triton, only_named_in_the_interpreter),
+        Impl("cpu", partial(_fused_siglip, "cpu"), reasons_against_cpu, partial(_aside, "siglip_loss")),
         Impl(
             "chunked",
             partial(_fused_siglip, "chunked"),
-            _reasons_against_chunked,
+            reasons_against_chunked,
             partial(_aside, "siglip_loss"),
         ),
-        Impl("torch", _reference_siglip, _no_reason),
+        Impl("torch", _reference_siglip, no_reason),
     ],
 )
 
@@ -476,69 +438,9 @@ def siglip_loss(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    image, text, scale = _check(image, text, logit_scale, 0 if negative_only else row_offset, paired=not negative_only)
-    bias = _scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
+    image, text, scale = features(
+        image, text, logit_scale, 0 if negative_only else row_offset, paired=not negative_only
+    )
+    bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
     impl = SIGLIP.select(image, text, backend=backend)
     return impl.fn(image, text, scale, bias, normalize, row_offset, negative_only)
-
-
-# --- argument checks ------------------------------------------------------------------------------------------------
-
-
-def _check(
-    image: Tensor, text: Tensor, logit_scale: Tensor | float, row_offset: int, paired: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    for name, t in (("image", image), ("text", text)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor of features [N, D]")
-        if t.dim() != 2:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected features [N, D]")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
-    if image.shape[1] != text.shape[1]:
-        raise ValueError(f"text has {text.shape[1]} features per row, expected {image.shape[1]} as in image")
-    if image.shape[1] == 0:
-        raise ValueError(f"image has shape {tuple(image.shape)}, expected at least one feature per row")
-    if image.device != text.device:
-        raise ValueError(f"text is on {text.device}, expected {image.device} as image")
-    kind = image.device.type
-    if torch.is_autocast_enabled(kind) and image.dtype != torch.float64:
-        low = torch.get_autocast_dtype(kind)
-        image, text = image.to(low), text.to(low)
-    if image.dtype != text.dtype:
-        raise TypeError(f"text has dtype {text.dtype}, expected {image.dtype} as image")
-    if paired and not (row_offset >= 0 and row_offset + image.shape[0] <= text.shape[0]):
-        raise ValueError(
-            f"image has {image.shape[0]} rows at row_offset {row_offset}, expected 0 <= row_offset and at most the "
-            f"{text.shape[0]} rows of text"
-        )
-    return image, text, _scalar("logit_scale", logit_scale, image)
-
-
-def _scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """`value` as a 0-d tensor in the accumulation dtype of `like`, keeping its graph."""
-    acc = accumulation_dtype(like.dtype)
-    if not isinstance(value, Tensor):
-        if not abs(value) < math.inf:
-            raise ValueError(f"{name} is {value}, expected a finite number")
-        return torch.full((), value, dtype=acc, device=like.device)
-    if value.numel() != 1:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} has dtype {value.dtype}, expected a floating-point dtype")
-    if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device}, expected {like.device} as image")
-    # reading a GPU's number would wait for it: there, a non-finite scale shows in the loss
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(value.detach().item()):
-        raise ValueError(f"{name} is {value.item()}, expected a finite number")
-    return value.reshape(()).to(acc)
-
-
-def _check_weights(weights: tuple[float, float]) -> tuple[float, float]:
-    try:
-        w_image, w_text = (float(w) for w in weights)
-    except (TypeError, ValueError):
-        raise ValueError(f"weights is {weights!r}, expected two numbers (image to text, text to image)") from None
-    if not (0 <= w_image < math.inf and 0 <= w_text < math.inf):
-        raise ValueError(f"weights is {weights!r}, expected finite numbers >= 0")
-    return w_image, w_text

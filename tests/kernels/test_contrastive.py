@@ -245,7 +245,7 @@ def test_frozen_inputs_get_no_gradient(backend: str, frozen: str, save: str, mon
     s = torch.tensor(7.0, device=DEVICE, requires_grad=frozen != "scale")
     inputs = [t for t in (image, text, s) if t.requires_grad]
     seen: list[tuple[int, ...]] = []
-    inner = mmfuse.kernels.contrastive.op._template
+    inner = mmfuse.kernels.contrastive.op.template
 
     def spy(name: str):  # type: ignore[no-untyped-def]
         template = inner(name)
@@ -261,7 +261,7 @@ def test_frozen_inputs_get_no_gradient(backend: str, frozen: str, save: str, mon
 
         return Spy
 
-    monkeypatch.setattr("mmfuse.kernels.contrastive.op._template", spy)
+    monkeypatch.setattr("mmfuse.kernels.contrastive.op.template", spy)
     got = torch.autograd.grad(clip_loss(image, text, s, backend=backend, save=save), inputs)
     monkeypatch.undo()
     torch.testing.assert_close(got, torch.autograd.grad(clip_loss(image, text, s, backend="torch"), inputs))
