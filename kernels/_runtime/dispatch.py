@@ -89,6 +89,11 @@ def operators() -> dict[str, Op]:
     return dict(_OPERATORS)
 
 
+def forced_backend() -> str | None:
+    """The backend that `use_backend` or `MMFUSE_BACKEND` names at the moment."""
+    return _forced
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the block with one implementation, e.g. `with use_backend("torch"):`.
