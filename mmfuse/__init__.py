@@ -19,11 +19,13 @@ _LAZY = {
     "UnsupportedError": "mmfuse.kernels._runtime",
     "clip_loss": "mmfuse.kernels",
     "siglip_loss": "mmfuse.kernels",
+    "max_query_loss": "mmfuse.kernels",
+    "max_query_similarity": "mmfuse.kernels",
 }
 
 if TYPE_CHECKING:
     from mmfuse.fused import accelerate
-    from mmfuse.kernels import clip_loss, siglip_loss
+    from mmfuse.kernels import clip_loss, max_query_loss, max_query_similarity, siglip_loss
     from mmfuse.kernels._runtime import UnsupportedError, explain, use_backend
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "accelerate",
     "clip_loss",
     "explain",
+    "max_query_loss",
+    "max_query_similarity",
     "siglip_loss",
     "use_backend",
 ]

@@ -1,0 +1,239 @@
+"""The public functions of the largest similarity over queries: argument checks, autograd, choice of implementation."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels.contrastive.arguments import scalar
+from mmfuse.kernels.contrastive.backends import (
+    no_reason,
+    reasons_against_chunked,
+    reasons_against_cpu,
+)
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels.contrastive.max_query import blocked, reference
+
+# --- the similarity -------------------------------------------------------------------------------------------------
+
+
+def _passes(backend: str) -> Any:
+    """`maximum` and `gradient` of a backend."""
+    if backend == "triton":
+        from mmfuse.kernels.contrastive.max_query import kernel
+
+        return kernel
+    tile = blocked.TorchTile if backend == "chunked" else blocked.compiled_tile(getattr(torch.ops, f"mmfuse_{backend}"))
+    return SimpleNamespace(maximum=partial(blocked.maximum, tile), gradient=partial(blocked.gradient, tile))
+
+
+def _fwd(image: Tensor, text: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return _passes(backend).maximum(image, text)
+
+
+def _fwd_fake(image: Tensor, text: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    shape = (image.shape[0], text.shape[0])
+    u = image.new_empty(shape, dtype=accumulation_dtype(image.dtype))
+    return u, image.new_empty(shape, dtype=blocked.index_dtype(image.shape[1]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    image, text, ctx.backend = inputs
+    ctx.save_for_backward(output[1], image, text)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return None, None, None
+    needs = ctx.needs_input_grad[:2]
+    grads = max_query_bwd(g, *ctx.saved_tensors, *needs, ctx.backend)
+    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), None)
+
+
+def _bwd(
+    g: Tensor, k: Tensor, image: Tensor, text: Tensor, need_image: bool, need_text: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _passes(backend).gradient(g.contiguous(), k, image, text, need_image, need_text)
+
+
+def _bwd_fake(g, k, image, text, need_image, need_text, backend):  # type: ignore[no-untyped-def]
+    return image.new_empty(image.shape if need_image else 0), text.new_empty(text.shape if need_text else 0)
+
+
+max_query_bwd = register("max_query_bwd", _bwd, _bwd_fake)
+max_query_fwd = register("max_query_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
+
+
+def _fused(backend: str, image: Tensor, text: Tensor) -> Tensor:
+    return max_query_fwd(image, text, backend)[0]
+
+
+def _many_queries(image: Tensor) -> list[str]:
+    return [f"image has {image.shape[1]} queries, more than 256"] if image.shape[1] > 256 else []
+
+
+def _reasons_against_cpu(image: Tensor, text: Tensor) -> list[str]:
+    return reasons_against_cpu(image) + _many_queries(image)
+
+
+MAX_QUERY = Op(
+    "max_query_similarity",
+    [
+        Impl("cpu", partial(_fused, "cpu"), _reasons_against_cpu),
+        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked),
+        Impl("torch", reference.similarity, no_reason),
+    ],
+)
+# the loss adds nothing to choose from
+Op("max_query_loss", MAX_QUERY.implementations)
+
+
+def max_query_similarity(image: Tensor, text: Tensor, *, backend: str | None = None) -> Tensor:
+    """The similarity of an image, given by its query vectors, and a text: the largest over the queries.
+
+    u_ij = max_k <image_ik, text_j>, with neither the [B, N, Q] products nor expanded operands in memory
+    (BLIP-2, Li et al. 2023, section 3.1; the late interaction of one text vector).
+
+    Args:
+        image: [B, Q, D], float16, bfloat16, float32 or float64; any strides.
+        text: [N, D], same dtype and device.
+        backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        [B, N] in float32 (float64 for float64 features).
+        Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
+
+    The gradient of a pair goes to the first query that reaches the maximum. Deterministic: two runs are equal bitwise.
+    Differentiable once in image and text.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    image, text = _features(image, text, "image", "text")
+    return MAX_QUERY.select(image, text, backend=backend).fn(image, text)
+
+
+def max_query_loss(
+    image: Tensor,
+    text: Tensor,
+    temp: Tensor | float,
+    *,
+    image_all: Tensor | None = None,
+    text_all: Tensor | None = None,
+    row_offset: int = 0,
+    label_smoothing: float = 0.0,
+    ids: Tensor | None = None,
+    all_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """BLIP-2's image-text contrastive loss: the similarity is the largest over an image's query vectors.
+
+    L = (L_i2t + L_t2i) / 2, the cross-entropies over j of max_k <image_ik, text_all_j> / temp and of
+    max_k <image_all_jk, text_i> / temp (Li et al. 2023, section 3.1). The targets are (1 - eps) positives + eps / N with
+    eps = label_smoothing; the positive of row i is j = i + row_offset or, with ids, every j of the same id, each with
+    1 / count. BLIP-2 takes eps = 0.1, and ids where images have several captions.
+
+    Args:
+        image: [B, Q, D] query vectors of the images, float16, bfloat16, float32 or float64; any strides.
+        text: [B, D], same dtype and device.
+        temp: the divisor: a float, or a tensor of one element.
+        image_all, text_all: [N, Q, D] and [N, D], what the texts and the images are compared with: the features of all
+            processes. By default the own ones; both directions then share one product. Gradients reach them if they
+            require one; LAVIS detaches them.
+        row_offset: where the own rows begin in `image_all` and `text_all`.
+        label_smoothing: eps, in both directions, from 0 to 1.
+        ids, all_ids: [B] and [N] integers: positives are equal ids. `all_ids` is `ids` by default. A row of which
+            `all_ids` has no equal gives NaN.
+        backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 features); NaN for an empty batch, a mean over nothing.
+        Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
+
+    Deterministic: two runs are equal bitwise. Differentiable once in the features and temp.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    image, text = _features(image, text, "image", "text")
+    if len(image) != len(text):
+        raise ValueError(f"text has {len(text)} rows, expected {len(image)} as image")
+    temp = scalar("temp", temp, image)
+    own = image_all is None and text_all is None
+    image_all, text_all = _features(
+        image if image_all is None else image_all, text if text_all is None else text_all, "image_all", "text_all"
+    )
+    _check_all(image, image_all, text_all, row_offset)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")
+    ids, all_ids = _ids(ids, all_ids, image, image_all)
+
+    similarity = partial(max_query_similarity, backend=backend)
+    i2t = similarity(image, text_all) / temp
+    t2i = i2t.t() if own else similarity(image_all, text).t() / temp
+    target = (row_offset, label_smoothing, ids, all_ids)
+    return (reference.cross_entropy(i2t, *target) + reference.cross_entropy(t2i, *target)) / 2
+
+
+def _features(image: Tensor, text: Tensor, image_name: str, text_name: str) -> tuple[Tensor, Tensor]:
+    for name, t, dims, shape in ((image_name, image, 3, "[B, Q, D]"), (text_name, text, 2, "[N, D]")):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor of features {shape}")
+        if t.dim() != dims:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected features {shape}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+    if image.shape[1] == 0 or image.shape[2] == 0:
+        raise ValueError(f"{image_name} has shape {tuple(image.shape)}, expected at least one query and one feature")
+    if image.shape[2] != text.shape[1]:
+        raise ValueError(f"{text_name} has {text.shape[1]} features per row, expected {image.shape[2]} as {image_name}")
+    if image.device != text.device:
+        raise ValueError(f"{text_name} is on {text.device}, expected {image.device} as {image_name}")
+    kind = image.device.type
+    if torch.is_autocast_enabled(kind) and image.dtype != torch.float64:
+        low = torch.get_autocast_dtype(kind)
+        image, text = image.to(low), text.to(low)
+    if image.dtype != text.dtype:
+        raise TypeError(f"{text_name} has dtype {text.dtype}, expected {image.dtype} as {image_name}")
+    return image, text
+
+
+def _check_all(image: Tensor, image_all: Tensor, text_all: Tensor, row_offset: int) -> None:
+    if image_all.shape[2] != image.shape[2]:
+        raise ValueError(f"image_all has {image_all.shape[2]} features per query, expected {image.shape[2]} as image")
+    if image_all.device != image.device:
+        raise ValueError(f"image_all is on {image_all.device}, expected {image.device} as image")
+    if image_all.dtype != image.dtype:
+        raise TypeError(f"image_all has dtype {image_all.dtype}, expected {image.dtype} as image")
+    if len(image_all) != len(text_all):
+        raise ValueError(f"text_all has {len(text_all)} rows, expected {len(image_all)} as image_all")
+    if not (row_offset >= 0 and row_offset + len(image) <= len(image_all)):
+        raise ValueError(
+            f"row_offset is {row_offset} for {len(image)} rows of image, expected them within the {len(image_all)} "
+            "rows of image_all"
+        )
+
+
+def _ids(
+    ids: Tensor | None, all_ids: Tensor | None, image: Tensor, image_all: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if ids is None:
+        if all_ids is not None:
+            raise ValueError("all_ids is given without ids, expected both")
+        return None, None
+    all_ids = ids if all_ids is None else all_ids
+    for name, t, n in (("ids", ids, len(image)), ("all_ids", all_ids, len(image_all))):
+        if t.is_floating_point() or t.shape != (n,):
+            raise ValueError(f"{name} has shape {tuple(t.shape)} and dtype {t.dtype}, expected [{n}] integers")
+        if t.device != image.device:
+            raise ValueError(f"{name} is on {t.device}, expected {image.device} as image")
+    return ids, all_ids

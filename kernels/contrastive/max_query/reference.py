@@ -1,0 +1,31 @@
+"""The largest similarity over the queries, and BLIP-2's loss on it, in plain PyTorch: their meaning.
+
+u_ij = max_k <q_ik, t_j>            q [B, Q, D] the query vectors of images, t [N, D] texts
+L = -mean_i sum_j T_ij log softmax_j(u_ij / temp),     T = (1 - eps) positives + eps / N        BLIP-2, Li et al. 2023
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+
+
+def similarity(image: Tensor, text: Tensor) -> Tensor:
+    """u [B, N], with the [B, Q, N] products in memory. Of equal queries the first gets the gradient."""
+    s = (image.flatten(0, 1) @ text.t()).unflatten(0, image.shape[:2])
+    return s.max(1).values.to(accumulation_dtype(image.dtype))
+
+
+def cross_entropy(
+    s: Tensor, row_offset: int, label_smoothing: float, ids: Tensor | None, all_ids: Tensor | None
+) -> Tensor:
+    """One direction of the loss over logits s [b, N]; positives are the pairs, or what has the row's id."""
+    if ids is None or all_ids is None:
+        target = torch.arange(len(s), device=s.device) + row_offset
+    else:
+        same = (ids[:, None] == all_ids).to(s.dtype)
+        target = same / same.sum(1, keepdim=True)
+    return F.cross_entropy(s, target, label_smoothing=label_smoothing)
