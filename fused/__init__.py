@@ -1,6 +1,7 @@
 """Modules and losses that replace the field's own, and `accelerate()`, which swaps them into a live model."""
 
 from mmfuse.fused.acceleration import Report, accelerate
+from mmfuse.fused.language import linear_cross_entropy
 from mmfuse.fused.losses import ClipLoss, SigLipLoss
 
-__all__ = ["ClipLoss", "Report", "SigLipLoss", "accelerate"]
+__all__ = ["ClipLoss", "Report", "SigLipLoss", "accelerate", "linear_cross_entropy"]

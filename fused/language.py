@@ -1,0 +1,325 @@
+"""Cross-entropy over a vocabulary straight from the hidden states: the logits of all tokens never exist at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmfuse.kernels._runtime.dispatch import forced_backend
+
+Teacher = tuple[Tensor, Tensor, "Tensor | None"]
+
+# of a block of logits: it stays near the cache of a CPU, and fills a GPU
+_BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+BACKENDS = ("liger", "cut_cross_entropy", "chunked", "torch")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    teacher: Teacher | None = None,
+    alpha: float = 0.0,
+    chunk: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of the logits `hidden @ weight.T + bias`, with hard labels and a teacher's soft ones.
+
+        loss = (1 - alpha) CE(logits, labels) + alpha (-sum_v softmax(teacher logits)_v log_softmax(logits)_v)
+
+    Masked language modelling and captioning have far more logits than anything else in a step (tokens x vocabulary).
+    Here they are formed `chunk` tokens at a time, and their gradient is consumed where it arises: for "mean" and "sum"
+    already in the forward (three matrix products in all, as without chunks), for "none" by forming them again.
+
+    Args:
+        hidden: [..., D], float16, bfloat16, float32 or float64.
+        weight, bias: [V, D] and [V] in hidden's dtype.
+        labels: [...] int64. Tokens labelled `ignore_index` count in nothing: on a CPU they are dropped first, on a GPU
+            (where their number is not known without waiting for it) they contribute zero.
+        label_smoothing: of the hard labels, as `F.cross_entropy` has it.
+        reduction: "mean" over the tokens that count (NaN if none does, as `F.cross_entropy`), "sum", or "none".
+        teacher: (hidden [..., D_t], weight [V, D_t], bias [V] or None) whose softmax is the soft target; no gradient.
+        alpha: share of the soft target; without a teacher it must be 0.
+        chunk: tokens per block; by default as many as give 32 MB (CPU) or 256 MB (GPU) of logits.
+        backend: "torch" (the formula, all logits at once; also what `use_backend("torch")` asks for), "chunked",
+            "liger" or "cut_cross_entropy". By default, on a GPU, one of the two packages if it is installed and does
+            what is asked (neither takes a teacher, Liger no reduction="none", cut-cross-entropy no bias and no label
+            smoothing), otherwise "chunked".
+
+    Returns:
+        A scalar, or [...] for reduction="none" (0 at ignored tokens): float32, or float64 for float64.
+
+    Logits, softmax and all sums are float32 (float64 for float64). Deterministic in "torch" and "chunked"; the two
+    packages have their own numerics, and they wait for the device.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit.
+    """
+    _check(hidden, weight, labels, bias, label_smoothing, reduction, teacher, alpha, chunk, backend)
+    if teacher is not None:
+        teacher = tuple(t if t is None else t.detach() for t in teacher) if alpha else None
+    name = backend or ("torch" if forced_backend() == "torch" else None)
+    if name == "torch":
+        return _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha)
+    if name != "chunked":
+        peers = [name] if name else [p for p in _PEERS if hidden.is_cuda and find_spec(_MODULES[p])]
+        for peer in peers:
+            why = _reasons_against(peer, hidden, bias, label_smoothing, reduction, teacher)
+            if not why:
+                flat = hidden.flatten(0, -2), weight, labels.flatten()
+                loss = _PEERS[peer](*flat, bias, ignore_index, label_smoothing, reduction)
+                return loss.float().view(labels.shape if reduction == "none" else ())
+            if name:
+                raise ValueError(f"backend is {backend!r}, but {why}")
+    return _chunked(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk)
+
+
+def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha):  # type: ignore[no-untyped-def]
+    acc = torch.promote_types(hidden.dtype, torch.float32)
+    logits = F.linear(hidden, weight, bias).to(acc).flatten(0, -2)
+    labels_ = labels.flatten()
+    loss = F.cross_entropy(
+        logits, labels_, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )
+    if teacher is not None:
+        soft = F.linear(*teacher).to(acc).flatten(0, -2).softmax(-1)
+        loss = (1 - alpha) * loss - alpha * (soft * logits.log_softmax(-1)).sum(-1)
+    counts = labels_ != ignore_index
+    return _reduce(torch.where(counts, loss, 0), counts, reduction, labels.shape)
+
+
+def _reduce(loss: Tensor, counts: Tensor, reduction: str, shape: torch.Size) -> Tensor:
+    if reduction == "none":
+        return loss.view(shape)
+    return loss.sum() / counts.sum() if reduction == "mean" else loss.sum()
+
+
+# --- in blocks of tokens --------------------------------------------------------------------------------------------
+
+
+def _chunked(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk):  # type: ignore[no-untyped-def]
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        low = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(low), weight.to(low)
+    rows, flat = hidden.flatten(0, -2), labels.flatten()
+    shape, total = labels.shape, len(flat)
+    counts = flat != ignore_index
+    if teacher is not None:
+        teacher = (teacher[0].flatten(0, -2), *teacher[1:])
+    kept = None
+    if kind == "cpu" and not torch.compiler.is_compiling() and not counts.all():
+        kept = counts.nonzero().squeeze(1)
+        rows, flat, counts = rows[kept], flat[kept], counts[kept]
+        teacher = None if teacher is None else (teacher[0][kept], *teacher[1:])
+    chunk = chunk or max(16, _BLOCK_BYTES.get(kind, 32 << 20) // (4 * max(1, len(weight))))
+    options = (label_smoothing, alpha if teacher else 0.0, reduction, chunk, torch.is_grad_enabled())
+    with torch.autocast(kind, enabled=False):
+        loss = _LinearCrossEntropy.apply(rows, weight, bias, flat.where(counts, 0), counts, teacher, options)
+    if reduction == "none" and kept is not None:
+        loss = loss.new_zeros(total).index_copy(0, kept, loss)
+    return loss.view(shape) if reduction == "none" else loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, labels, counts, teacher, options):  # type: ignore[no-untyped-def]
+        *settings, reduction, chunk, grad_enabled = options
+        sweep = partial(_sweep, settings=settings, chunk=chunk)
+        needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[:3])
+        at_once = reduction != "none"
+        acc = torch.promote_types(hidden.dtype, torch.float32)
+        per_token = counts.to(acc)
+        loss, *grads = sweep(hidden, weight, bias, labels, teacher, per_token, needs=needs if at_once else (False,) * 3)
+        ctx.at_once, ctx.needs, ctx.sweep, ctx.teacher = at_once, needs, sweep, teacher
+        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
+        if not at_once:
+            ctx.save_for_backward(hidden, weight, bias, labels, per_token)
+            return loss
+        mean = 1 / per_token.sum() if reduction == "mean" else None
+        ctx.save_for_backward(*grads, mean)
+        return loss.sum() if mean is None else loss.sum() * mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.at_once:
+            *grads, mean = ctx.saved_tensors
+            g = g if mean is None else g * mean
+            grads = [None if d is None else g * d for d in grads]
+        else:
+            hidden, weight, bias, labels, per_token = ctx.saved_tensors
+            with torch.autocast(hidden.device.type, enabled=False):
+                _, *grads = ctx.sweep(hidden, weight, bias, labels, ctx.teacher, per_token * g, needs=ctx.needs)
+        return (*(None if d is None else d.to(t) for d, t in zip(grads, ctx.dtypes, strict=True)), *[None] * 4)
+
+
+def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk, needs):  # type: ignore[no-untyped-def]
+    """(loss [n], d hidden, d weight, d bias) of sum_i per_token_i loss_i, over blocks of tokens."""
+    eps, alpha = settings
+    acc = per_token.dtype
+    need_h, need_w, need_b = needs
+    n, vocabulary = len(hidden), len(weight)
+    hidden, weight = _operands(acc, hidden, weight)
+    student = None if teacher is None else _operands(acc, *teacher[:2])
+    loss = torch.zeros(n, dtype=acc, device=hidden.device)
+    dh = torch.zeros(hidden.shape, dtype=acc, device=hidden.device) if need_h else None
+    dw = torch.zeros(weight.shape, dtype=acc, device=hidden.device) if need_w else None
+    db = torch.zeros(vocabulary, dtype=acc, device=hidden.device) if need_b else None
+    for i in range(0, n, chunk):
+        part = slice(i, i + chunk)
+        log_p = _logits(hidden[part], weight, bias, acc).log_softmax(-1)
+        label, w = labels[part, None], per_token[part, None]
+        value = (1 - eps) * log_p.gather(1, label).squeeze(1)
+        if eps:
+            value = value + eps * log_p.mean(-1)
+        value = (1 - alpha) * value
+        soft = None
+        if student is not None:
+            soft = _logits(student[0][part], student[1], teacher[2], acc).softmax(-1)
+            value = value + alpha * (soft * log_p).sum(-1)
+        loss[part] = torch.where(w[:, 0] == 0, 0, -value)
+        if not any(needs):
+            continue
+        # d loss / d logits = softmax - target, in place of the logits
+        g = log_p.exp_()
+        if eps:
+            g -= (1 - alpha) * eps / vocabulary
+        if soft is not None:
+            g.sub_(soft, alpha=alpha)
+        g.scatter_add_(1, label, torch.full_like(w, -(1 - alpha) * (1 - eps)))
+        g *= w
+        if need_b:
+            db += g.sum(0)
+        g = g.to(hidden.dtype)
+        if need_h:
+            dh[part] = _product(g, weight, acc)
+        if need_w:
+            _add_product(dw, g.t(), hidden[part])
+    return loss, dh, dw, db
+
+
+def _operands(acc: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    # products of 16-bit operands: in float32 out of CUDA's, but rounded to 16 bits out of a CPU's
+    return [t if t.is_cuda else t.to(acc) for t in tensors]
+
+
+def _product(left: Tensor, right: Tensor, acc: torch.dtype) -> Tensor:
+    return left @ right if left.dtype == acc else torch.mm(left, right, out_dtype=acc)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
+    z = _product(hidden, weight.t(), acc)
+    return z if bias is None else z.add_(bias)
+
+
+# --- other packages' kernels ----------------------------------------------------------------------------------------
+
+
+def _liger(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction):  # type: ignore[no-untyped-def]
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        accum_dtype=torch.float32,
+    )
+
+
+def _cut_cross_entropy(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction):  # type: ignore[no-untyped-def]
+    from cut_cross_entropy import linear_cross_entropy
+
+    # its default leaves out small probabilities
+    return linear_cross_entropy(hidden, weight, labels, ignore_index=ignore_index, reduction=reduction, filter_eps=None)
+
+
+_PEERS: dict[str, Callable[..., Tensor]] = {"liger": _liger, "cut_cross_entropy": _cut_cross_entropy}
+_MODULES = {"liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
+
+
+def _reasons_against(
+    peer: str, hidden: Tensor, bias: Tensor | None, label_smoothing: float, reduction: str, teacher: Teacher | None
+) -> str | None:
+    if find_spec(_MODULES[peer]) is None:
+        return f"{_MODULES[peer]} is not installed"
+    if not hidden.is_cuda:
+        return f"hidden is on {hidden.device}, expected a CUDA device"
+    if hidden.dtype == torch.float64:
+        return "hidden has dtype torch.float64"
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return "it is called inside torch.compile or autocast"
+    if teacher is not None:
+        return "there is a teacher"
+    if peer == "liger" and reduction == "none":
+        return "reduction is 'none'"
+    if peer == "cut_cross_entropy" and bias is not None:
+        return "there is a bias"
+    if peer == "cut_cross_entropy" and (label_smoothing or hidden.dtype == torch.float32):
+        return "label_smoothing is not 0, or hidden has dtype torch.float32"
+    return None
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _check(hidden, weight, labels, bias, label_smoothing, reduction, teacher, alpha, chunk, backend):  # type: ignore[no-untyped-def]
+    _check_head("hidden", hidden, "weight", weight, "bias", bias)
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])} as hidden")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels has dtype {labels.dtype}, expected torch.int64")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
+    for name, value in (("label_smoothing", label_smoothing), ("alpha", alpha)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}, expected a number in [0, 1]")
+    if teacher is None and alpha:
+        raise ValueError(f"alpha is {alpha} without a teacher, expected 0")
+    if teacher is not None:
+        if len(teacher) != 3:
+            raise ValueError(f"teacher has {len(teacher)} entries, expected (hidden, weight, bias or None)")
+        _check_head("teacher's hidden", teacher[0], "teacher's weight", teacher[1], "teacher's bias", teacher[2])
+        if teacher[0].shape[:-1] != labels.shape or len(teacher[1]) != len(weight):
+            raise ValueError(
+                f"teacher has logits of shape {(*teacher[0].shape[:-1], len(teacher[1]))}, "
+                f"expected {(*labels.shape, len(weight))}"
+            )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}, expected at least 1")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def _check_head(name: str, hidden: Tensor, w_name: str, weight: Tensor, b_name: str, bias: Tensor | None) -> None:
+    if hidden.dim() < 2 or not hidden.is_floating_point():
+        raise ValueError(f"{name} is {hidden.dtype} {tuple(hidden.shape)}, expected floating-point [..., D]")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{w_name} has shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{b_name} has shape {tuple(bias.shape)}, expected [{len(weight)}]")
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"{w_name} has dtype {weight.dtype}, expected {hidden.dtype} as {name}")
