@@ -15,7 +15,7 @@ from torch import Tensor
 from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 
 # a block of products stays in the cache between the matrix product and the maximum
-_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
 def index_dtype(queries: int) -> torch.dtype:
