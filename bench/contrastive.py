@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse._compat import allow_torchvision
-from mmfuse.bench.cases import Anchor, Case, Load
+from mmfuse.bench.cases import Anchor, Case, Check, Load, differentiated
+from mmfuse.bench.providers import amp, chosen, compiled, eager, ours, peer
 from mmfuse.kernels._runtime import Op
 from mmfuse.kernels.contrastive.op import CLIP, SIGLIP, clip_loss, siglip_loss
 
@@ -63,25 +64,10 @@ def eager_siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Te
     return -F.logsigmoid(z * logits).sum() / len(image)
 
 
-def _amp(loss: _Loss) -> _Loss:
-    """16-bit features meet an eager loss under autocast, as they do in training."""
-
-    def run(image: Tensor, text: Tensor, *scalars: Tensor) -> Tensor:
-        low = image.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(image.device.type, image.dtype if low else None, enabled=low):
-            return loss(image, text, *scalars)
-
-    return run
-
-
-def _eager(loss: _Loss) -> Load:
-    return lambda device, dtype: _amp(loss)
-
-
 def _open_clip(name: str) -> Load:
     def load(device: torch.device, dtype: torch.dtype) -> _Loss:
         allow_torchvision()
-        return _amp(getattr(import_module("open_clip.loss"), name)())
+        return amp(getattr(import_module("open_clip.loss"), name)())
 
     return load
 
@@ -97,54 +83,10 @@ def _has_open_clip() -> bool:
 
 def _compiled(name: str, loss: _Loss) -> Load:
     """torch.compile of open_clip's loss, or of the same formula where open_clip is absent."""
-
-    def load(device: torch.device, dtype: torch.dtype) -> _Loss:
-        torch._dynamo.reset()  # each size compiles for itself, as in training
-        fn = _open_clip(name)(device, dtype) if _has_open_clip() else _amp(loss)
-        return torch.compile(fn, dynamic=False)
-
-    return load
-
-
-# --- ours -----------------------------------------------------------------------------------------------------------
-
-_BACKENDS = ("cuda", "triton", "cpu", "chunked", "torch")
-
-
-def _chosen(op: Op, inputs: tuple[Tensor, ...], backend: str | None = None) -> str:
-    return op.select(*inputs[:2], backend=backend).name
-
-
-def _ours(op: Op, loss: _Loss, save: str | None = None, backend: str | None = None) -> Load:
-    bound = {} if save is None else {"save": save}
-
-    def load(device: torch.device, dtype: torch.dtype) -> _Loss:
-        features = torch.empty(1, 1, device=device, dtype=dtype)
-        _chosen(op, (features, features), backend)  # raises where it cannot run
-        return partial(loss, backend=backend, **bound)
-
-    return load
-
-
-def _all_of_ours(op: Op, loss: _Loss, saves: tuple[str, ...]) -> dict[str, Load]:
-    """`mmfuse` is what the dispatcher chooses, `mmfuse-triton[store]` names the implementation and what is saved."""
-    return {
-        "mmfuse" + (f"-{backend}" if backend else "") + (f"[{save}]" if save else ""): _ours(op, loss, save, backend)
-        for backend in (None, *_BACKENDS)
-        for save in ((None, *saves) if backend != "torch" else (None,))
-    }
+    return compiled(lambda *on: _open_clip(name)(*on) if _has_open_clip() else amp(loss))
 
 
 # --- published kernels, for CUDA ------------------------------------------------------------------------------------
-
-
-def _peer(make: Callable[[], _Loss]) -> Load:
-    def load(device: torch.device, dtype: torch.dtype) -> _Loss:
-        if device.type != "cuda":
-            raise NotImplementedError("needs a CUDA device")
-        return make()
-
-    return load
 
 
 def _inf_cl() -> _Loss:
@@ -230,29 +172,36 @@ def _bytes(mode: str, itemsize: int, N: int, D: int) -> float:
     return (2 if mode == "fwd" else 4) * N * D * itemsize
 
 
+def _pair(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    features = torch.empty(1, 1, device=device, dtype=dtype)
+    return features, features
+
+
 def _default(op: Op, saves: tuple[str, ...], peers: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
     """Every alternative once: no implementation under two names, none of another device."""
     features = torch.empty(1024, 512, device=device, dtype=dtype)
-    chosen = _chosen(op, (features, features))
-    ours = ["", *(f"-{b}" for b in ("cuda", "triton") if device.type == "cuda" and b != chosen)]
+    first = chosen(op, 2, (features, features))
+    named = ["", *(f"-{b}" for b in ("cuda", "triton") if device.type == "cuda" and b != first)]
     baseline = "open_clip" if _has_open_clip() else "eager"
-    fused = [f"mmfuse{b}{save}" for b in ours for save in ([f"[{s}]" for s in saves] or [""])]
+    fused = [f"mmfuse{b}{save}" for b in named for save in ([f"[{s}]" for s in saves] or [""])]
     return [baseline, "compile", *(peers if device.type == "cuda" else []), *fused, "mmfuse-chunked"]
 
 
-def _case(name: str, op: Op, loss: _Loss, eager: _Loss, saves: tuple[str, ...], peers: dict[str, Load], **own) -> Case:  # type: ignore[no-untyped-def]
+def _case(
+    name: str, op: Op, loss: _Loss, formula: _Loss, saves: tuple[str, ...], peers: dict[str, Load], **own
+) -> Case:  # type: ignore[no-untyped-def]
     reference = {"clip": "ClipLoss", "siglip": "SigLipLoss"}[name]
     return Case(
         name=name,
         providers={
-            "eager": _eager(eager),
+            "eager": eager(formula),
             "open_clip": _open_clip(reference),
-            "compile": _compiled(reference, eager),
+            "compile": _compiled(reference, formula),
             **peers,
-            **_all_of_ours(op, loss, saves),
+            **ours(op, loss, _pair, save=saves),
         },
         definitions=("eager", "open_clip"),
-        chosen=partial(_chosen, op),
+        chosen=partial(chosen, op, 2),
         default=partial(_default, op, saves, list(peers)),
         dims=("N", "D"),
         shapes={
@@ -261,6 +210,7 @@ def _case(name: str, op: Op, loss: _Loss, eager: _Loss, saves: tuple[str, ...], 
             "cuda": [{"N": n, "D": d} for n, d in ((4096, 512), (32768, 768), (65536, 768))],
         },
         growth="N",
+        small={"N": 40, "D": 32},
         flops=_flops,
         bytes=_bytes,
         anchors={f"gemm{count}": _products(count) for count in (1, 3, 4)},
@@ -276,10 +226,10 @@ CASES = [
         eager_clip,
         saves=("store", "recompute"),
         peers={
-            "inf_cl": _peer(_inf_cl),
-            "memeff": _peer(_memeff),
-            "liger": _peer(_liger),
-            "cut_cross_entropy": _peer(_cut_cross_entropy),
+            "inf_cl": peer(_inf_cl),
+            "memeff": peer(_memeff),
+            "liger": peer(_liger),
+            "cut_cross_entropy": peer(_cut_cross_entropy),
         },
         inputs=_clip_inputs,
         outputs=("loss", "d image", "d text", "d logit_scale"),
@@ -291,9 +241,25 @@ CASES = [
         siglip_loss,
         eager_siglip,
         saves=(),
-        peers={"siglip_kernel": _peer(_siglip_kernel)},
+        peers={"siglip_kernel": peer(_siglip_kernel)},
         inputs=_siglip_inputs,
         outputs=("loss", "d image", "d text", "d logit_scale", "d logit_bias"),
         anchor=lambda provider, mode: "gemm1" if mode == "fwd" else "gemm3",
     ),
+]
+
+
+def _inputs(**scalars: float) -> Callable[[torch.device], dict[str, Tensor]]:
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        image, text = (F.normalize(torch.randn(129, 96), dim=-1).to(device) for _ in range(2))
+        return {"image": image, "text": text, **{k: torch.tensor(v, device=device) for k, v in scalars.items()}}
+
+    return inputs
+
+
+CHECKS = [
+    Check("clip_loss", "N=129 D=96", _inputs(scale=14.3), differentiated(clip_loss)),
+    Check("clip_loss", "N=129 D=96, scale 100", _inputs(scale=100.0), differentiated(clip_loss)),
+    Check("siglip_loss", "N=129 D=96", _inputs(scale=10.0, bias=-10.0), differentiated(siglip_loss)),
+    Check("siglip_loss", "N=129 D=96, scale 100", _inputs(scale=100.0, bias=-10.0), differentiated(siglip_loss)),
 ]

@@ -27,7 +27,8 @@ def _call(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> O
     """The result and, in mode fwd+bwd, the gradient of every input that requires one."""
     if mode == "fwd":
         with torch.no_grad():
-            return (fn(*inputs),)
+            result = fn(*inputs)
+            return result if isinstance(result, tuple) else (result,)
     result = fn(*inputs)
     leaves = [t for t in inputs if t.requires_grad]
     return (result.detach(), *torch.autograd.grad(result, leaves, allow_unused=True))
@@ -73,7 +74,7 @@ class Row:
             if is_ours(name):
                 bound = options(fn)
                 chosen = self.case.chosen(self.inputs, bound.get("backend"))
-                found |= {"options": bound | {"backend": chosen}, **self._judge(fn)}
+                found |= {"options": bound | {"backend": chosen}, **(self._judge(fn) if self.case.judged else {})}
             if found["status"] != "ok":
                 return found
             if self.warms(name):
@@ -123,7 +124,7 @@ class Row:
             if g is None or w is None:
                 found["flags"].append(f"no {output}")
             else:
-                distances[output] = _distance(g, w)
+                distances[output] = self.case.distance(g, w)
         worst = max(distances, key=lambda output: distances[output])
         found["distance"] = distances[worst]
         if not all(d <= DISTANCE[self.dtype] for d in distances.values()):
@@ -156,9 +157,13 @@ def _draws(
     for seed in range(_DRAWS):
         inputs = _draw(case, shape, device, dtype, seed)
         if exact:
-            inputs = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
+            inputs = tuple(_exact(t) for t in inputs)
         results.append(_call(fn, inputs, mode))
     return [torch.stack(ts) for ts in zip(*results, strict=True)]
+
+
+def _exact(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
 
 
 @functools.lru_cache(maxsize=2)
@@ -168,14 +173,6 @@ def _judges(
     define = case.providers[case.definitions[0]](device, dtype)
     eager, exact = (_draws(define, case, dict(shape), device, dtype, mode, exact) for exact in (False, True))
     return eager, exact
-
-
-def _distance(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|; infinite for a NaN."""
-    gap, size = (torch.linalg.vector_norm(t).item() for t in (got.double() - want.double(), want.double()))
-    if math.isnan(gap):
-        return math.inf
-    return gap / size if size else math.inf if gap else 0.0
 
 
 def first_line(error: BaseException) -> str:

@@ -183,16 +183,17 @@ def run(
     with prober(device) as probes:
         for i, (case, shape, names) in enumerate(jobs):
             begun = time.perf_counter()
-            flops = case.flops(mode, **shape)
+            of_case = mode if mode in case.modes else case.modes[0]
+            flops = case.flops(of_case, **shape)
             if budget is not None and past:
                 fixed, per_round, of = past.get(case.name) or max(past.values())
                 expected = fixed + per_round * flops / of * (2 + _rounds(per_round * flops / of, limit))
                 left = budget - (begun - start)
                 if expected > left:
                     reason = f"would take about {expected:.0f} s, {max(0.0, left):.0f} s are left of {budget:.0f}"
-                    yield [_skipped(case, shape, dtype, mode, reason)]
+                    yield [_skipped(case, shape, dtype, of_case, reason)]
                     continue
-            row = Row(case, shape, device, dtype, mode)
+            row = Row(case, shape, device, dtype, of_case)
             step = functools.partial(_step, tick, f"{case.name} {label(shape)}", i)
             records = measure(row, names, probes, step, limit)
             per_round = sum(r["p50"] / 1e3 for r in records if "p50" in r)

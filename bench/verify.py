@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels import clip_loss, siglip_loss
+from mmfuse.bench.cases import Check, checks
 from mmfuse.kernels._runtime import operators
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.numerics import error_and_bound
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DRAWS = 4
-
-
-@dataclass(frozen=True)
-class Check:
-    """One operator on one kind of input: `run(inputs, backend)` gives its outputs and gradients by name."""
-
-    op: str
-    name: str
-    inputs: Callable[[str], dict[str, Tensor]]
-    run: Callable[[dict[str, Tensor], str], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,53 +35,25 @@ class Row:
         return self.error <= self.allowed
 
 
-def _pairs(n: int, d: int, scale: float, bias: float | None = None) -> Callable[[str], dict[str, Tensor]]:
-    def inputs(device: str) -> dict[str, Tensor]:
-        image, text = (F.normalize(torch.randn(n, d), dim=-1) for _ in range(2))
-        scalars = {"scale": torch.tensor(scale), **({} if bias is None else {"bias": torch.tensor(bias)})}
-        return {k: v.to(device) for k, v in {"image": image, "text": text, **scalars}.items()}
-
-    return inputs
-
-
-def _loss(fn: Callable[..., Tensor]) -> Callable[[dict[str, Tensor], str], dict[str, Tensor]]:
-    def run(inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-        leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
-        loss = fn(*leaves.values(), backend=backend)
-        grads = torch.autograd.grad(loss, list(leaves.values()))
-        return {"loss": loss.detach(), **{f"d {k}": g for k, g in zip(leaves, grads, strict=True)}}
-
-    return run
-
-
-CHECKS = [
-    Check("clip_loss", "N=129 D=96", _pairs(129, 96, 14.3), _loss(clip_loss)),
-    Check("clip_loss", "N=129 D=96, scale 100", _pairs(129, 96, 100.0), _loss(clip_loss)),
-    Check("siglip_loss", "N=129 D=96", _pairs(129, 96, 10.0, -10.0), _loss(siglip_loss)),
-    Check("siglip_loss", "N=129 D=96, scale 100", _pairs(129, 96, 100.0, -10.0), _loss(siglip_loss)),
-]
-
-
 def verify(op: str | None = None, device: str = "cpu", seed: int = 0) -> Iterator[Row]:
     """The errors of every implementation that runs on `device`, over a few draws of each check's inputs."""
-    for check in CHECKS:
+    for check in checks():
         if op in (None, check.op):
             for dtype in DTYPES.values():
                 yield from _rows(check, dtype, device, seed)
 
 
 def _rows(check: Check, dtype: torch.dtype, device: str, seed: int) -> Iterator[Row]:
-    features, *_ = check.inputs(device).values()
-    probe = features.to(dtype)
-    backends = [n for n in operators()[check.op].available(probe, probe) if n != "torch"]
+    drawn = _rounded(check, dtype, device)
+    backends = [n for n in operators()[check.op].available(*check.arguments(drawn)) if n != "torch"]
     if INTERPRET and dtype == torch.bfloat16 and "triton" in backends:  # it truncates where a GPU rounds
         backends.remove("triton")
     results: dict[str, list[dict[str, Tensor]]] = {n: [] for n in ("exact", "torch", *backends)}
     for draw in range(_DRAWS):
         torch.manual_seed(seed + draw)
-        # matrices in `dtype`, scalars in float32: float64 sees the very same values
-        inputs = {k: v.to(dtype) if v.dim() else v for k, v in check.inputs(device).items()}
-        results["exact"].append(check.run({k: v.double() for k, v in inputs.items()}, "torch"))
+        inputs = _rounded(check, dtype, device)
+        exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        results["exact"].append(check.run(exact, "torch"))
         for name in ("torch", *backends):
             results[name].append(check.run(inputs, name))
     stacked = {n: {q: torch.stack([r[q] for r in rs]) for q in rs[0]} for n, rs in results.items()}
@@ -100,6 +61,12 @@ def _rows(check: Check, dtype: torch.dtype, device: str, seed: int) -> Iterator[
         for quantity, exact in stacked["exact"].items():
             error, allowed, eager = error_and_bound(stacked[backend][quantity], stacked["torch"][quantity], exact)
             yield Row(check.op, check.name, str(dtype)[6:], backend, quantity, error, eager, allowed)
+
+
+def _rounded(check: Check, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Matrices in `dtype`, scalars in float32: float64 sees the very same values."""
+    inputs = check.inputs(torch.device(device))
+    return {k: v.to(dtype) if v.dim() and v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    known = sorted({check.op for check in CHECKS})
+    known = sorted({check.op for check in checks()})
     if args.op not in (None, *known):
         raise ValueError(f"op is {args.op!r}, expected one of {', '.join(known)}")
     line = "{:12} {:24} {:9} {:8} {:8} {:>10} {:>10} {:>10}  {}"
