@@ -18,6 +18,7 @@ _LAZY = {
     "use_backend": "mmfuse.kernels._runtime",
     "UnsupportedError": "mmfuse.kernels._runtime",
     "clip_loss": "mmfuse.kernels",
+    "hard_negatives": "mmfuse.kernels",
     "siglip_loss": "mmfuse.kernels",
     "max_query_loss": "mmfuse.kernels",
     "max_query_similarity": "mmfuse.kernels",
@@ -25,7 +26,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from mmfuse.fused import accelerate
-    from mmfuse.kernels import clip_loss, max_query_loss, max_query_similarity, siglip_loss
+    from mmfuse.kernels import clip_loss, hard_negatives, max_query_loss, max_query_similarity, siglip_loss
     from mmfuse.kernels._runtime import UnsupportedError, explain, use_backend
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "accelerate",
     "clip_loss",
     "explain",
+    "hard_negatives",
     "max_query_loss",
     "max_query_similarity",
     "siglip_loss",

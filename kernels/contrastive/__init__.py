@@ -1,6 +1,7 @@
 """Contrastive losses that never hold the N x N matrix of logits: CLIP's softmax and SigLIP's sigmoid."""
 
 from mmfuse.kernels.contrastive.max_query import max_query_loss, max_query_similarity
+from mmfuse.kernels.contrastive.negatives import hard_negatives
 from mmfuse.kernels.contrastive.op import clip_loss, siglip_loss
 
-__all__ = ["clip_loss", "max_query_loss", "max_query_similarity", "siglip_loss"]
+__all__ = ["clip_loss", "hard_negatives", "max_query_loss", "max_query_similarity", "siglip_loss"]

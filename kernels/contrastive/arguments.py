@@ -11,9 +11,15 @@ from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 
 
 def features(
-    image: Tensor, text: Tensor, logit_scale: Tensor | float, row_offset: int, paired: bool = True
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    row_offset: int,
+    paired: bool = True,
+    names: tuple[str, str] = ("image", "text"),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    for name, t in (("image", image), ("text", text)):
+    first, second = names
+    for name, t in ((first, image), (second, text)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} is {type(t).__name__}, expected a tensor of features [N, D]")
         if t.dim() != 2:
@@ -21,21 +27,21 @@ def features(
         if not t.is_floating_point():
             raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
     if image.shape[1] != text.shape[1]:
-        raise ValueError(f"text has {text.shape[1]} features per row, expected {image.shape[1]} as in image")
+        raise ValueError(f"{second} has {text.shape[1]} features per row, expected {image.shape[1]} as in {first}")
     if image.shape[1] == 0:
-        raise ValueError(f"image has shape {tuple(image.shape)}, expected at least one feature per row")
+        raise ValueError(f"{first} has shape {tuple(image.shape)}, expected at least one feature per row")
     if image.device != text.device:
-        raise ValueError(f"text is on {text.device}, expected {image.device} as image")
+        raise ValueError(f"{second} is on {text.device}, expected {image.device} as {first}")
     kind = image.device.type
     if torch.is_autocast_enabled(kind) and image.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)
         image, text = image.to(low), text.to(low)
     if image.dtype != text.dtype:
-        raise TypeError(f"text has dtype {text.dtype}, expected {image.dtype} as image")
+        raise TypeError(f"{second} has dtype {text.dtype}, expected {image.dtype} as {first}")
     if paired and not (row_offset >= 0 and row_offset + image.shape[0] <= text.shape[0]):
         raise ValueError(
-            f"image has {image.shape[0]} rows at row_offset {row_offset}, expected 0 <= row_offset and at most the "
-            f"{text.shape[0]} rows of text"
+            f"{first} has {image.shape[0]} rows at row_offset {row_offset}, expected 0 <= row_offset and at most the "
+            f"{text.shape[0]} rows of {second}"
         )
     return image, text, scalar("logit_scale", logit_scale, image)
 

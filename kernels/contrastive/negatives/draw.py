@@ -1,0 +1,158 @@
+"""Draws without replacement in proportion to softmax weights, while blocks of logits stream by.
+
+    argmax_j S_j + G_j,   G_j = -log(E_j),   E_j ~ Exp(1)      is a draw from softmax(S): the Gumbel-max trick,
+
+and the k largest are k draws without replacement. Weights softmax(S)_j + eps are two races of independent exponentials,
+whose minimum has the sum of the rates:
+
+    max(S_j - logsumexp(S) + G_j, log(eps) + G'_j)
+
+so that each race streams on its own and the log-sum-exp, over all columns, is needed only at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels.contrastive.negatives.noise import gumbel
+
+# what is not a number still can be drawn, after all that is one; what is masked cannot
+LOWEST = -1e30
+# logits per block
+_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+
+
+def torch_race(
+    u: Tensor,
+    scale: Tensor,
+    ids: Tensor,
+    key_ids: Tensor,
+    seed: Tensor,
+    row: int,
+    col: int,
+    stream: int,
+    first: int,
+    key: Tensor,
+    index: Tensor,
+) -> None:
+    """Merge the keys scale * u + G of a block into the running largest `key` and their `index`, both [count, k].
+
+    An odd stream is the rows' own race among the columns, an even one the columns' among the rows; `first` is the index
+    of the first candidate.
+    """
+    s = u * scale
+    keys = torch.where(s >= LOWEST, s, LOWEST) + gumbel(seed, stream, row, col, (len(u), u.shape[1]), u.dtype)
+    keys.masked_fill_(ids[:, None] == key_ids, -torch.inf)
+    keys = keys if stream % 2 else keys.t()
+    values, indices = [], []
+    for _ in range(min(key.shape[1], keys.shape[1])):
+        value, j = keys.max(1, keepdim=True)
+        keys.scatter_(1, j, -torch.inf)
+        values.append(value)
+        indices.append(j + first)
+    merged = merge(torch.cat([key, *values], 1), torch.cat([index, *indices], 1), key.shape[1])
+    key.copy_(merged[0])
+    index.copy_(merged[1])
+
+
+def merge(key: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest keys [count, m] of distinct indices, first on ties, and the indices; -1 beside -inf."""
+    keys, indices = [], []
+    for _ in range(k):
+        largest, at = key.max(1, keepdim=True)
+        j = torch.where(largest > -torch.inf, index.gather(1, at), -1)
+        key = key.masked_fill(index == j, -torch.inf)
+        keys.append(largest)
+        indices.append(j)
+    return torch.cat(keys, 1), torch.cat(indices, 1)
+
+
+class Draw:
+    """k running draws for each of `count` rows (dim = 1: among columns) or columns (dim = 0: among rows).
+
+    Args:
+        seed: [] int64, on the device of the logits.
+        dtype: of the logits, float32 or float64.
+        row_offset: added to a row's index for its noise, so that the ranks of a group draw independently.
+        mixture: eps above.
+        race: the pass over a block, `torch_race` or the compiled part's.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        k: int,
+        seed: Tensor,
+        dtype: torch.dtype,
+        *,
+        dim: int = 1,
+        row_offset: int = 0,
+        mixture: float = 0.0,
+        race: Callable[..., None] = torch_race,
+    ) -> None:
+        self.seed, self.dim, self.row_offset, self.mixture = seed, dim, row_offset, mixture
+        self.race = race
+        races = 2 if mixture else 1
+        self.key = torch.full((races, count, k), -torch.inf, dtype=dtype, device=seed.device)
+        self.index = torch.full((races, count, k), -1, device=seed.device)
+        self.lse = torch.full((count if mixture else 0,), -torch.inf, dtype=dtype, device=seed.device)
+
+    def add(self, u: Tensor, scale: Tensor, ids: Tensor, key_ids: Tensor, row: int = 0, col: int = 0) -> None:
+        """Take in the logits scale * u [r, n] of the pairs that begin at (row, col).
+
+        A pair of equal ids, [r] and [n] int64, is masked: `arange` of the rows and of the columns masks a diagonal.
+        """
+        if not u.numel():
+            return
+        first, mine = (col, slice(row, row + len(u))) if self.dim else (row, slice(col, col + u.shape[1]))
+        for i, factor in enumerate((scale, torch.zeros_like(scale))[: len(self.key)]):
+            self.race(
+                u, factor, ids, key_ids, self.seed, row + self.row_offset, col, 2 * i + self.dim, first,
+                self.key[i, mine], self.index[i, mine],
+            )  # fmt: skip
+        if self.mixture:
+            self.lse[mine] = torch.logaddexp(self.lse[mine], (u * scale).logsumexp(self.dim))
+
+    def result(self) -> Tensor:
+        """[count, k] int64: what was drawn, first draw first; -1 where nothing was left."""
+        if not self.mixture:
+            return self.index[0]
+        drawn, uniform = self.key[0] - self.lse[:, None], self.key[1] + math.log(self.mixture)
+        # logits that are not numbers leave the uniform race
+        drawn = drawn.nan_to_num(LOWEST, torch.inf, -torch.inf).masked_fill(self.index[0] < 0, -torch.inf)
+        return merge(torch.cat([drawn, uniform], 1), torch.cat([*self.index], 1), drawn.shape[1])[1]
+
+
+def hard_negatives(
+    query: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    ids: Tensor,
+    key_ids: Tensor,
+    seed: Tensor,
+    k: int,
+    row_offset: int,
+    mixture: float,
+    both: bool,
+    race: Callable[..., None] = torch_race,
+) -> tuple[Tensor, Tensor]:
+    """The draws [B, k] of the rows and, if both, [N, k] of the columns, over blocks of rows."""
+    acc = accumulation_dtype(query.dtype)
+    options = {"row_offset": row_offset, "mixture": mixture, "race": race}
+    rows = Draw(len(query), k, seed, acc, dim=1, **options)
+    columns = Draw(len(keys) if both else 0, k, seed, acc, dim=0, **options)
+    x, y = (query, keys) if query.is_cuda else (query.to(acc), keys.to(acc))
+    wide = {} if x.dtype == acc else {"out_dtype": acc}
+    step = max(16, _BLOCK_BYTES[x.device.type] // max(1, len(y) * acc.itemsize))
+    for i in range(0, len(x), step):
+        block = slice(i, i + step)
+        u = torch.mm(x[block], y.t(), **wide)
+        rows.add(u, scale, ids[block], key_ids, row=i)
+        if both:
+            columns.add(u, scale, ids[block], key_ids, row=i)
+    return rows.result(), columns.result()

@@ -1,0 +1,143 @@
+"""The public function of hard negatives: argument checks, registration and choice of implementation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels.contrastive import arguments
+from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked
+from mmfuse.kernels.contrastive.negatives import draw, reference
+
+
+def _draw(
+    query: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    ids: Tensor,
+    key_ids: Tensor,
+    seed: Tensor,
+    k: int,
+    row_offset: int,
+    mixture: float,
+    both: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    options = (query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, both)
+    if backend == "torch":
+        return reference.hard_negatives(*options)
+    return draw.hard_negatives(*options)
+
+
+def _draw_fake(query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, both, backend):  # type: ignore[no-untyped-def]
+    new = partial(query.new_empty, dtype=torch.int64)
+    return new((query.shape[0], k)), new((keys.shape[0] if both else 0, k))
+
+
+draw_op = register("hard_negatives", _draw, _draw_fake)
+
+NEGATIVES = Op(
+    "hard_negatives",
+    [
+        Impl("chunked", draw_op, reasons_against_chunked),
+        Impl("torch", draw_op, no_reason),
+    ],
+)
+
+
+@torch.no_grad()
+def hard_negatives(
+    query: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    k: int = 1,
+    ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    row_offset: int = 0,
+    mixture: float = 0.0,
+    seed: Tensor | int | None = None,
+    both: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Hard negatives for image-text matching: for each row a key other than its own, the more often the more similar.
+
+    Row i draws j in proportion to softmax(S)_ij + mixture, S = logit_scale * query @ keys.T, the softmax over all keys,
+    and never a masked j: the row's own, j = i + row_offset, or with ids every key of the same id. This is the draw of
+    ALBEF, BLIP (mixture = 1e-4 in pre-training), VLMo and BLIP-2 (Li et al. 2021, section 3.2), without the matrix of
+    probabilities and without a synchronisation per row. No sum of probabilities is formed that could be 0: where the
+    mask takes all of a row's mass, the draw is still from what is left.
+
+    Args:
+        query: [B, D], float16, bfloat16, float32 or float64; any strides.
+        keys: [N, D], same dtype and device; all ranks' keys with this rank's at `row_offset`, or its own.
+        logit_scale: the multiplier (1 / temperature): a float, or a tensor of one element.
+        k: draws per row, without replacement.
+        ids, key_ids: [B] and [N] integers: equal ids are masked, instead of the pairs. `key_ids` is `ids` by default.
+        row_offset: where the row's own keys begin; N >= B + row_offset unless ids are given.
+        mixture: added to the probabilities after the softmax.
+        seed: an int or an int64 tensor of one element on the device; None draws it from torch's generator. The noise of
+            the pair (i + row_offset, j) depends on it and on nothing else.
+        both: also draw a row for each key, from the same pass over the logits, with noise of its own.
+        backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        [B, k] int64, indices into `keys`, first draw first; -1 where fewer than k keys are left. With `both` a pair,
+        the second [N, k], indices into `query`.
+
+    Deterministic in the seed: equal for all implementations, up to rounding where two keys all but tie. Logits that are
+    not numbers are drawn last. Not differentiable. Under autocast, float32 features are rounded to the autocast dtype.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    query, keys, scale = arguments.features(query, keys, logit_scale, row_offset, ids is None, ("query", "keys"))
+    if k < 1:
+        raise ValueError(f"k is {k}, expected at least 1")
+    if not 0.0 <= mixture < float("inf"):
+        raise ValueError(f"mixture is {mixture}, expected a finite number >= 0")
+    ids, key_ids = _ids(ids, key_ids, query, keys, row_offset)
+    impl = NEGATIVES.select(query, keys, k, backend=backend)
+    rows, columns = impl.fn(
+        query, keys, scale, ids, key_ids, _seed(seed, query), k, row_offset, float(mixture), both, impl.name
+    )
+    return (rows, columns) if both else rows
+
+
+def _ids(
+    ids: Tensor | None, key_ids: Tensor | None, query: Tensor, keys: Tensor, row_offset: int
+) -> tuple[Tensor, Tensor]:
+    """Ids of the rows and of the keys, int64; without ids a pair has its key's index."""
+    if ids is None:
+        if key_ids is not None:
+            raise ValueError("key_ids is given without ids, expected both")
+        new = partial(torch.arange, device=query.device)
+        return new(row_offset, row_offset + query.shape[0]), new(keys.shape[0])
+    key_ids = ids if key_ids is None else key_ids
+    for name, t, n in (("ids", ids, query.shape[0]), ("key_ids", key_ids, keys.shape[0])):
+        if t.is_floating_point() or t.is_complex():
+            raise TypeError(f"{name} has dtype {t.dtype}, expected integers")
+        if t.shape != (n,):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected ({n},)")
+        if t.device != query.device:
+            raise ValueError(f"{name} is on {t.device}, expected {query.device} as query")
+    return ids.long().contiguous(), key_ids.long().contiguous()
+
+
+def _seed(seed: Tensor | int | None, query: Tensor) -> Tensor:
+    if seed is None:
+        return torch.randint(2**63 - 1, (), device=query.device)
+    if not isinstance(seed, Tensor):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed is {seed}, expected an integer of 64 bits")
+        return torch.full((), seed, dtype=torch.int64, device=query.device)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"seed is {seed.dtype} of shape {tuple(seed.shape)}, expected one int64")
+    if seed.device != query.device:
+        raise ValueError(f"seed is on {seed.device}, expected {query.device} as query")
+    return seed.reshape(())
