@@ -15,6 +15,22 @@ if __name__ == "kernels":
         sys.modules["kernels"] = _module
         _spec.loader.exec_module(_module)
 else:
-    from mmfuse.kernels.contrastive import clip_loss, hard_negatives, max_query_loss, max_query_similarity, siglip_loss
+    from mmfuse.kernels.contrastive import (
+        clip_loss,
+        hard_negatives,
+        max_query_loss,
+        max_query_similarity,
+        moco_loss,
+        queue_itc_loss,
+        siglip_loss,
+    )
 
-    __all__ = ["clip_loss", "hard_negatives", "max_query_loss", "max_query_similarity", "siglip_loss"]
+    __all__ = [
+        "clip_loss",
+        "hard_negatives",
+        "max_query_loss",
+        "max_query_similarity",
+        "moco_loss",
+        "queue_itc_loss",
+        "siglip_loss",
+    ]

@@ -19,6 +19,8 @@ _LAZY = {
     "UnsupportedError": "mmfuse.kernels._runtime",
     "clip_loss": "mmfuse.kernels",
     "hard_negatives": "mmfuse.kernels",
+    "moco_loss": "mmfuse.kernels",
+    "queue_itc_loss": "mmfuse.kernels",
     "siglip_loss": "mmfuse.kernels",
     "max_query_loss": "mmfuse.kernels",
     "max_query_similarity": "mmfuse.kernels",
@@ -26,7 +28,15 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from mmfuse.fused import accelerate
-    from mmfuse.kernels import clip_loss, hard_negatives, max_query_loss, max_query_similarity, siglip_loss
+    from mmfuse.kernels import (
+        clip_loss,
+        hard_negatives,
+        max_query_loss,
+        max_query_similarity,
+        moco_loss,
+        queue_itc_loss,
+        siglip_loss,
+    )
     from mmfuse.kernels._runtime import UnsupportedError, explain, use_backend
 
 __all__ = [
@@ -38,6 +48,8 @@ __all__ = [
     "hard_negatives",
     "max_query_loss",
     "max_query_similarity",
+    "moco_loss",
+    "queue_itc_loss",
     "siglip_loss",
     "use_backend",
 ]

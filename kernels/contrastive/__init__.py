@@ -3,5 +3,14 @@
 from mmfuse.kernels.contrastive.max_query import max_query_loss, max_query_similarity
 from mmfuse.kernels.contrastive.negatives import hard_negatives
 from mmfuse.kernels.contrastive.op import clip_loss, siglip_loss
+from mmfuse.kernels.contrastive.queue import moco_loss, queue_itc_loss
 
-__all__ = ["clip_loss", "hard_negatives", "max_query_loss", "max_query_similarity", "siglip_loss"]
+__all__ = [
+    "clip_loss",
+    "hard_negatives",
+    "max_query_loss",
+    "max_query_similarity",
+    "moco_loss",
+    "queue_itc_loss",
+    "siglip_loss",
+]

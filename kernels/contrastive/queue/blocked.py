@@ -1,0 +1,103 @@
+"""One pass over keys and queue in plain torch: a product for the logits of student and teacher, one for the gradient.
+
+Of the keys and the queue nothing is copied, unless 16-bit ones are widened on a CPU: then a block at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+
+# logits that are held at a time, student's and teacher's, and those that a softmax goes over at once
+_LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+_PASS_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_KEYS = 8192
+
+
+def scan(
+    x: Tensor,
+    x_m: Tensor | None,
+    keys: Tensor,
+    queue: Tensor,
+    temp: Tensor,
+    alpha: float,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    queue_ids: Tensor | None,
+    paired: bool,
+    need: bool,
+) -> tuple[Tensor, Tensor]:
+    """(row [B], g [B, D]): row_i = sum_j T_ij (rho_i - S_ij) and g_i = sum_j (P_ij sum_k T_ik - T_ij) K_j.
+
+    T is `alpha` of the teacher's softmax and, where `paired`, 1 - alpha of the positives: equal ids, or column i. Without
+    `paired` there are no targets: row_i = rho_i and g_i = sum_j P_ij K_j. `g` is empty unless `need`.
+    """
+    acc, b, n = accumulation_dtype(x.dtype), len(x), len(keys) + len(queue)
+    new = {"dtype": acc, "device": x.device}
+    row, g = torch.zeros(b, **new), torch.zeros(x.shape if need else 0, **new)
+    if not n:
+        return (row if paired else row.fill_(-torch.inf)), g
+    queries = [x] if x_m is None else [x, x_m]
+    all_ids = torch.cat([key_ids, queue_ids]) if key_ids is not None and queue_ids is not None else None
+    height = max(1, _LOGIT_BYTES[x.device.type] // (len(queries) * n * acc.itemsize))
+    step = max(1, _PASS_BYTES[x.device.type] // (n * acc.itemsize))
+    logits = torch.empty(len(queries) * min(height, b), n, **new)
+    for i in range(0, b, height):
+        # the teacher's rows below the student's: one product reads the keys once for both
+        both = torch.cat([q[i : i + height] for q in queries]).to(acc) / temp
+        u = logits[: len(both)]
+        for at, k in _blocks(keys, queue, x.dtype, acc):
+            torch.mm(both, k.t(), out=u[:, at : at + len(k)])
+        s, teacher = u[: len(both) // len(queries)], u[len(both) // len(queries) :]
+        for j in range(0, len(s), step):
+            first = i + j
+            span = slice(first, first + len(s[j : j + step]))
+            hard = None if ids is None or all_ids is None else ids[span, None] == all_ids
+            row[span] = _rows(s[j : j + step], teacher[j : j + step], alpha, hard, first, paired, need)
+        for at, k in _blocks(keys, queue, x.dtype, acc) if need else ():
+            g[i : i + height].addmm_(s[:, at : at + len(k)], k)
+    return row, g
+
+
+def _blocks(keys: Tensor, queue: Tensor, dtype: torch.dtype, acc: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """The keys and then the queue, as (first column, [k, D] rounded to the queries' dtype)."""
+    for first, source in ((0, keys), (len(keys), queue)):
+        for i in range(0, len(source), _KEYS):
+            yield first + i, source[i : i + _KEYS].to(dtype).to(acc)
+
+
+def _rows(
+    s: Tensor, teacher: Tensor, alpha: float, hard: Tensor | None, first: int, paired: bool, need: bool
+) -> Tensor:
+    """The rows' loss from logits s [R, N]; s becomes G, and the teacher's logits its softmax."""
+    top = s.amax(1, keepdim=True)
+    s.sub_(top)
+    target = s.new_zeros(len(s))  # sum_j T_ij (S_ij - max)
+    weight: Tensor | float = 1.0  # sum_j T_ij
+    if len(teacher):
+        torch.softmax(teacher, 1, out=teacher)
+        target += alpha * torch.linalg.vecdot(teacher, s)
+    if hard is not None:
+        count = hard.sum(1, keepdim=True).to(s.dtype)
+        hard = hard.to(s.dtype).mul_((1 - alpha) / count.clamp_min(1))
+        target += torch.linalg.vecdot(hard, s)
+        # a row without a match has no hard targets
+        weight = alpha + (1 - alpha) * (count > 0).to(s.dtype)[:, 0]
+    elif paired:
+        target += (1 - alpha) * s[:, first:].diagonal()
+    p = s.exp_()
+    total = p.sum(1)
+    loss = weight * torch.log(total) - target
+    if need:
+        p.mul_((weight / total)[:, None])
+        if len(teacher):
+            p.sub_(teacher, alpha=alpha)
+        if hard is not None:
+            p.sub_(hard)
+        elif paired:
+            p[:, first:].diagonal().sub_(1 - alpha)
+    return loss if paired else loss + top[:, 0]

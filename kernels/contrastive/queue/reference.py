@@ -1,0 +1,49 @@
+"""The losses against a momentum queue in plain PyTorch, on the whole matrix of logits: their meaning.
+
+S = x KT / tau            x [B, D] queries, K [K + M, D] the keys of this batch and, after them, the queue
+ALBEF    L = mean_i sum_j T_ij (rho_i - S_ij)    T = alpha softmax(x_m KT / tau) + (1 - alpha) Y     Li et al. 2021, (6)
+MoCo     L = mean_i (rho_i - S_i+)               the keys of row i: its own, and the queue           He et al. 2020, (1)
+
+with rho_i = logsumexp_j S_ij and Y the positives, 1 / count each: key i, or the keys with an equal id.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def queue_itc_loss(
+    query: Tensor,
+    query_m: Tensor | None,
+    keys: Tensor,
+    queue: Tensor,
+    temp: Tensor,
+    alpha: float,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    queue_ids: Tensor | None,
+) -> Tensor:
+    everything = torch.cat([keys.to(query.dtype), queue.to(query.dtype)]).detach()
+    log_p = F.log_softmax(_logits(query, everything, temp), dim=1)
+    with torch.no_grad():
+        if ids is None or key_ids is None or queue_ids is None:
+            hard = torch.eye(len(query), len(everything), dtype=temp.dtype, device=temp.device)
+        else:
+            hard = (ids[:, None] == torch.cat([key_ids, queue_ids])).to(temp.dtype)
+        targets = (1 - alpha) * hard / hard.sum(1, keepdim=True).clamp_min(1)
+        if query_m is not None:
+            targets = targets + alpha * F.softmax(_logits(query_m, everything, temp), dim=1)
+    return -(targets * log_p).sum(1).mean()
+
+
+def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor) -> Tensor:
+    own = (query * key.detach()).sum(1, keepdim=True).to(temp.dtype) / temp
+    s = torch.cat([own, _logits(query, queue.to(query.dtype).detach(), temp)], dim=1)
+    return F.cross_entropy(s, torch.zeros(len(s), dtype=torch.long, device=s.device))
+
+
+def _logits(x: Tensor, keys: Tensor, temp: Tensor) -> Tensor:
+    # products in the operands' dtype, as eager code computes them; the loss itself in float32 or float64
+    return (x @ keys.t()).to(temp.dtype) / temp
