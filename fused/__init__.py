@@ -3,5 +3,14 @@
 from mmfuse.fused.acceleration import Report, accelerate
 from mmfuse.fused.language import linear_cross_entropy
 from mmfuse.fused.losses import ClipLoss, SigLipLoss
+from mmfuse.fused.momentum import MomentumQueueITC, momentum_update
 
-__all__ = ["ClipLoss", "Report", "SigLipLoss", "accelerate", "linear_cross_entropy"]
+__all__ = [
+    "ClipLoss",
+    "MomentumQueueITC",
+    "Report",
+    "SigLipLoss",
+    "accelerate",
+    "linear_cross_entropy",
+    "momentum_update",
+]

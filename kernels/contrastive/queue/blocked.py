@@ -33,8 +33,8 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """(row [B], g [B, D]): row_i = sum_j T_ij (rho_i - S_ij) and g_i = sum_j (P_ij sum_k T_ik - T_ij) K_j.
 
-    T is `alpha` of the teacher's softmax and, where `paired`, 1 - alpha of the positives: equal ids, or column i. Without
-    `paired` there are no targets: row_i = rho_i and g_i = sum_j P_ij K_j. `g` is empty unless `need`.
+    T is `alpha` of the teacher's softmax and, where `paired`, 1 - alpha of the positives: equal ids, or column i.
+    Without `paired` there are no targets: row_i = rho_i and g_i = sum_j P_ij K_j. `g` is empty unless `need`.
     """
     acc, b, n = accumulation_dtype(x.dtype), len(x), len(keys) + len(queue)
     new = {"dtype": acc, "device": x.device}
