@@ -13,7 +13,8 @@ so that each race streams on its own and the log-sum-exp, over all columns, is n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,40 +25,63 @@ from mmfuse.kernels.contrastive.negatives.noise import gumbel
 # what is not a number still can be drawn, after all that is one; what is masked cannot
 LOWEST = -1e30
 # logits per block
-_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+_BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 
 
-def torch_race(
-    u: Tensor,
-    scale: Tensor,
-    ids: Tensor,
-    key_ids: Tensor,
-    seed: Tensor,
-    row: int,
-    col: int,
-    stream: int,
-    first: int,
-    key: Tensor,
-    index: Tensor,
-) -> None:
-    """Merge the keys scale * u + G of a block into the running largest `key` and their `index`, both [count, k].
+class TorchTile:
+    """The passes over a block of logits in plain torch, any float dtype, any device."""
 
-    An odd stream is the rows' own race among the columns, an even one the columns' among the rows; `first` is the index
-    of the first candidate.
-    """
-    s = u * scale
-    keys = torch.where(s >= LOWEST, s, LOWEST) + gumbel(seed, stream, row, col, (len(u), u.shape[1]), u.dtype)
-    keys.masked_fill_(ids[:, None] == key_ids, -torch.inf)
-    keys = keys if stream % 2 else keys.t()
-    values, indices = [], []
-    for _ in range(min(key.shape[1], keys.shape[1])):
-        value, j = keys.max(1, keepdim=True)
-        keys.scatter_(1, j, -torch.inf)
-        values.append(value)
-        indices.append(j + first)
-    merged = merge(torch.cat([key, *values], 1), torch.cat([index, *indices], 1), key.shape[1])
-    key.copy_(merged[0])
-    index.copy_(merged[1])
+    @staticmethod
+    def lse(u: Tensor, scale: Tensor, dim: int) -> Tensor:
+        """log-sum-exp of scale * u over the columns (dim = 1) or the rows (dim = 0)."""
+        return (u * scale).logsumexp(dim)
+
+    @staticmethod
+    def race(
+        u: Tensor,
+        scale: Tensor,
+        ids: Tensor,
+        key_ids: Tensor,
+        seed: Tensor,
+        row: int,
+        col: int,
+        stream: int,
+        first: int,
+        key: Tensor,
+        index: Tensor,
+    ) -> None:
+        """Merge the keys scale * u + G of a block into the running largest `key` and their `index`, both [count, k].
+
+        An odd stream is the rows' own race among the columns, an even one the columns' among the rows; `first` is the
+        index of the first candidate.
+        """
+        s = u * scale
+        keys = torch.where(s >= LOWEST, s, LOWEST) + gumbel(seed, stream, row, col, (len(u), u.shape[1]), u.dtype)
+        keys.masked_fill_(ids[:, None] == key_ids, -torch.inf)
+        keys = keys if stream % 2 else keys.t()
+        values, indices = [], []
+        for _ in range(min(key.shape[1], keys.shape[1])):
+            value, j = keys.max(1, keepdim=True)
+            keys.scatter_(1, j, -torch.inf)
+            values.append(value)
+            indices.append(j + first)
+        merged = merge(torch.cat([key, *values], 1), torch.cat([index, *indices], 1), key.shape[1])
+        key.copy_(merged[0])
+        index.copy_(merged[1])
+
+
+def compiled_tile(namespace: Any) -> SimpleNamespace:
+    """The same passes from the compiled part, in float32."""
+
+    def lse(u: Tensor, scale: Tensor, dim: int) -> Tensor:
+        (m, n), none = u.shape, u.new_empty(0)
+        top = [u.new_full((k,), -torch.inf) for k in (n, m)]
+        total = [u.new_zeros(k) for k in (n, m)]
+        # a diagonal that begins past the last column masks nothing
+        namespace.logit_stats(u, scale, n, none, top[1], total[1], top[0], total[0], none)
+        return top[dim] + total[dim].log()
+
+    return SimpleNamespace(race=namespace.gumbel_race.default, lse=lse)
 
 
 def merge(key: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +104,7 @@ class Draw:
         dtype: of the logits, float32 or float64.
         row_offset: added to a row's index for its noise, so that the ranks of a group draw independently.
         mixture: eps above.
-        race: the pass over a block, `torch_race` or the compiled part's.
+        tile: the passes over a block, `TorchTile` or `compiled_tile`.
     """
 
     def __init__(
@@ -93,10 +117,10 @@ class Draw:
         dim: int = 1,
         row_offset: int = 0,
         mixture: float = 0.0,
-        race: Callable[..., None] = torch_race,
+        tile: Any = TorchTile,
     ) -> None:
         self.seed, self.dim, self.row_offset, self.mixture = seed, dim, row_offset, mixture
-        self.race = race
+        self.tile = tile
         races = 2 if mixture else 1
         self.key = torch.full((races, count, k), -torch.inf, dtype=dtype, device=seed.device)
         self.index = torch.full((races, count, k), -1, device=seed.device)
@@ -111,12 +135,12 @@ class Draw:
             return
         first, mine = (col, slice(row, row + len(u))) if self.dim else (row, slice(col, col + u.shape[1]))
         for i, factor in enumerate((scale, torch.zeros_like(scale))[: len(self.key)]):
-            self.race(
+            self.tile.race(
                 u, factor, ids, key_ids, self.seed, row + self.row_offset, col, 2 * i + self.dim, first,
                 self.key[i, mine], self.index[i, mine],
             )  # fmt: skip
         if self.mixture:
-            self.lse[mine] = torch.logaddexp(self.lse[mine], (u * scale).logsumexp(self.dim))
+            self.lse[mine] = torch.logaddexp(self.lse[mine], self.tile.lse(u, scale, self.dim))
 
     def result(self) -> Tensor:
         """[count, k] int64: what was drawn, first draw first; -1 where nothing was left."""
@@ -139,20 +163,20 @@ def hard_negatives(
     row_offset: int,
     mixture: float,
     both: bool,
-    race: Callable[..., None] = torch_race,
+    tile: Any = TorchTile,
 ) -> tuple[Tensor, Tensor]:
     """The draws [B, k] of the rows and, if both, [N, k] of the columns, over blocks of rows."""
     acc = accumulation_dtype(query.dtype)
-    options = {"row_offset": row_offset, "mixture": mixture, "race": race}
+    options = {"row_offset": row_offset, "mixture": mixture, "tile": tile}
     rows = Draw(len(query), k, seed, acc, dim=1, **options)
     columns = Draw(len(keys) if both else 0, k, seed, acc, dim=0, **options)
     x, y = (query, keys) if query.is_cuda else (query.to(acc), keys.to(acc))
     wide = {} if x.dtype == acc else {"out_dtype": acc}
     step = max(16, _BLOCK_BYTES[x.device.type] // max(1, len(y) * acc.itemsize))
+    logits = torch.empty(min(step, len(x)), len(y), dtype=acc, device=x.device)
     for i in range(0, len(x), step):
         block = slice(i, i + step)
-        u = torch.mm(x[block], y.t(), **wide)
-        rows.add(u, scale, ids[block], key_ids, row=i)
-        if both:
-            columns.add(u, scale, ids[block], key_ids, row=i)
+        u = torch.mm(x[block], y.t(), out=logits[: len(x) - i], **wide)
+        for draw in (rows, columns)[: 1 + both]:
+            draw.add(u, scale, ids[block], key_ids, row=i)
     return rows.result(), columns.result()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels.contrastive import arguments
-from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked
+from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_cpu
 from mmfuse.kernels.contrastive.negatives import draw, reference
 
 
@@ -30,7 +30,8 @@ def _draw(
     options = (query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, both)
     if backend == "torch":
         return reference.hard_negatives(*options)
-    return draw.hard_negatives(*options)
+    tile = draw.compiled_tile(torch.ops.mmfuse_cpu) if backend == "cpu" else draw.TorchTile
+    return draw.hard_negatives(*options, tile)
 
 
 def _draw_fake(query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, both, backend):  # type: ignore[no-untyped-def]
@@ -43,6 +44,7 @@ draw_op = register("hard_negatives", _draw, _draw_fake)
 NEGATIVES = Op(
     "hard_negatives",
     [
+        Impl("cpu", draw_op, reasons_against_cpu),
         Impl("chunked", draw_op, reasons_against_chunked),
         Impl("torch", draw_op, no_reason),
     ],
