@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
 from mmfuse.kernels.contrastive.arguments import scalar
 from mmfuse.kernels.contrastive.backends import (
     no_reason,
     reasons_against_chunked,
     reasons_against_cpu,
+    reasons_against_triton,
 )
 from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 from mmfuse.kernels.contrastive.max_query import blocked, reference
@@ -83,6 +85,10 @@ def _reasons_against_cpu(image: Tensor, text: Tensor) -> list[str]:
     return reasons_against_cpu(image) + _many_queries(image)
 
 
+def _reasons_against_triton(image: Tensor, text: Tensor) -> list[str]:
+    return reasons_against_triton(image) + _many_queries(image)
+
+
 # on a CPU, eager is faster for fewer than this many products B Q N, and for so few queries that the sparse gradient
 # saves nothing. Measured on 2 cores with AVX-512 BF16, in which eager multiplies bfloat16
 _EAGER_PRODUCTS = {
@@ -105,6 +111,7 @@ def _aside(backend: str, image: Tensor, text: Tensor) -> list[str]:
 MAX_QUERY = Op(
     "max_query_similarity",
     [
+        Impl("triton", partial(_fused, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
         Impl("cpu", partial(_fused, "cpu"), _reasons_against_cpu, partial(_aside, "cpu")),
         Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked, partial(_aside, "chunked")),
         Impl("torch", reference.similarity, no_reason),
