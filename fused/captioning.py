@@ -172,7 +172,7 @@ def generate(
         image: [B, 3, H, W].
         text: captions [B, L] (or [L]) to continue, when sampling; by default the start token alone.
         seq_len: tokens of the longest caption, start and end included.
-        max_seq_len: tokens that the model is shown, the last ones.
+        max_seq_len: tokens that the model is shown when sampling, the last ones.
         temperature: divides the logits that "top_p" or "top_k" left.
         generation_type: "top_k" (with the default `top_k=1`: greedy), "top_p" or "beam_search".
         pad_token_id, eos_token_id, sot_token_id: by default the model's `pad_id`, 49407 and 49406.
@@ -213,7 +213,7 @@ def generate(
         beams = num_beams // num_beam_groups
         start = torch.full((image.shape[0] * beams, 1), sot, device=image.device)
         decoder = CaptionDecoder(model, model(image)["image_embs"], beams)
-        out = _beam_search(decoder, start, process, seq_len, max_seq_len, eos, pad)
+        out = _beam_search(decoder, start, process, seq_len, eos, pad)
         return F.pad(out, (0, seq_len - out.shape[1]), value=pad) if fixed_output_length else out
     if generation_type not in ("top_k", "top_p"):
         raise ValueError(f"generation_type is {generation_type!r}, expected 'top_k', 'top_p' or 'beam_search'")
@@ -269,7 +269,7 @@ def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return token.clamp(max=probs.shape[-1] - 1)
 
 
-def _beam_search(decoder, ids, process, length, window, eos, pad):  # type: ignore[no-untyped-def]
+def _beam_search(decoder, ids, process, length, eos, pad):  # type: ignore[no-untyped-def]
     """The best caption [B, T <= length] of each image, as transformers' `BeamSearchScorer` keeps the finished ones.
 
     ids: the start tokens [B * n, 1] of n beams.
@@ -296,7 +296,7 @@ def _beam_search(decoder, ids, process, length, window, eos, pad):  # type: igno
         kept_len = torch.cat([kept_len, torch.full_like(kept_len, t)], dim=1).gather(1, order)
 
     while ids.shape[1] < length and not done.all():
-        logits = process(ids, _next_logits(decoder, ids, window))
+        logits = process(ids, decoder(ids[:, -1:]))
         vocab = logits.shape[-1]
         total = (logits.view(b, n, vocab) + scores[..., None]).flatten(1)
         score, token = total.topk(2 * n)  # [b, 2n]: enough where every beam ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import nn
 
@@ -16,9 +17,10 @@ def accelerate(
 ) -> Report:
     """Swap fused code into the modules of `model` that a rule matches, in place, and report it.
 
-    Only the `forward` of matched instances changes: classes, parameters, buffers, state-dict keys, hooks and outputs
-    stay; copies and pickles of the model stay accelerated. transformers' CLIPModel and SiglipModel return the logits,
-    so there the fused loss is opt-in: with `return_loss=True` the logits are then computed only when read.
+    Only one method of matched instances changes, `forward` but for CoCa's `generate`: classes, parameters, buffers,
+    state-dict keys, hooks and outputs stay; copies and pickles of the model stay accelerated. transformers' CLIPModel
+    and SiglipModel return the logits, so there the fused loss is opt-in: with `return_loss=True` the logits are then
+    computed only when read.
 
         report = accelerate(model)          # print(report); report.undo()
         with accelerate(model): ...         # undone at the end
@@ -41,7 +43,7 @@ def accelerate(
     for path, module in model.named_modules():
         if barrier := _barrier(module):
             barriers[path] = barrier
-        for rule in (r for r in rules if r.matches(module)):
+        for rule in _most_specific([r for r in rules if r.matches(module)]):
             outcome, why = _outcome(rule, module, path, barriers, opted_in=ops is not None)
             entries.append(Entry(path, type(module).__name__, rule.op, outcome, why))
             if outcome == "replaced":
@@ -66,8 +68,14 @@ def _rules(ops: Iterable[str] | None) -> list[Rule]:
     return [r for r in RULES if r.op in chosen]
 
 
+def _most_specific(rules: list[Rule]) -> list[Rule]:
+    """Without the rules of a class where a subclass has its own."""
+    classes = {r: cast(type, loaded(r.target)) for r in rules}
+    return [r for r in rules if not any(issubclass(c, classes[r]) for c in classes.values() if c is not classes[r])]
+
+
 def _outcome(rule: Rule, module: nn.Module, path: str, barriers: dict[str, str], opted_in: bool) -> tuple[str, str]:
-    if isinstance(vars(module).get("forward"), Fused):
+    if isinstance(vars(module).get(rule.method), Fused):
         return "already replaced", ""
     inside = [why for outer, why in barriers.items() if outer in ("", path) or path.startswith(f"{outer}.")]
     why = inside[0] if inside else ("" if opted_in else rule.opt_in) or rule.why_not(module)

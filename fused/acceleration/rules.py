@@ -12,20 +12,22 @@ from typing import Any
 
 from torch import nn
 
+from mmfuse.fused.acceleration import coca
 from mmfuse.fused.losses import distributed
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Instances of a class run another `forward`, and keep everything else.
+    """Instances of a class run another `forward` (or another method), and keep everything else.
 
     Args:
         op: the operator that the replacement runs.
         target: the class, as "module:Class". It is never imported: without its module there is no instance.
-        forward: the replacement, as "module:function", of the instance and the arguments of the class's `forward`.
+        forward: the replacement, as "module:function", of the instance and the arguments of the class's method.
         relies_on: methods that must be the class's own; a subclass or an instance with another is left.
         reason_against: why an instance is left, or None.
         opt_in: why it is left unless `ops` names the operator; empty if it is replaced by default.
+        method: what is replaced.
     """
 
     op: str
@@ -34,6 +36,7 @@ class Rule:
     relies_on: tuple[str, ...] = ("forward",)
     reason_against: Callable[[Any], str | None] = lambda module: None
     opt_in: str = ""
+    method: str = "forward"
 
     def matches(self, module: nn.Module) -> bool:
         cls = loaded(self.target)
@@ -47,25 +50,28 @@ class Rule:
                 return f"its {method} was replaced by something else"
             if getattr(actual, method) is not getattr(cls, method):
                 return f"{actual.__name__} overrides {method}"
-        found, known = (list(inspect.signature(f).parameters)[1:] for f in (actual.forward, resolve_name(self.forward)))
+        theirs, ours = getattr(actual, self.method), resolve_name(self.forward)
+        found, known = (list(inspect.signature(f).parameters)[1:] for f in (theirs, ours))
         if found != known:
-            return f"this version's forward takes ({', '.join(found)}), expected ({', '.join(known)})"
+            return f"this version's {self.method} takes ({', '.join(found)}), expected ({', '.join(known)})"
         return self.reason_against(module)
 
     def apply(self, module: nn.Module) -> Callable[[], None]:
-        """Replace `module.forward`, and return the function that puts it back."""
-        fused = module.forward = Fused(resolve_name(self.forward), module)
+        """Replace the method of `module`, and return the function that puts it back."""
+        fused = Fused(resolve_name(self.forward), module)
+        setattr(module, self.method, fused)
 
         def undo() -> None:
-            if vars(module).get("forward") is not fused:
-                raise RuntimeError(f"{type(module).__name__}.forward was replaced after accelerate(): undo that first")
-            del module.forward
+            if vars(module).get(self.method) is not fused:
+                name = f"{type(module).__name__}.{self.method}"
+                raise RuntimeError(f"{name} was replaced after accelerate(): undo that first")
+            delattr(module, self.method)
 
         return undo
 
 
 class Fused(partial):
-    """A module's fused `forward`. As a partial, not a bound method, it follows its module through copy and pickle."""
+    """A module's fused method. As a partial, not a bound method, it follows its module through copy and pickle."""
 
 
 def loaded(target: str) -> type | None:
@@ -103,5 +109,13 @@ RULES = (
         forward="mmfuse.fused.acceleration.huggingface:forward",
         relies_on=("forward", "get_image_features", "get_text_features"),
         opt_in=_LOGITS_IN_OUTPUT % "siglip_loss",
+    ),
+    Rule(
+        op="coca_generate",
+        target="open_clip.coca_model:CoCa",
+        forward="mmfuse.fused.acceleration.coca:generate",
+        relies_on=("generate", "_generate_beamsearch", "forward", "_encode_text"),
+        reason_against=coca.reason_against,
+        method="generate",
     ),
 )

@@ -165,7 +165,8 @@ def test_parity(rule: tuple[str, str], dtype: torch.dtype, device: str) -> None:
 
 def test_every_rule_has_a_parity_test() -> None:
     assert RULES
-    assert {(r.op, r.target) for r in RULES} == set(PARITY)
+    elsewhere = {("coca_generate", "open_clip.coca_model:CoCa")}  # test_accelerate_coca.py
+    assert {(r.op, r.target) for r in RULES} == set(PARITY) | elsewhere
 
 
 # --- transformers: opt-in, and lazy logits ---------------------------------------------------------------------------
@@ -474,7 +475,7 @@ def test_ops_restrict() -> None:
     for ops in ({"siglip_loss"}, "siglip_loss"):
         with accelerate(task, ops=ops, strict=True) as report:
             assert [e.path for e in report.entries] == ["losses.1"]
-    with pytest.raises(ValueError, match="ops names cliploss, rope, expected some of clip_loss, siglip_loss"):
+    with pytest.raises(ValueError, match="ops names cliploss, rope, expected some of clip_loss, .*siglip_loss"):
         accelerate(task, ops={"rope", "cliploss", "clip_loss"})
     assert not accelerate(task, ops=()).entries
 
