@@ -1,0 +1,64 @@
+"""open_clip's CoCa with captions from cached keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmfuse.fused import captioning
+
+
+def generate(
+    model: Any,
+    image: Tensor,
+    text: Tensor | None = None,
+    seq_len: int = 30,
+    max_seq_len: int = 77,
+    temperature: float = 1.0,
+    generation_type: str = "beam_search",
+    top_p: float = 0.1,
+    top_k: int = 1,
+    pad_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    sot_token_id: int | None = None,
+    num_beams: int = 6,
+    num_beam_groups: int = 3,
+    min_seq_len: int = 5,
+    stopping_criteria: Any = None,
+    repetition_penalty: float = 1.0,
+    fixed_output_length: bool = False,
+) -> Tensor:
+    """The model's generate, the tokens and the draws of a seed included; it does not need transformers.
+
+    open_clip runs both text towers on the whole caption at every token, projects the image tokens again each time, and
+    a beam search encodes an image once per beam. Its own code still runs where there are `stopping_criteria`, or tokens
+    that are no integers, and in training mode, where the image tower may be random.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("model", "image", "stopping_criteria")}
+    no_integer = any(t is not None and not isinstance(t, int) for t in (pad_token_id, eos_token_id, sot_token_id))
+    if model.training or no_integer or stopping_criteria is not None:
+        return type(model).generate(model, image, stopping_criteria=stopping_criteria, **options)
+    return captioning.generate(model, image, **options)
+
+
+def reason_against(model: Any) -> str | None:
+    """Why a CoCa of open_clip cannot keep keys and values of its captions, or None."""
+    from open_clip import transformer as t
+
+    text, decoder = model.text, model.text_decoder
+    if type(text) is not t.TextTransformer or type(decoder) is not t.MultimodalTransformer:
+        return f"its text towers are {type(text).__name__} and {type(decoder).__name__}, expected open_clip's own"
+    if text.attn_mask is None:
+        return "its text tower has no causal mask, so every token changes with the next one"
+    if text.cls_emb is None:
+        return "its text tower has no class token, and open_clip's own generate fails without"
+    for block in [*text.transformer.resblocks, *decoder.resblocks, *decoder.cross_attn]:
+        if (type(block), type(block.attn)) not in (
+            (t.ResidualAttentionBlock, nn.MultiheadAttention),
+            (t.CustomResidualAttentionBlock, t.Attention),
+        ):
+            return f"it has a {type(block).__name__} with {type(block.attn).__name__}, expected open_clip's own"
+    if any(m._forward_hooks or m._forward_pre_hooks for tower in (text, decoder) for m in tower.modules()):
+        return "its text towers have hooks, which would see single tokens"
+    return None
