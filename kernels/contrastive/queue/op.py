@@ -14,6 +14,9 @@ from mmfuse.kernels.contrastive.arguments import scalar
 from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
 from mmfuse.kernels.contrastive.queue import blocked, reference
 
+# two accumulators of D columns stay in registers
+_TRITON_MAX_D = 512
+
 
 def _scan(backend: str) -> Any:
     if backend == "triton":
@@ -21,6 +24,13 @@ def _scan(backend: str) -> Any:
 
         return kernel.scan
     return blocked.scan
+
+
+def _reasons_against_triton(query: Tensor, *_: object) -> list[str]:
+    why = reasons_against_triton(query)
+    return (
+        why if query.shape[1] <= _TRITON_MAX_D else [*why, f"{query.shape[1]} features per row, above {_TRITON_MAX_D}"]
+    )
 
 
 def _loss_and_grads(x: Tensor, temp: Tensor, row: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +100,7 @@ def _fused_itc(backend: str, *args: Any) -> Tensor:
 QUEUE_ITC = Op(
     "queue_itc_loss",
     [
-        Impl("triton", partial(_fused_itc, "triton"), reasons_against_triton, only_named_in_the_interpreter),
+        Impl("triton", partial(_fused_itc, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
         Impl("chunked", partial(_fused_itc, "chunked"), reasons_against_chunked),
         Impl("torch", reference.queue_itc_loss, no_reason),
     ],
@@ -198,7 +208,7 @@ def _fused_moco(backend: str, query: Tensor, key: Tensor, queue: Tensor, temp: T
 MOCO = Op(
     "moco_loss",
     [
-        Impl("triton", partial(_fused_moco, "triton"), reasons_against_triton, only_named_in_the_interpreter),
+        Impl("triton", partial(_fused_moco, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
         Impl("chunked", partial(_fused_moco, "chunked"), reasons_against_chunked),
         Impl("torch", reference.moco_loss, no_reason),
     ],
