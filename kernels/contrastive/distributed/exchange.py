@@ -1,0 +1,142 @@
+"""The four ways in which texts reach every rank, and their gradients come home.
+
+`blocks(text)` yields (texts, where this rank's positives begin in them, or None), the own texts first; `home(grads)`
+takes their gradients in the same order and returns the sum over ranks for the own texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch import Tensor
+
+from mmfuse.kernels.contrastive.distributed.peers import Peers
+
+Block = tuple[Tensor, int | None]
+
+
+class Gather:
+    """All at once."""
+
+    def __init__(self, peers: Peers) -> None:
+        self.peers = peers
+
+    def blocks(self, text: Tensor) -> Iterator[Block]:
+        yield self.peers.gather(text), self.peers.own.start
+
+    def home(self, grads: list[Tensor]) -> Tensor:
+        return self.peers.scatter_sum(grads[0])
+
+
+class Reduce:
+    """Each rank's in turn: they go out to all, and their gradients are summed where they came from."""
+
+    def __init__(self, peers: Peers) -> None:
+        self.peers = peers
+        self.others = [r for r in range(peers.size) if r != peers.rank]
+
+    def blocks(self, text: Tensor) -> Iterator[Block]:
+        text = text.contiguous()
+        coming = self._send(text, 0)
+        yield text, 0
+        for r in range(self.peers.size):
+            y, work = coming
+            with self.peers.waiting("sending the texts around"):
+                work.wait()
+            if r + 1 < self.peers.size:
+                coming = self._send(text, r + 1)
+            if r in self.others:
+                yield y, None
+
+    def _send(self, text: Tensor, rank: int):  # type: ignore[no-untyped-def]
+        """Begin to send `rank`'s texts to all."""
+        peers = self.peers
+        y = text if rank == peers.rank else text.new_empty(peers.sizes[rank], text.shape[1])
+        with peers.waiting("sending the texts around"):
+            return y, dist.broadcast(y, _global(peers, rank), group=peers.group, async_op=True)
+
+    def home(self, grads: list[Tensor]) -> Tensor:
+        peers = self.peers
+        by_rank = dict(zip([peers.rank, *self.others], grads, strict=True))
+        for r in range(peers.size):
+            with peers.waiting("summing the texts' gradients"):
+                dist.reduce(by_rank[r], _global(peers, r), group=peers.group)
+        return by_rank[peers.rank]
+
+
+class Ring:
+    """From neighbour to neighbour, along one chain or two in opposite directions; gradients go back, summed."""
+
+    def __init__(self, peers: Peers, chains: dict[int, int]) -> None:
+        self.peers = peers
+        self.chains = {step: hops for step, hops in chains.items() if hops}  # +-1: number of hops
+
+    def source(self, step: int, hop: int) -> int:
+        """Whose texts this rank holds after `hop` hops of a chain."""
+        return (self.peers.rank - step * hop) % self.peers.size
+
+    def blocks(self, text: Tensor) -> Iterator[Block]:
+        held = dict.fromkeys(self.chains, text.contiguous())
+        last = max(self.chains.values(), default=0)
+        arriving = self._hop(held, 1)
+        yield text, 0
+        for hop in range(1, last + 1):
+            held = self._arrived(arriving)
+            arriving = self._hop(held, hop + 1)
+            for y in held.values():
+                yield y, None
+
+    def home(self, grads: list[Tensor]) -> Tensor:
+        own, *rest = grads
+        by_hop = iter(rest)
+        kept = {(s, h): next(by_hop) for h in range(1, max(self.chains.values(), default=0) + 1) for s in self._at(h)}
+        for hop in range(max(self.chains.values(), default=0), 0, -1):
+            sent = {step: kept[step, hop] for step in self._at(hop)}
+            for step, g in self._arrived(self._move(sent, hop - 1, back=True)).items():
+                target = own if hop == 1 else kept[step, hop - 1]
+                target += g
+        return own
+
+    def _at(self, hop: int) -> list[int]:
+        return [step for step, hops in self.chains.items() if hop <= hops]
+
+    def _hop(self, held: dict[int, Tensor], hop: int):  # type: ignore[no-untyped-def]
+        return self._move({step: held[step] for step in self._at(hop)}, hop)
+
+    def _move(self, sent: dict[int, Tensor], hop: int, back: bool = False):  # type: ignore[no-untyped-def]
+        """Send each chain's tensor on (or back), and begin to receive what this rank holds at `hop`."""
+        peers, ops, received = self.peers, [], {}
+        for step, t in sent.items():
+            way = -step if back else step
+            to, source = ((peers.rank + w) % peers.size for w in (way, -way))
+            received[step] = t.new_empty(peers.sizes[self.source(step, hop)], *t.shape[1:])
+            if t.numel():
+                ops.append(dist.P2POp(dist.isend, t, _global(peers, to), peers.group))
+            if received[step].numel():
+                ops.append(dist.P2POp(dist.irecv, received[step], _global(peers, source), peers.group))
+        with peers.waiting("passing the texts on"):
+            return received, dist.batch_isend_irecv(ops) if ops else []
+
+    def _arrived(self, arriving) -> dict[int, Tensor]:  # type: ignore[no-untyped-def]
+        received, works = arriving
+        with self.peers.waiting("passing the texts on"):
+            for work in works:
+                work.wait()
+        return received
+
+
+def _global(peers: Peers, rank: int) -> int:
+    return rank if peers.group is None else dist.get_global_rank(peers.group, rank)
+
+
+def _shift(peers: Peers) -> Ring:
+    return Ring(peers, {1: peers.size - 1})
+
+
+def _bidir(peers: Peers) -> Ring:
+    there, back = divmod(peers.size - 1, 2)
+    return Ring(peers, {1: there + back, -1: there})
+
+
+EXCHANGES = {"bidir": _bidir, "shift": _shift, "reduce": Reduce, "gather": Gather}

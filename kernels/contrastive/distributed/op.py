@@ -1,0 +1,405 @@
+"""CLIP's and SigLIP's losses over the processes of a group: argument checks, autograd, choice of implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Impl, Op, UnsupportedError
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels.contrastive import op
+from mmfuse.kernels.contrastive.arguments import features, scalar, weights_of
+from mmfuse.kernels.contrastive.backends import (
+    no_reason,
+    reasons_against_chunked,
+    reasons_against_cpu,
+    reasons_against_cuda,
+    reasons_against_triton,
+    template,
+)
+from mmfuse.kernels.contrastive.distributed import reference
+from mmfuse.kernels.contrastive.distributed.exchange import EXCHANGES
+from mmfuse.kernels.contrastive.distributed.peers import Peers, meet, members, refuse
+from mmfuse.kernels.contrastive.normalisers import above, normaliser
+
+GradScale = Literal["open_clip", "true"]
+DistImpl = Literal["bidir", "shift", "reduce", "gather"]
+
+
+def _implementations(fused: Callable[..., Tensor], plain: Callable[..., Tensor]) -> list[Impl]:
+    def bound(backend: str) -> Callable[..., Tensor]:
+        return lambda *args: fused(*args, backend)
+
+    return [
+        Impl("cuda", bound("cuda"), reasons_against_cuda),
+        Impl("triton", bound("triton"), reasons_against_triton, only_named_in_the_interpreter),
+        Impl("cpu", bound("cpu"), reasons_against_cpu),
+        Impl("chunked", bound("chunked"), reasons_against_chunked),
+        Impl("torch", plain, no_reason),
+    ]
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _nonzero(number: Tensor) -> Tensor:
+    """Where 0, a number next to it: one can divide by it, and what it multiplies vanishes all the same."""
+    return torch.where(number == 0, 1e-30, number)
+
+
+# --- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+class _Clip(torch.autograd.Function):
+    """Each rank's own rows against all texts, once. Columns are whole after an exchange of O(N) numbers."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        peers: Peers,
+        local_loss: bool,
+        own_grad: bool,
+        split_scale: bool,
+        divisor: float,
+        w_image: float,
+        w_text: float,
+        save: str,
+        backend: str,
+    ) -> Tensor:
+        pairs = peers.own
+        with _no_autocast(image):
+            y = peers.gather(text)
+            row_max, row_sum, col_max, col_sum, positive, logits = template(backend).stats(
+                image, y, scale, pairs.start, save
+            )
+            diag = scale * positive
+            # the columns of all ranks: their largest logit, then the negatives' and the positive's share of the sum
+            kappa = col_max.clone()
+            kappa[pairs] = torch.maximum(kappa[pairs], diag)
+            peers.max_(kappa)
+            shares = torch.stack([col_sum * torch.exp(col_max - kappa), torch.zeros_like(col_sum)])
+            shares[1, pairs] = torch.exp(diag - kappa[pairs])
+            negatives, positives = peers.sum_(shares)
+            row, column = above(row_max, row_sum, diag), above(kappa[pairs], negatives[pairs], diag)
+            loss = (w_image * row + w_text * column).sum() / divisor
+            if not local_loss:
+                peers.sum_(loss)
+        ctx.settings = peers, local_loss, own_grad, split_scale, divisor, w_image, w_text, backend
+        ctx.save_for_backward(image, y, scale, row_max, row_sum, diag, kappa, negatives, positives, logits)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        peers, local_loss, own_grad, split_scale, divisor, w_image, w_text, backend = ctx.settings
+        x, y, scale, row_max, row_sum, diag, kappa, negatives, positives, logits = ctx.saved_tensors
+        need_x, need_y, need_s = ctx.needs_input_grad[:3]
+        pairs = peers.own
+        with _no_autocast(x):
+            z = negatives + positives
+            rho, a, miss = normaliser(row_max, row_sum, diag)
+            a, b = w_image * a, w_text / z
+            column_miss = w_text * (negatives / z)[pairs]
+            d = -w_image * miss - column_miss  # P_ii - 1 without cancellation, likewise the columns
+
+            # the ranks' upstream gradients may differ: row i and column j belong to a rank each
+            ranks = peers.each(g.to(scale.dtype) / divisor)
+            if local_loss:
+                alpha = _nonzero(ranks.abs().max())
+                share = ranks / alpha
+                own = share[peers.rank]
+                a, b, d = a * own, b * peers.spread(share), d * own
+            else:
+                unit = ranks.abs().max() if own_grad else ranks.sum()
+                alpha = _nonzero(unit)
+
+            def grad(y: Tensor, a: Tensor, cols: slice, d: Tensor, at: int, kept: Tensor, *needs: bool) -> Any:
+                args = (x, y[cols], scale, alpha, a, rho, b[cols], kappa[cols], d, 0.0, at, kept, None, None, *needs)
+                return template(backend).grad(*args)
+
+            def columns_of(r: int) -> Tensor:
+                """What this rank's rows add to the scale's gradient in the columns of rank r."""
+                cols = peers.rows_of(r)
+                at, diagonal = (0, -column_miss * own) if r == peers.rank else (peers.sizes[r], d)
+                floats = logits.dim() == 2 and logits.is_floating_point()
+                kept = logits[:, cols].contiguous() if floats else scale.new_empty(0)
+                return grad(y, torch.zeros_like(a), cols, diagonal, at, kept, False, False, True)[2]
+
+            dx, dy, ds = grad(y, a, slice(None), d, pairs.start, logits, need_x, need_y, need_s)
+            dy = peers.scatter_sum(dy) if need_y else dy
+            if not local_loss and own_grad:
+                factor = ranks[peers.rank] / alpha
+                dx, dy = (t * factor if need else t for t, need in ((dx, need_x), (dy, need_y)))
+            if need_s and not local_loss:
+                ds = peers.sum_(ds / alpha) * ranks[peers.rank]
+            elif need_s and split_scale:
+                others = torch.stack([columns_of(r) for r in range(peers.size)])
+                # open_clip's scale gets the rows and the columns of this rank's positives, not the rows of all columns
+                ds = ds - others.sum() + peers.sum_(others)[peers.rank]
+        grads = ((t if need else None) for t, need in ((dx, need_x), (dy, need_y), (ds, need_s)))
+        return (*grads, *[None] * 9)
+
+
+def _fused_clip(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    peers: Peers,
+    local_loss: bool,
+    gather_with_grad: bool,
+    split_scale: bool,
+    divisor: float,
+    weights: tuple[float, float],
+    save: str,
+    backend: str,
+) -> Tensor:
+    if local_loss and not gather_with_grad:
+        # the other ranks' features are constants: two losses of one direction
+        x, y = (peers.gather(t.detach()) for t in (image, text))
+        if not len(image):
+            return (image.sum() + text.sum()).to(scale.dtype) * scale
+        options = {"row_offset": peers.own.start, "backend": backend}
+        to_text = op.clip_loss(image, y, scale, weights=(weights[0], 0.0), **options)
+        return to_text + op.clip_loss(text, x, scale, weights=(weights[1], 0.0), **options)
+    return _Clip.apply(
+        image, text, scale, peers, local_loss, not gather_with_grad, split_scale, divisor, *weights, save, backend
+    )
+
+
+def _plain_clip(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    peers: Peers,
+    local_loss: bool,
+    gather_with_grad: bool,
+    split_scale: bool,
+    divisor: float,
+    weights: tuple[float, float],
+    save: str,
+) -> Tensor:
+    return reference.clip_loss(image, text, scale, peers, local_loss, gather_with_grad, divisor, *weights)
+
+
+DISTRIBUTED_CLIP = Op("distributed_clip_loss", _implementations(_fused_clip, _plain_clip))
+
+
+@torch.compiler.disable
+def distributed_clip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    group: Any = None,
+    local_loss: bool = False,
+    gather_with_grad: bool = False,
+    grad_scale: GradScale = "open_clip",
+    weights: tuple[float, float] = (0.5, 0.5),
+    sizes: Sequence[int] | None = None,
+    save: op.Save = "auto",
+    store_budget: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """CLIP's symmetric cross-entropy over the pairs of all processes of a group; each computes its own rows, once.
+
+    L = sum_i w_r (rho_i - S_ii) + w_c (kappa_i - S_ii) over all N pairs of the group or the b of this rank, divided by
+    their number (Radford et al. 2021, figure 3; the modes are those of `open_clip.loss.ClipLoss`). The texts are
+    gathered; the columns' log-sum-exps are merged over ranks from O(N) numbers; the texts' gradients are
+    reduce-scattered. 8 b N D multiply-adds' operations per rank, 6 where the logits are kept.
+
+    Args:
+        image: [b, D] of this rank, float16, bfloat16, float32 or float64; any strides. b may differ by rank, and be 0.
+        text: [b, D], same dtype and device. Row i pairs with row i of `image`.
+        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element. The same on all ranks.
+        group: a process group that this process is in; None is the default group.
+        local_loss: return this rank's part of the loss, not the loss of the global batch.
+        gather_with_grad: the features of a rank get the gradient of every rank's loss, not of its own alone.
+        grad_scale: "open_clip": value and gradients are on every rank those of `ClipLoss(local_loss, gather_with_grad)`
+            on the same features. "true": `gather_with_grad` does not matter, and the mean over ranks of the parameters'
+            gradients (what DistributedDataParallel makes) is the gradient of the global batch's loss.
+        weights: (w_r, w_c) of the image-to-text and the text-to-image direction.
+        sizes: every rank's b, where it is known: nothing is exchanged to learn it, and nothing compared.
+        save, store_budget: as in `mmfuse.clip_loss`, for the b x N logits.
+        backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 features). With `local_loss` and unequal b, for "open_clip" it
+        is the mean over this rank's own pairs (0 without any), as its code would give, and the mean over the W ranks
+        weighs the pairs of small ranks more; for "true" it is W / N times their sum: the mean is the global loss.
+
+    Every rank of the group has to call this, and backward, the same number of times and in the same order; the factor
+    that the loss is multiplied with may differ by rank. With "open_clip", `local_loss` and `gather_with_grad`, a
+    gradient of `logit_scale` costs 2 b N D more operations (none if float logits are kept) for open_clip's split over
+    ranks, whose mean is that of "true". Deterministic as far as the group's reductions are. Differentiable once in
+    image, text and logit_scale. Under torch.compile the graph breaks around the call.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or differs between ranks; the message names it.
+        RuntimeError: another rank's arguments do not fit, or it did not answer within the group's timeout.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    with _telling(group, sizes):
+        image, text, scale = features(image, text, logit_scale, 0, paired=False)
+        _same_rows(image, text)
+        w = weights_of(weights)
+        if grad_scale not in ("open_clip", "true"):
+            raise ValueError(f"grad_scale is {grad_scale!r}, expected 'open_clip' or 'true'")
+        if save not in ("auto", "recompute", "store"):
+            raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
+        impl = DISTRIBUTED_CLIP.select(image, backend=backend)
+    true = grad_scale == "true"
+    local_loss = bool(local_loss)
+    gather_with_grad = bool(gather_with_grad) or true or members(group)[1] == 1  # alone, there is nothing to gather
+    settings = {"loss": "clip_loss", "local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    peers = meet(group, image, sizes, settings | {"grad_scale": grad_scale} | _wanted(image, text, scale, impl))
+    divisor = max(1, peers.total)
+    if local_loss:
+        divisor = divisor / peers.size if true else max(1, len(image))
+    needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
+    kept = op._kept_logits(save, store_budget, image, peers.total) if needs else ""
+    return impl.fn(image, text, scale, peers, local_loss, gather_with_grad, not true, float(divisor), w, kept)
+
+
+def _same_rows(image: Tensor, text: Tensor) -> None:
+    if len(image) != len(text):
+        raise ValueError(f"text has {len(text)} rows, expected {len(image)} as image: row i of both is a pair")
+
+
+def _wanted(image: Tensor, text: Tensor, scale: Tensor, impl: Impl) -> dict[str, bool | str]:
+    """What the ranks' collectives depend on beside the loss itself."""
+    graph = torch.is_grad_enabled()
+    wanted = {f"gradient of {name}": graph and t.requires_grad for name, t in (("image", image), ("text", text))}
+    return {**wanted, "gradient of logit_scale": graph and scale.requires_grad, 'backend "torch"': impl.name == "torch"}
+
+
+@contextmanager
+def _telling(group: Any, sizes: Sequence[int] | None) -> Iterator[None]:
+    """An error of this rank's arguments reaches the others before it is raised."""
+    members(group)
+    try:
+        yield
+    except (TypeError, ValueError, UnsupportedError):
+        if sizes is None:
+            refuse(group)
+        raise
+
+
+# --- SigLIP ----------------------------------------------------------------------------------------------------------
+
+
+class _Siglip(torch.autograd.Function):
+    """The loss and its gradients block by block as the other ranks' texts come; backward sends theirs home."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        peers: Peers,
+        dist_impl: str,
+        needs: tuple[bool, bool],
+        backend: str,
+    ) -> Tensor:
+        exchange = EXCHANGES[dist_impl](peers)
+        need_x, need_y = needs
+        sums = scale.new_zeros(3)
+        dx = torch.zeros(image.shape if need_x else 0, dtype=scale.dtype, device=image.device)
+        dys = []
+        with _no_autocast(image):
+            for y, positives_at in exchange.blocks(text):
+                paired = positives_at is not None
+                loss, dx_part, dy, ds, db = template(backend).sigmoid(
+                    image, y, scale, bias, positives_at or 0, not paired, None, None, need_x, need_y
+                )
+                sums += torch.stack([loss, ds, db])
+                if need_x:
+                    dx += dx_part
+                dys.append(dy)
+        loss, ds, db = sums.unbind()
+        ctx.exchange, ctx.text_grad = exchange, need_y
+        ctx.save_for_backward(dx.to(image.dtype), ds, db, *dys)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        dx, ds, db, *dys = ctx.saved_tensors
+        dy = ctx.exchange.home([(g * dy).to(dy.dtype) for dy in dys]) if ctx.text_grad else None
+        x, _, s, b = ctx.needs_input_grad[:4]
+        return (g * dx).to(dx.dtype) if x else None, dy, g * ds if s else None, g * db if b else None, *[None] * 4
+
+
+def _fused_siglip(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, peers: Peers, dist_impl: str, backend: str
+) -> Tensor:
+    graph = torch.is_grad_enabled()
+    needs = (graph and image.requires_grad, graph and text.requires_grad)
+    return _Siglip.apply(image, text, scale, bias, peers, dist_impl, needs, backend)
+
+
+DISTRIBUTED_SIGLIP = Op("distributed_siglip_loss", _implementations(_fused_siglip, reference.siglip_loss))
+
+
+@torch.compiler.disable
+def distributed_siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    group: Any = None,
+    dist_impl: DistImpl = "bidir",
+    sizes: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """SigLIP's pairwise sigmoid loss of this rank's images and the texts of all processes of a group.
+
+    L_r = (1/b) sum_i sum_j softplus(-z_ij S_ij) over this rank's b images and all N texts (Zhai et al. 2023, equation 1
+    and section 3.3; value and gradients on every rank are those of `open_clip.loss.SigLipLoss`). With equal b the mean
+    over ranks is the loss of the global batch, and the mean of the parameters' gradients is its gradient. Three matrix
+    products, gradients in the forward; no block of logits outlives its pass, where open_clip keeps W of b x b.
+
+    Args:
+        image: [b, D] of this rank, float16, bfloat16, float32 or float64; any strides. b may differ by rank, and be 0.
+        text: [b, D], same dtype and device. Row i pairs with row i of `image`.
+        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element. The same on all ranks.
+        logit_bias: a float, a tensor of one element, or None for 0. The same on all ranks.
+        group: a process group that this process is in; None is the default group.
+        dist_impl: how the texts travel, the next block under way while one is computed: around a ring in both
+            directions ("bidir") or one ("shift"), each rank's in turn to all ("reduce"), or all at once ("gather").
+        sizes: every rank's b, where it is known: nothing is exchanged to learn it, and nothing compared.
+        backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 features). Memory beside the inputs: the texts' gradients
+        [N, D], and one more block of texts ("gather": [N, D]).
+
+    Every rank of the group has to call this, and backward, the same number of times and in the same order; the factor
+    that the loss is multiplied with may differ by rank. Deterministic as far as the group's reductions are.
+    Differentiable once. Under torch.compile the graph breaks around the call.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or differs between ranks; the message names it.
+        RuntimeError: another rank's arguments do not fit, or it did not answer within the group's timeout.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    with _telling(group, sizes):
+        image, text, scale = features(image, text, logit_scale, 0, paired=False)
+        _same_rows(image, text)
+        bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
+        if dist_impl not in EXCHANGES:
+            raise ValueError(f"dist_impl is {dist_impl!r}, expected 'bidir', 'shift', 'reduce' or 'gather'")
+        impl = DISTRIBUTED_SIGLIP.select(image, backend=backend)
+    settings = {"loss": "siglip_loss", "dist_impl": dist_impl}
+    peers = meet(group, image, sizes, settings | _wanted(image, text, scale, impl))
+    return impl.fn(image, text, scale, bias, peers, dist_impl)
