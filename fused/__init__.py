@@ -4,9 +4,11 @@ from mmfuse.fused.acceleration import Report, accelerate
 from mmfuse.fused.language import linear_cross_entropy
 from mmfuse.fused.losses import ClipLoss, SigLipLoss
 from mmfuse.fused.momentum import MomentumQueueITC, momentum_update
+from mmfuse.fused.queries import MaxQueryITC
 
 __all__ = [
     "ClipLoss",
+    "MaxQueryITC",
     "MomentumQueueITC",
     "Report",
     "SigLipLoss",
