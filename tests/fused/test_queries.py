@@ -82,7 +82,9 @@ def sum_of_losses(image: Tensor, text: Tensor, temp: Tensor, ids: Tensor | None,
     """Of all processes, with gradients through what they gather."""
     everyone = {3: image, 2: text, 1: ids}
     parts = [(None,) * world if t is None else t.chunk(world) for t in (image, text, ids)]
-    losses = [lavis(i, t, temp, lambda x: everyone[x.dim()], r, own) for r, (i, t, own) in enumerate(zip(*parts))]
+    losses = [
+        lavis(i, t, temp, lambda x: everyone[x.dim()], r, own) for r, (i, t, own) in enumerate(zip(*parts, strict=True))
+    ]
     return torch.stack(losses).sum()
 
 
