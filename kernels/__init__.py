@@ -17,20 +17,29 @@ if __name__ == "kernels":
 else:
     from mmfuse.kernels.contrastive import (
         clip_loss,
+        distill_clip_loss,
+        distributed_clip_loss,
+        distributed_siglip_loss,
         hard_negatives,
         max_query_loss,
         max_query_similarity,
         moco_loss,
         queue_itc_loss,
         siglip_loss,
+        similarity_topk,
     )
 
     __all__ = [
         "clip_loss",
+        "distill_clip_loss",
+    "distill_clip_loss",
+        "distributed_clip_loss",
+        "distributed_siglip_loss",
         "hard_negatives",
         "max_query_loss",
         "max_query_similarity",
         "moco_loss",
         "queue_itc_loss",
         "siglip_loss",
+        "similarity_topk",
     ]

@@ -18,10 +18,14 @@ _LAZY = {
     "use_backend": "mmfuse.kernels._runtime",
     "UnsupportedError": "mmfuse.kernels._runtime",
     "clip_loss": "mmfuse.kernels",
+    "distill_clip_loss": "mmfuse.kernels",
+    "distributed_clip_loss": "mmfuse.kernels",
+    "distributed_siglip_loss": "mmfuse.kernels",
     "hard_negatives": "mmfuse.kernels",
     "moco_loss": "mmfuse.kernels",
     "queue_itc_loss": "mmfuse.kernels",
     "siglip_loss": "mmfuse.kernels",
+    "similarity_topk": "mmfuse.kernels",
     "max_query_loss": "mmfuse.kernels",
     "max_query_similarity": "mmfuse.kernels",
 }
@@ -30,12 +34,16 @@ if TYPE_CHECKING:
     from mmfuse.fused import accelerate
     from mmfuse.kernels import (
         clip_loss,
+        distill_clip_loss,
+        distributed_clip_loss,
+        distributed_siglip_loss,
         hard_negatives,
         max_query_loss,
         max_query_similarity,
         moco_loss,
         queue_itc_loss,
         siglip_loss,
+        similarity_topk,
     )
     from mmfuse.kernels._runtime import UnsupportedError, explain, use_backend
 
@@ -44,13 +52,17 @@ __all__ = [
     "__version__",
     "accelerate",
     "clip_loss",
+    "distill_clip_loss",
     "explain",
+    "distributed_clip_loss",
+    "distributed_siglip_loss",
     "hard_negatives",
     "max_query_loss",
     "max_query_similarity",
     "moco_loss",
     "queue_itc_loss",
     "siglip_loss",
+    "similarity_topk",
     "use_backend",
 ]
 

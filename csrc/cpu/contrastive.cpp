@@ -289,14 +289,18 @@ MMFUSE_CLONES float grad_separate(const T* u, float scale, float a, float rho, c
     return dot;
 }
 
-// Calls f(begin, end) for the parts of a row's columns, block by block, without the positive.
+// Calls f(begin, end) for the parts of some columns without the positive.
+template <class F>
+void around(int64_t begin, int64_t end, int64_t positive, const F& f) {
+    const int64_t middle = std::clamp(positive, begin, end);
+    if (begin < middle) f(begin, middle);
+    if (middle + (middle == positive) < end) f(middle + (middle == positive), end);
+}
+
+// The same for all columns of a row, block by block.
 template <class F>
 void for_negatives(int64_t n, int64_t positive, const F& f) {
-    for (int64_t begin = 0; begin < n; begin += COLS) {
-        const int64_t end = std::min(begin + COLS, n), middle = std::clamp(positive, begin, end);
-        if (begin < middle) f(begin, middle);
-        if (middle + (middle == positive) < end) f(middle + (middle == positive), end);
-    }
+    for (int64_t begin = 0; begin < n; begin += COLS) around(begin, std::min(begin + COLS, n), positive, f);
 }
 
 // u is raw (float), or in fixed point (int16): raw = step * u
@@ -347,6 +351,110 @@ void logit_grad(Tensor u, Tensor scale, Tensor a, Tensor rho, Tensor b, Tensor k
         run(data<int16_t>(u, "u", u, ScalarType::Short, c * n), floats(step, "step", u, c));
     else
         run(floats(u, "u", u, c * n), static_cast<const float*>(nullptr));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Sums over a chunk along its rows, which are whole here, and along its columns, which go on: f(i, begin, end, sums of
+// the columns) adds the columns begin to end of row i to theirs and returns the row's.
+
+template <class F>
+void sum_chunk(int64_t c, int64_t n, float* row_sum, float* col_sum, const F& f) {
+    const int64_t across = ceil_div(n, COLS);
+    const std::unique_ptr<float[]> parts(new float[across * c]);
+    torch::stable::parallel_for(0, across, 1, [&](int64_t first, int64_t last) {
+        for (int64_t k = first; k < last; ++k)
+            for (int64_t i = 0; i < c; ++i) parts[k * c + i] = f(i, k * COLS, std::min((k + 1) * COLS, n), col_sum);
+    });
+    for (int64_t i = 0; i < c; ++i) {
+        row_sum[i] = 0;
+        for (int64_t k = 0; k < across; ++k) row_sum[i] += parts[k * c + i];
+    }
+}
+
+MMFUSE_CLONES
+float add_equal(const float* u, int32_t key, const int32_t* keys, float* col_sum, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) {
+        const float x = keys[j] == key ? u[j] : 0.0f;
+        sum += x;
+        col_sum[j] += x;
+    }
+    return sum;
+}
+
+// sums of u where the keys are equal
+void add_positives(Tensor u, Tensor row_key, Tensor col_key, Tensor row_sum, Tensor col_sum) {
+    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    const int64_t c = u.size(0), n = u.size(1);
+    const float* logits = floats(u, "u", u, c * n);
+    const int32_t* rows = data<int32_t>(row_key, "row_key", u, ScalarType::Int, c);
+    const int32_t* cols = data<int32_t>(col_key, "col_key", u, ScalarType::Int, n);
+    sum_chunk(c, n, floats(row_sum, "row_sum", u, c), floats(col_sum, "col_sum", u, n),
+              [&](int64_t i, int64_t begin, int64_t end, float* sums) {
+                  return add_equal(logits + i * n + begin, rows[i], cols + begin, sums + begin, end - begin);
+              });
+}
+
+MMFUSE_CLONES
+void subtract_equal(float* g, int32_t key, const int32_t* keys, float p, const float* q, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) g[j] -= keys[j] == key ? p + q[j] : 0.0f;
+}
+
+// g_ij -= p_i + q_j where the keys are equal
+void subtract_targets(Tensor g, Tensor row_key, Tensor col_key, Tensor p, Tensor q) {
+    STD_TORCH_CHECK(g.dim() == 2, "g: expected 2 dimensions, got ", g.dim());
+    const int64_t c = g.size(0), n = g.size(1);
+    float* grad = floats(g, "g", g, c * n);
+    const int32_t* rows = data<int32_t>(row_key, "row_key", g, ScalarType::Int, c);
+    const int32_t* cols = data<int32_t>(col_key, "col_key", g, ScalarType::Int, n);
+    const float *row_target = floats(p, "p", g, c), *col_target = floats(q, "q", g, n);
+    torch::stable::parallel_for(0, c, row_grain(n), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) subtract_equal(grad + i * n, rows[i], cols, row_target[i], col_target, n);
+    });
+}
+
+// sum e^{T - row_max} S, returned, and sum e^{T - col_max} S
+MMFUSE_CLONES
+float add_cross(const float* u, const float* t, float scale, float t_scale, float row_max, const float* col_max,
+                float* col_sum, int64_t n) {
+    const Exp exp;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) {
+        const float s = scale * u[j], teacher = t_scale * t[j];
+        sum += exp(teacher - row_max) * s;
+        col_sum[j] += exp(teacher - col_max[j]) * s;
+    }
+    return sum;
+}
+
+// The sums of e^{T - max T} S over the negatives, S = scale * u, T = t_scale * t: those of the columns were against
+// col_before and go on against col_max.
+void cross_stats(Tensor u, Tensor t, Tensor scale, Tensor t_scale, int64_t diagonal, Tensor row_max, Tensor col_before,
+                 Tensor col_max, Tensor row_sum, Tensor col_sum) {
+    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    const int64_t c = u.size(0), n = u.size(1);
+    const float *student = floats(u, "u", u, c * n), *teacher = floats(t, "t", u, c * n);
+    const float s = *floats(scale, "scale", u, 1), s_t = *floats(t_scale, "t_scale", u, 1);
+    const float* row = floats(row_max, "row_max", u, c);
+    const float *before = floats(col_before, "col_before", u, n), *now = floats(col_max, "col_max", u, n);
+    float* sums = floats(col_sum, "col_sum", u, n);
+    std::vector<float> col(n);
+    for (int64_t j = 0; j < n; ++j) {
+        col[j] = reference(now[j]);
+        sums[j] *= std::exp(before[j] - col[j]);
+    }
+    sum_chunk(c, n, floats(row_sum, "row_sum", u, c), sums, [&](int64_t i, int64_t begin, int64_t end, float* into) {
+        float sum = 0;
+        around(begin, end, i + diagonal, [&](int64_t first, int64_t last) {
+            const int64_t at = i * n + first;
+            sum += add_cross(student + at, teacher + at, s, s_t, reference(row[i]), col.data() + first, into + first,
+                             last - first);
+        });
+        return sum;
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -427,10 +535,18 @@ STABLE_TORCH_LIBRARY(mmfuse_cpu, m) {
     m.def(
         "sigmoid_grad(Tensor u, Tensor scale, Tensor bias, int diagonal, bool negative_only, Tensor(a!) g, "
         "Tensor(b!) sums) -> ()");
+    m.def("add_positives(Tensor u, Tensor row_key, Tensor col_key, Tensor(a!) row_sum, Tensor(b!) col_sum) -> ()");
+    m.def("subtract_targets(Tensor(a!) g, Tensor row_key, Tensor col_key, Tensor p, Tensor q) -> ()");
+    m.def(
+        "cross_stats(Tensor u, Tensor t, Tensor scale, Tensor t_scale, int diagonal, Tensor row_max, "
+        "Tensor col_before, Tensor col_max, Tensor(a!) row_sum, Tensor(b!) col_sum) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfuse_cpu, CPU, m) {
     m.impl("logit_stats", TORCH_BOX(&mmfuse::logit_stats));
     m.impl("logit_grad", TORCH_BOX(&mmfuse::logit_grad));
     m.impl("sigmoid_grad", TORCH_BOX(&mmfuse::sigmoid_grad));
+    m.impl("add_positives", TORCH_BOX(&mmfuse::add_positives));
+    m.impl("subtract_targets", TORCH_BOX(&mmfuse::subtract_targets));
+    m.impl("cross_stats", TORCH_BOX(&mmfuse::cross_stats));
 }

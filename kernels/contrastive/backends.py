@@ -22,10 +22,12 @@ def template(backend: str) -> Any:
         from mmfuse.kernels.contrastive import kernel
 
         return kernel
-    tile = blocked.TorchTile if backend == "chunked" else blocked.compiled_tile(getattr(torch.ops, f"mmfuse_{backend}"))
-    return SimpleNamespace(
-        **{f: partial(getattr(blocked, f), tile) for f in ("stats", "grad", "sigmoid")},
-    )
+    return SimpleNamespace(**{f: partial(getattr(blocked, f), tile(backend)) for f in ("stats", "grad", "sigmoid")})
+
+
+def tile(backend: str) -> Any:
+    """The passes over a block of logits that a backend other than triton makes."""
+    return blocked.TorchTile if backend == "chunked" else blocked.compiled_tile(getattr(torch.ops, f"mmfuse_{backend}"))
 
 
 def compiled_reasons(kind: str, x: Tensor) -> list[str]:

@@ -7,6 +7,8 @@ For features x [b, D] and y [N, D], logits S = s U with U = x yT and positives a
                dx = s alpha G y,   dy = s alpha GT x,   ds = alpha <x, G y>
     sigmoid    softplus(-z S) and its gradients in the same pass
 
+More positives, of equal keys: `stats` sums U over them, `grad` subtracts their targets p_i + q_j.
+
 No b x N matrix is held unless the caller asks for the logits to be kept. The pass over a block is `tile`: plain torch
 (`TorchTile`), or the compiled part's streaming kernels for CPU and CUDA (`compiled_tile`).
 """
@@ -107,6 +109,23 @@ class TorchTile:
         g.copy_(p * FP16_SCALE if g.dtype == torch.float16 else p)
 
     @staticmethod
+    def add_positives(u, row_key, col_key, row_sum, col_sum) -> None:  # type: ignore[no-untyped-def]
+        v = u.masked_fill(row_key[:, None] != col_key, 0)
+        row_sum.copy_(v.sum(1))
+        col_sum.add_(v.sum(0))
+
+    @staticmethod
+    def subtract_targets(g, row_key, col_key, p, q) -> None:  # type: ignore[no-untyped-def]
+        g.sub_((p[:, None] + q).masked_fill_(row_key[:, None] != col_key, 0))
+
+    @staticmethod
+    def cross_stats(u, t, scale, t_scale, diagonal, row_max, col_before, col_max, row_sum, col_sum) -> None:  # type: ignore[no-untyped-def]
+        s, t = u * scale, t * t_scale
+        t.diagonal(diagonal).fill_(-torch.inf)
+        row_sum.copy_(torch.exp(t - finite(row_max)[:, None]).mul_(s).sum(1))
+        col_sum.mul_(torch.exp(col_before - finite(col_max))).add_(t.sub_(finite(col_max)).exp_().mul_(s).sum(0))
+
+    @staticmethod
     def sigmoid_grad(u, scale, bias, diagonal, negative_only, g, sums) -> None:  # type: ignore[no-untyped-def]
         s = u * scale + bias
         positive = s.diagonal(diagonal)
@@ -122,16 +141,15 @@ class TorchTile:
             g.copy_(p * FP16_SCALE if g.dtype == torch.float16 else p)
 
 
+_PASSES = ("logit_stats", "logit_grad", "sigmoid_grad", "add_positives", "subtract_targets", "cross_stats")
+
+
 def compiled_tile(namespace: Any) -> SimpleNamespace:
-    """The same three passes from the compiled part, `torch.ops.mmfuse_cpu` or `torch.ops.mmfuse_cuda`."""
-    return SimpleNamespace(
-        logit_stats=namespace.logit_stats.default,
-        logit_grad=namespace.logit_grad.default,
-        sigmoid_grad=namespace.sigmoid_grad.default,
-    )
+    """The same passes from the compiled part, `torch.ops.mmfuse_cpu` or `torch.ops.mmfuse_cuda` (the first three)."""
+    return SimpleNamespace(**{name: getattr(namespace, name).default for name in _PASSES if hasattr(namespace, name)})
 
 
-class _Blocks:
+class Blocks:
     """Operands ready for matrix products, and the loop's bounds."""
 
     def __init__(self, x: Tensor, y: Tensor):
@@ -164,20 +182,22 @@ class _Blocks:
 
 
 def stats(
-    tile: Any, x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tile: Any, x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str, keys: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits).
 
     The negatives' m and l (without a negative -inf and 0), U at the positives, and the logits if kept. The positives
     are read like the negatives, out of the same products and as they are kept: among equal features they cancel.
 
     `save`: "" keeps nothing (logits is empty), "full" keeps U in the accumulation dtype, "int16" in fixed point.
+    `keys` [b + N]: also the sums of U over the pairs of equal keys, of every row [b] and column [N].
     """
-    blocks = _Blocks(x, y)
+    blocks = Blocks(x, y)
     b, n, acc, device = len(x), len(y), blocks.acc, x.device
     row_max, col_max = (torch.full((k,), -torch.inf, dtype=acc, device=device) for k in (b, n))
     row_sum, col_sum = (torch.zeros(k, dtype=acc, device=device) for k in (b, n))
     positive = torch.empty(b, dtype=acc, device=device)
+    sums = [] if keys is None else [torch.zeros(k, dtype=acc, device=device) for k in (b, n)]
     shape = (b, n) if save else (0,)
     logits = torch.empty(shape, dtype=torch.int16 if save == "int16" else acc, device=device)
     step = fixed_point_step(x, y) if save == "int16" else x.new_empty(0, dtype=acc)
@@ -189,7 +209,10 @@ def stats(
             rows = step[i:j] if save == "int16" else step
             tile.logit_stats(u, scale, i + row_offset, rows, row_max[i:j], row_sum[i:j], col_max, col_sum, q)
             positive[i:j] = q.diagonal(i + row_offset) * rows if save == "int16" else u.diagonal(i + row_offset)
-    return row_max, row_sum, col_max, col_sum, positive, logits
+            if keys is not None:
+                kept = q * rows[:, None] if save == "int16" else u
+                tile.add_positives(kept, keys[i:j], keys[b:], sums[0][i:j], sums[1])
+    return row_max, row_sum, col_max, col_sum, positive, logits, *sums
 
 
 def grad(
@@ -211,20 +234,33 @@ def grad(
     need_x: bool,
     need_y: bool,
     need_s: bool,
+    targets: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, ds) for the external normalisers (a, rho, b, kappa), the positives' d and a constant shift."""
-    blocks = _Blocks(x, y)
+    """(dx, dy, ds) for the external normalisers (a, rho, b, kappa), the positives' d and a constant shift.
+
+    `targets` (keys [b + N], p [b], q [N]): G is less by p_i + q_j where the keys are equal (but for the positives' d).
+    """
+    blocks = Blocks(x, y)
     acc, device = blocks.acc, x.device
-    out = _Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y)
+    out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y)
     dot = torch.zeros(len(x) if need_s and not (need_x or need_y) else 0, dtype=acc, device=device)
     step = fixed_point_step(x, y) if logits.dtype == torch.int16 else dot[:0]
     if len(x) and len(y):
         u_block = None if logits.numel() else blocks.block(acc)
-        g_block = u_block if blocks.dtype == acc and u_block is not None else blocks.block(blocks.dtype)
+        # G is rounded once, when it is whole
+        g_dtype = blocks.dtype if targets is None else acc
+        reuse = g_dtype == acc and u_block is not None and (targets is None or not dot.numel())
+        g_block = u_block if reuse else blocks.block(g_dtype)
         for i, j in blocks.spans:
             u = logits[i:j] if u_block is None else blocks.logits(i, j, u_block[: j - i])
-            g = g_block[: j - i]
-            tile.logit_grad(u, scale, a[i:j], rho[i:j], b, kappa, d[i:j], shift, i + row_offset, step[i:j], g, dot[i:j])
+            g, diagonal = g_block[: j - i], i + row_offset
+            tile.logit_grad(u, scale, a[i:j], rho[i:j], b, kappa, d[i:j], shift, diagonal, step[i:j], g, dot[i:j])
+            if targets is not None:
+                keys, p, q = targets
+                tile.subtract_targets(g, keys[i:j], keys[len(x) :], p[i:j], q)
+                g.diagonal(diagonal).copy_(d[i:j])
+                if dot.numel():
+                    dot[i:j] = (g * (u * step[i:j, None] if step.numel() else u)).sum(1)
             out.add(g, i, j)
     dx, dy, xgy = out.finish()
     ds = alpha * (dot.sum() if dot.numel() else xgy.to(acc))
@@ -245,10 +281,10 @@ def sigmoid(
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, dx, dy, ds, db) of SigLIP's loss, sum over all pairs divided by the number of rows."""
-    blocks = _Blocks(x, y)
+    blocks = Blocks(x, y)
     acc = blocks.acc
     alpha = torch.full((), 1 / max(1, len(x)), dtype=acc, device=x.device)
-    out = _Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y)
+    out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y)
     sums = torch.zeros(3, len(x), dtype=torch.float64, device=x.device)
     if len(x) and len(y):
         u_block = blocks.block(acc)
@@ -266,7 +302,7 @@ def sigmoid(
     return loss.clone(), dx, dy, ds.clone(), db.clone()
 
 
-class _Gradients:
+class Gradients:
     """dx and dy, from blocks of G as they come."""
 
     def __init__(self, blocks, x, y, factor, x_inv, y_inv, need_x, need_y):  # type: ignore[no-untyped-def]
@@ -281,6 +317,8 @@ class _Gradients:
         self.xgy = torch.zeros((), dtype=torch.float64, device=x.device)
 
     def add(self, g: Tensor, i: int, j: int) -> None:
+        if g.dtype != self.blocks.dtype:
+            g = (g / self.unscale).to(self.blocks.dtype)
         if self.need_x:
             gx = self.blocks.product(g, self.blocks.y, self.gx[: j - i])
             inv = None if self.x_inv is None else self.x_inv[i:j]

@@ -111,12 +111,55 @@ def _parts(t, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _stats_of(
-    u, row_max, row_sum, col_max_ptr, col_sum_ptr, positive_ptr, logits_ptr, scale, step_ptr, stride_u,
-    M, N, diagonal, row0, col0,
-    SAVE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def _sums_of(s, w, WEIGHTED: tl.constexpr):
+    """(m = max S, l = sum exp(S - m), c = sum exp(S - m) W) of rows, then of columns; c is l unless WEIGHTED."""
+    m_row = tl.max(s, axis=1)
+    m_col = tl.max(s, axis=0)
+    top = tl.max(m_row, axis=0)
+    # what has no negative in this tile is no reason for the slow path
+    r_row = tl.where(m_row == float("-inf"), top, m_row)
+    r_col = tl.where(m_col == float("-inf"), top, m_col)
+    # a NaN takes the slow path too
+    if (top - tl.min(r_row, axis=0) < _SPREAD) & (top - tl.min(r_col, axis=0) < _SPREAD):
+        e = tl.exp(s - top)
+        back_row, back_col = tl.exp(top - r_row), tl.exp(top - r_col)
+        l_row, l_col = tl.sum(e, axis=1) * back_row, tl.sum(e, axis=0) * back_col
+        c_row, c_col = l_row, l_col
+        if WEIGHTED:
+            c_row, c_col = tl.sum(e * w, axis=1) * back_row, tl.sum(e * w, axis=0) * back_col
+    else:
+        e = tl.exp(s - _finite(m_row)[:, None])
+        l_row = tl.sum(e, axis=1)
+        c_row = tl.sum(e * w, axis=1) if WEIGHTED else l_row
+        e = tl.exp(s - _finite(m_col)[None, :])
+        l_col = tl.sum(e, axis=0)
+        c_col = tl.sum(e * w, axis=0) if WEIGHTED else l_col
+    return m_row, l_row, c_row, m_col, l_col, c_col
+
+
+@triton.jit
+def _negatives_of(
+    u, positive_ptr, scale, M, N, diagonal, row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the columns of `u` to the rows' running (max, sum), and write the columns' own."""
+    """S of the negatives, -inf elsewhere; writes the positives' U."""
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+    s = u * scale
+    if _crosses(row0, col0, diagonal, BLOCK_M, BLOCK_N) | (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N):
+        at = rows + diagonal
+        pair = cols[None, :] == at[:, None]
+        here = (rows < M) & (at >= col0) & (at < tl.minimum(col0 + BLOCK_N, N))
+        tl.store(positive_ptr + rows, tl.sum(tl.where(pair, u, 0.0), axis=1), mask=here)
+        s = tl.where((rows < M)[:, None] & (cols < N)[None, :] & (pair == 0), s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _stats_of(
+    u, row_max, row_sum, row_same, col_max_ptr, col_sum_ptr, col_same_ptr, positive_ptr, logits_ptr,
+    row_key, col_key_ptr, scale, step_ptr, stride_u, M, N, diagonal, row0, col0,
+    SAVE: tl.constexpr, KEYED: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the columns of `u` to the rows' running (max, sum, sum of U of equal keys), and write the columns' own."""
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     if SAVE != "":
         u_ptrs = _at(logits_ptr, row0, col0, stride_u, BLOCK_M, BLOCK_N)
@@ -129,49 +172,37 @@ def _stats_of(
             u = (q - _ROUND).to(ACC) * step[:, None]
         else:
             tl.store(u_ptrs, u, mask=inside)
-    s = u * scale
-    if _crosses(row0, col0, diagonal, BLOCK_M, BLOCK_N) | (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N):
-        at = rows + diagonal
-        pair = cols[None, :] == at[:, None]
-        here = (rows < M) & (at >= col0) & (at < tl.minimum(col0 + BLOCK_N, N))
-        tl.store(positive_ptr + rows, tl.sum(tl.where(pair, u, 0.0), axis=1), mask=here)
-        s = tl.where((rows < M)[:, None] & (cols < N)[None, :] & (pair == 0), s, float("-inf"))
-
-    m_row = tl.max(s, axis=1)
-    m_col = tl.max(s, axis=0)
-    top = tl.max(m_row, axis=0)
-    # what has no negative in this tile is no reason for the slow path
-    r_row = tl.where(m_row == float("-inf"), top, m_row)
-    r_col = tl.where(m_col == float("-inf"), top, m_col)
-    # a NaN takes the slow path too
-    if (top - tl.min(r_row, axis=0) < _SPREAD) & (top - tl.min(r_col, axis=0) < _SPREAD):
-        e = tl.exp(s - top)
-        l_row = tl.sum(e, axis=1) * tl.exp(top - r_row)
-        l_col = tl.sum(e, axis=0) * tl.exp(top - r_col)
-    else:
-        l_row = tl.sum(tl.exp(s - _finite(m_row)[:, None]), axis=1)
-        l_col = tl.sum(tl.exp(s - _finite(m_col)[None, :]), axis=0)
-
-    at_col = (row0 // BLOCK_M).to(tl.int64) * N
-    tl.store(col_max_ptr + at_col + cols, m_col, mask=cols < N)
-    tl.store(col_sum_ptr + at_col + cols, l_col, mask=cols < N)
+    if KEYED:
+        same = row_key[:, None] == tl.load(col_key_ptr + cols, mask=cols < N, other=-3)[None, :]
+        same_u = tl.where(same, u, 0.0)
+        row_same += tl.sum(same_u, axis=1)
+        tl.store(col_same_ptr + cols, tl.sum(same_u, axis=0), mask=cols < N)
+    s = _negatives_of(u, positive_ptr, scale, M, N, diagonal, row0, col0, BLOCK_M, BLOCK_N)
+    m_row, l_row, _, m_col, l_col, _ = _sums_of(s, s, False)
+    tl.store(col_max_ptr + cols, m_col, mask=cols < N)
+    tl.store(col_sum_ptr + cols, l_col, mask=cols < N)
     new = tl.maximum(row_max, m_row)
     row_sum = row_sum * tl.exp(row_max - _finite(new)) + l_row * tl.exp(m_row - _finite(new))
-    return new, row_sum
+    return new, row_sum, row_same
 
 
 @triton.jit(do_not_specialize=["M", "N", "diagonal"])
 def _stats_fwd_kernel(
     row_max_ptr,  # out [tiles_n, M], partial
     row_sum_ptr,
+    row_same_ptr,  # if KEYED
     col_max_ptr,  # out [tiles_m, N], partial
     col_sum_ptr,
+    col_same_ptr,  # if KEYED
     positive_ptr,  # out [M], U at the positives
     logits_ptr,  # out [M, N] if SAVE
     x_ptr,  # [M, D]
     y_ptr,  # [N, D]
-    scale_ptr,  # []
+    scale_ptr,  # [], or one per group
     step_ptr,  # [M] if SAVE is "int16"
+    row_key_ptr,  # [M] if KEYED
+    col_key_ptr,  # [N] if KEYED
+    table_ptr,  # [programs, 6] if GROUPED
     stride_x,
     stride_y,
     stride_u,
@@ -180,6 +211,8 @@ def _stats_fwd_kernel(
     N,
     diagonal,
     SAVE: tl.constexpr,
+    KEYED: tl.constexpr,
+    GROUPED: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -189,25 +222,46 @@ def _stats_fwd_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    scale = tl.load(scale_ptr)
-    row0, col0 = tile_m * BLOCK_M, tile_n * BLOCK_N
+    if GROUPED:
+        group, tile_m, tile_n, begin, end_m, D = _entry(table_ptr)
+        end_n = end_m
+        row0, col0 = begin + tile_m * BLOCK_M, begin + tile_n * BLOCK_N
+        scale = tl.load(scale_ptr + group)
+    else:
+        tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+        row0, col0, end_m, end_n = tile_m * BLOCK_M, tile_n * BLOCK_N, M, N
+        scale = tl.load(scale_ptr)
     u = _products(
-        x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
+        x_ptr, y_ptr, row0, col0, stride_x, stride_y, end_m, end_n, D,
         ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     parts = _parts(u, PARTS)
+    rows = row0 + tl.arange(0, BLOCK_M)
     row_max = tl.full((BLOCK_M,), float("-inf"), ACC)
     row_sum = tl.zeros((BLOCK_M,), ACC)
+    row_same, row_key = row_sum, row_sum
+    if KEYED:
+        row_key = tl.load(row_key_ptr + rows, mask=rows < end_m, other=-2)
+    at_row, at_col = tile_n.to(tl.int64) * M, tile_m.to(tl.int64) * N
     for i in tl.static_range(PARTS):
-        row_max, row_sum = _stats_of(
-            parts[i], row_max, row_sum, col_max_ptr, col_sum_ptr, positive_ptr, logits_ptr, scale, step_ptr, stride_u,
-            M, N, diagonal, row0, col0 + i * (BLOCK_N // PARTS), SAVE, ACC, BLOCK_M, BLOCK_N // PARTS,
+        row_max, row_sum, row_same = _stats_of(
+            parts[i], row_max, row_sum, row_same, col_max_ptr + at_col, col_sum_ptr + at_col, col_same_ptr + at_col,
+            positive_ptr, logits_ptr, row_key, col_key_ptr, scale, step_ptr, stride_u,
+            end_m, end_n, diagonal, row0, col0 + i * (BLOCK_N // PARTS), SAVE, KEYED, ACC, BLOCK_M, BLOCK_N // PARTS,
         )  # fmt: skip
-    rows = row0 + tl.arange(0, BLOCK_M)
-    at_row = tile_n.to(tl.int64) * M
-    tl.store(row_max_ptr + at_row + rows, row_max, mask=rows < M)
-    tl.store(row_sum_ptr + at_row + rows, row_sum, mask=rows < M)
+    tl.store(row_max_ptr + at_row + rows, row_max, mask=rows < end_m)
+    tl.store(row_sum_ptr + at_row + rows, row_sum, mask=rows < end_m)
+    if KEYED:
+        tl.store(row_same_ptr + at_row + rows, row_same, mask=rows < end_m)
+
+
+@triton.jit
+def _entry(table_ptr):
+    """(group, tile_m, tile_n, begin, end, D) of this program: a tile of the group's rows and columns begin to end."""
+    at = table_ptr + tl.program_id(0) * 6
+    return (
+        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -220,16 +274,20 @@ def _finite(m):
 def _merge_kernel(
     max_ptr,  # in and out [N]
     sum_ptr,  # in and out [N]
+    cross_ptr,  # in and out [N] if CROSS
     part_max_ptr,  # [G, N]
     part_sum_ptr,  # [G, N]
+    part_cross_ptr,  # [G, N] if CROSS
     G,
     N,
+    CROSS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.load(max_ptr + cols, mask=cols < N, other=float("-inf"))
     l = tl.load(sum_ptr + cols, mask=cols < N, other=0.0)  # noqa: E741
+    c = tl.load(cross_ptr + cols, mask=cols < N, other=0.0) if CROSS else l
     for g0 in range(0, G, BLOCK_G):
         parts = g0 + tl.arange(0, BLOCK_G)
         at = parts.to(tl.int64)[:, None] * N + cols[None, :]
@@ -237,25 +295,21 @@ def _merge_kernel(
         part_m = tl.load(part_max_ptr + at, mask=inside, other=float("-inf"))
         part_l = tl.load(part_sum_ptr + at, mask=inside, other=0.0)
         new = tl.maximum(m, tl.max(part_m, axis=0))
-        l = l * tl.exp(m - _finite(new)) + tl.sum(part_l * tl.exp(part_m - _finite(new)[None, :]), axis=0)  # noqa: E741
+        back, part_back = tl.exp(m - _finite(new)), tl.exp(part_m - _finite(new)[None, :])
+        l = l * back + tl.sum(part_l * part_back, axis=0)  # noqa: E741
+        if CROSS:
+            part_c = tl.load(part_cross_ptr + at, mask=inside, other=0.0)
+            c = c * back + tl.sum(part_c * part_back, axis=0)
         m = new
     tl.store(max_ptr + cols, tl.where(l == l, m, l), mask=cols < N)
     tl.store(sum_ptr + cols, l, mask=cols < N)
+    if CROSS:
+        tl.store(cross_ptr + cols, c, mask=cols < N)
 
 
 @triton.jit
-def _grad_of(
-    u, g_ptr, scale, a_ptr, rho_ptr, b_ptr, kappa_ptr, d_ptr, stride_g, M, N, diagonal, shift, row0, col0,
-    STORE: tl.constexpr, DOT: tl.constexpr, G_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Write G of a tile; return sum G U if DOT."""
-    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-    inside = (rows < M)[:, None] & (cols < N)[None, :]
-    a = tl.load(a_ptr + rows, mask=rows < M, other=0.0)
-    b = tl.load(b_ptr + cols, mask=cols < N, other=0.0)
-    rho = tl.load(rho_ptr + rows, mask=rows < M, other=float("inf"))
-    kappa = tl.load(kappa_ptr + cols, mask=cols < N, other=float("inf"))
-    s = u * scale
+def _softmaxes(s, a, rho, b, kappa):
+    """a_i exp(S_ij - rho_i) + b_j exp(S_ij - kappa_j)"""
     top = tl.max(s)
     low = tl.minimum(tl.min(rho, axis=0), tl.min(kappa, axis=0))
     # a NaN takes the slow path too
@@ -263,7 +317,40 @@ def _grad_of(
         g = tl.exp(s - top) * ((a * tl.exp(top - rho))[:, None] + (b * tl.exp(top - kappa))[None, :])
     else:
         g = a[:, None] * tl.exp(s - rho[:, None]) + b[None, :] * tl.exp(s - kappa[None, :])
+    return g
+
+
+@triton.jit
+def _grad_of(
+    u, g_ptr, scale, a_ptr, rho_ptr, b_ptr, kappa_ptr, d_ptr, row_key_ptr, col_key_ptr, p_ptr, q_ptr,
+    stride_g, M, N, diagonal, shift, row0, col0,
+    KEYED: tl.constexpr, STORE: tl.constexpr, DOT: tl.constexpr, G_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write G of a tile; return sum G U if DOT."""
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+    a = tl.load(a_ptr + rows, mask=rows < M, other=0.0)
+    b = tl.load(b_ptr + cols, mask=cols < N, other=0.0)
+    rho = tl.load(rho_ptr + rows, mask=rows < M, other=float("inf"))
+    kappa = tl.load(kappa_ptr + cols, mask=cols < N, other=float("inf"))
+    g = _softmaxes(u * scale, a, rho, b, kappa)
     g -= shift
+    if KEYED:
+        row_key = tl.load(row_key_ptr + rows, mask=rows < M, other=-2)
+        col_key = tl.load(col_key_ptr + cols, mask=cols < N, other=-3)
+        p, q = tl.load(p_ptr + rows, mask=rows < M, other=0.0), tl.load(q_ptr + cols, mask=cols < N, other=0.0)
+        g = tl.where(row_key[:, None] == col_key[None, :], g - (p[:, None] + q[None, :]), g)
+    return _finish_tile(g, u, g_ptr, d_ptr, stride_g, M, N, diagonal, row0, col0, STORE, DOT, G_SCALE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _finish_tile(
+    g, u, g_ptr, d_ptr, stride_g, M, N, diagonal, row0, col0,
+    STORE: tl.constexpr, DOT: tl.constexpr, G_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """d on the positives; write the tile if STORE; return sum G U if DOT."""
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
     if _crosses(row0, col0, diagonal, BLOCK_M, BLOCK_N):
         d = tl.load(d_ptr + rows, mask=rows < M, other=0.0)
         g = tl.where(cols[None, :] == (rows + diagonal)[:, None], d[:, None], g)
@@ -280,13 +367,18 @@ def _grad_kernel(
     logits_ptr,  # [M, N] if SAVED
     x_ptr,  # [M, D], otherwise
     y_ptr,  # [N, D]
-    scale_ptr,  # []
+    scale_ptr,  # [], or one per group
     a_ptr,  # [M]
     rho_ptr,  # [M]
     b_ptr,  # [N]
     kappa_ptr,  # [N]
     d_ptr,  # [M]
     step_ptr,  # [M] if SAVED is "int16"
+    row_key_ptr,  # [M] if KEYED
+    col_key_ptr,  # [N] if KEYED
+    p_ptr,  # [M] if KEYED
+    q_ptr,  # [N] if KEYED
+    table_ptr,  # [programs, 6] if GROUPED; g [M, largest group]
     stride_g,
     stride_u,
     stride_x,
@@ -297,6 +389,8 @@ def _grad_kernel(
     diagonal,
     shift,
     SAVED: tl.constexpr,
+    KEYED: tl.constexpr,
+    GROUPED: tl.constexpr,
     STORE: tl.constexpr,
     DOT: tl.constexpr,
     G_SCALE: tl.constexpr,
@@ -309,26 +403,34 @@ def _grad_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    row0, col0 = tile_m * BLOCK_M, tile_n * BLOCK_N
-    scale, shift = tl.load(scale_ptr), tl.full((), shift, ACC)
+    if GROUPED:
+        group, tile_m, tile_n, begin, end_m, D = _entry(table_ptr)
+        end_n = end_m
+        row0, col0 = begin + tile_m * BLOCK_M, begin + tile_n * BLOCK_N
+        scale, g_ptr = tl.load(scale_ptr + group), g_ptr - begin
+    else:
+        tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+        row0, col0, end_m, end_n = tile_m * BLOCK_M, tile_n * BLOCK_N, M, N
+        scale = tl.load(scale_ptr)
+    shift = tl.full((), shift, ACC)
     if SAVED != "":
         rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        inside = (rows < end_m)[:, None] & (cols < end_n)[None, :]
         u = tl.load(_at(logits_ptr, row0, col0, stride_u, BLOCK_M, BLOCK_N), mask=inside, other=0).to(ACC)
         if SAVED == "int16":
-            u *= tl.load(step_ptr + rows, mask=rows < M, other=0.0)[:, None]
+            u *= tl.load(step_ptr + rows, mask=rows < end_m, other=0.0)[:, None]
     else:
         u = _products(
-            x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
+            x_ptr, y_ptr, row0, col0, stride_x, stride_y, end_m, end_n, D,
             ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     parts = _parts(u, PARTS)
     total = tl.zeros((), ACC)
     for i in tl.static_range(PARTS):
         total += _grad_of(
-            parts[i], g_ptr, scale, a_ptr, rho_ptr, b_ptr, kappa_ptr, d_ptr, stride_g, M, N, diagonal, shift,
-            row0, col0 + i * (BLOCK_N // PARTS), STORE, DOT, G_SCALE, BLOCK_M, BLOCK_N // PARTS,
+            parts[i], g_ptr, scale, a_ptr, rho_ptr, b_ptr, kappa_ptr, d_ptr, row_key_ptr, col_key_ptr, p_ptr, q_ptr,
+            stride_g, end_m, end_n, diagonal, shift, row0, col0 + i * (BLOCK_N // PARTS),
+            KEYED, STORE, DOT, G_SCALE, BLOCK_M, BLOCK_N // PARTS,
         )  # fmt: skip
     if DOT:
         tl.store(dot_ptr + tl.program_id(0), total)
@@ -437,6 +539,7 @@ def _tile(m: int, n: int, d: int, parts: int, warps: int, stages: int) -> dict[s
     return tile | {"num_warps": warps, "num_stages": stages}
 
 
+_TILED = ("stats", "grad", "sigmoid", "distill")
 # by what the tensor cores see, the major compute capability, and the kernel; chosen to compile without spills with two
 # blocks on a multiprocessor, so that one's exponentials run under the other's products. Not measured
 _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
@@ -445,21 +548,23 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
             "stats": _tile(128, 128, 32, 2, 8, 4),
             "grad": _tile(128, 128, 32, 2, 4, 4),
             "sigmoid": _tile(128, 128, 32, 4, 4, 4),
+            "distill": _tile(128, 64, 32, 2, 8, 4),
         },
         9: {
             "stats": _tile(128, 128, 64, 4, 4, 3),
             "grad": _tile(128, 128, 64, 1, 4, 3),
             "sigmoid": _tile(128, 128, 64, 4, 4, 3),
+            "distill": _tile(128, 128, 64, 4, 8, 3),
         },
-        10: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 128, 64, 4, 4, 3)),
+        10: dict.fromkeys(_TILED, _tile(128, 128, 64, 4, 4, 3)),
     },
     "tf32": {
-        8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 64, 32, 2, 4, 3)),
-        9: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 128, 32, 4, 4, 3)),
-        10: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(128, 128, 32, 4, 4, 3)),
+        8: dict.fromkeys(_TILED, _tile(128, 64, 32, 2, 4, 3)),
+        9: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)),
+        10: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)),
     },
     # no tensor cores
-    "ieee": {8: dict.fromkeys(("stats", "grad", "sigmoid"), _tile(64, 64, 16, 1, 4, 2))},
+    "ieee": {8: dict.fromkeys(_TILED, _tile(64, 64, 16, 1, 4, 2))},
 }
 
 # for what also keeps float32 logits of 128 columns, or sums what it does not store: twice the registers
@@ -506,12 +611,12 @@ def _operand(t: Tensor) -> Tensor:
 
 
 def stats(
-    x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits); see `blocked.stats`.
+    x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str, keys: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits), with `keys` two more; see `blocked.stats`.
 
     Extra memory: 8 (N R / BLOCK_M + R N / BLOCK_N) bytes for R = 16384 rows at a time, 134 MB at N = 65536 and tiles of
-    128 x 128.
+    128 x 128; half as much again with `keys`.
     """
     b, n, acc = len(x), len(y), accumulation_dtype(x.dtype)
     new = {"dtype": acc, "device": x.device}
@@ -520,6 +625,8 @@ def stats(
         (torch.full((k,), -torch.inf, **new), torch.zeros(k, **new)) for k in (b, n)
     )
     positive = torch.empty(b, **new)
+    sums = [] if keys is None else [torch.zeros(k, **new) for k in (b, n)]
+    row_key, col_key = (scale, scale) if keys is None else keys.split([b, n])
     step = fixed_point_step(x, y) if save == "int16" and b else scale
     x, y = _operand(x), _operand(y)
     settings = _settings("stats", x, wide=save == "full" and _precision(x.dtype) == "tf32")
@@ -529,21 +636,29 @@ def stats(
             m = min(b - i, _ROWS)
             rows = slice(i, i + m)
             tiles_m = triton.cdiv(m, settings["BLOCK_M"])
-            row, col = torch.empty(2, tiles_n, m, **new), torch.empty(2, tiles_m, n, **new)
+            kinds = 2 if keys is None else 3
+            row, col = torch.empty(kinds, tiles_n, m, **new), torch.empty(kinds, tiles_m, n, **new)
             _stats_fwd_kernel[(tiles_m * tiles_n,)](
-                row[0], row[1], col[0], col[1], positive[rows], logits[rows] if save else logits, x[rows], y, scale,
-                step[rows] if save == "int16" else step, x.stride(0), y.stride(0), n, x.shape[1], m, n, i + row_offset,
-                SAVE=save, **settings,
+                row[0], row[1], row[-1], col[0], col[1], col[-1], positive[rows], logits[rows] if save else logits,
+                x[rows], y, scale, step[rows] if save == "int16" else step, row_key[rows] if sums else row_key, col_key,
+                scale, x.stride(0), y.stride(0), n, x.shape[1], m, n, i + row_offset,
+                SAVE=save, KEYED=keys is not None, GROUPED=False, **settings,
             )  # fmt: skip
-            _merge(row_max[rows], row_sum[rows], row)
-            _merge(col_max, col_sum, col)
-    return row_max, row_sum, col_max, col_sum, positive, logits
+            _merge((row_max[rows], row_sum[rows]), row[:2])
+            _merge((col_max, col_sum), col[:2])
+            if sums:
+                sums[0][rows] = row[2].sum(0)
+                sums[1] += col[2].sum(0)
+    return row_max, row_sum, col_max, col_sum, positive, logits, *sums
 
 
-def _merge(m: Tensor, l: Tensor, parts: Tensor) -> None:  # noqa: E741
-    """Merge partial (m, l) [2, G, N] into the running ones."""
+def _merge(into: tuple[Tensor, ...], parts: Tensor) -> None:
+    """Merge partial (m, l) or (m, l, cross) [2 or 3, G, N] into the running ones."""
     _, groups, n = parts.shape
-    _merge_kernel[(triton.cdiv(n, _MERGE["BLOCK_N"]),)](m, l, parts[0], parts[1], groups, n, **_MERGE, **_FUSED)
+    _merge_kernel[(triton.cdiv(n, _MERGE["BLOCK_N"]),)](
+        into[0], into[1], into[-1], parts[0], parts[1], parts[-1], groups, n,
+        CROSS=len(into) == 3, **_MERGE, **_FUSED,
+    )  # fmt: skip
 
 
 def grad(
@@ -564,8 +679,9 @@ def grad(
     need_x: bool,
     need_y: bool,
     need_s: bool,
+    targets: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, ds) for the external normalisers (a, rho, b, kappa), the positives' d and a constant shift.
+    """(dx, dy, ds) for the external normalisers (a, rho, b, kappa), the positives' d, a constant shift and `targets`.
 
     Extra memory: a square of G, and float32 accumulators of dy and of one square's rows of dx with what `finish` makes
     of them: 134 + 201 + 25 + 100 MB at b = N = 65536, D = 768 in 16 bits, beside the results.
@@ -578,17 +694,20 @@ def grad(
     if saved and not INTERPRET:
         settings.update(_STREAM)
     dot = torch.zeros((), dtype=torch.float64, device=x.device)
+    keyed = targets is not None
+    row_key, col_key, p, q = (*targets[0].split([len(x), len(y)]), *targets[1:]) if targets else (scale,) * 4
 
     def fill(i: int, j: int, m: int, n: int, g: Tensor) -> None:
         rows, cols = slice(i, i + m), slice(j, j + n)
         programs = triton.cdiv(m, settings["BLOCK_M"]) * triton.cdiv(n, settings["BLOCK_N"])
         part = torch.empty(programs if in_tiles else 0, dtype=scale.dtype, device=x.device)
         u = logits[rows, cols] if saved else logits
+        equal = (row_key[rows], col_key[cols], p[rows], q[cols]) if keyed else (scale,) * 4
         _grad_kernel[(programs,)](
             g, part, u, left[rows], right[cols], scale, a[rows], rho[rows], b[cols], kappa[cols], d[rows],
-            step[rows] if saved == "int16" else step, g.stride(0), len(y), left.stride(0), right.stride(0),
-            left.shape[1], m, n, i + row_offset - j, float(shift), SAVED=saved, STORE=not in_tiles, DOT=in_tiles,
-            G_SCALE=_g_scale(x.dtype), **settings,
+            step[rows] if saved == "int16" else step, *equal, scale, g.stride(0), len(y), left.stride(0),
+            right.stride(0), left.shape[1], m, n, i + row_offset - j, float(shift), SAVED=saved, KEYED=keyed,
+            GROUPED=False, STORE=not in_tiles, DOT=in_tiles, G_SCALE=_g_scale(x.dtype), **settings,
         )  # fmt: skip
         if in_tiles:
             dot.add_(part.sum(dtype=torch.float64))
@@ -699,75 +818,91 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> Non
 # --- ahead-of-time compilation --------------------------------------------------------------------------------------
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_INTEGERS = ("diagonal", "stride_g", "stride_u", "stride_x", "stride_y", "D", "M", "N", "G")
+_FLAGS = ("KEYED", "GROUPED")
+_TYPES = dict.fromkeys(("diagonal", "D", "T_D", "M", "N", "G"), "i32")
+_TYPES |= dict.fromkeys(("stride_g", "stride_u", "stride_x", "stride_y", "t_stride_x", "t_stride_y"), "i32")
+_TYPES |= dict.fromkeys(("row_key_ptr", "col_key_ptr", "table_ptr"), "*i32") | {"shift": "fp32"}
 
 
 def aot_specs() -> Iterator[Spec]:
     """Every kernel at every configuration that ships, for `mmfuse compile-report`."""
-    kinds = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
-    for dtype, precision in kinds:
-        by_arch = _tiles(dtype, precision)
-        for major, tiles in by_arch.items():
-            archs = tuple(arch for arch in (80, 90, 100) if (arch // 10 if arch // 10 in by_arch else 8) == major)
-            for kernel, tile in tiles.items():
-                yield from _specs(kernel, dtype, precision, tile, archs)
-    for table in configs.tables("contrastive").values():
-        for key, tile in table["configs"].items():
-            kernel, name, _ = key.split("/")
-            name, _, precision = name.partition("-")
-            yield from _specs(kernel, getattr(torch, name), precision or "ieee", tile, (table["arch"],))
+    for kernel in ("stats", "grad", "sigmoid"):
+        for dtype, precision, tile, archs in shipped(kernel):
+            yield from _specs(kernel, dtype, precision, tile, archs)
     for saved in ("int16", "full"):
         options = dict(_STREAM, PRECISION="ieee", EVEN_D=True, SAVED=saved, STORE=True, DOT=False, G_SCALE=1.0)
         for dtype in (torch.bfloat16, torch.float32) if saved == "int16" else (torch.float32,):
-            yield _spec("_grad_kernel", saved, dtype, options, (80, 90, 100))
-    yield _spec("_merge_kernel", "", torch.float32, dict(_MERGE, num_warps=4, num_stages=3), (80, 90, 100))
+            for keyed in (False, True):
+                more = {"KEYED": keyed, "GROUPED": False}
+                yield spec(_grad_kernel, saved + " keyed" * keyed, dtype, options | more, (80, 90, 100))
+    for cross in (False, True):
+        options = dict(_MERGE, CROSS=cross, num_warps=4, num_stages=3)
+        yield spec(_merge_kernel, "cross" * cross, torch.float32, options, (80, 90, 100))
+
+
+def shipped(kernel: str) -> Iterator[tuple[torch.dtype, str, dict[str, int], tuple[int, ...]]]:
+    """(dtype, precision, tile, compute capabilities) of a kernel's defaults and tuned tables."""
+    for dtype, precision in _KINDS:
+        by_arch = _tiles(dtype, precision)
+        for major, tiles in by_arch.items():
+            archs = tuple(arch for arch in (80, 90, 100) if (arch // 10 if arch // 10 in by_arch else 8) == major)
+            yield dtype, precision, tiles[kernel], archs
+    for table in configs.tables("contrastive").values():
+        for key, tile in table["configs"].items():
+            tuned, name, _ = key.split("/")
+            name, _, precision = name.partition("-")
+            if tuned == kernel:
+                yield getattr(torch, name), precision or "ieee", tile, (table["arch"],)
+
+
+_KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
 
 
 def _specs(
     kernel: str, dtype: torch.dtype, precision: str, tile: dict[str, int], archs: tuple[int, ...]
 ) -> Iterator[Spec]:
     """The variants of one kernel that a call can reach, at one tile."""
-    half = dtype.itemsize == 2
-    dot = "half" if half else precision if precision == "tf32" else None
     g = {"G_SCALE": _g_scale(dtype), "STORE": True}
     if kernel == "stats":
-        variants = [(save, tile, {"SAVE": save}) for save in ("", "int16")]
-        variants += [("odd D", tile, {"SAVE": "", "EVEN_D": False})]
-        variants += [] if half else [("full", tile | (_WIDE if dot else {}), {"SAVE": "full"})]
+        plain = [("", tile, {"SAVE": ""}), ("int16", tile, {"SAVE": "int16"})]
+        variants = [*plain, ("odd D", tile, {"SAVE": "", "EVEN_D": False})]
+        full = ("full", tile | (_WIDE if precision == "tf32" else {}), {"SAVE": "full"})
+        keyed = plain if dtype.itemsize == 2 else [*plain, full]
+        variants += [] if dtype.itemsize == 2 else [full]
     elif kernel == "grad":
         g |= {"SAVED": "", "DOT": False}
-        variants = [("", tile, g), ("dot", tile | _WIDE, g | {"STORE": False, "DOT": True})]
+        variants = keyed = [("", tile, g), ("dot", tile | _WIDE, g | {"STORE": False, "DOT": True})]
     else:
         g |= {"PAIRED": True}
-        variants = [("", tile, g), ("loss", tile | _WIDE, g | {"STORE": False})]
-    name = {"stats": "_stats_fwd_kernel", "grad": "_grad_kernel", "sigmoid": "_sigmoid_fwd_kernel"}[kernel]
+        variants, keyed = [("", tile, g), ("loss", tile | _WIDE, g | {"STORE": False})], []
+    # not every option is combined with every other
+    variants = [*variants, *((f"keyed {name}".strip(), size, more | {"KEYED": True}) for name, size, more in keyed)]
+    variants += [(f"grouped {name}".strip(), size, more | {"GROUPED": True}) for name, size, more in keyed[:1]]
+    function = {"stats": _stats_fwd_kernel, "grad": _grad_kernel, "sigmoid": _sigmoid_fwd_kernel}[kernel]
     for variant, size, more in variants:
-        yield _spec(name, variant, dtype, {"PRECISION": precision, "EVEN_D": True} | size | more, archs, dot)
+        flags = {"PRECISION": precision, "EVEN_D": True, "KEYED": False, "GROUPED": False}
+        yield spec(function, variant, dtype, flags | size | more, archs)
 
 
-def _spec(
-    name: str, variant: str, dtype: torch.dtype, options: dict[str, Any], archs: tuple[int, ...], dot: str | None = None
-) -> Spec:
-    kernel = globals()[name]
+def spec(kernel: Any, variant: str, dtype: torch.dtype, options: dict[str, Any], archs: tuple[int, ...]) -> Spec:
+    """A compilation for operands of `dtype`; `options` are constants and launch options."""
     constants = {"ACC": tl.float32} | {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     saved = constants.get("SAVE") or constants.get("SAVED")
-    logits = "*i16" if saved == "int16" else "*fp32"
-    operand = {"x_ptr": "*" + _SHORT[dtype], "y_ptr": "*" + _SHORT[dtype], "g_ptr": "*" + _SHORT[dtype]}
-    signature = {}
-    for n in kernel.arg_names:
-        if n not in constants:
-            other = "i32" if n in _INTEGERS else "fp32" if n == "shift" else logits if n == "logits_ptr" else "*fp32"
-            signature[n] = operand.get(n, other)
+    operand = "*" + _SHORT[dtype]
+    types = _TYPES | dict.fromkeys(("x_ptr", "y_ptr", "t_x_ptr", "t_y_ptr", "g_ptr"), operand)
+    types["logits_ptr"] = "*i16" if saved == "int16" else "*fp32"
+    signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
+    product = None if saved and "SAVED" in constants or "PRECISION" not in constants else constants["PRECISION"]
     precision = f"-{constants['PRECISION']}" if dtype == torch.float32 and "PRECISION" in constants else ""
     return Spec(
-        kernel=f"{__name__}:{name}",
+        kernel=f"{kernel.fn.__module__}:{kernel.fn.__name__}",
         variant=" ".join(v for v in (_SHORT[dtype] + precision, variant) if v),
         signature=signature,
         constants=constants,
         num_warps=options["num_warps"],
         num_stages=options["num_stages"],
-        aligned=tuple(n for n in signature if n == "D" or n.startswith("stride_")),
+        aligned=tuple(n for n in signature if n in ("D", "T_D") or "stride_" in n),
         archs=archs,
-        dot=dot,
+        dot="half" if product and dtype.itemsize == 2 else "tf32" if product == "tf32" else None,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter, total_memory
 from mmfuse.kernels.contrastive import reference
-from mmfuse.kernels.contrastive.arguments import features, scalar, weights_of
+from mmfuse.kernels.contrastive.arguments import features, positives, scalar, weights_of
 from mmfuse.kernels.contrastive.backends import (
     no_reason,
     reasons_against_chunked,
@@ -21,7 +21,8 @@ from mmfuse.kernels.contrastive.backends import (
     reasons_against_triton,
     template,
 )
-from mmfuse.kernels.contrastive.blocked import finite, unit_rows
+from mmfuse.kernels.contrastive.blocked import unit_rows
+from mmfuse.kernels.contrastive.normalisers import above, column_normaliser, normaliser
 
 Save = Literal["auto", "recompute", "store"]
 
@@ -37,7 +38,7 @@ _EAGER_SIDE = {
 }
 
 
-def _aside(name: str, x: Tensor, y: Tensor) -> list[str]:
+def _aside(name: str, x: Tensor, y: Tensor, *_: object) -> list[str]:
     side = _EAGER_SIDE[name].get(x.dtype, 0) if x.device.type == "cpu" else 0
     few = x.shape[0] * y.shape[0] < side**2
     return [f"eager is faster for less than {side} x {side} pairs in {str(x.dtype)[6:]}"] if few else []
@@ -50,6 +51,8 @@ def _clip_fwd(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
+    keys: Tensor | None,
+    shares: Tensor | None,
     w_image: float,
     w_text: float,
     label_smoothing: float,
@@ -60,14 +63,17 @@ def _clip_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, x_inv, y_inv = _units(image, text, scale, normalize)
-    row_max, row_sum, col_max, col_sum, positive, logits = template(backend).stats(x, y, scale, row_offset, save)
+    found = template(backend).stats(x, y, scale, row_offset, save, keys)
+    row_max, row_sum, col_max, col_sum, positive, logits, *sums = found
     b, n = len(x), len(y)
     pairs = slice(row_offset, row_offset + b)
     diag = scale * positive
     zero = diag.new_zeros(())
-    # rho - S_ii = log(1 + l e^(m - S_ii)) keeps its digits down to a loss of 0, where a difference does not
-    row = torch.logaddexp(torch.log(row_sum) + (row_max - diag), zero)
-    column = torch.logaddexp(torch.log(col_sum[pairs]) + (col_max[pairs] - diag), zero)
+    row = above(row_max, row_sum, diag)
+    column = above(col_max[pairs], col_sum[pairs], diag)
+    if shares is not None:
+        row = _over_positives(row, diag, scale * sums[0], shares[:b], label_smoothing)
+        column = _over_positives(column, diag, scale * sums[1][pairs], shares[b:][pairs], label_smoothing)
     loss = w_image * row + w_text * column
     loss = loss.mean()
     total_logits = zero.clone()
@@ -84,6 +90,12 @@ def _clip_fwd(
     return loss, row_max, row_sum, col_max, col_sum, diag, total_logits, logits, *unit
 
 
+def _over_positives(above: Tensor, diag: Tensor, total: Tensor, share: Tensor, label_smoothing: float) -> Tensor:
+    """(1 - eps) (rho - mean S of the positives) + eps (rho - S_ii); the first term is 0 for a row without positives."""
+    hard = torch.where(share > 0, above + (diag - share * total), 0)
+    return (1 - label_smoothing) * hard + label_smoothing * above if label_smoothing else hard
+
+
 def _units(
     image: Tensor, text: Tensor, scale: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -93,7 +105,8 @@ def _units(
     return x, y, x_inv, y_inv
 
 
-def _clip_fwd_fake(image, text, scale, w_image, w_text, label_smoothing, normalize, row_offset, save, total, backend):  # type: ignore[no-untyped-def]
+def _clip_fwd_fake(image, text, scale, keys, shares, *options):  # type: ignore[no-untyped-def]
+    *_, normalize, _, save, _, _ = options
     b, n = image.shape[0], text.shape[0]
     new = scale.new_empty
     logits = new((b, n), dtype=torch.int16 if save == "int16" else scale.dtype) if save else new(0)
@@ -103,22 +116,22 @@ def _clip_fwd_fake(image, text, scale, w_image, w_text, label_smoothing, normali
 
 
 def _clip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, scale, *options = inputs
+    image, text, scale, keys, shares, *options = inputs
     _, row_max, row_sum, col_max, col_sum, diag, _, logits, x, y, x_inv, y_inv = output
     *settings, normalize, row_offset, _, _, backend = options
     ctx.options = (*settings, row_offset, backend)
     x, y = (x, y) if normalize else (image, text)
-    ctx.save_for_backward(x, y, scale, row_max, row_sum, col_max, col_sum, diag, logits, x_inv, y_inv)
+    ctx.save_for_backward(x, y, scale, keys, shares, row_max, row_sum, col_max, col_sum, diag, logits, x_inv, y_inv)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros for every other output, the kept logits among them
 
 
 def _clip_backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if g is None:
-        return (None,) * 11
+        return (None,) * 13
     needs = ctx.needs_input_grad[:3]
     grads = clip_bwd(g, *ctx.saved_tensors, *ctx.options, *needs)
-    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 8)
+    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 10)
 
 
 def _clip_bwd(
@@ -126,6 +139,8 @@ def _clip_bwd(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
+    keys: Tensor | None,
+    shares: Tensor | None,
     row_max: Tensor,
     row_sum: Tensor,
     col_max: Tensor,
@@ -147,19 +162,30 @@ def _clip_bwd(
     pairs = slice(row_offset, row_offset + b)
     normalize = x_inv.numel() > 0
     shift = label_smoothing * (w_image / n + w_text / b) if b else 0.0
-    rho, a, miss = _normaliser(row_max, row_sum, diag)
-    kappa, beta = finite(col_max), torch.zeros_like(col_sum)
-    kappa[pairs], beta[pairs], column_miss = _normaliser(col_max[pairs], col_sum[pairs], diag)
+    rho, a, miss = normaliser(row_max, row_sum, diag)
+    kappa, beta, column_miss = column_normaliser(col_max, col_sum, diag, pairs)
+    a, beta = w_image * a, w_text * beta
     # P_ii - 1 without cancellation, likewise the columns
     d = label_smoothing * (w_image + w_text) - shift - w_image * miss - w_text * column_miss
+    targets = None
+    if keys is not None and shares is not None:
+        p, q = ((1 - label_smoothing) * w * share for w, share in ((w_image, shares[:b]), (w_text, shares[b:])))
+        # what a row's targets add up to: its probabilities count as often
+        mass = (1 - label_smoothing) * (shares > 0).to(shares.dtype) + label_smoothing
+        row_mass, mass = mass[:b], mass[b:]
+        a, beta = row_mass * a, mass * beta
+        own = torch.where(keys[:b] == keys[b:][pairs], p + q[pairs], 0)
+        kept = w_image * row_mass + w_text * mass[pairs]
+        d = kept - own - shift - w_image * row_mass * miss - w_text * mass[pairs] * column_miss
+        targets = (keys, p, q)
     return template(backend).grad(
         x,
         y,
         scale,
         g.to(scale.dtype) / max(b, 1),
-        w_image * a,
+        a,
         rho,
-        w_text * beta,
+        beta,
         kappa,
         d,
         shift,
@@ -170,15 +196,8 @@ def _clip_bwd(
         need_x,
         need_y,
         need_s,
+        targets,
     )
-
-
-def _normaliser(m: Tensor, l: Tensor, diag: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
-    """(r, 1 / Z, 1 - P_ii): the softmax over the negatives and the positive is exp(S - r) / Z with r its maximum."""
-    r = torch.maximum(m, diag)
-    negatives = l * torch.exp(m - r)
-    z = negatives + torch.exp(diag - r)
-    return r, 1 / z, negatives / z
 
 
 def _clip_bwd_fake(g, x, y, scale, *args):  # type: ignore[no-untyped-def]
@@ -201,26 +220,20 @@ def _fused_clip(
     return loss, (row_max, col_max, diag, total)
 
 
-def _reference_clip(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    w_image: float,
-    w_text: float,
-    label_smoothing: float,
-    normalize: bool,
-    row_offset: int,
-    save: str,
-    total: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    loss, s = reference.clip_loss(image, text, scale, w_image, w_text, label_smoothing, normalize, row_offset)
-    return loss, reference.statistics(s.detach(), row_offset) if total else ()
+def _reference_clip(image: Tensor, text: Tensor, scale: Tensor, *options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    *options, _, total = options
+    loss, s = reference.clip_loss(image, text, scale, *options)
+    return loss, reference.statistics(s.detach(), options[-1]) if total else ()
+
+
+def _clip_reasons_against_cuda(x: Tensor, y: Tensor, keys: Tensor | None = None) -> list[str]:
+    return reasons_against_cuda(x) + ([] if keys is None else ["ids are given"])
 
 
 CLIP = Op(
     "clip_loss",
     [
-        Impl("cuda", partial(_fused_clip, "cuda"), reasons_against_cuda),
+        Impl("cuda", partial(_fused_clip, "cuda"), _clip_reasons_against_cuda),
         Impl("triton", partial(_fused_clip, "triton"), reasons_against_triton, only_named_in_the_interpreter),
         Impl("cpu", partial(_fused_clip, "cpu"), reasons_against_cpu, partial(_aside, "clip_loss")),
         Impl("chunked", partial(_fused_clip, "chunked"), reasons_against_chunked, partial(_aside, "clip_loss")),
@@ -239,6 +252,7 @@ def clip_loss(
     weights: tuple[float, float] = (0.5, 0.5),
     label_smoothing: float = 0.0,
     row_offset: int = 0,
+    ids: Tensor | tuple[Tensor, Tensor] | None = None,
     save: Save = "auto",
     store_budget: int | None = None,
     metrics: bool = False,
@@ -259,6 +273,11 @@ def clip_loss(
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in both directions; needs b = N if w_c is not 0.
         row_offset: where the positives begin, for a block of rows of a larger batch. With b < N, the text-to-image
             direction is taken over the b texts that have an image here, each against the b images.
+        ids: integers on the features' device, [N] for the texts (their images have the same), or a pair: [b] for the
+            images, [N] for the texts. The positives of a row are all columns of its id, likewise of a column: each has
+            the target 1 / their number before smoothing, over the directions and texts described above. Where there
+            is none the targets are 0 (before smoothing), and so is that term of the mean; ALBEF would divide by 0.
+            Ids that are all different give the plain loss. Metrics go by the pairs i, i + row_offset all the same.
         save: what the forward keeps for the backward. "recompute": no logits, they are computed again (four
             matrix products in all). "store": the logits, three products; at full precision for float32 and float64
             features if `store_budget` allows, otherwise in 16-bit fixed point: loss and gradients are then those of
@@ -293,10 +312,10 @@ def clip_loss(
         raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
     needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
     kept = _kept_logits(save, store_budget, image, n) if needs else ""
-    impl = CLIP.select(image, text, backend=backend)
-    loss, found = impl.fn(
-        image, text, scale, w_image, w_text, float(label_smoothing), normalize, row_offset, kept, metrics
-    )
+    keys, shares = positives(ids, image, text, row_offset)
+    impl = CLIP.select(image, text, keys, backend=backend)
+    options = (w_image, w_text, float(label_smoothing), normalize, row_offset, kept, metrics)
+    loss, found = impl.fn(image, text, scale, keys, shares, *options)
     if isinstance(logit_bias, Tensor):
         loss = loss + 0 * logit_bias.sum().to(loss.dtype)
     return (loss, _metrics(b, n, row_offset, *found)) if metrics else loss

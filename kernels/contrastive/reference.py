@@ -2,6 +2,8 @@
 
 S = s x yT                          x [b, D] images, y [N, D] texts, the positive of row i at column i + row_offset
 CLIP     L = w_r mean_i(rho_i - S_ii) + w_c mean_i(kappa_i - S_ii)      Radford et al. 2021, figure 3
+         with several positives, the mean of their logits in place of S_ii
+distill  L = w_r mean_i(-sum_j Pt_ij log P_ij) + w_c mean_i(-sum_j Qt_ji log Q_ji)      Pt, Qt: the teacher's softmaxes
 SigLIP   L = (1/b) sum_ij softplus(-z_ij (S_ij + bias))                 Zhai et al. 2023, equation 1
 """
 
@@ -23,22 +25,49 @@ def clip_loss(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
+    keys: Tensor | None,
+    shares: Tensor | None,
     w_image: float,
     w_text: float,
     label_smoothing: float,
     normalize: bool,
     row_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, logits [b, N])."""
+    """(loss, logits [b, N]). Positives have equal keys [b + N], `shares` is one over their number."""
     s = _logits(image, text, scale, normalize)
-    label = torch.arange(len(s), device=s.device) + row_offset
+    b = len(s)
+    pairs = slice(row_offset, row_offset + b)
+    row_target = torch.arange(b, device=s.device) + row_offset
+    column_target = row_target - row_offset
+    if keys is not None and shares is not None:
+        same = (keys[:b, None] == keys[b:]).to(s.dtype)
+        row_target = same * shares[:b, None]
+        column_target = (same * shares[b:])[:, pairs].t()
     loss = s.new_zeros(())
     if w_image:
-        loss = loss + w_image * F.cross_entropy(s, label, label_smoothing=label_smoothing)
+        loss = loss + w_image * F.cross_entropy(s, row_target, label_smoothing=label_smoothing)
     if w_text:
-        column = s[:, row_offset : row_offset + len(s)].t()
-        loss = loss + w_text * F.cross_entropy(column, label - row_offset, label_smoothing=label_smoothing)
+        loss = loss + w_text * F.cross_entropy(s[:, pairs].t(), column_target, label_smoothing=label_smoothing)
     return loss, s
+
+
+def distill_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    teacher_scale: Tensor,
+    w_image: float,
+    w_text: float,
+    row_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """(contrastive, distill): the student's CLIP loss, and its cross-entropy with the teacher's softmaxes."""
+    contrastive, s = clip_loss(image, text, scale, None, None, w_image, w_text, 0.0, False, row_offset)
+    t = _logits(teacher_image, teacher_text, teacher_scale, False)
+    pairs = slice(row_offset, row_offset + len(s))
+    distill = w_image * F.cross_entropy(s, t.softmax(1))
+    return contrastive, distill + w_text * F.cross_entropy(s[:, pairs].t(), t[:, pairs].t().softmax(1))
 
 
 def siglip_loss(

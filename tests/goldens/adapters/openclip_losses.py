@@ -6,16 +6,35 @@ from torch import Tensor
 
 from goldens.cases import Given
 from mmfuse.fused import ClipLoss, SigLipLoss
+from mmfuse.kernels import distill_clip_loss
 
 
 def run(given: Given) -> dict[str, Tensor]:
     kind = given.config["loss"]
-    if kind not in ("clip", "siglip"):
+    if kind not in ("clip", "siglip", "distill"):
         pytest.skip(f"no fused form of open_clip's loss {kind!r} ({given.config['class']}) yet")
     outputs = {}
     for features in given.config["sets"]:
         for setting in given.config["settings"]:
-            outputs |= _loss(given, features, setting)
+            outputs |= (_distill if kind == "distill" else _loss)(given, features, setting)
+    return outputs
+
+
+def _distill(given: Given, features: str, setting: dict) -> dict[str, Tensor]:
+    leaves = {
+        name: given.inputs[f"{features}.{name}_features"] for name in ("image", "text", "dist_image", "dist_text")
+    }
+    for name, key in (("scale", "logit_scale"), ("dist_scale", "dist_logit_scale")):
+        leaves[name] = torch.tensor(setting[key], dtype=given.dtype, device=given.device)
+    leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+    student, teacher = (tuple(leaves[of + name] for name in ("image", "text", "scale")) for of in ("", "dist_"))
+    outputs = {}
+    losses = distill_clip_loss(*student, *teacher)
+    for name, loss in zip(("contrastive_loss", "distill_loss"), losses, strict=True):
+        key = f"{features}.{setting['name']}.{name}"
+        grads = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)
+        outputs |= {key: loss, f"{key}64": loss}
+        outputs |= {f"{key}.grad_{leaf}": g for leaf, g in zip(leaves, grads, strict=True) if g is not None}
     return outputs
 
 

@@ -1,0 +1,228 @@
+"""The public function of distillation: argument checks, autograd, and choice of implementation."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels.contrastive import reference
+from mmfuse.kernels.contrastive.arguments import features, scalar, weights_of
+from mmfuse.kernels.contrastive.backends import (
+    no_reason,
+    reasons_against_chunked,
+    reasons_against_cpu,
+    reasons_against_triton,
+    tile,
+)
+from mmfuse.kernels.contrastive.distill import blocked
+from mmfuse.kernels.contrastive.distill.blocked import Side
+from mmfuse.kernels.contrastive.normalisers import above, column_normaliser, normaliser
+
+
+def _passes(backend: str) -> Any:
+    """`stats`, `grad` and `teacher_grad` of a backend."""
+    if backend == "triton":
+        from mmfuse.kernels.contrastive.distill import kernel
+
+        return kernel
+    return SimpleNamespace(
+        **{name: partial(getattr(blocked, name), tile(backend)) for name in ("stats", "grad", "teacher_grad")}
+    )
+
+
+def _fwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    teacher_scale: Tensor,
+    w_image: float,
+    w_text: float,
+    row_offset: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    features = (image, text, scale, teacher_image, teacher_text, teacher_scale)
+    *found, row_cross, col_cross = _passes(backend).stats(*features, row_offset)
+    row_max, row_sum, col_max, col_sum, positive = found[:5]
+    t_row_max, t_row_sum, t_col_max, t_col_sum, t_positive = found[5:]
+    pairs = slice(row_offset, row_offset + len(image))
+    diag, t_diag = scale * positive, teacher_scale * t_positive
+    row = above(row_max, row_sum, diag)
+    column = above(col_max[pairs], col_sum[pairs], diag)
+    contrastive = (w_image * row + w_text * column).mean()
+    # -sum_j Pt_ij log P_ij = (rho_i - S_ii) - sum_j Pt_ij (S_ij - S_ii)
+    row_mean = _mean_above(t_row_max, t_row_sum, row_cross, t_diag, diag)
+    col_mean = _mean_above(t_col_max[pairs], t_col_sum[pairs], col_cross[pairs], t_diag, diag)
+    distill = (w_image * (row - row_mean) + w_text * (column - col_mean)).mean()
+    rows = torch.stack([row_max, row_sum, t_row_max, t_row_sum, diag, t_diag, row_mean, col_mean])
+    return contrastive, distill, rows, torch.stack([col_max, col_sum, t_col_max, t_col_sum])
+
+
+def _mean_above(m: Tensor, l: Tensor, cross: Tensor, t_diag: Tensor, diag: Tensor) -> Tensor:  # noqa: E741
+    """sum_j Pt_ij (S_ij - S_ii), from sums over the negatives."""
+    r, inverse, _ = normaliser(m, l, t_diag)
+    return (cross - diag * l) * torch.exp(m - r) * inverse
+
+
+def _fwd_fake(image, text, scale, *_):  # type: ignore[no-untyped-def]
+    new = scale.new_empty
+    return new(()), new(()), new((8, image.shape[0])), new((4, text.shape[0]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:6], *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, g: Tensor | None, g_distill: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if g is None and g_distill is None:
+        return (None,) * 10
+    zero = torch.zeros_like(ctx.saved_tensors[2])
+    # the contrastive loss does not see the teacher
+    needs = [*ctx.needs_input_grad[:3], *(need and g_distill is not None for need in ctx.needs_input_grad[3:6])]
+    upstream = (zero if g is None else g, zero if g_distill is None else g_distill)
+    grads = distill_bwd(*upstream, *ctx.saved_tensors, *ctx.options, *needs)
+    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 4)
+
+
+def _bwd(
+    g: Tensor,
+    g_distill: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    teacher_scale: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    w_image: float,
+    w_text: float,
+    row_offset: int,
+    backend: str,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+    need_teacher_image: bool,
+    need_teacher_text: bool,
+    need_teacher_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    b = len(image)
+    pairs = slice(row_offset, row_offset + b)
+    row_max, row_sum, t_row_max, t_row_sum, diag, t_diag, row_mean, col_mean = rows
+    col_max, col_sum, t_col_max, t_col_sum = columns
+    rho, a, miss = normaliser(row_max, row_sum, diag)
+    kappa, beta, col_miss = column_normaliser(col_max, col_sum, diag, pairs)
+    t_rho, t_a, t_miss = normaliser(t_row_max, t_row_sum, t_diag)
+    t_kappa, t_beta, t_col_miss = column_normaliser(t_col_max, t_col_sum, t_diag, pairs)
+
+    # G = [(c1 + c2) (w_r P + w_c Q) - c1 (w_r + w_c) I - c2 (w_r Pt + w_c Qt)] g / b, the larger of c1 and c2 being 1
+    size = torch.maximum(g.abs(), g_distill.abs())
+    size = torch.where(size == 0, 1, size).to(scale.dtype)
+    c1, c2, alpha = g / size, g_distill / size, size / max(b, 1)
+    t_a, t_beta = c2 * w_image * t_a, c2 * w_text * t_beta
+    student = Side(image, text, scale, (c1 + c2) * w_image * a, rho, (c1 + c2) * w_text * beta, kappa)
+    teacher = Side(teacher_image, teacher_text, teacher_scale, t_a, t_rho, t_beta, t_kappa)
+    passes = _passes(backend)
+    grads = [t.new_empty(0) for t in (image, text, scale, teacher_image, teacher_text, teacher_scale)]
+    needs = (need_image, need_text, need_scale)
+    if any(needs):
+        # P_ii - 1 and P_ii - Pt_ii without cancellation
+        d = w_image * (c2 * t_miss - (c1 + c2) * miss) + w_text * (c2 * t_col_miss - (c1 + c2) * col_miss)
+        grads[:3] = passes.grad(student, teacher, alpha, d, row_offset, *needs)
+    needs = (need_teacher_image, need_teacher_text, need_teacher_scale)
+    if any(needs):
+        # dT_ij = c2 [w_r Pt_ij (sum_k Pt_ik S_ik - S_ij) + w_c Qt_ij (sum_k Qt_kj S_kj - S_ij)] g / b
+        d = c2 * (w_image * (1 - t_miss) * row_mean + w_text * (1 - t_col_miss) * col_mean)
+        of_columns = torch.zeros_like(col_max)
+        of_columns[pairs] = diag + col_mean
+        grads[3:] = passes.teacher_grad(student, teacher, alpha, diag + row_mean, of_columns, d, row_offset, *needs)
+    return tuple(grads)
+
+
+def _bwd_fake(g, g_distill, image, text, scale, teacher_image, teacher_text, teacher_scale, *args):  # type: ignore[no-untyped-def]
+    leaves = (image, text, scale, teacher_image, teacher_text, teacher_scale)
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(leaves, args[-6:], strict=True))
+
+
+distill_bwd = register("distill_bwd", _bwd, _bwd_fake)
+distill_fwd = register("distill_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
+
+
+def _fused(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
+    return distill_fwd(*args, backend)[:2]
+
+
+DISTILL = Op(
+    "distill_clip_loss",
+    [
+        Impl("triton", partial(_fused, "triton"), reasons_against_triton, only_named_in_the_interpreter),
+        Impl("cpu", partial(_fused, "cpu"), reasons_against_cpu),
+        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked),
+        Impl("torch", reference.distill_loss, no_reason),
+    ],
+)
+
+
+def distill_clip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    teacher_scale: Tensor | float,
+    *,
+    weights: tuple[float, float] = (0.5, 0.5),
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """CLIP's loss, and the cross-entropy of its softmaxes with a teacher's, without an N x N matrix of either.
+
+    L_d = w_r mean_i(-sum_j Pt_ij log P_ij) + w_c mean_j(-sum_i Qt_ij log Q_ij)
+    with P, Q the softmaxes of the rows and columns of S = logit_scale * image @ text.T and Pt, Qt those of the teacher
+    (open_clip's DistillClipLoss; Wu et al. 2023, TinyCLIP, section 3.1). One backward serves both losses.
+
+    Args:
+        image: [b, D], float16, bfloat16, float32 or float64; any strides.
+        text: [N, D] with N >= b + row_offset, same dtype and device. Row i of `image` pairs with row i + row_offset.
+        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element.
+        teacher_image, teacher_text, teacher_scale: the same of the teacher, [b, Dt] and [N, Dt]; the dtype of `image`.
+        weights: (w_r, w_c) of the image-to-text and the text-to-image direction.
+        row_offset: where the pairs begin, for a block of rows of a larger batch. With b < N, the text-to-image
+            direction is taken over the b texts that have an image here, each against the b images.
+        backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        (contrastive, distill), scalars in float32 (float64 for float64 features): `clip_loss` and L_d.
+        Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
+
+    Deterministic: two runs are equal bitwise. Differentiable once in all features and scales; the teacher's gradients
+    are computed only where they are required.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    image, text, scale = features(image, text, logit_scale, row_offset)
+    names = ("teacher_image", "teacher_text")
+    teacher = features(teacher_image, teacher_text, 1.0, row_offset, names=names)[:2]
+    for name, t, rows in zip(names, teacher, (image, text), strict=True):
+        if len(t) != len(rows):
+            raise ValueError(f"{name} has {len(t)} rows, expected {len(rows)} as {name[8:]}")
+        if t.dtype != image.dtype:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected {image.dtype} as image")
+        if t.device != image.device:
+            raise ValueError(f"{name} is on {t.device}, expected {image.device} as image")
+    t_scale = scalar("teacher_scale", teacher_scale, image)
+    w_image, w_text = weights_of(weights)
+    impl = DISTILL.select(image, text, backend=backend)
+    return impl.fn(image, text, scale, *teacher, t_scale, w_image, w_text, row_offset)

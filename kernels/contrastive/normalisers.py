@@ -1,0 +1,28 @@
+"""Softmaxes over the negatives' (max m, sum l) and the positive, which keep their digits as the loss goes to 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels.contrastive.blocked import finite
+
+
+def above(m: Tensor, l: Tensor, diag: Tensor) -> Tensor:  # noqa: E741
+    """rho - S_ii = log(1 + l e^(m - S_ii)), which keeps its digits down to a loss of 0, where a difference does not."""
+    return torch.logaddexp(torch.log(l) + (m - diag), diag.new_zeros(()))
+
+
+def normaliser(m: Tensor, l: Tensor, diag: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
+    """(r, 1 / Z, 1 - P_ii): the softmax over the negatives and the positive is exp(S - r) / Z with r its maximum."""
+    r = torch.maximum(m, diag)
+    negatives = l * torch.exp(m - r)
+    z = negatives + torch.exp(diag - r)
+    return r, 1 / z, negatives / z
+
+
+def column_normaliser(m: Tensor, l: Tensor, diag: Tensor, pairs: slice) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
+    """(r, 1 / Z [N], 1 - Q_ii [b]); 1 / Z is 0 where there is no positive."""
+    r, inverse = finite(m), torch.zeros_like(l)
+    r[pairs], inverse[pairs], miss = normaliser(m[pairs], l[pairs], diag)
+    return r, inverse, miss

@@ -1,0 +1,331 @@
+"""Distillation, every implementation against open_clip's formula in float64 and in the same dtype."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmfuse
+from judge import assert_no_worse
+from mmfuse.kernels import clip_loss, distill_clip_loss
+from mmfuse.kernels.contrastive.distill.op import DISTILL, distill_bwd, distill_fwd
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PROBE = torch.ones(8, 16, device=DEVICE)
+ALL = DISTILL.available(PROBE, PROBE)
+FAST = [n for n in ALL if GPU or n != "triton"]
+FUSED = [n for n in ALL if n != "torch"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAMES = ("image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale")
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, device=DEVICE), dim=-1)
+
+
+def features(b: int, d: int, t_d: int, n: int | None = None) -> list[Tensor]:
+    """Student and teacher, who agree on some of the pairs."""
+    n = n or b
+    found = [unit(b, d), unit(n, d), unit(b, t_d), unit(n, t_d)]
+    for image, text in (found[:2], found[2:]):
+        image[: b // 2] = F.normalize(image[: b // 2] + text[: b // 2], dim=-1)
+    return found
+
+
+def written_out(image, text, scale, t_image, t_text, t_scale, weights=(0.5, 0.5), row_offset=0):  # type: ignore[no-untyped-def]
+    """open_clip.loss.DistillClipLoss, for a block of rows."""
+    pairs = slice(row_offset, row_offset + len(image))
+    s, t = scale * image @ text.t(), t_scale * t_image @ t_text.t()
+    label = torch.arange(len(image), device=image.device)
+    contrastive = distill = s.new_zeros(())
+    both = (weights[0], s, t, label + row_offset), (weights[1], s[:, pairs].t(), t[:, pairs].t(), label)
+    for w, logits, teacher, target in both:
+        contrastive = contrastive + w * F.cross_entropy(logits, target)
+        distill = distill - w * (teacher.softmax(1) * logits.log_softmax(1)).sum(1).mean(0)
+    return contrastive, distill
+
+
+def results(loss, given: list[Tensor], scales: tuple[float, float], dtype: torch.dtype, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """Both losses, and the gradients of each."""
+    acc = torch.promote_types(dtype, torch.float32)
+    image, text, t_image, t_text = (t.detach().to(dtype).requires_grad_() for t in given)
+    s, s_t = (torch.tensor(v, dtype=acc, device=DEVICE, requires_grad=True) for v in scales)
+    contrastive, distill = loss(image, text, s, t_image, t_text, s_t, **options)
+    grads = torch.autograd.grad(contrastive, (image, text, s), retain_graph=True)
+    return [contrastive, distill, *grads, *torch.autograd.grad(distill, (image, text, s, t_image, t_text, s_t))]
+
+
+LABELS = ("contrastive", "distill", *(f"contrastive {n}" for n in NAMES[:3]), *(f"distill {n}" for n in NAMES))
+
+
+def judge(draw, scales: tuple[float, float], dtype: torch.dtype, backend: str, **options) -> None:  # type: ignore[no-untyped-def]
+    found: list[list[list[Tensor]]] = [[], [], []]
+    for _ in range(4):
+        given = [t.to(dtype) for t in draw()]
+        found[0].append(results(distill_clip_loss, given, scales, dtype, backend=backend, **options))
+        found[1].append(results(distill_clip_loss, given, scales, dtype, backend="torch", **options))
+        found[2].append(results(written_out, given, scales, torch.float64, **options))
+    for i, name in enumerate(LABELS):
+        got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in found)
+        assert_no_worse(got, eager, exact, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, d, t_d", [(1, 16, 24), (2, 96, 16), (63, 16, 40), (129, 70, 16), (600, 24, 24)])
+@pytest.mark.parametrize("backend", FAST)
+def test_matches_float64(backend: str, n: int, d: int, t_d: int, dtype: torch.dtype) -> None:
+    judge(lambda: features(n, d, t_d), (14.3, 30.0), dtype, backend)
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": (1.0, 0.0)}, {"weights": (0.2, 0.7), "row_offset": 30}], ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_rectangular_blocks(backend: str, options: dict) -> None:
+    judge(lambda: features(35, 24, 16, n=70), (10.0, 20.0), torch.float32, backend, **options)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_many_blocks_of_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmfuse.kernels.contrastive.blocked._MAX_ROWS", 64)
+    judge(lambda: features(333, 24, 16), (14.0, 50.0), torch.float32, backend)
+
+
+def same() -> list[Tensor]:
+    image = unit(70, 16)
+    return [image, image.clone(), image.clone(), image.clone()]
+
+
+def raw() -> list[Tensor]:
+    return [torch.randn(70, 16, device=DEVICE) for _ in range(4)]
+
+
+def collinear() -> list[Tensor]:
+    axis = unit(1, 16)
+    return [axis.expand(70, 16).clone() for _ in range(4)]
+
+
+def opposed() -> list[Tensor]:
+    """The best logit of half of the rows is far below 0, and the teacher prefers another text there."""
+    image, text, t_image, t_text = features(70, 16, 24)
+    axis = unit(1, 16)
+    text = F.normalize(text * 0.2 + axis, dim=-1)
+    image[::2] = F.normalize(image[::2] * 0.2 - axis, dim=-1)
+    return [image, text, t_image, t_text.flip(0)]
+
+
+EXTREMES = {f.__name__: f for f in (same, raw, collinear, opposed)}
+
+
+@pytest.mark.parametrize("scales", [(100.0, 1.0), (1.0, 100.0), (100.0, 100.0)], ids=str)
+@pytest.mark.parametrize("case", EXTREMES)
+@pytest.mark.parametrize("backend", ALL)
+def test_at_scale_100(backend: str, case: str, scales: tuple[float, float]) -> None:
+    judge(EXTREMES[case], scales, torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_solved_batch_keeps_its_digits(backend: str) -> None:
+    eye = torch.eye(64, device=DEVICE)
+    losses = distill_clip_loss(eye, eye, 50.0, eye, eye, 40.0, backend=backend)
+    alone = math.log1p(63 * math.exp(-50))
+    # sum_j Pt_ij (S_ii - S_ij) on top
+    expected = alone + 50 * 63 * math.exp(-40) / (1 + 63 * math.exp(-40))
+    torch.testing.assert_close([t.item() for t in losses], [alone, expected], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_the_first_loss_is_the_clip_loss(backend: str) -> None:
+    image, text, t_image, t_text = features(40, 16, 24)
+    got = distill_clip_loss(image, text, 10.0, t_image, t_text, 20.0, backend=backend)[0]
+    torch.testing.assert_close(got, clip_loss(image, text, 10.0, backend=backend), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.0), (-1.0, 0.5), (0.0, 0.0), (65536.0, 65536.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", FUSED)
+def test_one_backward_for_both_losses(
+    backend: str, dtype: torch.dtype, weights: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    inner = mmfuse.kernels.contrastive.distill.op._passes
+
+    def spy(name: str):  # type: ignore[no-untyped-def]
+        passes = inner(name)
+
+        class Spy:
+            stats = staticmethod(passes.stats)
+
+            @staticmethod
+            def grad(*args):  # type: ignore[no-untyped-def]
+                calls.append("grad")
+                return passes.grad(*args)
+
+        return Spy
+
+    monkeypatch.setattr("mmfuse.kernels.contrastive.distill.op._passes", spy)
+    image, text, t_image, t_text = features(70, 16, 24)
+    given = [t.to(dtype) for t in (image, text, t_image, t_text)]
+    found = []
+    for name, kind in ((backend, dtype), ("torch", dtype), ("torch", torch.float64)):
+        x, y, x_t, y_t = (t.to(kind) for t in given)
+        x.requires_grad_(), y.requires_grad_()
+        contrastive, distill = distill_clip_loss(x, y, 14.0, x_t, y_t, 30.0, backend=name)
+        found.append(torch.autograd.grad(weights[0] * contrastive + weights[1] * distill, (x, y)))
+    assert calls == ["grad"]
+    for got, eager, exact in zip(*found, strict=True):
+        assert_no_worse(got, eager, exact)
+
+
+@pytest.mark.parametrize("needs", [*NAMES, "none of the teacher"])
+@pytest.mark.parametrize("backend", FUSED)
+def test_nothing_is_computed_that_is_not_needed(backend: str, needs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text, t_image, t_text = features(70, 16, 24)
+    s, s_t = torch.tensor(9.0, device=DEVICE), torch.tensor(20.0, device=DEVICE)
+    leaves = dict(zip(NAMES, (image, text, s, t_image, t_text, s_t), strict=True))
+    wanted = NAMES[:3] if needs == "none of the teacher" else (needs,)
+    for name in wanted:
+        leaves[name].requires_grad_()
+    seen: list[list[int]] = []
+    inner = mmfuse.kernels.contrastive.distill.op._passes
+
+    def spy(name: str):  # type: ignore[no-untyped-def]
+        passes = inner(name)
+
+        def watched(f):  # type: ignore[no-untyped-def]
+            def call(*args):  # type: ignore[no-untyped-def]
+                out = f(*args)
+                seen.append([t.numel() for t in out])
+                return out
+
+            return call
+
+        class Spy:
+            stats, grad, teacher_grad = passes.stats, watched(passes.grad), watched(passes.teacher_grad)
+
+        Spy.grad, Spy.teacher_grad = staticmethod(Spy.grad), staticmethod(Spy.teacher_grad)
+        return Spy
+
+    monkeypatch.setattr("mmfuse.kernels.contrastive.distill.op._passes", spy)
+    inputs = [leaves[name] for name in wanted]
+    got = torch.autograd.grad(distill_clip_loss(*leaves.values(), backend=backend)[1], inputs)
+    want = torch.autograd.grad(distill_clip_loss(*leaves.values(), backend="torch")[1], inputs)
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-6)
+    side = NAMES[3:] if wanted[0].startswith("teacher") else NAMES[:3]
+    assert seen == [[leaves[name].numel() if name in wanted else 0 for name in side]]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_second_backward_is_the_same_and_double_backward_raises(backend: str) -> None:
+    image, text, t_image, t_text = (t.requires_grad_() for t in features(33, 16, 24))
+    loss = sum(distill_clip_loss(image, text, 10.0, t_image, t_text, 20.0, backend=backend))
+    runs = [torch.autograd.grad(loss, (image, t_text), retain_graph=True) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+    (g,) = torch.autograd.grad(loss, image, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once, not twice"):
+        (loss + g.sum()).backward()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_runs_are_bitwise_equal(backend: str) -> None:
+    given = features(130, 16, 24)
+    runs = [results(distill_clip_loss, given, (20.0, 30.0), torch.float32, backend=backend) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_any_strides_and_autocast(backend: str) -> None:
+    image, text, t_image, t_text = features(33, 16, 24)
+    strided = [torch.stack([t, t], 2)[..., 0] for t in (image, text)] + [
+        t.t().contiguous().t() for t in (t_image, t_text)
+    ]
+    got = results(distill_clip_loss, strided, (9.0, 9.0), torch.float32, backend=backend)
+    want = results(distill_clip_loss, [image, text, t_image, t_text], (9.0, 9.0), torch.float32, backend=backend)
+    torch.testing.assert_close(got, want)
+    if backend == "triton" and not GPU:
+        return
+    with torch.autocast(DEVICE, torch.bfloat16):
+        low = distill_clip_loss(image, text, 9.0, t_image, t_text, 9.0, backend=backend)
+    rounded = [t.bfloat16() for t in (image, text, t_image, t_text)]
+    exact = distill_clip_loss(*rounded[:2], 9.0, *rounded[2:], 9.0, backend=backend)
+    assert all(map(torch.equal, low, exact))
+
+
+@pytest.mark.parametrize("of", ["image", "teacher_text"])
+@pytest.mark.parametrize("backend", ALL)
+def test_a_nan_stays_visible(backend: str, of: str) -> None:
+    given = features(70, 16, 24)
+    given[0 if of == "image" else 3][11, 3] = torch.nan
+    contrastive, distill, *grads = results(distill_clip_loss, given, (9.0, 9.0), torch.float32, backend=backend)
+    assert distill.isnan() and contrastive.isnan() == (of == "image")
+    assert all(g.isnan().any() for g in grads[3:])
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_empty_batch(backend: str) -> None:
+    given = [torch.zeros(0, d, device=DEVICE) for d in (16, 16, 8, 8)]
+    _, _, *grads = results(distill_clip_loss, given, (9.0, 9.0), torch.float32, backend=backend)
+    assert [tuple(g.shape) for g in grads[3:]] == [(0, 16), (0, 16), (), (0, 8), (0, 8), ()]
+
+
+@pytest.mark.parametrize("backend", ["chunked", *(["triton"] if "triton" in ALL and not GPU else [])])
+def test_gradcheck(backend: str) -> None:
+    given = [t.double().requires_grad_() for t in features(4, 5, 6, n=6)]
+    s, s_t = (torch.tensor(v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (2.0, 1.5))
+    assert torch.autograd.gradcheck(
+        lambda x, y, s, x_t, y_t, s_t: distill_clip_loss(x, y, s, x_t, y_t, s_t, row_offset=1, backend=backend),
+        (*given[:2], s, *given[2:], s_t),
+        fast_mode=backend == "triton",
+    )
+
+
+@pytest.mark.parametrize("backend", [None, "chunked", "torch"])
+def test_compiles_whole(backend: str | None) -> None:
+    image, text, t_image, t_text = features(12, 16, 24)
+    image.requires_grad_(), text.requires_grad_()
+
+    def loss(image: Tensor, text: Tensor, t_image: Tensor, t_text: Tensor) -> Tensor:
+        contrastive, distill = distill_clip_loss(image, text, 9.0, t_image, t_text, 20.0, backend=backend)
+        return contrastive + 0.5 * distill
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (12, 9):
+        inputs = (image[:n], text[:n], t_image[:n], t_text[:n])
+        torch.testing.assert_close(compiled(*inputs), loss(*inputs))
+        got, want = (torch.autograd.grad(f(*inputs), (image, text)) for f in (compiled, loss))
+        torch.testing.assert_close(got, want)
+
+
+def test_opcheck() -> None:
+    image, text, t_image, t_text = features(9, 16, 24, n=12)
+    s, s_t = (torch.tensor(v, device=DEVICE) for v in (10.0, 20.0))
+    leaves = [t.requires_grad_() for t in (image, text, s, t_image, t_text, s_t)]
+    torch.library.opcheck(distill_fwd.op, (*leaves, 0.5, 0.5, 2, "chunked"))
+    saved = [t.detach() for t in (*leaves, *distill_fwd.op(*leaves, 0.5, 0.5, 2, "chunked")[2:])]
+    one = torch.ones((), device=DEVICE)
+    for needs in ((True,) * 6, (True, False, True, False, False, True)):
+        torch.library.opcheck(distill_bwd.op, (one, one, *saved, 0.5, 0.5, 2, "chunked", *needs))
+
+
+def test_errors() -> None:
+    image, text, t_image, t_text = features(4, 8, 6)
+    for error, message, args in (
+        (ValueError, "teacher_image has 3 rows, expected 4 as image", (t_image[:3], t_text, 1.0)),
+        (ValueError, "teacher_text has 5 features per row, expected 6", (t_image, t_text[:, :5], 1.0)),
+        (
+            TypeError,
+            "teacher_image has dtype torch.float64, expected torch.float32",
+            (t_image.double(), t_text.double(), 1.0),
+        ),
+        (TypeError, "teacher_image is NoneType", (None, t_text, 1.0)),
+        (ValueError, "teacher_scale is nan", (t_image, t_text, math.nan)),
+    ):
+        with pytest.raises(error, match=message):
+            distill_clip_loss(image, text, 1.0, *args)
+    with pytest.raises(ValueError, match="weights is"):
+        distill_clip_loss(image, text, 1.0, t_image, t_text, 1.0, weights=(1.0,))
+    with pytest.raises(mmfuse.UnsupportedError, match="cuda: not an implementation of distill_clip_loss"):
+        distill_clip_loss(image, text, 1.0, t_image, t_text, 1.0, backend="cuda")

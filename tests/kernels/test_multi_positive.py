@@ -1,0 +1,247 @@
+"""`clip_loss` with several positives: equal ids, in both directions, against targets written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmfuse
+from judge import assert_no_worse
+from mmfuse.kernels import clip_loss
+from mmfuse.kernels.contrastive.arguments import positives
+from mmfuse.kernels.contrastive.op import CLIP, clip_bwd, clip_fwd
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PROBE = torch.ones(8, 16, device=DEVICE)
+KEYS = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+ALL = CLIP.available(PROBE, PROBE, KEYS)
+FAST = [n for n in ALL if GPU or n != "triton"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, device=DEVICE), dim=-1)
+
+
+def drawn(b: int, n: int, kinds: int) -> tuple[Tensor, Tensor]:
+    """Ids of the images and of the texts; some have no equal on the other side."""
+    return torch.randint(kinds, (b,), device=DEVICE) - 3, torch.randint(kinds, (n,), device=DEVICE) - 3
+
+
+def written_out(image, text, scale, ids, weights=(0.5, 0.5), label_smoothing=0.0, row_offset=0, normalize=False):  # type: ignore[no-untyped-def]
+    """The formula: -sum targets log softmax, mean over the rows, with 0 for a row that has no positive."""
+    if normalize:
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    s = scale * image @ text.t()
+    pairs = slice(row_offset, row_offset + len(image))
+    same = (ids[0][:, None] == ids[1]).to(s.dtype)
+    loss = s.new_zeros(())
+    for w, logits, target in zip(weights, (s, s[:, pairs].t()), (same, same[:, pairs].t()), strict=True):
+        target = (1 - label_smoothing) * target / target.sum(1, keepdim=True).clamp_min(1)
+        target = target + label_smoothing / target.shape[1]
+        loss = loss - w * (target * logits.log_softmax(1)).sum(1).mean()
+    return loss
+
+
+def results(loss, image: Tensor, text: Tensor, scale: float, dtype: torch.dtype, *args, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    image, text = (t.detach().to(dtype).requires_grad_() for t in (image, text))
+    acc = torch.promote_types(dtype, torch.float32)
+    s = torch.tensor(scale, dtype=acc, device=DEVICE, requires_grad=True)
+    value = loss(image, text, s, *args, **options)
+    return [value, *torch.autograd.grad(value, (image, text, s))]
+
+
+def judge(draw, scale: float, dtype: torch.dtype, backend: str, draws: int = 4, **options) -> None:  # type: ignore[no-untyped-def]
+    plain = {k: v for k, v in options.items() if k not in ("save", "store_budget")}
+    found: list[list[list[Tensor]]] = [[], [], []]
+    for _ in range(draws):
+        image, text, ids = draw()
+        pair = ids if isinstance(ids, tuple) else (ids, ids)
+        found[0].append(results(clip_loss, image, text, scale, dtype, ids=ids, backend=backend, **options))
+        found[1].append(results(clip_loss, image, text, scale, dtype, ids=ids, backend="torch", **plain))
+        found[2].append(results(written_out, image, text, scale, torch.float64, pair, **plain))
+    for i, name in enumerate(("loss", "image", "text", "scale")):
+        got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in found)
+        assert_no_worse(got, eager, exact, name)
+
+
+@pytest.mark.parametrize("save", ["recompute", "store"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, d, kinds", [(1, 16, 1), (7, 96, 3), (65, 40, 30), (300, 24, 40)])
+@pytest.mark.parametrize("backend", FAST)
+def test_matches_float64(backend: str, n: int, d: int, kinds: int, dtype: torch.dtype, save: str) -> None:
+    def draw():  # type: ignore[no-untyped-def]
+        return unit(n, d).to(dtype), unit(n, d).to(dtype), drawn(n, n, kinds)[0]
+
+    judge(draw, 14.3, dtype, backend, save=save)
+
+
+OPTIONS = [
+    {},
+    {"save": "store", "store_budget": 10**9},
+    {"weights": (1.0, 0.0), "label_smoothing": 0.1},
+    {"weights": (0.0, 1.0)},
+    {"weights": (0.7, 0.1), "normalize": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_own_ids_of_images_and_texts(backend: str, options: dict) -> None:
+    def draw():  # type: ignore[no-untyped-def]
+        return unit(30, 24), unit(75, 24), drawn(30, 75, 20)
+
+    judge(draw, 9.0, torch.float32, backend, row_offset=5, **options)
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.3, 0.0)])
+@pytest.mark.parametrize("backend", ALL)
+def test_with_label_smoothing(backend: str, weights: tuple[float, float]) -> None:
+    def draw():  # type: ignore[no-untyped-def]
+        return unit(70, 24), unit(70, 24), drawn(70, 70, 40)
+
+    judge(draw, 9.0, torch.float32, backend, label_smoothing=0.1, weights=weights)
+
+
+@pytest.mark.parametrize("kind", ["duplicates", "one id", "solved", "no positive"])
+@pytest.mark.parametrize("backend", ALL)
+def test_at_scale_100(backend: str, kind: str) -> None:
+    def draw():  # type: ignore[no-untyped-def]
+        image, text, ids = unit(66, 32), unit(66, 32), torch.arange(66, device=DEVICE)
+        if kind == "duplicates":
+            image, text, ids = image[ids % 5], text[ids % 5], ids % 5
+        elif kind == "one id":
+            ids = torch.zeros_like(ids)
+        elif kind == "solved":
+            # five orthogonal groups: every positive has the same logit, 100 above the others
+            ids = ids % 5
+            image = text = torch.eye(32, device=DEVICE)[ids]
+        else:
+            return image, text, (ids, ids + 66)
+        return image, text, ids
+
+    judge(draw, 100.0, torch.float32, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_different_ids_are_the_plain_loss(backend: str, dtype: torch.dtype) -> None:
+    if backend == "triton" and not GPU and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bfloat16 is not a GPU's")
+    image, text = unit(20, 16).to(dtype), unit(40, 16).to(dtype)
+    ids = torch.randperm(40, device=DEVICE) - 7
+    for options in ({}, {"weights": (1.0, 0.0), "label_smoothing": 0.2}):
+        got = results(clip_loss, image, text, 20.0, dtype, ids=ids, row_offset=8, backend=backend, **options)
+        plain = results(clip_loss, image, text, 20.0, dtype, row_offset=8, backend=backend, **options)
+        for g, w in zip(got, plain, strict=True):
+            torch.testing.assert_close(g, w, rtol=4 * torch.finfo(g.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_rows_without_a_positive_get_nothing(backend: str) -> None:
+    image, text = unit(9, 16), unit(9, 16)
+    ids = (torch.arange(9, device=DEVICE), torch.arange(9, device=DEVICE) + 100)
+    loss, *grads = results(clip_loss, image, text, 20.0, torch.float32, ids=ids, backend=backend)
+    assert loss == 0 and not any(g.any() for g in grads)
+    ids[1][4] = 7
+    _, d_image, *_ = results(clip_loss, image, text, 20.0, torch.float32, ids=ids, weights=(1.0, 0.0), backend=backend)
+    assert d_image.any(1).nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize("needs", ["image", "text", "scale"])
+@pytest.mark.parametrize("save", ["recompute", "store"])
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_one_input_alone(backend: str, save: str, needs: str) -> None:
+    image, text, ids = unit(70, 16), unit(70, 16), drawn(70, 70, 20)
+    leaves = {"image": image, "text": text, "scale": torch.tensor(9.0, device=DEVICE)}
+    leaves[needs].requires_grad_()
+    got, want = (
+        torch.autograd.grad(clip_loss(*leaves.values(), ids=ids, save=save, backend=name), leaves[needs])[0]
+        for name in (backend, "torch")
+    )
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_runs_are_bitwise_equal(backend: str) -> None:
+    image, text, ids = unit(130, 16), unit(130, 16), drawn(130, 130, 9)
+    runs = [results(clip_loss, image, text, 20.0, torch.float32, ids=ids, backend=backend) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_empty_batch(backend: str) -> None:
+    image, text = (torch.zeros(0, 16, device=DEVICE) for _ in range(2))
+    ids = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    _, *grads = results(clip_loss, image, text, 5.0, torch.float32, ids=ids, backend=backend)
+    assert [g.shape for g in grads] == [(0, 16), (0, 16), ()]
+
+
+@pytest.mark.parametrize("backend", ["chunked", *(["triton"] if "triton" in ALL and not GPU else [])])
+def test_gradcheck(backend: str) -> None:
+    image, text = (t.double().requires_grad_() for t in (unit(5, 6), unit(7, 6)))
+    s = torch.tensor(2.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    ids = (torch.tensor([0, 1, 1, 2, 9], device=DEVICE), torch.tensor([3, 0, 1, 1, 2, 0, 1], device=DEVICE))
+    for options in ({}, {"label_smoothing": 0.2, "weights": (1.0, 0.0)}):
+        assert torch.autograd.gradcheck(
+            lambda i, t, s: clip_loss(i, t, s, ids=ids, row_offset=1, normalize=True, backend=backend, **options),  # noqa: B023
+            (image, text, s),
+            fast_mode=backend == "triton",
+        )
+
+
+@pytest.mark.parametrize("backend", [None, "chunked", "torch"])
+def test_compiles_whole(backend: str | None) -> None:
+    image, text = (t.requires_grad_() for t in (unit(12, 16), unit(12, 16)))
+    ids = drawn(12, 12, 4)[0]
+
+    def loss(image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
+        return clip_loss(image, text, 9.0, ids=ids, backend=backend)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (12, 9):
+        inputs = (image[:n], text[:n], ids[:n])
+        torch.testing.assert_close(compiled(*inputs), loss(*inputs))
+        got, want = (torch.autograd.grad(f(*inputs), (image, text)) for f in (compiled, loss))
+        torch.testing.assert_close(got, want)
+
+
+def test_opcheck() -> None:
+    image, text, ids = unit(9, 16), unit(12, 16), drawn(9, 12, 4)
+    keys, shares = positives(ids, image, text, 2)
+    leaves = [t.clone().requires_grad_() for t in (image, text, torch.tensor(9.0, device=DEVICE))]
+    torch.library.opcheck(clip_fwd.op, (*leaves, keys, shares, 0.5, 0.5, 0.0, False, 2, "", False, "chunked"))
+    out = clip_fwd.op(*leaves, keys, shares, 0.5, 0.5, 0.0, False, 2, "", False, "chunked")
+    empty = image.new_empty(0)
+    saved = [t.detach() for t in (*leaves, keys, shares, *out[1:6], out[7], empty, empty)]
+    args = (out[0].detach(), *saved, 0.5, 0.5, 0.0, 2, "chunked")
+    torch.library.opcheck(clip_bwd.op, (*args, True, False, True))
+
+
+def test_keys_and_shares() -> None:
+    ids = (torch.tensor([5, 8, 5, 1], device=DEVICE), torch.tensor([8, 5, 2, 5, 7, 5], device=DEVICE))
+    keys, shares = positives(ids, torch.ones(4, 1, device=DEVICE), torch.ones(6, 1, device=DEVICE), 1)
+    assert keys is not None and shares is not None
+    assert torch.equal(keys[:4, None] == keys[4:], ids[0][:, None] == ids[1])
+    # the texts 0 and 5 have no image here
+    torch.testing.assert_close(shares.cpu(), torch.tensor([1 / 3, 1, 1 / 3, 0, 0, 1 / 2, 0, 1 / 2, 0, 0]))
+
+
+def test_errors() -> None:
+    image, text = unit(4, 8), unit(6, 8)
+    ids = torch.arange(6, device=DEVICE)
+    for error, message, given in (
+        (ValueError, r"ids has shape \(4,\), expected \[6\]", ids[:4]),
+        (TypeError, "ids is list, expected a tensor", [1, 2, 3, 4, 5, 6]),
+        (ValueError, r"the image ids have shape \(6,\), expected \[4\]", (ids, ids)),
+        (ValueError, r"the text ids have shape \(4,\), expected \[6\]", (ids[:4], ids[:4])),
+        (TypeError, "the image ids have dtype torch.float32, expected integers", ids.float()),
+        (ValueError, "the text ids are on meta", (ids[:4], ids.to("meta"))),
+    ):
+        with pytest.raises(error, match=message):
+            clip_loss(image, text, 1.0, ids=given)
+    with pytest.raises(mmfuse.UnsupportedError, match="ids are given"):
+        clip_loss(image, text, 1.0, ids=ids, backend="cuda")
