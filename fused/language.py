@@ -69,7 +69,10 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, labels, bias, label_smoothing, reduction, teacher, alpha, chunk, backend)
     if teacher is not None:
-        teacher = tuple(t if t is None else t.detach() for t in teacher) if alpha else None
+        hidden_m, weight_m, bias_m = teacher
+        teacher = (
+            (hidden_m.detach(), weight_m.detach(), bias_m if bias_m is None else bias_m.detach()) if alpha else None
+        )
     name = backend or ("torch" if forced_backend() == "torch" else None)
     if name == "torch":
         return _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha)
@@ -173,7 +176,8 @@ def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk,
     need_h, need_w, need_b = needs
     n, vocabulary = len(hidden), len(weight)
     hidden, weight = _operands(acc, hidden, weight)
-    student = None if teacher is None else _operands(acc, *teacher[:2])
+    if teacher is not None:
+        teacher = (*_operands(acc, *teacher[:2]), teacher[2])
     loss = torch.zeros(n, dtype=acc, device=hidden.device)
     dh = torch.zeros(hidden.shape, dtype=acc, device=hidden.device) if need_h else None
     dw = torch.zeros(weight.shape, dtype=acc, device=hidden.device) if need_w else None
@@ -187,8 +191,9 @@ def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk,
             value = value + eps * log_p.mean(-1)
         value = (1 - alpha) * value
         soft = None
-        if student is not None:
-            soft = _logits(student[0][part], student[1], teacher[2], acc).softmax(-1)
+        if teacher is not None:
+            hidden_m, weight_m, bias_m = teacher
+            soft = _logits(hidden_m[part], weight_m, bias_m, acc).softmax(-1)
             value = value + alpha * (soft * log_p).sum(-1)
         loss[part] = torch.where(w[:, 0] == 0, 0, -value)
         if not any(needs):
@@ -201,12 +206,12 @@ def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk,
             g.sub_(soft, alpha=alpha)
         g.scatter_add_(1, label, torch.full_like(w, -(1 - alpha) * (1 - eps)))
         g *= w
-        if need_b:
+        if db is not None:
             db += g.sum(0)
         g = g.to(hidden.dtype)
-        if need_h:
+        if dh is not None:
             dh[part] = _product(g, weight, acc)
-        if need_w:
+        if dw is not None:
             _add_product(dw, g.t(), hidden[part])
     return loss, dh, dw, db
 
