@@ -119,6 +119,8 @@ class Layer(nn.Module):
 
 
 class Embeddings(nn.Module):
+    position_ids: Tensor
+
     def __init__(self, config: BertConfig):
         super().__init__()
         width = config.hidden_size

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.fused import MomentumQueueITC, momentum_update
+from mmfuse.fused import MomentumQueueITC, Ranking, momentum_update, rerank
 from mmfuse.kernels import hard_negatives
 from mmfuse.models.albef.bert import BertConfig, BertForLanguage, BertModel
 from mmfuse.models.albef.vit import VisionTransformer
@@ -65,6 +65,10 @@ class Twins:
 
 class ALBEF(Twins, MomentumQueueITC):
     """What pre-training and retrieval share: image-text contrast over its queues (ITC), image-text matching (ITM)."""
+
+    visual_encoder: VisionTransformer
+    text_encoder: Any
+    text_encoder_m: Any
 
     def __init__(
         self,
@@ -131,6 +135,28 @@ class ALBEF(Twins, MomentumQueueITC):
         """ITM logits [B, 2] of B pairs of token embeddings; column 1 is "they match"."""
         return self.itm_head(self.bert().fusion(text_embeds, mask, image_embeds)[:, 0])
 
+    @torch.no_grad()
+    def retrieve(self, f: Features, mask: Tensor, k: int, batch_size: int = 16) -> tuple[Ranking, Ranking]:
+        """(texts of every image, images of every text): the k most similar, ranked by their matching logit.
+
+        f: `encode_image` and `encode_text` of a test set; the numbers of images and of texts may differ. mask: of the
+        texts. `batch_size` queries, each with its k candidates, are matched at once.
+        """
+
+        def score(images: Tensor, texts: Tensor) -> Tensor:
+            return self.match(f.image_embeds[images], f.text_embeds[texts], mask[texts])[:, 1]
+
+        def texts_of(images: Tensor, texts: Tensor) -> Tensor:
+            return score(images.repeat_interleave(k), texts.flatten()).view_as(texts)
+
+        def images_of(texts: Tensor, images: Tensor) -> Tensor:
+            return score(images.flatten(), texts.repeat_interleave(k)).view_as(images)
+
+        return (
+            rerank(f.image_feat, f.text_feat, texts_of, k, batch_size=batch_size),
+            rerank(f.text_feat, f.image_feat, images_of, k, batch_size=batch_size),
+        )
+
     def itm(self, f: Features, mask: Tensor, negatives: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(loss, logits [3B, 2]): the pairs, each text with its negative image, each image with its negative text.
 
@@ -156,7 +182,8 @@ class Pretraining(ALBEF):
     def bert(self, twin: str = "") -> BertModel:
         return getattr(self, f"text_encoder{twin}").bert
 
-    def forward(
+    # a training step, of which the queues' own forward (`itc`) is a part
+    def forward(  # type: ignore[override]
         self,
         image: Tensor,
         ids: Tensor,
@@ -233,7 +260,8 @@ class Retrieval(ALBEF):
     def bert(self, twin: str = "") -> BertModel:
         return getattr(self, f"text_encoder{twin}")
 
-    def forward(
+    # a training step, of which the queues' own forward (`itc`) is a part
+    def forward(  # type: ignore[override]
         self,
         image: Tensor,
         ids: Tensor,
@@ -265,6 +293,9 @@ class VQA(Twins, nn.Module):
     """Visual question answering as generation: a decoder answers from the fused states of image and question."""
 
     momentum = 0.995
+    visual_encoder: VisionTransformer
+    text_decoder: BertForLanguage
+    text_decoder_m: BertForLanguage
 
     def __init__(
         self,

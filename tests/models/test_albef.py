@@ -347,6 +347,22 @@ def test_fused_and_eager_gradients_agree(config: dict) -> None:
         torch.testing.assert_close(grad, grads[1][name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_retrieval_ranks_the_most_similar_by_their_match() -> None:
+    model = _model(RETRIEVAL)
+    (image, *_), (ids, mask) = _batch(4), _texts(6)
+    images, texts = model.encode_image(image), model.encode_text(ids, mask)
+    f = Features(images[0], texts[0], images[1], texts[1])
+    similar = f.image_feat @ f.text_feat.T
+    match = torch.stack([model.match(f.image_embeds[[i] * 6], f.text_embeds, mask)[:, 1] for i in range(4)])
+    for ranking, similarity, logit in zip(
+        model.retrieve(f, mask, k=3, batch_size=2), (similar, similar.T), (match, match.T), strict=True
+    ):
+        chosen = similarity.topk(3).indices
+        order = logit.gather(1, chosen).argsort(1, descending=True)
+        assert torch.equal(ranking.indices, chosen.gather(1, order))
+        torch.testing.assert_close(ranking.scores.double(), logit.gather(1, ranking.indices), rtol=1e-6, atol=1e-6)
+
+
 # --- question answering -----------------------------------------------------------------------------------------------
 
 
