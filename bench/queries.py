@@ -1,8 +1,8 @@
 """BLIP-2's contrastive loss, the largest similarity over an image's queries, against LAVIS's lines and one product.
 
-B own images of Q unit query vectors and their B texts, against N of each, in both directions; gradients to the own ones.
-The products q TT and Q_all tT take 4 B N Q D floating-point operations; the gradient of a pair is one row each of dq and
-dt, 4 B N D in all. LAVIS multiplies operands that it has expanded to [B, N, Q, D] first.
+B own images of Q unit query vectors and their B texts, against N of each, in both directions; gradients to the own.
+The products q TT and Q_all tT take 4 B N Q D floating-point operations; the gradient of a pair is one row each of dq
+and dt, 4 B N D in all. LAVIS multiplies operands that it has expanded to [B, N, Q, D] first.
 """
 
 from __future__ import annotations
