@@ -121,12 +121,13 @@ bool any_above(const float* s, const float* threshold, int64_t n) {
 
 constexpr float LOWEST = -1e30f;
 
-// key = scale * u + noise, in place of the noise; -inf where the ids are equal
+// key = scale * u + noise, in place of the noise; -inf where the ids are equal. A scale of 0 is a race without logits,
+// whatever they are.
 MMFUSE_CLONES
 void keys_of(const float* u, float scale, int64_t id, const int64_t* ids, float* key, int64_t n) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-        float s = scale * u[j];
+        float s = scale == 0 ? 0.0f : scale * u[j];
         s = s >= LOWEST ? s : LOWEST;
         key[j] = ids[j] == id ? -INF : s + key[j];
     }

@@ -55,7 +55,8 @@ class TorchTile:
         An odd stream is the rows' own race among the columns, an even one the columns' among the rows; `first` is the
         index of the first candidate.
         """
-        s = u * scale
+        # a scale of 0 is a race without logits, whatever they are
+        s = torch.where(scale == 0, scale, u * scale)
         keys = torch.where(s >= LOWEST, s, LOWEST) + gumbel(seed, stream, row, col, (len(u), u.shape[1]), u.dtype)
         keys.masked_fill_(ids[:, None] == key_ids, -torch.inf)
         keys = keys if stream % 2 else keys.t()
@@ -141,6 +142,11 @@ class Draw:
             )  # fmt: skip
         if self.mixture:
             self.lse[mine] = torch.logaddexp(self.lse[mine], self.tile.lse(u, scale, self.dim))
+
+    def take(self, race: int, mine: slice, key: Tensor, index: Tensor) -> None:
+        """Take in what parts of the columns (rows) left: keys and indices [parts, count, k]."""
+        parts = (torch.cat([own[race, mine], *new], 1) for own, new in ((self.key, key), (self.index, index)))
+        self.key[race, mine], self.index[race, mine] = merge(*parts, self.key.shape[2])
 
     def result(self) -> Tensor:
         """[count, k] int64: what was drawn, first draw first; -1 where nothing was left."""

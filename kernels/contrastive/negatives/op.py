@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
 from mmfuse.kernels.contrastive import arguments
-from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_cpu
+from mmfuse.kernels.contrastive.backends import (
+    no_reason,
+    reasons_against_chunked,
+    reasons_against_cpu,
+    reasons_against_triton,
+)
 from mmfuse.kernels.contrastive.negatives import draw, reference
+
+# draws per row that a tile of the GPU's kernel keeps
+_MOST = 16
 
 
 def _draw(
@@ -30,6 +39,10 @@ def _draw(
     options = (query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, both)
     if backend == "torch":
         return reference.hard_negatives(*options)
+    if backend == "triton":
+        from mmfuse.kernels.contrastive.negatives import kernel
+
+        return kernel.hard_negatives(*options)
     tile = draw.compiled_tile(torch.ops.mmfuse_cpu) if backend == "cpu" else draw.TorchTile
     return draw.hard_negatives(*options, tile)
 
@@ -39,11 +52,17 @@ def _draw_fake(query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, b
     return new((query.shape[0], k)), new((keys.shape[0] if both else 0, k))
 
 
+def _reasons_against_triton(query: Tensor, keys: Tensor, k: int = 1) -> list[str]:
+    many = [f"k is {k}: a tile keeps at most {_MOST}"] if k > _MOST else []
+    return reasons_against_triton(query) + many
+
+
 draw_op = register("hard_negatives", _draw, _draw_fake)
 
 NEGATIVES = Op(
     "hard_negatives",
     [
+        Impl("triton", draw_op, _reasons_against_triton, only_named_in_the_interpreter),
         Impl("cpu", draw_op, reasons_against_cpu),
         Impl("chunked", draw_op, reasons_against_chunked),
         Impl("torch", draw_op, no_reason),
