@@ -208,7 +208,7 @@ def generate(
     if generation_type == "beam_search":
         if num_beams <= 1 or num_beam_groups < 1 or num_beams % num_beam_groups:
             raise ValueError(
-                f"num_beams is {num_beams}, expected more than 1 and a multiple of {num_beam_groups} groups"
+                f"num_beams is {num_beams} in {num_beam_groups} groups, expected 2 or more, and a multiple"
             )
         beams = num_beams // num_beam_groups
         start = torch.full((image.shape[0] * beams, 1), sot, device=image.device)
