@@ -6,15 +6,28 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
 from mmfuse.kernels.contrastive import arguments
-from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_cpu
+from mmfuse.kernels.contrastive.backends import (
+    no_reason,
+    reasons_against_chunked,
+    reasons_against_cpu,
+    reasons_against_triton,
+)
 from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 from mmfuse.kernels.contrastive.topk import blocked, reference
+
+# the longest list that a program of the GPU's kernel keeps
+_MOST = 64
 
 
 def _topk(queries: Tensor, gallery: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "torch":
         return reference.similarity_topk(queries, gallery, k)
+    if backend == "triton":
+        from mmfuse.kernels.contrastive.topk import kernel
+
+        return kernel.similarity_topk(queries, gallery, k)
     tile = blocked.compiled_tile(torch.ops.mmfuse_cpu) if backend == "cpu" else blocked.TorchTile
     return blocked.similarity_topk(tile, queries, gallery, k)
 
@@ -30,6 +43,11 @@ def _topk_fake(queries: Tensor, gallery: Tensor, k: int, backend: str) -> tuple[
 topk_op = register("similarity_topk", _topk, _topk_fake)
 
 
+def _reasons_against_triton(queries: Tensor, gallery: Tensor, k: int = 1) -> list[str]:
+    many = [f"k is {k}: a program keeps lists of at most {_MOST}"] if k > _MOST else []
+    return reasons_against_triton(queries) + many
+
+
 def _few(queries: Tensor, gallery: Tensor, k: int = 1) -> list[str]:
     return [f"k is {k}: a list is kept in order by insertion up to 256"] if k > 256 else []
 
@@ -37,6 +55,7 @@ def _few(queries: Tensor, gallery: Tensor, k: int = 1) -> list[str]:
 TOPK = Op(
     "similarity_topk",
     [
+        Impl("triton", topk_op, _reasons_against_triton, only_named_in_the_interpreter),
         Impl("cpu", topk_op, reasons_against_cpu, _few),
         Impl("chunked", topk_op, reasons_against_chunked),
         Impl("torch", topk_op, no_reason),
