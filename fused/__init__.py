@@ -2,17 +2,23 @@
 
 from mmfuse.fused.acceleration import Report, accelerate
 from mmfuse.fused.language import linear_cross_entropy
-from mmfuse.fused.losses import ClipLoss, SigLipLoss
+from mmfuse.fused.losses import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from mmfuse.fused.momentum import MomentumQueueITC, momentum_update
 from mmfuse.fused.queries import MaxQueryITC
+from mmfuse.fused.retrieval import HardNegativeSampler, Ranking, rerank
 
 __all__ = [
     "ClipLoss",
+    "CoCaLoss",
+    "DistillClipLoss",
+    "HardNegativeSampler",
     "MaxQueryITC",
     "MomentumQueueITC",
+    "Ranking",
     "Report",
     "SigLipLoss",
     "accelerate",
     "linear_cross_entropy",
     "momentum_update",
+    "rerank",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from mmfuse.fused.acceleration import coca
-from mmfuse.fused.losses import distributed
+from mmfuse.fused.losses import unsupported
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,27 @@ RULES = (
         target="open_clip.loss:ClipLoss",
         forward="mmfuse.fused.losses:ClipLoss.forward",
         relies_on=("forward", "get_logits", "get_ground_truth"),
-        reason_against=distributed,
+        reason_against=unsupported,
+    ),
+    Rule(
+        op="clip_loss",
+        target="open_clip.loss:CoCaLoss",
+        forward="mmfuse.fused.losses:CoCaLoss.forward",
+        relies_on=("forward", "get_logits", "get_ground_truth"),
+        reason_against=unsupported,
+    ),
+    Rule(
+        op="distill_clip_loss",
+        target="open_clip.loss:DistillClipLoss",
+        forward="mmfuse.fused.losses:DistillClipLoss.forward",
+        relies_on=("forward", "dist_loss", "get_logits", "get_ground_truth"),
+        reason_against=unsupported,
     ),
     Rule(
         op="siglip_loss",
         target="open_clip.loss:SigLipLoss",
         forward="mmfuse.fused.losses:SigLipLoss.forward",
         relies_on=("forward", "_loss", "get_logits", "get_ground_truth"),
-        reason_against=distributed,
     ),
     Rule(
         op="clip_loss",

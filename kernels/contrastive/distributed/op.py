@@ -231,9 +231,9 @@ def distributed_clip_loss(
         backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 features). With `local_loss` and unequal b, for "open_clip" it
-        is the mean over this rank's own pairs (0 without any), as its code would give, and the mean over the W ranks
-        weighs the pairs of small ranks more; for "true" it is W / N times their sum: the mean is the global loss.
+        The loss, a scalar in float32 (float64 for float64 features). With `local_loss` and unequal b: for "open_clip"
+        the mean over this rank's own pairs (0 without any), as its code would give, so that the mean over the W ranks
+        weighs the pairs of small ranks more; for "true" W / N times their sum, so that the mean is the global loss.
 
     Every rank of the group has to call this, and backward, the same number of times and in the same order; the factor
     that the loss is multiplied with may differ by rank. With "open_clip", `local_loss` and `gather_with_grad`, a
