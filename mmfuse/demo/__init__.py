@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     _require(*_NEEDED)
-    from mmfuse.demo import export, numerics, speed, swap, training
+    from mmfuse.demo import captions, export, numerics, speed, swap, training
     from mmfuse.demo.page import Page
 
     try:
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     with use_backend(_fused(settings.device)):
         swap.show(page, settings)
         trained = training.show(page, settings)
+    captions.show(page, settings)
     numerics.show(page, settings)
     speed.show(page, settings)
     export.show(page, trained)
