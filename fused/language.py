@@ -53,8 +53,8 @@ def linear_cross_entropy(
         teacher: (hidden [..., D_t], weight [V, D_t], bias [V] or None) whose softmax is the soft target; no gradient.
         alpha: share of the soft target; without a teacher it must be 0.
         chunk: tokens per block; by default as many as give 32 MB (CPU) or 256 MB (GPU) of logits.
-        backend: "torch" (the formula, all logits at once; also what `use_backend("torch")` asks for), "chunked",
-            "liger" or "cut_cross_entropy". By default, on a GPU, one of the two packages if it is installed and does
+        backend: "torch" (the formula, all logits at once), "chunked", "liger" or "cut_cross_entropy"; `use_backend`
+            names the first two as well. By default, on a GPU, one of the two packages if it is installed and does
             what is asked (neither takes a teacher, Liger no reduction="none", cut-cross-entropy no bias and no label
             smoothing), otherwise "chunked".
 
@@ -73,7 +73,8 @@ def linear_cross_entropy(
         teacher = (
             (hidden_m.detach(), weight_m.detach(), bias_m if bias_m is None else bias_m.detach()) if alpha else None
         )
-    name = backend or ("torch" if forced_backend() == "torch" else None)
+    forced = forced_backend()
+    name = backend or (forced if forced in BACKENDS else None)
     if name == "torch":
         return _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha)
     if name != "chunked":
@@ -86,7 +87,8 @@ def linear_cross_entropy(
                 return loss.float().view(labels.shape if reduction == "none" else ())
             if name:
                 raise ValueError(f"backend is {backend!r}, but {why}")
-    return _chunked(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk)
+    options = (ignore_index, label_smoothing, reduction, teacher, alpha)
+    return _chunked(hidden, weight, labels, bias, *options, chunk, step_aside=name is None)
 
 
 def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha):  # type: ignore[no-untyped-def]
@@ -112,7 +114,9 @@ def _reduce(loss: Tensor, counts: Tensor, reduction: str, shape: torch.Size) -> 
 # --- in blocks of tokens --------------------------------------------------------------------------------------------
 
 
-def _chunked(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk):  # type: ignore[no-untyped-def]
+def _chunked(  # type: ignore[no-untyped-def]
+    hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk, step_aside
+):
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)
@@ -128,9 +132,13 @@ def _chunked(hidden, weight, labels, bias, ignore_index, label_smoothing, reduct
         rows, flat, counts = rows[kept], flat[kept], counts[kept]
         teacher = None if teacher is None else (teacher[0][kept], *teacher[1:])
     chunk = chunk or max(16, _BLOCK_BYTES.get(kind, 32 << 20) // (4 * max(1, len(weight))))
-    options = (label_smoothing, alpha if teacher else 0.0, reduction, chunk, torch.is_grad_enabled())
     with torch.autocast(kind, enabled=False):
-        loss = _LinearCrossEntropy.apply(rows, weight, bias, flat.where(counts, 0), counts, teacher, options)
+        if step_aside and len(rows) <= chunk and hidden.dtype.itemsize >= 4:
+            # one block holds all: the same memory, and eager has fewer passes over the gradient of weight
+            loss = _eager(rows, weight, flat, bias, ignore_index, label_smoothing, reduction, teacher, alpha)
+        else:
+            options = (label_smoothing, alpha if teacher else 0.0, reduction, chunk, torch.is_grad_enabled())
+            loss = _LinearCrossEntropy.apply(rows, weight, bias, flat.where(counts, 0), counts, teacher, options)
     if reduction == "none" and kept is not None:
         loss = loss.new_zeros(total).index_copy(0, kept, loss)
     return loss.view(shape) if reduction == "none" else loss
@@ -180,7 +188,7 @@ def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk,
         teacher = (*_operands(acc, *teacher[:2]), teacher[2])
     loss = torch.zeros(n, dtype=acc, device=hidden.device)
     dh = torch.zeros(hidden.shape, dtype=acc, device=hidden.device) if need_h else None
-    dw = torch.zeros(weight.shape, dtype=acc, device=hidden.device) if need_w else None
+    dw = None
     db = torch.zeros(vocabulary, dtype=acc, device=hidden.device) if need_b else None
     for i in range(0, n, chunk):
         part = slice(i, i + chunk)
@@ -211,8 +219,12 @@ def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk,
         g = g.to(hidden.dtype)
         if dh is not None:
             dh[part] = _product(g, weight, acc)
-        if dw is not None:
+        if need_w and dw is None:
+            dw = _product(g.t(), hidden[part], acc)
+        elif need_w:
             _add_product(dw, g.t(), hidden[part])
+    if need_w and dw is None:
+        dw = torch.zeros(weight.shape, dtype=acc, device=hidden.device)
     return loss, dh, dw, db
 
 

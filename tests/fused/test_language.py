@@ -151,24 +151,35 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         language, "_sweep", lambda *args, needs, **kw: asked.append(needs) or sweep(*args, needs=needs, **kw)
     )
-    linear_cross_entropy(hidden.detach(), weight, labels, bias=bias.detach()).backward()
-    linear_cross_entropy(hidden, weight.detach(), labels, reduction="none").sum().backward()
+    linear_cross_entropy(hidden.detach(), weight, labels, bias=bias.detach(), chunk=4).backward()
+    linear_cross_entropy(hidden, weight.detach(), labels, reduction="none", chunk=4).sum().backward()
     with torch.no_grad():
-        linear_cross_entropy(hidden, weight, labels)
+        linear_cross_entropy(hidden, weight, labels, chunk=4)
     nothing = (False, False, False)
     assert asked == [(False, True, False), nothing, (True, False, False), nothing]
     assert bias.grad is None and hidden.grad is not None and weight.grad is not None
 
 
-def test_nothing_counts() -> None:
-    hidden, weight, bias, labels = _inputs()
+@pytest.mark.parametrize("backend", [None, "chunked", "torch"])
+def test_nothing_counts(backend: str | None) -> None:
+    hidden, weight, _, labels = _inputs()
     labels.fill_(-100)
-    assert linear_cross_entropy(hidden, weight, labels).isnan()
-    assert linear_cross_entropy(hidden, weight, labels, reduction="sum") == 0
-    none = linear_cross_entropy(hidden, weight, labels, reduction="none")
-    assert none.shape == SHAPE and not none.any()
-    empty = linear_cross_entropy(hidden[:0], weight, labels[:0], reduction="none")
+    for reduction, expected in (("mean", torch.nan), ("sum", 0.0), ("none", 0.0)):
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction, backend=backend)
+        want = torch.full(SHAPE if reduction == "none" else (), expected, dtype=loss.dtype)
+        torch.testing.assert_close(loss, want, equal_nan=True)
+        if reduction != "mean":
+            assert all(not g.any() for g in torch.autograd.grad(loss.sum(), (hidden, weight)))
+    empty = linear_cross_entropy(hidden[:0], weight, labels[:0], reduction="none", backend=backend)
     assert empty.shape == (0, 5)
+
+
+def test_few_tokens_step_aside() -> None:
+    hidden, weight, _, labels = _inputs(torch.float32)
+    few = linear_cross_entropy(hidden, weight, labels, chunk=9)  # 9 count
+    more = linear_cross_entropy(hidden, weight, labels, chunk=8)
+    torch.testing.assert_close(few, more)
+    assert ["LinearCrossEntropy" in type(loss.grad_fn).__name__ for loss in (few, more)] == [False, True]
 
 
 def test_another_ignored_index_and_strides() -> None:
@@ -195,7 +206,8 @@ def test_the_context_asks_for_the_formula() -> None:
     with use_backend("torch"):
         loss = linear_cross_entropy(hidden, weight, labels)
     assert "LinearCrossEntropy" not in type(loss.grad_fn).__name__
-    assert "LinearCrossEntropy" in type(linear_cross_entropy(hidden, weight, labels).grad_fn).__name__
+    chunked = linear_cross_entropy(hidden, weight, labels, backend="chunked")
+    assert "LinearCrossEntropy" in type(chunked.grad_fn).__name__
 
 
 def test_compiles_in_one_graph() -> None:

@@ -328,6 +328,18 @@ def test_a_batch_without_negatives_is_matched_on_its_pairs_alone() -> None:
     torch.testing.assert_close(losses.loss_itm, F.cross_entropy(logits, torch.ones(3, dtype=torch.long)))
 
 
+def test_a_step_in_training_mode_has_dropout_and_a_gradient_everywhere() -> None:
+    model = _model(PRETRAIN | {"bert_config": BERT | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}})
+    batch = _batch()
+    model.train()
+    once, again = (model.encode_text(*batch[1:])[1] for _ in range(2))
+    assert not torch.equal(once, again)
+    draws = MaskDraws(*torch.ones(3, *batch[1].shape), batch[1])
+    model(*batch, 0.4, mask_draws=draws).total.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+
+
 @pytest.mark.parametrize("config", [PRETRAIN, RETRIEVAL], ids=["pretrain", "retrieval"])
 def test_fused_and_eager_gradients_agree(config: dict) -> None:
     batch, extra = _batch(), () if config is PRETRAIN else (torch.tensor([1, 2, 1, 3]),)
