@@ -7,6 +7,7 @@
 #include "simd.h"
 
 #include <algorithm>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,8 +15,10 @@
 namespace mmfuse {
 namespace {
 
-constexpr int64_t COLS = 512;   // running maxima and their indices stay in the first-level cache
-constexpr int64_t TEXTS = 128;  // rows of t or dt at a time: they stay in the second-level cache
+constexpr int64_t COLS = 512;  // running maxima and their indices stay in the first-level cache
+// the terms of a sum are added in groups of so many, then the groups: rounding errors grow slower
+constexpr int64_t TEXTS = 256, IMAGES = 32;
+constexpr int64_t OWN = 64;  // rows of dt per task
 
 // s [queries, n] at stride n, part of its columns
 MMFUSE_CLONES
@@ -78,6 +81,12 @@ void add_to_texts(const float* g, const uint8_t* k, const float* q, float* dt, i
     }
 }
 
+MMFUSE_CLONES
+void add(const float* part, float* total, int64_t n) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) total[c] += part[c];
+}
+
 void query_grad(Tensor g, Tensor k, Tensor q, Tensor t, Tensor dq, Tensor dt) {
     STD_TORCH_CHECK(q.dim() == 3 && q.size(1) <= 256, "q: expected [m, Q, D] with at most 256 queries");
     const int64_t m = q.size(0), queries = q.size(1), d = q.size(2), n = g.size(1);
@@ -89,18 +98,29 @@ void query_grad(Tensor g, Tensor k, Tensor q, Tensor t, Tensor dq, Tensor dt) {
 
     if (to_image)
         torch::stable::parallel_for(0, m, ceil_div(65536, n * d + 1), [&](int64_t begin, int64_t end) {
-            std::fill(to_image + begin * queries * d, to_image + end * queries * d, 0.0f);
+            const int64_t size = queries * d;
+            std::vector<float> part(size);
+            std::fill(to_image + begin * size, to_image + end * size, 0.0f);
             for (int64_t j = 0; j < n; j += TEXTS)
-                for (int64_t i = begin; i < end; ++i)
-                    add_to_queries(grad + i * n + j, index + i * n + j, text + j * d, to_image + i * queries * d,
+                for (int64_t i = begin; i < end; ++i) {
+                    std::fill(part.begin(), part.end(), 0.0f);
+                    add_to_queries(grad + i * n + j, index + i * n + j, text + j * d, part.data(),
                                    std::min(TEXTS, n - j), d);
+                    add(part.data(), to_image + i * size, size);
+                }
         });
     if (to_text)
-        torch::stable::parallel_for(0, n, ceil_div(65536, m * d + 1), [&](int64_t begin, int64_t end) {
-            for (int64_t j = begin; j < end; j += TEXTS)
-                for (int64_t i = 0; i < m; ++i)
-                    add_to_texts(grad + i * n + j, index + i * n + j, image + i * queries * d, to_text + j * d,
-                                 std::min(TEXTS, end - j), d);
+        torch::stable::parallel_for(0, ceil_div(n, OWN), 1, [&](int64_t begin, int64_t end) {
+            std::vector<float> part(OWN * d);
+            for (int64_t j = begin * OWN; j < std::min(end * OWN, n); j += OWN) {
+                const int64_t texts = std::min(OWN, n - j);
+                for (int64_t first = 0; first < m; first += IMAGES) {
+                    std::fill(part.begin(), part.end(), 0.0f);
+                    for (int64_t i = first; i < std::min(first + IMAGES, m); ++i)
+                        add_to_texts(grad + i * n + j, index + i * n + j, image + i * queries * d, part.data(), texts, d);
+                    add(part.data(), to_text + j * d, texts * d);
+                }
+            }
         });
 }
 

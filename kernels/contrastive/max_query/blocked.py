@@ -16,6 +16,8 @@ from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 
 # a block of products stays in the cache between the matrix product and the maximum
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+# the compiled gradient is sparse: its images are copied in blocks only to be float32
+_SPARSE_ROWS = 256
 
 
 def index_dtype(queries: int) -> torch.dtype:
@@ -24,6 +26,8 @@ def index_dtype(queries: int) -> torch.dtype:
 
 class TorchTile:
     """The passes over a block of m images in plain torch, any float dtype, any device."""
+
+    grad_rows = None  # the gradient holds a block of the products' size
 
     @staticmethod
     def query_max(s: Tensor, u: Tensor, k: Tensor) -> None:
@@ -46,13 +50,16 @@ class TorchTile:
 
 def compiled_tile(namespace: Any) -> SimpleNamespace:
     """The same passes from the compiled part, in float32."""
-    return SimpleNamespace(query_max=namespace.query_max.default, query_grad=namespace.query_grad.default)
+    return SimpleNamespace(
+        query_max=namespace.query_max.default, query_grad=namespace.query_grad.default, grad_rows=_SPARSE_ROWS
+    )
 
 
-def _spans(image: Tensor, n: int) -> list[tuple[int, int]]:
+def _spans(image: Tensor, n: int, rows: int | None = None) -> list[tuple[int, int]]:
+    """Of `rows` images, or as many as have a block's worth of products with n texts."""
     b, queries, _ = image.shape
-    row = queries * n * accumulation_dtype(image.dtype).itemsize
-    rows = max(1, _BLOCK_BYTES[image.device.type] // max(1, row))
+    if rows is None:
+        rows = max(1, _BLOCK_BYTES[image.device.type] // max(1, queries * n * accumulation_dtype(image.dtype).itemsize))
     return [(i, min(i + rows, b)) for i in range(0, b, rows)]
 
 
@@ -83,7 +90,7 @@ def gradient(
     dq = image.new_zeros(image.shape if need_image else (0,))
     dt = text.new_zeros(text.shape if need_text else (0,), dtype=acc)
     t = text.to(acc).contiguous()
-    for i, j in _spans(image, len(text)):
+    for i, j in _spans(image, len(text), tile.grad_rows):
         q = image[i:j].to(acc).contiguous()
         part = empty if not need_image else dq[i:j] if image.dtype == acc else torch.empty_like(q)
         tile.query_grad(g[i:j], k[i:j], q, t, part, dt)
