@@ -45,6 +45,6 @@ def hard_negatives(
         key, index = race.sort(dim=dim, descending=True, stable=True)
         drawn = torch.where(key > -torch.inf, index, -1)
         drawn = drawn[:, :k] if dim else drawn[:k].t()
-        return torch.nn.functional.pad(drawn, (0, k - drawn.shape[1]), value=-1)
+        return torch.nn.functional.pad(drawn, (0, k - drawn.shape[1]), value=-1).contiguous()
 
     return draw(1), draw(0) if both else ids.new_empty(0, k)

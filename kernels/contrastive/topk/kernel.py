@@ -84,7 +84,7 @@ _TILES: dict[str, dict[str, int]] = {
     "half": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
     # no tensor cores
-    "ieee": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2},
+    "ieee": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
 }
 
 
