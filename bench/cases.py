@@ -17,7 +17,11 @@ Record = dict[str, Any]  # one measurement, as it is stored
 Load = Callable[[torch.device, torch.dtype], Callable[..., Any]]
 
 # suite: the module with its CASES; a new suite is one line here and one module
-SUITES = {"contrastive": "mmfuse.bench.contrastive", "queries": "mmfuse.bench.queries"}
+SUITES = {
+    "contrastive": "mmfuse.bench.contrastive",
+    "queries": "mmfuse.bench.queries",
+    "language": "mmfuse.bench.language",
+}
 
 
 @dataclass(frozen=True)

@@ -73,22 +73,36 @@ def linear_cross_entropy(
         teacher = (
             (hidden_m.detach(), weight_m.detach(), bias_m if bias_m is None else bias_m.detach()) if alpha else None
         )
-    forced = forced_backend()
-    name = backend or (forced if forced in BACKENDS else None)
-    if name == "torch":
-        return _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha)
-    if name != "chunked":
-        peers = [name] if name else [p for p in _PEERS if hidden.is_cuda and find_spec(_MODULES[p])]
-        for peer in peers:
-            why = _reasons_against(peer, hidden, bias, label_smoothing, reduction, teacher)
-            if not why:
-                flat = hidden.flatten(0, -2), weight, labels.flatten()
-                loss = _PEERS[peer](*flat, bias, ignore_index, label_smoothing, reduction)
-                return loss.float().view(labels.shape if reduction == "none" else ())
-            if name:
-                raise ValueError(f"backend is {backend!r}, but {why}")
+    name = chosen(hidden, bias, label_smoothing, reduction, teacher, backend)
+    if name in _PEERS:
+        loss = _PEERS[name](
+            hidden.flatten(0, -2), weight, labels.flatten(), bias, ignore_index, label_smoothing, reduction
+        )
+        return loss.float().view(labels.shape if reduction == "none" else ())
     options = (ignore_index, label_smoothing, reduction, teacher, alpha)
-    return _chunked(hidden, weight, labels, bias, *options, chunk, step_aside=name is None)
+    if name == "torch":
+        return _eager(hidden, weight, labels, bias, *options)
+    named = backend or forced_backend()
+    return _chunked(hidden, weight, labels, bias, *options, chunk, step_aside=named != "chunked")
+
+
+def chosen(
+    hidden: Tensor,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    teacher: Teacher | None = None,
+    backend: str | None = None,
+) -> str:
+    """Which of `BACKENDS` computes `linear_cross_entropy` of these arguments."""
+    forced = forced_backend()
+    if name := backend or (forced if forced in BACKENDS else None):
+        if name in _PEERS and (why := _reasons_against(name, hidden, bias, label_smoothing, reduction, teacher)):
+            raise ValueError(f"backend is {name!r}, but {why}")
+        return name
+    return next(
+        (p for p in _PEERS if not _reasons_against(p, hidden, bias, label_smoothing, reduction, teacher)), "chunked"
+    )
 
 
 def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha):  # type: ignore[no-untyped-def]
@@ -281,10 +295,10 @@ _MODULES = {"liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
 def _reasons_against(
     peer: str, hidden: Tensor, bias: Tensor | None, label_smoothing: float, reduction: str, teacher: Teacher | None
 ) -> str | None:
-    if find_spec(_MODULES[peer]) is None:
-        return f"{_MODULES[peer]} is not installed"
     if not hidden.is_cuda:
         return f"hidden is on {hidden.device}, expected a CUDA device"
+    if find_spec(_MODULES[peer]) is None:
+        return f"{_MODULES[peer]} is not installed"
     if hidden.dtype == torch.float64:
         return "hidden has dtype torch.float64"
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):

@@ -283,7 +283,7 @@ def test_what_the_packages_are_called_with(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("peer", ["liger", "cut_cross_entropy"])
 def test_a_named_package_that_cannot_says_why(peer: str) -> None:
     hidden, weight, _, labels = _inputs(torch.float32)
-    with pytest.raises(ValueError, match=f"backend is '{peer}', but (.* is not installed|hidden is on cpu)"):
+    with pytest.raises(ValueError, match=f"backend is '{peer}', but hidden is on cpu"):
         linear_cross_entropy(hidden, weight, labels, backend=peer)
 
 
