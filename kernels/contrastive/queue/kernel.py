@@ -6,8 +6,8 @@ split between programs, and a second kernel merges what they found in a fixed or
     S = x KT / tau,    m = max S,    l = sum exp(S - m),    O = sum exp(S - m) K        likewise S', m', l', O' of x_m
     c = sum exp(S' - m') S            t = sum of S over the positives            n = their number
 
-    row = m + log l - alpha c / l' - (1 - alpha) t / n
-    g   = O / l - alpha O' / l' - (1 - alpha) y / n          y = sum of the positives' keys
+    row = alpha (m + log l - c / l') + (1 - alpha) (m + log l - t / n)
+    g   = alpha (O / l - O' / l') + (1 - alpha) (O / l - y / n)             y = sum of the positives' keys
 """
 
 from __future__ import annotations
@@ -37,42 +37,6 @@ def _softmax_step(s, k, m, l, o, GRAD: tl.constexpr, PRECISION: tl.constexpr, AC
     if GRAD:
         o = tl.dot(p.to(k.dtype), k, o * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
     return p, shrink, new, l, o
-
-
-@triton.jit
-def _scan_range(
-    keys_ptr, ids_ptr, first, last, stride, stride_d, N, D, x, x_m, row_ids, inv_temp, state,
-    PAIRED: tl.constexpr, IDS: tl.constexpr, TEACHER: tl.constexpr, GRAD: tl.constexpr, EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Take the tiles first..last of one source of keys into the running state."""
-    m, l, o, m_t, l_t, o_t, c, t, n, y = state  # noqa: E741
-    d = tl.arange(0, BLOCK_D)
-    at = tl.arange(0, BLOCK_N)[:, None].to(tl.int64) * stride + d[None, :].to(tl.int64) * stride_d
-    for tile in range(first, last):
-        col0 = tile * BLOCK_N
-        cols = col0 + tl.arange(0, BLOCK_N)
-        inside = (cols < N)[:, None] if EVEN_D else (cols < N)[:, None] & (d < D)[None, :]
-        k = tl.load(keys_ptr + col0.to(tl.int64) * stride + at, mask=inside, other=0.0).to(x.dtype)
-        s = tl.dot(x, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * inv_temp
-        if PAIRED:
-            if IDS:
-                same = row_ids[:, None] == tl.load(ids_ptr + cols, mask=cols < N, other=0)[None, :]
-            else:
-                same = row_ids[:, None] == cols[None, :]
-            same = same & (cols < N)[None, :]
-            t += tl.sum(tl.where(same, s, 0.0), axis=1)
-            n += tl.sum(same.to(ACC), axis=1)
-            if IDS and GRAD:
-                y = tl.dot(same.to(k.dtype), k, y, input_precision=PRECISION, out_dtype=ACC)
-        masked = tl.where((cols < N)[None, :], s, float("-inf"))
-        _, _, m, l, o = _softmax_step(masked, k, m, l, o, GRAD, PRECISION, ACC)  # noqa: E741
-        if TEACHER:
-            s_t = tl.dot(x_m, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * inv_temp
-            s_t = tl.where((cols < N)[None, :], s_t, float("-inf"))
-            p, shrink, m_t, l_t, o_t = _softmax_step(s_t, k, m_t, l_t, o_t, GRAD, PRECISION, ACC)
-            c = c * shrink + tl.sum(p * s, axis=1)
-    return m, l, o, m_t, l_t, o_t, c, t, n, y
 
 
 @triton.jit(do_not_specialize=["B", "K", "M", "tiles"])
@@ -117,29 +81,42 @@ def _scan_kernel(
     x_m = x
     if TEACHER:
         x_m = tl.load(x_m_ptr + rows[:, None].to(tl.int64) * stride_x_m + d[None, :], mask=inside, other=0.0)
-    row_ids = rows
     if IDS:
         row_ids = tl.load(ids_ptr + rows, mask=rows < B, other=0)
 
-    zero = tl.zeros((BLOCK_B,), ACC)
-    none = tl.full((BLOCK_B,), float("-inf"), ACC)
+    m, m_t = tl.full((BLOCK_B,), float("-inf"), ACC), tl.full((BLOCK_B,), float("-inf"), ACC)
+    l, l_t, c, t, n = (tl.zeros((BLOCK_B,), ACC),) * 5  # noqa: E741
     o = tl.zeros((BLOCK_B, BLOCK_D if GRAD else 1), ACC)
     o_t = tl.zeros((BLOCK_B, BLOCK_D if GRAD and TEACHER else 1), ACC)
     y = tl.zeros((BLOCK_B, BLOCK_D if GRAD and IDS else 1), ACC)
-    state = (none, zero, o, none, zero, o_t, zero, zero, zero, y)
-
     # the keys' tiles, and after them the queue's
     tiles_k = tl.cdiv(K, BLOCK_N)
-    first, last = split * tiles, split * tiles + tiles
-    state = _scan_range(
-        keys_ptr, key_ids_ptr, first, tl.minimum(last, tiles_k), stride_k, stride_kd, K, D, x, x_m, row_ids, inv_temp,
-        state, PAIRED, IDS, TEACHER, GRAD, EVEN_D, PRECISION, ACC, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    first, last = tl.maximum(first, tiles_k) - tiles_k, tl.minimum(last - tiles_k, tl.cdiv(M, BLOCK_N))
-    m, l, o, m_t, l_t, o_t, c, t, n, y = _scan_range(  # noqa: E741
-        queue_ptr, queue_ids_ptr, first, last, stride_q, stride_qd, M, D, x, x_m, row_ids, inv_temp,
-        state, PAIRED and IDS, IDS, TEACHER, GRAD, EVEN_D, PRECISION, ACC, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    for tile in range(split * tiles, tl.minimum(split * tiles + tiles, tiles_k + tl.cdiv(M, BLOCK_N))):
+        own = tile < tiles_k
+        source_ptr, N = tl.where(own, keys_ptr, queue_ptr), tl.where(own, K, M)
+        stride, stride_d = tl.where(own, stride_k, stride_q), tl.where(own, stride_kd, stride_qd)
+        cols = tl.where(own, tile, tile - tiles_k) * BLOCK_N + tl.arange(0, BLOCK_N)
+        at = cols[:, None].to(tl.int64) * stride + d[None, :].to(tl.int64) * stride_d
+        inside_k = (cols < N)[:, None] if EVEN_D else (cols < N)[:, None] & (d < D)[None, :]
+        k = tl.load(source_ptr + at, mask=inside_k, other=0.0).to(x.dtype)
+        s = tl.dot(x, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * inv_temp
+        if PAIRED:
+            if IDS:
+                col_ids = tl.load(tl.where(own, key_ids_ptr, queue_ids_ptr) + cols, mask=cols < N, other=0)
+                same = (row_ids[:, None] == col_ids[None, :]) & (cols < N)[None, :]
+                if GRAD:
+                    y = tl.dot(same.to(k.dtype), k, y, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                same = (rows[:, None] == cols[None, :]) & own
+            t += tl.sum(tl.where(same, s, 0.0), axis=1)
+            n += tl.sum(same.to(ACC), axis=1)
+        s = tl.where((cols < N)[None, :], s, float("-inf"))
+        _, _, m, l, o = _softmax_step(s, k, m, l, o, GRAD, PRECISION, ACC)  # noqa: E741
+        if TEACHER:
+            s_t = tl.dot(x_m, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * inv_temp
+            s_t = tl.where((cols < N)[None, :], s_t, float("-inf"))
+            p, shrink, m_t, l_t, o_t = _softmax_step(s_t, k, m_t, l_t, o_t, GRAD, PRECISION, ACC)
+            c = c * shrink + tl.sum(p * tl.where((cols < N)[None, :], s, 0.0), axis=1)
 
     at = part_ptr + split.to(tl.int64) * 7 * B + rows
     tl.store(at, m, mask=rows < B)
@@ -194,46 +171,41 @@ def _merge_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
-    one = tl.full((), 1.0, ACC)
-    alpha = one * alpha
+    alpha = tl.full((), 1.0, ACC) * alpha
     m, w = _weights(part_ptr, 0, split, B, row, splits)
     l = _weighted(part_ptr, 1, w, split, B, row, splits)  # noqa: E741
-    weight, target, n, m_t, l_t = one, one * 0.0, one, m, one
-    if TEACHER:
-        m_t, w_t = _weights(part_ptr, 2, split, B, row, splits)
-        l_t = _weighted(part_ptr, 3, w_t, split, B, row, splits)
-        target += alpha * (_weighted(part_ptr, 4, w_t, split, B, row, splits) / l_t - m)
+    loss, m_t, l_t, hard, n = m + tl.log(l), m, l, alpha, l
     if PAIRED:
         w = tl.full((SPLITS,), 1.0, ACC)
         n = _weighted(part_ptr, 6, w, split, B, row, splits)
-        t = _weighted(part_ptr, 5, w, split, B, row, splits)
         # a row without a match has no hard targets
-        weight = tl.where(n > 0, one, alpha)
-        target += (1.0 - alpha) * tl.where(n > 0, t / tl.maximum(n, 1.0) - m, 0.0)
+        hard = tl.where(n > 0, 1.0 - alpha, 0.0)
         n = tl.maximum(n, 1.0)
-        tl.store(row_ptr + row, weight * tl.log(l) - target)
-    else:
-        tl.store(row_ptr + row, m + tl.log(l))
+        loss = hard * (tl.log(l) + (m - _weighted(part_ptr, 5, w, split, B, row, splits) / n))
+        if TEACHER:
+            m_t, w_t = _weights(part_ptr, 2, split, B, row, splits)
+            l_t = _weighted(part_ptr, 3, w_t, split, B, row, splits)
+            loss += alpha * (tl.log(l) + (m - _weighted(part_ptr, 4, w_t, split, B, row, splits) / l_t))
+    tl.store(row_ptr + row, loss)
     if GRAD:
         d = tl.arange(0, BLOCK_D)
-        g, g_t, y = tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC)
+        o, o_t, y = tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC)
         at, at_o, size = part_ptr + row, o_ptr + row * D + d, B.to(tl.int64) * D
         for _ in range(0, splits):
-            g += tl.exp(tl.load(at) - m) * tl.load(at_o, mask=d < D, other=0.0)
+            o += tl.exp(tl.load(at) - m) * tl.load(at_o, mask=d < D, other=0.0)
             if TEACHER:
-                o_t = tl.load(at_o + size, mask=d < D, other=0.0)
-                g_t += tl.exp(tl.load(at + 2 * B) - m_t) * o_t
+                o_t += tl.exp(tl.load(at + 2 * B) - m_t) * tl.load(at_o + size, mask=d < D, other=0.0)
             if IDS:
                 y += tl.load(at_o + 2 * size, mask=d < D, other=0.0)
             at += 7 * B
             at_o += 3 * size
-        g *= weight / l
-        if TEACHER:
-            g -= g_t * (alpha / l_t)
+        g = o / l
         if PAIRED:
             if not IDS:
                 y = tl.load(keys_ptr + row * stride_k + d.to(tl.int64) * stride_kd, mask=d < D, other=0.0).to(ACC)
-            g -= y * ((1.0 - alpha) / n)
+            g = hard * (o / l - y / n)
+            if TEACHER:
+                g += alpha * (o / l - o_t / l_t)
         tl.store(g_ptr + row * D + d, g, mask=d < D)
 
 
@@ -245,25 +217,15 @@ def _tile(block_b: int, block_n: int, num_warps: int, num_stages: int) -> dict[s
 
 
 _INTERPRETED = _tile(16, 16, 1, 1)
-# by the operands' width and BLOCK_D: what fits the registers without a spill
+# what fits the registers without a spill, by the bits of queries and keys and BLOCK_D; ids are a third accumulator
 _TILES = {
-    "half": {128: _tile(64, 64, 4, 3), 256: _tile(64, 64, 8, 2), 512: _tile(32, 32, 8, 2)},
-    "full": {128: _tile(32, 32, 4, 2), 256: _tile(16, 32, 4, 2), 512: _tile(16, 16, 4, 1)},
+    (16, 16, False): {128: _tile(32, 64, 8, 2), 256: _tile(32, 64, 8, 2), 512: _tile(16, 32, 8, 2)},
+    (16, 16, True): {128: _tile(32, 64, 8, 2), 256: _tile(16, 64, 8, 2), 512: _tile(16, 16, 8, 2)},
+    (16, 32, False): {128: _tile(32, 64, 8, 2), 256: _tile(32, 32, 8, 2)},
+    (16, 32, True): {128: _tile(32, 32, 8, 2), 256: _tile(16, 32, 8, 2)},
+    (32, 32, False): {128: _tile(32, 32, 8, 2), 256: _tile(16, 32, 8, 2)},
+    (32, 32, True): {128: _tile(16, 32, 8, 2), 256: _tile(16, 16, 8, 1)},
 }
-# a third accumulator
-_TILES_IDS = {
-    "half": {128: _tile(32, 64, 4, 2), 256: _tile(32, 32, 8, 2), 512: _tile(16, 32, 8, 2)},
-    "full": {128: _tile(16, 32, 4, 2), 256: _tile(16, 16, 4, 2), 512: _tile(16, 16, 8, 1)},
-}
-
-
-def _tile_for(dtype: torch.dtype, block_d: int, ids: bool) -> dict[str, int]:
-    return (_TILES_IDS if ids else _TILES)["half" if dtype.itemsize == 2 else "full"][block_d]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """float32 operands are rounded to TF32 where torch's own products are."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def scan(
@@ -289,10 +251,11 @@ def scan(
     row, g = torch.zeros(b, **new), torch.zeros(x.shape if need else 0, **new)
     if not b or not n:
         return (row if paired else row.fill_(-torch.inf)), g
-    x, keys = _rows(x), keys.to(x.dtype)
+    x, keys = _rows(x), keys.to(x.dtype).to(queue.dtype)
     x_m = x if x_m is None else _rows(x_m)
     block_d = max(16 if INTERPRET else 128, triton.next_power_of_2(dim))
-    tile = _INTERPRETED if INTERPRET else _tile_for(x.dtype, block_d, ids is not None)
+    bits = (8 * x.dtype.itemsize, 8 * queue.dtype.itemsize)
+    tile = _INTERPRETED if INTERPRET else _TILES[(*bits, ids is not None)][block_d]
     blocks = triton.cdiv(b, tile["BLOCK_B"])
     total = triton.cdiv(len(keys), tile["BLOCK_N"]) + triton.cdiv(len(queue), tile["BLOCK_N"])
     wanted = 3 if INTERPRET else max(1, torch.cuda.get_device_properties(x.device).multi_processor_count // blocks)
@@ -307,11 +270,12 @@ def scan(
         "GRAD": need,
         "ACC": tl.float64 if acc == torch.float64 else tl.float32,
     }
+    precision = "tf32" if x.dtype == torch.float32 and not INTERPRET else "ieee"
     with torch.cuda.device_of(x):
         _scan_kernel[(blocks, splits)](
             part, o, x, x_m, keys, queue, temp, ids, key_ids, queue_ids, x.stride(0), x_m.stride(0), *keys.stride(),
             *queue.stride(), b, len(keys), len(queue), dim, tiles, EVEN_D=dim == block_d,
-            PRECISION=_precision(x.dtype), BLOCK_D=block_d, **flags, **tile,
+            PRECISION=precision, BLOCK_D=block_d, **flags, **tile,
         )  # fmt: skip
         _merge_kernel[(b,)](
             row, g, part, o, keys, *keys.stride(), b, dim, splits, alpha, SPLITS=triton.next_power_of_2(splits),
@@ -334,39 +298,37 @@ _INTEGERS = ("B", "K", "M", "D", "tiles", "splits")
 def aot_specs() -> Iterator[Spec]:
     """The heaviest variants of both kernels at every width that ships, for `mmfuse compile-report`."""
     on = {"PAIRED": True, "TEACHER": True, "GRAD": True}
-    for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
-        for block_d in (128, 256, 512):
-            for ids in (False, True):
-                options = on | {"IDS": ids, "EVEN_D": True, "PRECISION": precision, "BLOCK_D": block_d}
-                yield _spec("_scan_kernel", dtype, dtype, options | _tile_for(dtype, block_d, ids))
-    options = on | {"IDS": False, "EVEN_D": True, "PRECISION": "ieee", "BLOCK_D": 256}
-    options |= _tile_for(torch.bfloat16, 256, False)
+    for (bits, key_bits, ids), tiles in _TILES.items():
+        dtype, keys = ({16: torch.bfloat16, 32: torch.float32}[k] for k in (bits, key_bits))
+        for block_d, tile in tiles.items():
+            options = on | {"IDS": ids, "EVEN_D": True, "BLOCK_D": block_d} | tile
+            yield _spec("_scan_kernel", dtype, keys, options)
+    options |= {"IDS": False, "BLOCK_D": 256} | _TILES[16, 16, False][256]
     yield _spec("_scan_kernel", torch.float16, torch.float16, options)
-    yield _spec("_scan_kernel", torch.bfloat16, torch.float32, options)
     yield _spec("_scan_kernel", torch.bfloat16, torch.bfloat16, options | {"GRAD": False, "TEACHER": False})
     yield _spec("_scan_kernel", torch.bfloat16, torch.bfloat16, options | {"EVEN_D": False})
     merge = on | {"IDS": True, "SPLITS": 256, "BLOCK_D": 256, "num_warps": 4, "num_stages": 3}
     yield _spec("_merge_kernel", torch.bfloat16, torch.bfloat16, merge)
 
 
-def _spec(name: str, dtype: torch.dtype, queue: torch.dtype, options: dict[str, Any]) -> Spec:
+def _spec(name: str, dtype: torch.dtype, keys: torch.dtype, options: dict[str, Any]) -> Spec:
     kernel = globals()[name]
+    options = {"PRECISION": "tf32" if dtype == torch.float32 else "ieee"} | options
     constants = {k: v for k, v in ({"ACC": tl.float32} | options).items() if k in kernel.arg_names}
     constants |= {n: 1 for n in ("stride_kd", "stride_qd") if n in kernel.arg_names}
     if not options["IDS"]:
         constants |= {n: None for n in _IDS if n in kernel.arg_names}
-    pointers = dict.fromkeys(("x_ptr", "x_m_ptr", "keys_ptr"), "*" + _SHORT[dtype]) | dict.fromkeys(_IDS, "*i64")
-    pointers["queue_ptr"] = "*" + _SHORT[queue]
+    pointers = dict.fromkeys(("x_ptr", "x_m_ptr"), "*" + _SHORT[dtype]) | dict.fromkeys(_IDS, "*i64")
+    pointers |= dict.fromkeys(("keys_ptr", "queue_ptr"), "*" + _SHORT[keys])
     signature = {
         n: "i32" if n in _INTEGERS or n.startswith("stride_") else "fp32" if n == "alpha" else pointers.get(n, "*fp32")
         for n in kernel.arg_names
         if n not in constants
     }
-    precision = f"-{options['PRECISION']}" if dtype == torch.float32 else ""
+    precision = "-tf32" if dtype == torch.float32 else ""
     variant = [_SHORT[dtype] + precision, f"D={options['BLOCK_D']}"]
-    variant += (
-        ["ids"] * options["IDS"] + ["loss"] * (not options["GRAD"]) + [f"{_SHORT[queue]} queue"] * (queue != dtype)
-    )
+    variant += ["ids"] * options["IDS"] + ["loss"] * (not options["GRAD"]) + ["fp32 keys"] * (keys != dtype)
+    variant += ["odd D"] * (not options.get("EVEN_D", True))
     return Spec(
         kernel=f"{__name__}:{name}",
         variant=" ".join(variant),

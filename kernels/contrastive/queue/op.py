@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime.device import INTERPRET, only_named_in_the_interpreter
 from mmfuse.kernels.contrastive.arguments import scalar
 from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
 from mmfuse.kernels.contrastive.queue import blocked, reference
-
-# two accumulators of D columns stay in registers
-_TRITON_MAX_D = 512
 
 
 def _scan(backend: str) -> Any:
@@ -26,11 +23,20 @@ def _scan(backend: str) -> Any:
     return blocked.scan
 
 
-def _reasons_against_triton(query: Tensor, *_: object) -> list[str]:
+def _reasons_against_triton(query: Tensor, *keys: Tensor) -> list[str]:
     why = reasons_against_triton(query)
-    return (
-        why if query.shape[1] <= _TRITON_MAX_D else [*why, f"{query.shape[1]} features per row, above {_TRITON_MAX_D}"]
-    )
+    # accumulators of D columns stay in registers
+    widest = 256 if any(t.dtype == torch.float32 for t in (query, *keys)) else 512
+    if query.shape[1] > widest:
+        why.append(f"{query.shape[1]} features per row, above {widest}")
+    if query.dtype == torch.float32 and not INTERPRET and not _tf32():
+        why.append("float32 products without TF32 do not fit its registers")
+    return why
+
+
+@torch.compiler.assume_constant_result
+def _tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _loss_and_grads(x: Tensor, temp: Tensor, row: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +131,7 @@ def queue_itc_loss(
     L = mean_i sum_j T_ij (logsumexp_k S_ik - S_ij),  S = query @ [keys; queue].T / temp,
     T = alpha softmax(query_m @ [keys; queue].T / temp) + (1 - alpha) Y
     (Li et al. 2021, equations 1, 2 and 6; also BLIP). The keys are never concatenated with the queue, no B x (K + M)
-    matrix is held on a GPU, and the gradients are computed in the forward pass: the backward scales them.
+    matrix is saved for the backward: the gradients are computed in the forward pass, and the backward scales them.
 
     Args:
         query: [B, D], float16, bfloat16, float32 or float64; any strides. The features with a gradient.

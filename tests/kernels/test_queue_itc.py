@@ -1,0 +1,316 @@
+"""Losses against a momentum queue, every implementation against float64 and against eager in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from judge import assert_no_worse
+from mmfuse.kernels._runtime import UnsupportedError
+from mmfuse.kernels.contrastive.queue import moco_loss, queue_itc_loss
+from mmfuse.kernels.contrastive.queue.op import MOCO, QUEUE_ITC, moco_fwd, queue_itc_fwd
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PROBE = torch.ones(8, 16, device=DEVICE)
+ALL = QUEUE_ITC.available(PROBE)
+# the interpreter runs a Triton program in Python: it takes the small cases
+FAST = [n for n in ALL if GPU or n != "triton"]
+Case = dict[str, Any]
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, device=DEVICE), dim=-1)
+
+
+def case(b: int = 9, k: int | None = None, m: int = 36, d: int = 24, alpha: float = 0.4, ids: bool = False) -> Case:
+    k = b if k is None else k
+    found: Case = {"query": unit(b, d), "keys": unit(k, d), "queue": unit(m, d)}
+    if alpha:
+        found |= {"query_m": unit(b, d), "alpha": alpha}
+    if ids:
+        for name, n in (("ids", b), ("key_ids", k), ("queue_ids", m)):
+            found[name] = torch.randint(0, max(2, (k + m) // 3), (n,), device=DEVICE)
+    return found
+
+
+def run(given: Case, temp: float, dtype: torch.dtype, backend: str | None = None) -> list[Tensor]:
+    given = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    query = given.pop("query").requires_grad_()
+    acc = torch.promote_types(dtype, torch.float32)
+    t = torch.tensor(temp, dtype=acc, device=query.device, requires_grad=True)
+    loss = (moco_loss if "key" in given else queue_itc_loss)(query, temp=t, backend=backend, **given)
+    return [loss, *torch.autograd.grad(loss, (query, t))]
+
+
+def judge(draw: Callable[[], Case], temp: float, backend: str, dtype: torch.dtype = torch.float32) -> None:
+    """Over several draws: eager's error may be nothing by luck, above all in a single number."""
+    results: list[list[list[Tensor]]] = [[], [], []]
+    for _ in range(4):
+        # the same 16-bit numbers for all three
+        given = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in draw().items()}
+        results[0].append(run(given, temp, dtype, backend))
+        results[1].append(run(given, temp, dtype, "torch"))
+        results[2].append(run(given, temp, torch.float64, "torch"))
+    for i, name in enumerate(("loss", "query", "temp")):
+        got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in results)
+        assert_no_worse(got, eager, exact, name)
+
+
+SIZES: list[dict[str, Any]] = [
+    {},
+    {"b": 1, "m": 5},
+    {"b": 17, "m": 20, "d": 40},
+    {"k": 30},
+    {"m": 0},
+    {"m": 0, "b": 1},
+    {"k": 2, "ids": True},
+    {"k": 0, "ids": True},
+    {"ids": True},
+    {"alpha": 0.0},
+    {"alpha": 0.0, "ids": True},
+    {"alpha": 1.0},
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_matches_float64(backend: str, size: dict) -> None:
+    judge(lambda: case(**size), 0.07, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [{"b": 33, "m": 1000, "d": 64}, {"b": 33, "m": 1000, "d": 64, "ids": True}], ids=str)
+@pytest.mark.parametrize("backend", FAST)
+def test_sixteen_bits(backend: str, size: dict, dtype: torch.dtype) -> None:
+    judge(lambda: case(**size), 0.07, backend, dtype)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_many_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("_LOGIT_BYTES", 1 << 14), ("_PASS_BYTES", 1 << 12)):
+        monkeypatch.setattr(f"mmfuse.kernels.contrastive.queue.blocked.{name}", {DEVICE: size})
+    monkeypatch.setattr("mmfuse.kernels.contrastive.queue.blocked._KEYS", 37)
+    judge(lambda: case(b=30, k=50, m=130), 0.07, backend)
+    judge(lambda: case(b=30, k=50, m=130, ids=True), 0.07, backend)
+
+
+@pytest.mark.parametrize("m", [0, 1, 36])
+@pytest.mark.parametrize("backend", ALL)
+def test_moco(backend: str, m: int) -> None:
+    judge(lambda: {"query": unit(9, 24), "key": unit(9, 24), "queue": unit(m, 24)}, 0.07, backend)
+
+
+def opposite() -> Case:
+    """Every key points away from every query: at temperature 0.001 all logits are near -1000."""
+    given = case()
+    axis = unit(1, 24)
+    for name, sign in (("query", 1), ("query_m", 1), ("keys", -1), ("queue", -1)):
+        given[name] = F.normalize(0.1 * given[name] + sign * axis, dim=-1)
+    return given
+
+
+def duplicates() -> Case:
+    given = case(b=10, m=30)
+    for name in ("query", "query_m", "keys", "queue"):
+        given[name] = given[name][torch.arange(len(given[name])) % 5]
+    return given
+
+
+def solved() -> Case:
+    """Orthogonal pairs, and a teacher that agrees: at temperature 0.001 the loss is e^-1000."""
+    eye = torch.eye(24, device=DEVICE)
+    return {"query": eye[:9], "keys": eye[:9], "queue": eye[9:], "query_m": eye[:9], "alpha": 0.4}
+
+
+def unmatched() -> Case:
+    given = case(ids=True)
+    given["ids"][::2] = -1
+    return given
+
+
+EXTREMES = {f.__name__: f for f in (opposite, duplicates, solved, unmatched)}
+
+
+@pytest.mark.parametrize("temp", [0.001, 0.5] if GPU else [0.001])
+@pytest.mark.parametrize("draw", EXTREMES)
+@pytest.mark.parametrize("backend", ALL)
+def test_extremes(backend: str, draw: str, temp: float) -> None:
+    judge(EXTREMES[draw], temp, backend)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_row_without_a_match_has_no_hard_targets(backend: str) -> None:
+    given = case(b=4, ids=True, alpha=0.0)
+    given["ids"][:] = -1
+    loss, dx, dt = run(given, 0.07, torch.float32, backend)
+    assert loss == 0 and dt == 0 and not dx.any()
+    given |= {"query_m": unit(4, 24), "alpha": 0.4}
+    soft = {k: v for k, v in given.items() if "ids" not in k} | {"alpha": 1.0}
+    torch.testing.assert_close(run(given, 0.07, torch.float32, backend)[0], 0.4 * run(soft, 0.07, torch.float32)[0])
+
+
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_equals_the_official_code(backend: str) -> None:
+    # Li et al. 2021, models/model_pretrain.py: the queue is [D, M], the keys are concatenated before it
+    given = case(b=5, m=40)
+    t = torch.tensor(0.07, device=DEVICE)
+    everything = torch.cat([given["keys"].t(), given["queue"].t().clone()], dim=1)
+    with torch.no_grad():
+        sim_m = given["query_m"] @ everything / t
+        targets = torch.zeros_like(sim_m).fill_diagonal_(1)
+        targets = 0.4 * F.softmax(sim_m, dim=1) + 0.6 * targets
+    query = given["query"].clone().requires_grad_()
+    want = -torch.sum(F.log_softmax(query @ everything / t, dim=1) * targets, dim=1).mean()
+    loss, dx, _ = run(given, 0.07, torch.float32, backend)
+    torch.testing.assert_close(loss, want.detach())
+    torch.testing.assert_close(dx, torch.autograd.grad(want, query)[0], atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_any_strides_and_a_wider_queue(backend: str) -> None:
+    given = case(b=8, m=40)
+    want = run(given, 0.1, torch.float32, backend)
+    strided = {k: v.t().contiguous().t() if isinstance(v, Tensor) else v for k, v in given.items()}
+    torch.testing.assert_close(run(strided, 0.1, torch.float32, backend), want)
+    half = {k: v.half() if isinstance(v, Tensor) else v for k, v in given.items()}
+    want = run(half, 0.1, torch.float16, backend)
+    query = half.pop("query").requires_grad_()
+    t = torch.tensor(0.1, device=DEVICE, requires_grad=True)
+    loss = queue_itc_loss(query, temp=t, backend=backend, **half | {"queue": given["queue"]})
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close([loss, *torch.autograd.grad(loss, (query, t))], want)
+
+
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_gradcheck(backend: str) -> None:
+    if GPU and backend == "triton":
+        pytest.skip("float64 Triton kernels run in the interpreter only")
+    t = torch.tensor(0.3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    fast = {"fast_mode": backend == "triton"}  # a random projection: the interpreter takes its time
+    for options in ({}, {"ids": True}, {"alpha": 0.0, "ids": True}):
+        given = case(b=3, k=4, m=6, d=5, **options)
+        given = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+        query = given.pop("query").requires_grad_()
+
+        def loss(q: Tensor, t: Tensor, given: Case = given) -> Tensor:
+            return queue_itc_loss(q, temp=t, backend=backend, **given)
+
+        # the temperature of the teacher is a constant, which a finite difference does not know
+        torch.autograd.gradcheck(loss, (query, t if "alpha" not in given else t.detach()), **fast)
+    key, queue = unit(3, 5).double(), unit(6, 5).double()
+    torch.autograd.gradcheck(lambda q, t: moco_loss(q, key, queue, t, backend=backend), (query, t), **fast)
+
+
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_backward_twice_and_double_backward(backend: str) -> None:
+    given = case(b=5)
+    query = given.pop("query").requires_grad_()
+    for loss in (
+        queue_itc_loss(query, temp=0.1, backend=backend, **given),
+        moco_loss(query, given["keys"], given["queue"], 0.1, backend=backend),
+    ):
+        first = torch.autograd.grad(loss, query, retain_graph=True)
+        (g,) = torch.autograd.grad(loss, query, create_graph=True)
+        assert torch.equal(first[0], g)
+        with pytest.raises(RuntimeError, match="differentiable once, not twice"):
+            (loss + g.sum()).backward()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_runs_are_bitwise_equal(backend: str) -> None:
+    given = case(b=20, m=60, ids=True)
+    assert all(map(torch.equal, run(given, 0.07, torch.float32, backend), run(given, 0.07, torch.float32, backend)))
+
+
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_nothing_but_the_query_and_the_temperature_gets_a_gradient(backend: str) -> None:
+    given = {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in case().items()}
+    queue_itc_loss(temp=0.07, backend=backend, **given).backward()
+    assert given["query"].grad is not None
+    assert given["keys"].grad is given["queue"].grad is given["query_m"].grad is None
+    with torch.no_grad():
+        loss, dx, dt = queue_itc_fwd(
+            *(given[k] for k in ("query", "query_m", "keys", "queue")), torch.tensor(0.07, device=DEVICE), 0.4,
+            None, None, None, False, backend,
+        )  # fmt: skip
+    assert not loss.requires_grad and dx.numel() == dt.numel() == 0
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_not_a_number_is_seen(backend: str) -> None:
+    for name in ("query", "query_m", "keys", "queue"):
+        given = case()
+        given[name][-1, 3] = float("nan")
+        assert run(given, 0.07, torch.float32, backend)[0].isnan()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_compiles_in_one_graph(backend: str) -> None:
+    given = case(b=6, ids=True)
+    query = given.pop("query").requires_grad_()
+    t = torch.tensor(0.07, device=DEVICE, requires_grad=True)
+
+    def losses(query: Tensor, t: Tensor) -> Tensor:
+        a = queue_itc_loss(query, temp=t, backend=backend, **given)
+        return a + moco_loss(query, given["keys"], given["queue"], t, backend=backend)
+
+    want = torch.autograd.grad(losses(query, t), (query, t))
+    got = torch.autograd.grad(torch.compile(losses, fullgraph=True, backend="aot_eager")(query, t), (query, t))
+    torch.testing.assert_close(got, want)
+
+
+def test_registration() -> None:
+    given = case(b=4, m=20, ids=True)
+    query = given["query"].requires_grad_()
+    t = torch.tensor(0.07, device=DEVICE, requires_grad=True)
+    ids = [given[k] for k in ("ids", "key_ids", "queue_ids")]
+    args = (query, given["query_m"], given["keys"], given["queue"], t, 0.4, *ids, True, "chunked")
+    torch.library.opcheck(queue_itc_fwd.op, args)
+    torch.library.opcheck(moco_fwd.op, (query, given["keys"], given["queue"], t, True, "chunked"))
+
+
+def test_autocast_rounds_like_a_product() -> None:
+    given = case()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = queue_itc_loss(temp=0.07, **given)
+    low = {k: v.bfloat16() if isinstance(v, Tensor) else v for k, v in given.items()}
+    torch.testing.assert_close(got, queue_itc_loss(temp=0.07, **low))
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"alpha": 1.5}, ValueError, "alpha is 1.5"),
+        ({"query_m": None}, ValueError, "alpha is 0.4 and query_m is None"),
+        ({"query_m": torch.ones(3, 24)}, ValueError, "query_m has shape"),
+        ({"keys": torch.ones(3, 24)}, ValueError, "keys has 3 rows, expected at least the 9"),
+        ({"queue": torch.ones(3, 25)}, ValueError, "queue has 25 features per row, expected 24"),
+        ({"queue": torch.ones(3, 24, dtype=torch.float64)}, TypeError, "queue has dtype torch.float64"),
+        ({"queue": torch.ones(3)}, ValueError, "queue has shape"),
+        ({"queue": None}, TypeError, "queue is NoneType"),
+        ({"key_ids": torch.arange(9)}, ValueError, "ids is not"),
+        ({"ids": torch.arange(9)}, TypeError, "queue_ids is NoneType"),
+        ({"ids": torch.arange(8)}, ValueError, r"ids has shape \(8,\), expected \[9\]"),
+        ({"ids": torch.ones(9)}, TypeError, "ids has dtype torch.float32"),
+        ({"temp": torch.ones(2)}, ValueError, "temp has shape"),
+        ({"backend": "cuda"}, UnsupportedError, "not an implementation"),
+    ],
+    ids=str,
+)
+def test_errors_name_the_argument(change: dict, error: type[Exception], words: str) -> None:
+    change = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in change.items()}
+    with pytest.raises(error, match=words):
+        queue_itc_loss(**{"temp": 0.07} | case() | change)
+
+
+def test_moco_errors_and_its_implementations() -> None:
+    assert MOCO.available(PROBE) == ALL
+    with pytest.raises(ValueError, match="key has shape"):
+        moco_loss(unit(3, 8), unit(4, 8), unit(5, 8), 0.1)
+    assert "triton" not in QUEUE_ITC.available(torch.ones(4, 600, device=DEVICE))
