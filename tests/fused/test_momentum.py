@@ -1,0 +1,155 @@
+"""The momentum queue: a ring on the device with the official layout, and the momentum update."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse.fused import MomentumQueueITC, momentum_update
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, device=DEVICE), dim=-1)
+
+
+def make(m: int = 10, d: int = 8, with_ids: bool = False) -> MomentumQueueITC:
+    return MomentumQueueITC(d, m, with_ids=with_ids).to(DEVICE)
+
+
+def test_a_new_queue_is_the_official_one() -> None:
+    torch.manual_seed(1)
+    queue = MomentumQueueITC(8, 10, with_ids=True)
+    torch.manual_seed(1)
+    image, text = (F.normalize(torch.randn(8, 10), dim=0) for _ in range(2))
+    assert torch.equal(queue.image_queue, image) and torch.equal(queue.text_queue, text)
+    shapes = {k: tuple(v.shape) for k, v in queue.state_dict().items()}
+    assert shapes == {"image_queue": (8, 10), "text_queue": (8, 10), "idx_queue": (1, 10), "queue_ptr": (1,)}
+    assert (queue.idx_queue == -100).all() and queue.queue_ptr.dtype == torch.long
+    assert "idx_queue" not in make().state_dict()
+
+
+def test_enqueue_wraps_around_at_any_size() -> None:
+    queue, b = make(m=10, with_ids=True), 4
+    expected = {k: v.clone() for k, v in queue.state_dict().items()}
+    for step in range(7):
+        image, text, ids = unit(b, 8), unit(b, 8), torch.arange(b, device=DEVICE) + 10 * step
+        for i in range(b):
+            at = (step * b + i) % 10
+            expected["image_queue"][:, at], expected["text_queue"][:, at] = image[i], text[i]
+            expected["idx_queue"][0, at] = ids[i]
+        queue.enqueue(image, text, ids)
+        expected["queue_ptr"][0] = (step + 1) * b % 10
+        for name, value in queue.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_rows_stay_contiguous_through_checkpoints_and_moves() -> None:
+    queue = make()
+    queue.enqueue(unit(3, 8), unit(3, 8))
+    file = io.BytesIO()
+    torch.save({k: v.contiguous() for k, v in queue.state_dict().items()}, file)  # as the official code stores it
+    file.seek(0)
+    other = make()
+    other.load_state_dict(torch.load(file))
+    for q in (queue, other, copy.deepcopy(queue), make().double()):
+        assert q.image_queue.t().is_contiguous() and q.text_queue.t().is_contiguous()
+    assert torch.equal(other.image_queue, queue.image_queue) and other.queue_ptr.item() == 3
+
+
+def official(queue: MomentumQueueITC, x: list[Tensor], temp: Tensor, alpha: float, ids: Tensor | None) -> list[Tensor]:
+    """ALBEF's models/model_retrieval.py, of which model_pretrain.py is the case without ids."""
+    image, text, image_m, text_m = x
+    with torch.no_grad():
+        image_all = torch.cat([image_m.t(), queue.image_queue.clone().detach()], dim=1)
+        text_all = torch.cat([text_m.t(), queue.text_queue.clone().detach()], dim=1)
+        sims = image_m @ text_all / temp, text_m @ image_all / temp
+        if ids is None:
+            hard = torch.zeros_like(sims[0]).fill_diagonal_(1)
+        else:
+            same = torch.eq(ids.view(-1, 1), torch.cat([ids.view(1, -1), queue.idx_queue], dim=1)).float()
+            hard = same / same.sum(1, keepdim=True)
+        targets = [alpha * F.softmax(s, dim=1) + (1 - alpha) * hard for s in sims]
+    logits = image @ text_all / temp, text @ image_all / temp
+    return [-(F.log_softmax(s, dim=1) * t).sum(1).mean() for s, t in zip(logits, targets, strict=True)]
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_equals_the_official_code_over_steps(alpha: float, with_ids: bool) -> None:
+    queue = make(m=30, with_ids=with_ids)
+    for _ in range(4):
+        x = [unit(7, 8) for _ in range(4)]
+        ids = torch.randint(0, 9, (7,), device=DEVICE) if with_ids else None
+        grads = []
+        for losses in (queue, None):
+            leaves = [t.clone().requires_grad_() for t in x[:2]]
+            temp = torch.tensor(0.07, device=DEVICE, requires_grad=True)
+            if losses is None:
+                pair = official(queue, [*leaves, *x[2:]], temp, alpha, ids)
+            else:
+                pair = list(losses(*leaves, *x[2:], temp, alpha, ids))
+            grads.append([*pair, *torch.autograd.grad(sum(pair) / 2, (*leaves, temp))])
+        torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)
+        queue.enqueue(*x[2:], ids)
+
+
+def test_enqueue_compiles_in_one_graph() -> None:
+    queue, other = make(), None
+    other = copy.deepcopy(queue)
+    compiled = torch.compile(queue.enqueue, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        image, text = unit(4, 8), unit(4, 8)
+        compiled(image, text)
+        other.enqueue(image, text)
+    assert all(map(torch.equal, queue.state_dict().values(), other.state_dict().values()))
+
+
+def test_errors() -> None:
+    x, ids = unit(4, 8), torch.arange(4, device=DEVICE)
+    with pytest.raises(ValueError, match="ids are given, expected None"):
+        make().enqueue(x, x, ids)
+    with pytest.raises(ValueError, match="ids are given, expected None"):
+        make()(x, x, x, x, 0.07, ids=ids)
+    with pytest.raises(ValueError, match="ids is None, expected"):
+        make(with_ids=True).enqueue(x, x)
+    with pytest.raises(ValueError, match="image_m has 4 rows over all ranks, expected at most the 3"):
+        make(m=3).enqueue(x, x)
+    with pytest.raises(ValueError, match=r"text_m has shape \(3, 8\)"):
+        make().enqueue(x, x[:3])
+    with pytest.raises(ValueError, match=r"ids has shape \(3,\)"):
+        make(with_ids=True).enqueue(x, x, ids[:3])
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    queue = MomentumQueueITC(4, 10, with_ids=True, process_group=dist.group.WORLD)
+    queue.enqueue(torch.full((3, 4), rank + 1.0), torch.full((3, 4), rank + 5.0), torch.arange(3) + 10 * rank)
+    assert queue.idx_queue[0, :7].tolist() == [0, 1, 2, 10, 11, 12, -100] and queue.queue_ptr.item() == 6
+    assert queue.image_queue[0, :6].tolist() == [1, 1, 1, 2, 2, 2] and queue.text_queue[3, 5] == 6
+    with pytest.raises(RuntimeError, match="differ in size"):
+        queue.enqueue(torch.ones(2 + rank, 4), torch.ones(2 + rank, 4), torch.arange(2 + rank))
+    dist.destroy_process_group()
+
+
+def test_a_group_gathers(tmp_path: os.PathLike) -> None:
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+
+
+def test_momentum_update_is_the_official_formula() -> None:
+    params = [torch.randn(s, device=DEVICE, requires_grad=True) for s in ((3, 4), (5,), ())]
+    momentum = [torch.randn_like(p) for p in params]
+    want = [m.double() * 0.995 + p.detach().double() * (1 - 0.995) for p, m in zip(params, momentum, strict=True)]
+    momentum_update(iter(params), iter(momentum), 0.995)
+    torch.testing.assert_close([m.double() for m in momentum], want, atol=1e-7, rtol=1e-6)
+    with pytest.raises(RuntimeError):
+        momentum_update(params[:2], momentum, 0.9)
