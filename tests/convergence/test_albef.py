@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -23,7 +24,6 @@ pytest.importorskip("sklearn.datasets")
 
 from mmfuse.demo.digits import TEMPLATES, WORDS, Digits, caption, load, paint  # noqa: E402  (needs scikit-learn)
 
-WHITE = 0  # the only ink
 LENGTH = 9  # [CLS], up to 7 words, [SEP]
 CONFIG = {
     "variant": "pretrain",
@@ -64,14 +64,14 @@ def tokens(text: str) -> Tensor:
     return torch.tensor(ids + [0] * (LENGTH - len(ids)))
 
 
-def pairs(digits: Digits, shuffled: float = 0.0) -> Pairs:
+def pairs(digits: Digits, shuffled: float = 0.0, inks: int = 1) -> Pairs:
     """Every picture twice, each with one of the templates' captions; a share of the pairs has its captions permuted."""
     grey, digit = digits.grey.repeat(2, 1, 1), digits.digit.repeat(2)
-    template = torch.randint(len(TEMPLATES), digit.shape)
-    ids = torch.stack([tokens(caption(WHITE, *row)) for row in torch.stack([digit, template], 1).tolist()])
+    ink, template = torch.arange(len(digit)) % inks, torch.randint(len(TEMPLATES), digit.shape)
+    ids = torch.stack([tokens(caption(*row)) for row in torch.stack([ink, digit, template], 1).tolist()])
     wrong = torch.randperm(len(ids))[: int(shuffled * len(ids))]
     ids[wrong] = ids[wrong.roll(1)]
-    return Pairs(paint(grey, torch.full_like(digit, WHITE)), ids)
+    return Pairs(paint(grey, ink), ids)
 
 
 def train(data: Pairs, steps: int, batch: int, alpha: float, seed: int = 0) -> tuple[ALBEF, Tensor]:
@@ -105,15 +105,19 @@ def train(data: Pairs, steps: int, batch: int, alpha: float, seed: int = 0) -> t
 
 
 @torch.no_grad()
-def accuracy(model: ALBEF, digits: Digits) -> tuple[float, float]:
-    """Share of new pictures whose best caption of ten is right: by similarity, and by match among the best three."""
-    ids = torch.stack([tokens(caption(WHITE, digit)) for digit in range(10)])
+def accuracy(model: ALBEF, digits: Digits, inks: int = 1) -> tuple[float, float]:
+    """Share of new pictures whose best caption of all is right: by similarity, and by match among the best three."""
+    ink = torch.arange(len(digits.digit)) % inks
+    ids = torch.stack([tokens(caption(*which)) for which in product(range(inks), range(10))])
     mask = ids.ne(0).long()
-    images = model.encode_image(paint(digits.grey, torch.full_like(digits.digit, WHITE)))
-    texts = model.encode_text(ids, mask)
-    similar = (images[1] @ texts[1].T).argmax(1) == digits.digit
-    ranking, _ = model.retrieve(Features(images[0], texts[0], images[1], texts[1]), mask, k=3)
-    return similar.double().mean().item(), ranking.recall((1,), digits.digit, torch.arange(10))[1]
+    (image_embeds, image_feat), (text_embeds, text_feat) = (
+        model.encode_image(paint(digits.grey, ink)),
+        model.encode_text(ids, mask),
+    )
+    right = 10 * ink + digits.digit
+    similar = ((image_feat @ text_feat.T).argmax(1) == right).double().mean().item()
+    ranking, _ = model.retrieve(Features(image_embeds, text_embeds, image_feat, text_feat), mask, k=3)
+    return similar, ranking.recall((1,), right, torch.arange(len(ids)))[1]
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +146,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--shuffled", type=float, default=0.3)
+    parser.add_argument("--inks", type=int, default=1, help="colours, at most 8, which the captions name")
     args = parser.parse_args()
     training, held_out = load(torch.device("cpu"))
     for alpha in (0.0, 0.4):
         reached = []
         for seed in range(args.seeds):
             torch.manual_seed(seed)
-            model, _ = train(pairs(training, args.shuffled), args.steps, args.batch, alpha, seed)
-            reached.append(accuracy(model, held_out))
+            model, _ = train(pairs(training, args.shuffled, args.inks), args.steps, args.batch, alpha, seed)
+            reached.append(accuracy(model, held_out, args.inks))
         for name, values in zip(("by similarity", "by match"), zip(*reached, strict=True), strict=True):
             each = ", ".join(f"{value:.3f}" for value in values)
             print(f"alpha {alpha}, {name}: {sum(values) / len(values):.3f} ({each})", flush=True)
