@@ -21,6 +21,7 @@ SECTIONS = [
     "What accelerate() replaced",
     "Pictures",
     "Training",
+    "Captions",
     "Parity",
     "Benchmark",
     "Export",
