@@ -20,7 +20,9 @@ Load = Callable[[torch.device, torch.dtype], Callable[..., Any]]
 SUITES = {
     "contrastive": "mmfuse.bench.contrastive",
     "queries": "mmfuse.bench.queries",
+    "queue": "mmfuse.bench.queue",
     "language": "mmfuse.bench.language",
+    "selection": "mmfuse.bench.selection",
 }
 
 
