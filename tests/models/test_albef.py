@@ -72,7 +72,7 @@ def _batch(size: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_parameter_counts_of_the_paper() -> None:
-    """Section 3.1: "a BERT-base with 123.7M parameters and a ViT-B/16 with 85.8M parameters"."""
+    """Section 3.5: "a BERT-base with 123.7M parameters and a ViT-B/16 with 85.8M parameters"."""
     with torch.device("meta"):
         model = models.create("albef", "14m")
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
@@ -178,7 +178,7 @@ def test_padding_is_not_seen() -> None:
 
 
 def _itc(model: ALBEF, f: Features, f_m: Features, alpha: float, idx: Tensor | None) -> Tensor:
-    """Equations 3 and 4, written out."""
+    """Equation 6, written out."""
     losses = []
     for query, query_m, keys, queue in (
         (f.image_feat, f_m.image_feat, f_m.text_feat, model.text_queue),
