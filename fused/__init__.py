@@ -1,6 +1,7 @@
 """Modules and losses that replace the field's own, and `accelerate()`, which swaps them into a live model."""
 
 from mmfuse.fused.acceleration import Report, accelerate
+from mmfuse.fused.grad_cache import GradCache
 from mmfuse.fused.language import linear_cross_entropy
 from mmfuse.fused.losses import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from mmfuse.fused.momentum import MomentumQueueITC, momentum_update
@@ -11,6 +12,7 @@ __all__ = [
     "ClipLoss",
     "CoCaLoss",
     "DistillClipLoss",
+    "GradCache",
     "HardNegativeSampler",
     "MaxQueryITC",
     "MomentumQueueITC",

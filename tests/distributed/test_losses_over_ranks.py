@@ -1,0 +1,83 @@
+"""The distributed losses in groups of gloo processes, against open_clip's own and against one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import worlds
+from distributed import programs
+from judge import assert_no_worse
+from mmfuse.kernels.contrastive.distributed.op import DISTRIBUTED_CLIP
+
+pytest.importorskip("open_clip")
+
+
+@pytest.mark.parametrize("size, b, d", [(2, 6, 10), (4, 3, 5)])
+def test_every_mode_as_open_clip(size: int, b: int, d: int) -> None:
+    worlds.run(size, programs.as_open_clip, b, d)
+
+
+def test_precision() -> None:
+    by_rank = worlds.run(2, programs.in_low_precision, 40, 24, 8)
+    draws, per_dtype = 8, len(by_rank[0]) // 2
+    kinds = per_dtype // draws
+    for found in by_rank:
+        for dtype in range(2):
+            for kind in range(kinds):
+                chosen = found[dtype * per_dtype + kind : (dtype + 1) * per_dtype : kinds]
+                for i in range(len(chosen[0][0])):
+                    got, eager, exact = (torch.stack([three[j][i] for three in chosen]) for j in range(3))
+                    assert_no_worse(got, eager, exact, f"dtype {dtype}, kind {kind}, result {i}")
+
+
+@pytest.mark.parametrize("size, sizes", [(2, [4, 1]), (4, [3, 0, 1, 5]), (3, [2, 2, 2]), (4, [5, 2])], ids=str)
+def test_as_one_process(size: int, sizes: list[int]) -> None:
+    """The last one: two ranks of the four, as a group."""
+    worlds.run(size, programs.of_the_global_batch, sizes)
+
+
+def test_every_backend() -> None:
+    """Logits computed again, and kept."""
+    there = DISTRIBUTED_CLIP.available(torch.ones(2, 16))
+    assert "chunked" in there
+    worlds.run(2, programs.every_backend, [b for b in there if b != "torch"])
+
+
+def test_only_what_is_asked() -> None:
+    worlds.run(2, programs.only_what_is_asked)
+
+
+def test_ranks_that_disagree() -> None:
+    first, *_, odd = worlds.run(3, programs.disagree)
+    same = {
+        "features": "ValueError: features per row: 5 at rank 0 but 4 at rank 2, expected the same at every rank",
+        "dtype": "ValueError: dtype: float64 at rank 0 but float32 at rank 2",
+        "mode": "ValueError: local_loss: False at rank 0 but True at rank 2",
+        "impl": "ValueError: dist_impl: shift at rank 0 but gather at rank 2",
+        "loss": "ValueError: loss: clip_loss at rank 0 but siglip_loss at rank 2",
+        "gradient": "ValueError: gradient of text: False at rank 0 but True at rank 2",
+        "sizes": "ValueError: sizes is [2, 2, 2], expected 3 numbers with 3 at rank",
+        "world": "ValueError: ClipLoss has rank ",
+    }
+    for said in (first, odd):
+        for name, expected in same.items():
+            assert said[name].startswith(expected), said[name]
+    for name, own in (
+        ("rows", "ValueError: text has 2 rows, expected 3"),
+        ("scale", "ValueError: logit_scale has shape"),
+    ):
+        assert first[name].startswith("RuntimeError: rank 2's arguments do not fit"), first[name]
+        assert odd[name].startswith(own), odd[name]
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_rank_that_dies(when: str) -> None:
+    (said, seconds), gone = worlds.run(2, programs.die, when, timeout=5.0)
+    assert gone is None
+    assert "rank 0 of 2 waited in vain; another process has died" in said
+    assert seconds < 10
+
+
+def test_grad_cache() -> None:
+    worlds.run(2, programs.grad_cache_under_ddp)
