@@ -297,12 +297,12 @@ def _reasons_against(
 ) -> str | None:
     if not hidden.is_cuda:
         return f"hidden is on {hidden.device}, expected a CUDA device"
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return "it is called inside torch.compile or autocast"
     if find_spec(_MODULES[peer]) is None:
         return f"{_MODULES[peer]} is not installed"
     if hidden.dtype == torch.float64:
         return "hidden has dtype torch.float64"
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
-        return "it is called inside torch.compile or autocast"
     if teacher is not None:
         return "there is a teacher"
     if peer == "liger" and reduction == "none":

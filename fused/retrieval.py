@@ -2,7 +2,7 @@
 
     similarity (ITC) of all pairs -> the k most similar of each query -> matching score (ITM) of these k only
 
-Li et al. 2021 (ALBEF), section 3.4; Li et al. 2022 (BLIP); Li et al. 2023 (BLIP-2), which add the similarity to the
+Li et al. 2021 (ALBEF), section 5; Li et al. 2022 (BLIP); Li et al. 2023 (BLIP-2), which add the similarity to the
 matching score.
 """
 
