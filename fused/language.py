@@ -56,7 +56,7 @@ def linear_cross_entropy(
         backend: "torch" (the formula, all logits at once), "chunked", "liger" or "cut_cross_entropy"; `use_backend`
             names the first two as well. By default, on a GPU, one of the two packages if it is installed and does
             what is asked (neither takes a teacher, Liger no reduction="none", cut-cross-entropy no bias and no label
-            smoothing), otherwise "chunked".
+            smoothing), otherwise "chunked", or the formula where one block holds all tokens in float32 or float64.
 
     Returns:
         A scalar, or [...] for reduction="none" (0 at ignored tokens): float32, or float64 for float64.
