@@ -182,9 +182,9 @@ _TILES: dict[str, dict[str, dict[str, int]]] = {
         "queries": {"columns": 64, "BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
     },
 }
-# 256 queries are one image in a tile of twice the columns or more: fewer rows, more threads
 # with few queries a tile has many images, each with its own row of g
 _FEW = {"max": {}, "queries": {"BLOCK_N": 32, "num_warps": 8}}
+# with many, one image has more columns than the tile was made for: fewer rows, more threads
 _MANY = {"max": {"BLOCK_N": 64, "num_warps": 8}, "queries": {"BLOCK_D": 64, "num_warps": 8}}
 _TEXTS = {"BLOCK_N": 32, "BLOCK_D": 128, "num_warps": 4}
 # the gathered sum over images is split until there are this many programs
@@ -194,7 +194,7 @@ _PROGRAMS = 1024
 def _tile(kernel: str, kind: str, queries: int) -> dict[str, int]:
     tile = dict(_TILES[kind][kernel])
     padded = triton.next_power_of_2(queries)
-    tile |= _MANY[kernel] if padded == 256 else _FEW[kernel] if padded < 16 and kind == "half" else {}
+    tile |= _MANY[kernel] if padded >= 128 else _FEW[kernel] if padded < 16 and kind == "half" else {}
     return tile | {"QUERIES": padded, "IMAGES": max(1, tile.pop("columns") // padded)}
 
 
@@ -234,12 +234,13 @@ def gradient(
 ) -> tuple[Tensor, Tensor]:
     """(dq [B, Q, D], dt [N, D]) for g [B, N] in the accumulation dtype; what is not needed is empty.
 
-    Extra memory: the parts of dt, 4 N D bytes each, at most 1024 programs in all: 16 MB or less at D = 256.
+    Extra memory: the parts of dt, 4 N D bytes each, at most 1024 programs in all: 17 MB, or one dt.
     """
     (b, queries, d), n = image.shape, len(text)
     acc = _acc(image.dtype)
-    dq = image.new_zeros(image.shape if need_image else (0,))
-    dt = text.new_zeros(text.shape if need_text else (0,))
+    new = torch.empty if g.numel() else torch.zeros
+    dq = new(image.shape if need_image else (0,), dtype=image.dtype, device=image.device)
+    dt = new(text.shape if need_text else (0,), dtype=text.dtype, device=text.device)
     if not g.numel():
         return dq, dt
     with torch.cuda.device_of(g):
@@ -272,13 +273,13 @@ _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def aot_specs() -> Iterator[Spec]:
-    """Every kernel at every kind of operand, for 1, 32 and 256 queries, for `mmfuse compile-report`."""
+    """Every kernel at every kind of operand, for 1, 32, 128 and 256 queries, for `mmfuse compile-report`."""
     for dtype, precision in (
         (torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")
     ):  # fmt: skip
         kind = "half" if dtype.itemsize == 2 else precision
         dot = kind if kind != "ieee" else None
-        for queries in (32,) if dtype == torch.float16 else (1, 32, 256):
+        for queries in (32,) if dtype == torch.float16 else (1, 32, 128, 256):
             more = {"ACC": tl.float32, "PRECISION": precision}
             variant = f"{queries} queries"
             tile = _tile("max", kind, queries)
