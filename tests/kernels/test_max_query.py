@@ -437,3 +437,24 @@ def test_bad_arguments() -> None:
     if not GPU:
         with pytest.raises(mmfuse.UnsupportedError, match="no implementation|not an implementation"):
             max_query_loss(image, text, 1.0, backend="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_host_never_waits(dtype: torch.dtype) -> None:
+    tensors = [t.to(dtype).requires_grad_() for t in features(20, 32, 64, 50)]
+    image, text, image_all, text_all = tensors
+    ids = torch.arange(50, device=DEVICE) // 2
+    tau = torch.tensor(0.07, device=DEVICE, requires_grad=True)
+
+    def step() -> None:
+        options = {"image_all": image_all, "text_all": text_all, "ids": ids[:20], "all_ids": ids}
+        loss = max_query_loss(image, text, tau, label_smoothing=0.1, backend="triton", **options)
+        torch.autograd.grad(loss, (*tensors, tau))
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
