@@ -2,6 +2,7 @@
 
 from mmfuse.fused.acceleration import Report, accelerate
 from mmfuse.fused.grad_cache import GradCache
+from mmfuse.fused.imagebind import ImageBindLoss
 from mmfuse.fused.language import linear_cross_entropy
 from mmfuse.fused.losses import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from mmfuse.fused.momentum import MomentumQueueITC, momentum_update
@@ -14,6 +15,7 @@ __all__ = [
     "DistillClipLoss",
     "GradCache",
     "HardNegativeSampler",
+    "ImageBindLoss",
     "MaxQueryITC",
     "MomentumQueueITC",
     "Ranking",

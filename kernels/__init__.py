@@ -18,6 +18,7 @@ else:
     from mmfuse.kernels.contrastive import (
         clip_loss,
         distill_clip_loss,
+        grouped_clip_loss,
         distributed_clip_loss,
         distributed_siglip_loss,
         hard_negatives,
@@ -32,7 +33,9 @@ else:
     __all__ = [
         "clip_loss",
         "distill_clip_loss",
+        "grouped_clip_loss",
     "distill_clip_loss",
+    "grouped_clip_loss",
         "distributed_clip_loss",
         "distributed_siglip_loss",
         "hard_negatives",

@@ -19,6 +19,7 @@ _LAZY = {
     "UnsupportedError": "mmfuse.kernels._runtime",
     "clip_loss": "mmfuse.kernels",
     "distill_clip_loss": "mmfuse.kernels",
+    "grouped_clip_loss": "mmfuse.kernels",
     "distributed_clip_loss": "mmfuse.kernels",
     "distributed_siglip_loss": "mmfuse.kernels",
     "hard_negatives": "mmfuse.kernels",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mmfuse.kernels import (
         clip_loss,
         distill_clip_loss,
+        grouped_clip_loss,
         distributed_clip_loss,
         distributed_siglip_loss,
         hard_negatives,
@@ -53,6 +55,7 @@ __all__ = [
     "accelerate",
     "clip_loss",
     "distill_clip_loss",
+    "grouped_clip_loss",
     "explain",
     "distributed_clip_loss",
     "distributed_siglip_loss",

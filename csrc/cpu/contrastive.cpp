@@ -372,27 +372,34 @@ void sum_chunk(int64_t c, int64_t n, float* row_sum, float* col_sum, const F& f)
 }
 
 MMFUSE_CLONES
-float add_equal(const float* u, int32_t key, const int32_t* keys, float* col_sum, int64_t n) {
+float add_equal(const float* u, int32_t key, const int32_t* keys, float row_centre, const float* col_centre,
+                float* col_sum, int64_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) {
-        const float x = keys[j] == key ? u[j] : 0.0f;
-        sum += x;
-        col_sum[j] += x;
+        sum += keys[j] == key ? u[j] - row_centre : 0.0f;
+        col_sum[j] += keys[j] == key ? u[j] - col_centre[j] : 0.0f;
     }
     return sum;
 }
 
-// sums of u where the keys are equal
-void add_positives(Tensor u, Tensor row_key, Tensor col_key, Tensor row_sum, Tensor col_sum) {
+// sums of u - centre where the keys are equal, but for the positive
+void add_positives(Tensor u, int64_t diagonal, Tensor row_key, Tensor col_key, Tensor row_centre, Tensor col_centre,
+                   Tensor row_sum, Tensor col_sum) {
     STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
     const int64_t c = u.size(0), n = u.size(1);
     const float* logits = floats(u, "u", u, c * n);
     const int32_t* rows = data<int32_t>(row_key, "row_key", u, ScalarType::Int, c);
     const int32_t* cols = data<int32_t>(col_key, "col_key", u, ScalarType::Int, n);
+    const float *row = floats(row_centre, "row_centre", u, c), *col = floats(col_centre, "col_centre", u, n);
     sum_chunk(c, n, floats(row_sum, "row_sum", u, c), floats(col_sum, "col_sum", u, n),
               [&](int64_t i, int64_t begin, int64_t end, float* sums) {
-                  return add_equal(logits + i * n + begin, rows[i], cols + begin, sums + begin, end - begin);
+                  float sum = 0;
+                  around(begin, end, i + diagonal, [&](int64_t first, int64_t last) {
+                      sum += add_equal(logits + i * n + first, rows[i], cols + first, row[i], col + first, sums + first,
+                                       last - first);
+                  });
+                  return sum;
               });
 }
 
@@ -415,45 +422,144 @@ void subtract_targets(Tensor g, Tensor row_key, Tensor col_key, Tensor p, Tensor
     });
 }
 
-// sum e^{T - row_max} S, returned, and sum e^{T - col_max} S
+// sum e^{T - row_max} (S - scale row_centre), returned, and sum e^{T - col_max} (S - scale col_centre); the sums of the
+// exponentials themselves too, the very same, for a mean that is exact where S does not vary
 MMFUSE_CLONES
 float add_cross(const float* u, const float* t, float scale, float t_scale, float row_max, const float* col_max,
-                float* col_sum, int64_t n) {
+                float row_centre, const float* col_centre, float& row_sum, float* col_sum, float* col_cross, int64_t n) {
+    float teacher[COLS];  // rounded, as for its maxima
+    load_logits(t, t_scale, teacher, n);
     const Exp exp;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
+    float sum = 0, cross = 0;
+#pragma omp simd reduction(+ : sum, cross)
     for (int64_t j = 0; j < n; ++j) {
-        const float s = scale * u[j], teacher = t_scale * t[j];
-        sum += exp(teacher - row_max) * s;
-        col_sum[j] += exp(teacher - col_max[j]) * s;
+        const float p = exp(teacher[j] - row_max), q = exp(teacher[j] - col_max[j]);
+        sum += p;
+        col_sum[j] += q;
+        cross += p * (scale * (u[j] - row_centre));
+        col_cross[j] += q * (scale * (u[j] - col_centre[j]));
     }
-    return sum;
+    row_sum += sum;
+    return cross;
 }
 
-// The sums of e^{T - max T} S over the negatives, S = scale * u, T = t_scale * t: those of the columns were against
+// The sums of e^{T - max T} scale (u - centre) over the negatives, T = t_scale * t: those of the columns were against
 // col_before and go on against col_max.
 void cross_stats(Tensor u, Tensor t, Tensor scale, Tensor t_scale, int64_t diagonal, Tensor row_max, Tensor col_before,
-                 Tensor col_max, Tensor row_sum, Tensor col_sum) {
+                 Tensor col_max, Tensor row_centre, Tensor col_centre, Tensor row_sum, Tensor col_sum, Tensor row_cross,
+                 Tensor col_cross) {
     STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
     const int64_t c = u.size(0), n = u.size(1);
     const float *student = floats(u, "u", u, c * n), *teacher = floats(t, "t", u, c * n);
     const float s = *floats(scale, "scale", u, 1), s_t = *floats(t_scale, "t_scale", u, 1);
     const float* row = floats(row_max, "row_max", u, c);
     const float *before = floats(col_before, "col_before", u, n), *now = floats(col_max, "col_max", u, n);
-    float* sums = floats(col_sum, "col_sum", u, n);
-    std::vector<float> col(n);
+    const float *row_c = floats(row_centre, "row_centre", u, c), *col_c = floats(col_centre, "col_centre", u, n);
+    float *sums = floats(col_sum, "col_sum", u, n), *crosses = floats(col_cross, "col_cross", u, n);
+    std::vector<float> col(n), row_part(ceil_div(n, COLS) * c, 0.0f);
     for (int64_t j = 0; j < n; ++j) {
         col[j] = reference(now[j]);
-        sums[j] *= std::exp(before[j] - col[j]);
+        const float back = std::exp(before[j] - col[j]);
+        sums[j] *= back, crosses[j] *= back;
     }
-    sum_chunk(c, n, floats(row_sum, "row_sum", u, c), sums, [&](int64_t i, int64_t begin, int64_t end, float* into) {
+    sum_chunk(c, n, floats(row_cross, "row_cross", u, c), crosses, [&](int64_t i, int64_t begin, int64_t end, float* into) {
         float sum = 0;
+        float& part = row_part[begin / COLS * c + i];
         around(begin, end, i + diagonal, [&](int64_t first, int64_t last) {
             const int64_t at = i * n + first;
-            sum += add_cross(student + at, teacher + at, s, s_t, reference(row[i]), col.data() + first, into + first,
-                             last - first);
+            sum += add_cross(student + at, teacher + at, s, s_t, reference(row[i]), col.data() + first, row_c[i],
+                             col_c + first, part, sums + first, into + first, last - first);
         });
         return sum;
+    });
+    float* row_total = floats(row_sum, "row_sum", u, c);
+    std::fill_n(row_total, c, 0.0f);
+    for (int64_t k = 0; k < ceil_div(n, COLS); ++k)
+        for (int64_t i = 0; i < c; ++i) row_total[i] += row_part[k * c + i];
+}
+
+// Weights and normalisers of a row (a, rho) and of all columns: a e^{S - rho} + b e^{S - kappa}.
+struct Softmaxes {
+    float a, rho;
+    const float *b, *kappa;
+};
+
+// g = the student's softmaxes less the teacher's. Every term by itself: where both agree, nothing is left.
+MMFUSE_CLONES
+void subtract_softmaxes(const float* u, const float* t, float scale, float t_scale, Softmaxes student, Softmaxes teacher,
+                        float* g, int64_t n) {
+    float s[COLS], s_t[COLS];
+    load_logits(u, scale, s, n);
+    load_logits(t, t_scale, s_t, n);
+    const Exp exp;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        const float p = student.a * exp(s[j] - student.rho), p_t = teacher.a * exp(s_t[j] - teacher.rho);
+        const float q = student.b[j] * exp(s[j] - student.kappa[j]), q_t = teacher.b[j] * exp(s_t[j] - teacher.kappa[j]);
+        g[j] = (p - p_t) + (q - q_t);
+    }
+}
+
+struct Centred {
+    float row_mean, row_centre;
+    const float *col_mean, *col_centre;
+};
+
+// g = the terms of the teacher's softmaxes, each times (mean - scale (u - centre))
+MMFUSE_CLONES
+void weigh_softmaxes(const float* u, const float* t, float scale, float t_scale, Softmaxes teacher, Centred by, float* g,
+                     int64_t n) {
+    float s_t[COLS];
+    load_logits(t, t_scale, s_t, n);
+    const Exp exp;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        const float p = teacher.a * exp(s_t[j] - teacher.rho), q = teacher.b[j] * exp(s_t[j] - teacher.kappa[j]);
+        g[j] = p * (by.row_mean - scale * (u[j] - by.row_centre)) +
+               q * (by.col_mean[j] - scale * (u[j] - by.col_centre[j]));
+    }
+}
+
+// f(i, begin, end) for the parts of all rows
+template <class F>
+void for_parts(int64_t c, int64_t n, const F& f) {
+    torch::stable::parallel_for(0, c, row_grain(n), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i)
+            for (int64_t j = 0; j < n; j += COLS) f(i, j, std::min(COLS, n - j));
+    });
+}
+
+void distill_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Tensor rho, Tensor b, Tensor kappa,
+                  Tensor t_a, Tensor t_rho, Tensor t_b, Tensor t_kappa, Tensor g) {
+    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    const int64_t c = u.size(0), n = u.size(1);
+    const float *student = floats(u, "u", u, c * n), *teacher = floats(t, "t", u, c * n);
+    const float s = *floats(scale, "scale", u, 1), s_t = *floats(t_scale, "t_scale", u, 1);
+    const float *row_a = floats(a, "a", u, c), *row_rho = floats(rho, "rho", u, c);
+    const float *row_t_a = floats(t_a, "t_a", u, c), *row_t_rho = floats(t_rho, "t_rho", u, c);
+    const float *col_b = floats(b, "b", u, n), *col_kappa = floats(kappa, "kappa", u, n);
+    const float *col_t_b = floats(t_b, "t_b", u, n), *col_t_kappa = floats(t_kappa, "t_kappa", u, n);
+    float* grad = floats(g, "g", u, c * n);
+    for_parts(c, n, [&](int64_t i, int64_t j, int64_t size) {
+        subtract_softmaxes(student + i * n + j, teacher + i * n + j, s, s_t, {row_a[i], row_rho[i], col_b + j, col_kappa + j},
+                           {row_t_a[i], row_t_rho[i], col_t_b + j, col_t_kappa + j}, grad + i * n + j, size);
+    });
+}
+
+void teacher_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Tensor rho, Tensor b, Tensor kappa,
+                  Tensor row_mean, Tensor row_centre, Tensor col_mean, Tensor col_centre, Tensor g) {
+    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    const int64_t c = u.size(0), n = u.size(1);
+    const float *student = floats(u, "u", u, c * n), *teacher = floats(t, "t", u, c * n);
+    const float s = *floats(scale, "scale", u, 1), s_t = *floats(t_scale, "t_scale", u, 1);
+    const float *row_a = floats(a, "a", u, c), *row_rho = floats(rho, "rho", u, c);
+    const float *col_b = floats(b, "b", u, n), *col_kappa = floats(kappa, "kappa", u, n);
+    const float *row_m = floats(row_mean, "row_mean", u, c), *row_c = floats(row_centre, "row_centre", u, c);
+    const float *col_m = floats(col_mean, "col_mean", u, n), *col_c = floats(col_centre, "col_centre", u, n);
+    float* grad = floats(g, "g", u, c * n);
+    for_parts(c, n, [&](int64_t i, int64_t j, int64_t size) {
+        weigh_softmaxes(student + i * n + j, teacher + i * n + j, s, s_t, {row_a[i], row_rho[i], col_b + j, col_kappa + j},
+                        {row_m[i], row_c[i], col_m + j, col_c + j}, grad + i * n + j, size);
     });
 }
 
@@ -535,11 +641,20 @@ STABLE_TORCH_LIBRARY(mmfuse_cpu, m) {
     m.def(
         "sigmoid_grad(Tensor u, Tensor scale, Tensor bias, int diagonal, bool negative_only, Tensor(a!) g, "
         "Tensor(b!) sums) -> ()");
-    m.def("add_positives(Tensor u, Tensor row_key, Tensor col_key, Tensor(a!) row_sum, Tensor(b!) col_sum) -> ()");
+    m.def(
+        "add_positives(Tensor u, int diagonal, Tensor row_key, Tensor col_key, Tensor row_centre, Tensor col_centre, "
+        "Tensor(a!) row_sum, Tensor(b!) col_sum) -> ()");
     m.def("subtract_targets(Tensor(a!) g, Tensor row_key, Tensor col_key, Tensor p, Tensor q) -> ()");
     m.def(
         "cross_stats(Tensor u, Tensor t, Tensor scale, Tensor t_scale, int diagonal, Tensor row_max, "
-        "Tensor col_before, Tensor col_max, Tensor(a!) row_sum, Tensor(b!) col_sum) -> ()");
+        "Tensor col_before, Tensor col_max, Tensor row_centre, Tensor col_centre, Tensor(a!) row_sum, "
+        "Tensor(b!) col_sum, Tensor(c!) row_cross, Tensor(d!) col_cross) -> ()");
+    m.def(
+        "distill_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Tensor rho, Tensor b, Tensor kappa, "
+        "Tensor t_a, Tensor t_rho, Tensor t_b, Tensor t_kappa, Tensor(a!) g) -> ()");
+    m.def(
+        "teacher_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Tensor rho, Tensor b, Tensor kappa, "
+        "Tensor row_mean, Tensor row_centre, Tensor col_mean, Tensor col_centre, Tensor(a!) g) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfuse_cpu, CPU, m) {
@@ -549,4 +664,6 @@ STABLE_TORCH_LIBRARY_IMPL(mmfuse_cpu, CPU, m) {
     m.impl("add_positives", TORCH_BOX(&mmfuse::add_positives));
     m.impl("subtract_targets", TORCH_BOX(&mmfuse::subtract_targets));
     m.impl("cross_stats", TORCH_BOX(&mmfuse::cross_stats));
+    m.impl("distill_grad", TORCH_BOX(&mmfuse::distill_grad));
+    m.impl("teacher_grad", TORCH_BOX(&mmfuse::teacher_grad));
 }

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # rows per block: large enough for the matrix products' full speed, and a block of logits that stays near the cache
@@ -70,6 +71,13 @@ def finish_rows(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, ou
     return total
 
 
+def centres(x: Tensor, y: Tensor, row_offset: int) -> Tensor:
+    """U near the positives of the rows, and of the columns (0 where there is none), [b + N]."""
+    pairs = y[row_offset : row_offset + len(x)]
+    u = torch.mul(x, pairs).sum(1, dtype=accumulation_dtype(x.dtype))
+    return torch.cat([u, F.pad(u, (row_offset, len(y) - len(x) - row_offset))])
+
+
 def finite(m: Tensor) -> Tensor:
     """A maximum as an offset: 0 where there was nothing to take the maximum of."""
     return m.masked_fill(m == -torch.inf, 0)
@@ -109,21 +117,58 @@ class TorchTile:
         g.copy_(p * FP16_SCALE if g.dtype == torch.float16 else p)
 
     @staticmethod
-    def add_positives(u, row_key, col_key, row_sum, col_sum) -> None:  # type: ignore[no-untyped-def]
-        v = u.masked_fill(row_key[:, None] != col_key, 0)
-        row_sum.copy_(v.sum(1))
-        col_sum.add_(v.sum(0))
+    def add_positives(u, diagonal, row_key, col_key, row_centre, col_centre, row_sum, col_sum) -> None:  # type: ignore[no-untyped-def]
+        other = row_key[:, None] != col_key
+        other.diagonal(diagonal).fill_(True)
+        row_sum.copy_((u - row_centre[:, None]).masked_fill_(other, 0).sum(1))
+        col_sum.add_((u - col_centre).masked_fill_(other, 0).sum(0))
 
     @staticmethod
     def subtract_targets(g, row_key, col_key, p, q) -> None:  # type: ignore[no-untyped-def]
         g.sub_((p[:, None] + q).masked_fill_(row_key[:, None] != col_key, 0))
 
     @staticmethod
-    def cross_stats(u, t, scale, t_scale, diagonal, row_max, col_before, col_max, row_sum, col_sum) -> None:  # type: ignore[no-untyped-def]
-        s, t = u * scale, t * t_scale
+    def cross_stats(
+        u,
+        t,
+        scale,
+        t_scale,
+        diagonal,
+        row_max,
+        col_before,
+        col_max,
+        row_centre,
+        col_centre,
+        row_sum,
+        col_sum,
+        row_cross,
+        col_cross,
+    ) -> None:  # type: ignore[no-untyped-def]
+        t = t * t_scale
         t.diagonal(diagonal).fill_(-torch.inf)
-        row_sum.copy_(torch.exp(t - finite(row_max)[:, None]).mul_(s).sum(1))
-        col_sum.mul_(torch.exp(col_before - finite(col_max))).add_(t.sub_(finite(col_max)).exp_().mul_(s).sum(0))
+        e = torch.exp(t - finite(row_max)[:, None])
+        row_sum.copy_(e.sum(1))
+        row_cross.copy_((u - row_centre[:, None]).mul_(scale).mul_(e).sum(1))
+        e = t.sub_(finite(col_max)).exp_()
+        back = torch.exp(col_before - finite(col_max))
+        col_sum.mul_(back).add_(e.sum(0))
+        col_cross.mul_(back).add_((u - col_centre).mul_(scale).mul_(e).sum(0))
+
+    @staticmethod
+    def distill_grad(u, t, scale, t_scale, a, rho, b, kappa, t_a, t_rho, t_b, t_kappa, g) -> None:  # type: ignore[no-untyped-def]
+        s, t = u * scale, t * t_scale
+        torch.exp(s - rho[:, None], out=g).mul_(a[:, None])
+        g.addcmul_(torch.exp(t - t_rho[:, None]), t_a[:, None], value=-1)
+        p = s.sub_(kappa).exp_().mul_(b)
+        g.add_(p.addcmul_(t.sub_(t_kappa).exp_(), t_b, value=-1))
+
+    @staticmethod
+    def teacher_grad(u, t, scale, t_scale, a, rho, b, kappa, row_mean, row_centre, col_mean, col_centre, g) -> None:  # type: ignore[no-untyped-def]
+        t = t * t_scale
+        torch.exp(t - rho[:, None], out=g).mul_(a[:, None])
+        g.mul_(torch.sub(row_mean[:, None], (u - row_centre[:, None]).mul_(scale)))
+        p = t.sub_(kappa).exp_().mul_(b)
+        g.addcmul_(p, torch.sub(col_mean, (u - col_centre).mul_(scale)))
 
     @staticmethod
     def sigmoid_grad(u, scale, bias, diagonal, negative_only, g, sums) -> None:  # type: ignore[no-untyped-def]
@@ -141,12 +186,10 @@ class TorchTile:
             g.copy_(p * FP16_SCALE if g.dtype == torch.float16 else p)
 
 
-_PASSES = ("logit_stats", "logit_grad", "sigmoid_grad", "add_positives", "subtract_targets", "cross_stats")
-
-
 def compiled_tile(namespace: Any) -> SimpleNamespace:
-    """The same passes from the compiled part, `torch.ops.mmfuse_cpu` or `torch.ops.mmfuse_cuda` (the first three)."""
-    return SimpleNamespace(**{name: getattr(namespace, name).default for name in _PASSES if hasattr(namespace, name)})
+    """The same passes from the compiled part: `torch.ops.mmfuse_cpu`, or `mmfuse_cuda`, which has the main three."""
+    names = (name for name in vars(TorchTile) if not name.startswith("_"))
+    return SimpleNamespace(**{name: getattr(namespace, name).default for name in names if hasattr(namespace, name)})
 
 
 class Blocks:
@@ -182,7 +225,13 @@ class Blocks:
 
 
 def stats(
-    tile: Any, x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str, keys: Tensor | None = None
+    tile: Any,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_offset: int,
+    save: str,
+    same: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits).
 
@@ -190,14 +239,15 @@ def stats(
     are read like the negatives, out of the same products and as they are kept: among equal features they cancel.
 
     `save`: "" keeps nothing (logits is empty), "full" keeps U in the accumulation dtype, "int16" in fixed point.
-    `keys` [b + N]: also the sums of U over the pairs of equal keys, of every row [b] and column [N].
+    `same` (keys, centres c [b + N]): also the sums, over equal keys but the positive, of U_ij - c_i of every row [b]
+    and of U_ij - c_j of every column [N].
     """
     blocks = Blocks(x, y)
     b, n, acc, device = len(x), len(y), blocks.acc, x.device
     row_max, col_max = (torch.full((k,), -torch.inf, dtype=acc, device=device) for k in (b, n))
     row_sum, col_sum = (torch.zeros(k, dtype=acc, device=device) for k in (b, n))
     positive = torch.empty(b, dtype=acc, device=device)
-    sums = [] if keys is None else [torch.zeros(k, dtype=acc, device=device) for k in (b, n)]
+    sums = [] if same is None else [torch.zeros(k, dtype=acc, device=device) for k in (b, n)]
     shape = (b, n) if save else (0,)
     logits = torch.empty(shape, dtype=torch.int16 if save == "int16" else acc, device=device)
     step = fixed_point_step(x, y) if save == "int16" else x.new_empty(0, dtype=acc)
@@ -209,9 +259,10 @@ def stats(
             rows = step[i:j] if save == "int16" else step
             tile.logit_stats(u, scale, i + row_offset, rows, row_max[i:j], row_sum[i:j], col_max, col_sum, q)
             positive[i:j] = q.diagonal(i + row_offset) * rows if save == "int16" else u.diagonal(i + row_offset)
-            if keys is not None:
+            if same is not None:
                 kept = q * rows[:, None] if save == "int16" else u
-                tile.add_positives(kept, keys[i:j], keys[b:], sums[0][i:j], sums[1])
+                given = (t for k in same for t in (k[i:j], k[b:]))
+                tile.add_positives(kept, i + row_offset, *given, sums[0][i:j], sums[1])
     return row_max, row_sum, col_max, col_sum, positive, logits, *sums
 
 

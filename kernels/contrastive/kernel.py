@@ -111,7 +111,7 @@ def _parts(t, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _sums_of(s, w, WEIGHTED: tl.constexpr):
+def _sums_of(s, row_w, col_w, WEIGHTED: tl.constexpr):
     """(m = max S, l = sum exp(S - m), c = sum exp(S - m) W) of rows, then of columns; c is l unless WEIGHTED."""
     m_row = tl.max(s, axis=1)
     m_col = tl.max(s, axis=0)
@@ -126,14 +126,14 @@ def _sums_of(s, w, WEIGHTED: tl.constexpr):
         l_row, l_col = tl.sum(e, axis=1) * back_row, tl.sum(e, axis=0) * back_col
         c_row, c_col = l_row, l_col
         if WEIGHTED:
-            c_row, c_col = tl.sum(e * w, axis=1) * back_row, tl.sum(e * w, axis=0) * back_col
+            c_row, c_col = tl.sum(e * row_w, axis=1) * back_row, tl.sum(e * col_w, axis=0) * back_col
     else:
         e = tl.exp(s - _finite(m_row)[:, None])
         l_row = tl.sum(e, axis=1)
-        c_row = tl.sum(e * w, axis=1) if WEIGHTED else l_row
+        c_row = tl.sum(e * row_w, axis=1) if WEIGHTED else l_row
         e = tl.exp(s - _finite(m_col)[None, :])
         l_col = tl.sum(e, axis=0)
-        c_col = tl.sum(e * w, axis=0) if WEIGHTED else l_col
+        c_col = tl.sum(e * col_w, axis=0) if WEIGHTED else l_col
     return m_row, l_row, c_row, m_col, l_col, c_col
 
 
@@ -156,10 +156,10 @@ def _negatives_of(
 @triton.jit
 def _stats_of(
     u, row_max, row_sum, row_same, col_max_ptr, col_sum_ptr, col_same_ptr, positive_ptr, logits_ptr,
-    row_key, col_key_ptr, scale, step_ptr, stride_u, M, N, diagonal, row0, col0,
+    row_key, col_key_ptr, row_centre, col_centre_ptr, scale, step_ptr, stride_u, M, N, diagonal, row0, col0,
     SAVE: tl.constexpr, KEYED: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the columns of `u` to the rows' running (max, sum, sum of U of equal keys), and write the columns' own."""
+    """Add the columns of `u` to the rows' running (max, sum, sum of equal keys' U - c), and write the columns' own."""
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     if SAVE != "":
         u_ptrs = _at(logits_ptr, row0, col0, stride_u, BLOCK_M, BLOCK_N)
@@ -174,11 +174,13 @@ def _stats_of(
             tl.store(u_ptrs, u, mask=inside)
     if KEYED:
         same = row_key[:, None] == tl.load(col_key_ptr + cols, mask=cols < N, other=-3)[None, :]
-        same_u = tl.where(same, u, 0.0)
-        row_same += tl.sum(same_u, axis=1)
-        tl.store(col_same_ptr + cols, tl.sum(same_u, axis=0), mask=cols < N)
+        same = same & (cols[None, :] != (rows + diagonal)[:, None])
+        col_centre = tl.load(col_centre_ptr + cols, mask=cols < N, other=0.0)
+        row_same += tl.sum(tl.where(same, u - row_centre[:, None], 0.0), axis=1)
+        of_col = tl.sum(tl.where(same, u - col_centre[None, :], 0.0), axis=0)
+        tl.store(col_same_ptr + cols, of_col, mask=cols < N)
     s = _negatives_of(u, positive_ptr, scale, M, N, diagonal, row0, col0, BLOCK_M, BLOCK_N)
-    m_row, l_row, _, m_col, l_col, _ = _sums_of(s, s, False)
+    m_row, l_row, _, m_col, l_col, _ = _sums_of(s, s, s, False)
     tl.store(col_max_ptr + cols, m_col, mask=cols < N)
     tl.store(col_sum_ptr + cols, l_col, mask=cols < N)
     new = tl.maximum(row_max, m_row)
@@ -202,6 +204,8 @@ def _stats_fwd_kernel(
     step_ptr,  # [M] if SAVE is "int16"
     row_key_ptr,  # [M] if KEYED
     col_key_ptr,  # [N] if KEYED
+    row_centre_ptr,  # [M] if KEYED
+    col_centre_ptr,  # [N] if KEYED
     table_ptr,  # [programs, 6] if GROUPED
     stride_x,
     stride_y,
@@ -239,14 +243,15 @@ def _stats_fwd_kernel(
     rows = row0 + tl.arange(0, BLOCK_M)
     row_max = tl.full((BLOCK_M,), float("-inf"), ACC)
     row_sum = tl.zeros((BLOCK_M,), ACC)
-    row_same, row_key = row_sum, row_sum
+    row_same, row_key, row_centre = row_sum, row_sum, row_sum
     if KEYED:
         row_key = tl.load(row_key_ptr + rows, mask=rows < end_m, other=-2)
+        row_centre = tl.load(row_centre_ptr + rows, mask=rows < end_m, other=0.0)
     at_row, at_col = tile_n.to(tl.int64) * M, tile_m.to(tl.int64) * N
     for i in tl.static_range(PARTS):
         row_max, row_sum, row_same = _stats_of(
             parts[i], row_max, row_sum, row_same, col_max_ptr + at_col, col_sum_ptr + at_col, col_same_ptr + at_col,
-            positive_ptr, logits_ptr, row_key, col_key_ptr, scale, step_ptr, stride_u,
+            positive_ptr, logits_ptr, row_key, col_key_ptr, row_centre, col_centre_ptr, scale, step_ptr, stride_u,
             end_m, end_n, diagonal, row0, col0 + i * (BLOCK_N // PARTS), SAVE, KEYED, ACC, BLOCK_M, BLOCK_N // PARTS,
         )  # fmt: skip
     tl.store(row_max_ptr + at_row + rows, row_max, mask=rows < end_m)
@@ -611,12 +616,12 @@ def _operand(t: Tensor) -> Tensor:
 
 
 def stats(
-    x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str, keys: Tensor | None = None
+    x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str, same: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, ...]:
-    """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits), with `keys` two more; see `blocked.stats`.
+    """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits), with `same` two more; see `blocked.stats`.
 
     Extra memory: 8 (N R / BLOCK_M + R N / BLOCK_N) bytes for R = 16384 rows at a time, 134 MB at N = 65536 and tiles of
-    128 x 128; half as much again with `keys`.
+    128 x 128; half as much again with `same`.
     """
     b, n, acc = len(x), len(y), accumulation_dtype(x.dtype)
     new = {"dtype": acc, "device": x.device}
@@ -625,8 +630,8 @@ def stats(
         (torch.full((k,), -torch.inf, **new), torch.zeros(k, **new)) for k in (b, n)
     )
     positive = torch.empty(b, **new)
-    sums = [] if keys is None else [torch.zeros(k, **new) for k in (b, n)]
-    row_key, col_key = (scale, scale) if keys is None else keys.split([b, n])
+    sums = [] if same is None else [torch.zeros(k, **new) for k in (b, n)]
+    row_key, col_key, row_centre, col_centre = (t for k in same for t in k.split([b, n])) if same else (scale,) * 4
     step = fixed_point_step(x, y) if save == "int16" and b else scale
     x, y = _operand(x), _operand(y)
     settings = _settings("stats", x, wide=save == "full" and _precision(x.dtype) == "tf32")
@@ -636,13 +641,14 @@ def stats(
             m = min(b - i, _ROWS)
             rows = slice(i, i + m)
             tiles_m = triton.cdiv(m, settings["BLOCK_M"])
-            kinds = 2 if keys is None else 3
+            kinds = 2 if same is None else 3
             row, col = torch.empty(kinds, tiles_n, m, **new), torch.empty(kinds, tiles_m, n, **new)
             _stats_fwd_kernel[(tiles_m * tiles_n,)](
                 row[0], row[1], row[-1], col[0], col[1], col[-1], positive[rows], logits[rows] if save else logits,
                 x[rows], y, scale, step[rows] if save == "int16" else step, row_key[rows] if sums else row_key, col_key,
-                scale, x.stride(0), y.stride(0), n, x.shape[1], m, n, i + row_offset,
-                SAVE=save, KEYED=keys is not None, GROUPED=False, **settings,
+                row_centre[rows] if sums else row_centre, col_centre, scale,
+                x.stride(0), y.stride(0), n, x.shape[1], m, n, i + row_offset,
+                SAVE=save, KEYED=same is not None, GROUPED=False, **settings,
             )  # fmt: skip
             _merge((row_max[rows], row_sum[rows]), row[:2])
             _merge((col_max, col_sum), col[:2])

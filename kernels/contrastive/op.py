@@ -21,7 +21,7 @@ from mmfuse.kernels.contrastive.backends import (
     reasons_against_triton,
     template,
 )
-from mmfuse.kernels.contrastive.blocked import unit_rows
+from mmfuse.kernels.contrastive.blocked import centres, unit_rows
 from mmfuse.kernels.contrastive.normalisers import above, column_normaliser, normaliser
 
 Save = Literal["auto", "recompute", "store"]
@@ -38,7 +38,7 @@ _EAGER_SIDE = {
 }
 
 
-def _aside(name: str, x: Tensor, y: Tensor, *_: object) -> list[str]:
+def steps_aside(name: str, x: Tensor, y: Tensor, *_: object) -> list[str]:
     side = _EAGER_SIDE[name].get(x.dtype, 0) if x.device.type == "cpu" else 0
     few = x.shape[0] * y.shape[0] < side**2
     return [f"eager is faster for less than {side} x {side} pairs in {str(x.dtype)[6:]}"] if few else []
@@ -62,18 +62,21 @@ def _clip_fwd(
     total: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, y, x_inv, y_inv = _units(image, text, scale, normalize)
-    found = template(backend).stats(x, y, scale, row_offset, save, keys)
-    row_max, row_sum, col_max, col_sum, positive, logits, *sums = found
+    x, y, x_inv, y_inv = units(image, text, scale, normalize)
     b, n = len(x), len(y)
+    same = None if keys is None else (keys, centres(x, y, row_offset))
+    found = template(backend).stats(x, y, scale, row_offset, save, same)
+    row_max, row_sum, col_max, col_sum, positive, logits, *sums = found
     pairs = slice(row_offset, row_offset + b)
     diag = scale * positive
     zero = diag.new_zeros(())
     row = above(row_max, row_sum, diag)
     column = above(col_max[pairs], col_sum[pairs], diag)
-    if shares is not None:
-        row = _over_positives(row, diag, scale * sums[0], shares[:b], label_smoothing)
-        column = _over_positives(column, diag, scale * sums[1][pairs], shares[b:][pairs], label_smoothing)
+    if keys is not None and shares is not None and same is not None:
+        own = keys[:b] == keys[b:][pairs]
+        nearly = scale * (same[1][:b] - positive)
+        row = _over_positives(row, scale * sums[0], nearly, own, shares[:b], label_smoothing)
+        column = _over_positives(column, scale * sums[1][pairs], nearly, own, shares[b:][pairs], label_smoothing)
     loss = w_image * row + w_text * column
     loss = loss.mean()
     total_logits = zero.clone()
@@ -90,13 +93,19 @@ def _clip_fwd(
     return loss, row_max, row_sum, col_max, col_sum, diag, total_logits, logits, *unit
 
 
-def _over_positives(above: Tensor, diag: Tensor, total: Tensor, share: Tensor, label_smoothing: float) -> Tensor:
-    """(1 - eps) (rho - mean S of the positives) + eps (rho - S_ii); the first term is 0 for a row without positives."""
-    hard = torch.where(share > 0, above + (diag - share * total), 0)
+def _over_positives(
+    above: Tensor, others: Tensor, centre: Tensor, own: Tensor, share: Tensor, label_smoothing: float
+) -> Tensor:
+    """(1 - eps) (rho - mean S of the positives) + eps (rho - S_ii); the first term is 0 for a row without positives.
+
+    Of the positives but the pair itself, `others` is the sum of S - c, and `centre` is c - S_ii.
+    """
+    number = torch.where(share > 0, 1 / share, 0).round() - own.to(share.dtype)
+    hard = torch.where(share > 0, above - share * (others + number * centre), 0)
     return (1 - label_smoothing) * hard + label_smoothing * above if label_smoothing else hard
 
 
-def _units(
+def units(
     image: Tensor, text: Tensor, scale: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if not normalize:
@@ -235,8 +244,8 @@ CLIP = Op(
     [
         Impl("cuda", partial(_fused_clip, "cuda"), _clip_reasons_against_cuda),
         Impl("triton", partial(_fused_clip, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused_clip, "cpu"), reasons_against_cpu, partial(_aside, "clip_loss")),
-        Impl("chunked", partial(_fused_clip, "chunked"), reasons_against_chunked, partial(_aside, "clip_loss")),
+        Impl("cpu", partial(_fused_clip, "cpu"), reasons_against_cpu, partial(steps_aside, "clip_loss")),
+        Impl("chunked", partial(_fused_clip, "chunked"), reasons_against_chunked, partial(steps_aside, "clip_loss")),
         Impl("torch", _reference_clip, no_reason),
     ],
 )
@@ -362,7 +371,7 @@ def _siglip_fwd(
     need_y: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, y, x_inv, y_inv = _units(image, text, scale, normalize)
+    x, y, x_inv, y_inv = units(image, text, scale, normalize)
     return template(backend).sigmoid(x, y, scale, bias, row_offset, negative_only, x_inv, y_inv, need_x, need_y)
 
 
@@ -409,12 +418,12 @@ SIGLIP = Op(
     [
         Impl("cuda", partial(_fused_siglip, "cuda"), reasons_against_cuda),
         Impl("triton", partial(_fused_siglip, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused_siglip, "cpu"), reasons_against_cpu, partial(_aside, "siglip_loss")),
+        Impl("cpu", partial(_fused_siglip, "cpu"), reasons_against_cpu, partial(steps_aside, "siglip_loss")),
         Impl(
             "chunked",
             partial(_fused_siglip, "chunked"),
             reasons_against_chunked,
-            partial(_aside, "siglip_loss"),
+            partial(steps_aside, "siglip_loss"),
         ),
         Impl("torch", _reference_siglip, no_reason),
     ],

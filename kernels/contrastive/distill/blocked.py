@@ -1,10 +1,11 @@
 """Distillation as a loop over blocks of rows of S = s x yT, the student's logits, and T = s_t x_t y_tT, the teacher's.
 
-    stats          m, l of S and of T, and the sums of exp(T - m) S, of every row and column over the negatives
+    stats          m, l of S and of T, and the sums of exp(T - m) (S - s c), over the negatives of every row and column
     grad           G = a exp(S - rho) + b exp(S - kappa) - a_t exp(T - rho_t) - b_t exp(T - kappa_t)
-    teacher_grad   H = a_t exp(T - rho_t) (row_mean - S) + b_t exp(T - kappa_t) (col_mean - S)
+    teacher_grad   H = a_t exp(T - rho_t) (mean_i - S + s c_i) + b_t exp(T - kappa_t) (mean_j - S + s c_j)
 
-with the positives of G and H given from outside, as in the template (`mmfuse.kernels.contrastive.blocked`).
+with the positives of G and H given from outside, as in the template (`mmfuse.kernels.contrastive.blocked`). The centres
+c are U near the positives: with them the sums keep their digits where S hardly varies.
 """
 
 from __future__ import annotations
@@ -48,42 +49,36 @@ class _Stats:
         self.positive[i:j] = u.diagonal(diagonal)
         return u
 
+    def sums(self) -> tuple[Tensor, Tensor]:
+        return self.row_sum, self.col_sum
+
     def found(self) -> tuple[Tensor, ...]:
         return self.row_max, self.row_sum, self.col_max, self.col_sum, self.positive
 
 
 def stats(
-    tile: Any, x: Tensor, y: Tensor, scale: Tensor, x_t: Tensor, y_t: Tensor, t_scale: Tensor, row_offset: int
+    tile: Any,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_t: Tensor,
+    y_t: Tensor,
+    t_scale: Tensor,
+    centre: Tensor,
+    row_offset: int,
 ) -> tuple[Tensor, ...]:
     """(row_max, row_sum, col_max, col_sum, positive) of S and of T, and the sums of exp(T - m) S, [b] and [N]."""
     student, teacher = _Stats(x, y, scale), _Stats(x_t, y_t, t_scale)
-    row_cross, col_cross = torch.zeros_like(teacher.row_sum), torch.zeros_like(teacher.col_sum)
+    # the teacher's sums again, of the same exponentials as the products with S
+    (row_sum, row_cross), (col_sum, col_cross) = ((torch.zeros_like(t), torch.zeros_like(t)) for t in teacher.sums())
     if len(x) and len(y):
         for i, j in student.blocks.spans:
             diagonal, before = i + row_offset, teacher.col_max.clone()
             u, t = student.add(tile, i, j, diagonal), teacher.add(tile, i, j, diagonal)
-            into = (row_cross[i:j], col_cross)
-            tile.cross_stats(u, t, scale, t_scale, diagonal, teacher.row_max[i:j], before, teacher.col_max, *into)
-    return *student.found(), *teacher.found(), row_cross, col_cross
-
-
-class _Softmaxes:
-    """Blocks of U and of a_i exp(S_ij - rho_i) + b_j exp(S_ij - kappa_j)."""
-
-    def __init__(self, tile: Any, side: Side, row_offset: int):
-        self.tile, self.side, self.row_offset = tile, side, row_offset
-        self.blocks = Blocks(side.x, side.y)
-        self.u, self.out = (self.blocks.block(self.blocks.acc) for _ in range(2))
-        self.zero, self.none = torch.zeros_like(side.a), side.a[:0]
-
-    def logits(self, i: int, j: int) -> Tensor:
-        return self.blocks.logits(i, j, self.u[: j - i])
-
-    def block(self, u: Tensor, i: int, j: int, a: Tensor, b: Tensor) -> Tensor:
-        rows = (a[i:j], self.side.rho[i:j], b, self.side.kappa, self.zero[i:j])
-        out = self.out[: j - i]
-        self.tile.logit_grad(u, self.side.scale, *rows, 0.0, i + self.row_offset, self.none, out, self.none)
-        return out
+            largest = (teacher.row_max[i:j], before, teacher.col_max)
+            into = (centre[i:j], centre[len(x) :], row_sum[i:j], col_sum, row_cross[i:j], col_cross)
+            tile.cross_stats(u, t, scale, t_scale, diagonal, *largest, *into)
+    return *student.found(), teacher.row_max, row_sum, teacher.col_max, col_sum, teacher.positive, row_cross, col_cross
 
 
 def grad(
@@ -98,15 +93,12 @@ def grad(
     need_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, ds) of the student, alpha times G's."""
-    of_s, of_t = (_Softmaxes(tile, side, row_offset) for side in (student, teacher))
 
-    def block(i: int, j: int) -> tuple[Tensor, Tensor]:
-        u = of_s.logits(i, j)
-        g = of_s.block(u, i, j, student.a, student.b)
-        g -= of_t.block(of_t.logits(i, j), i, j, teacher.a, teacher.b)
-        return u, g
+    def fill(u: Tensor, t: Tensor, i: int, j: int, g: Tensor) -> None:
+        weights = [w for side in (student, teacher) for w in (side.a[i:j], side.rho[i:j], side.b, side.kappa)]
+        tile.distill_grad(u, t, student.scale, teacher.scale, *weights, g)
 
-    return _gradients(of_s, block, alpha, d, need_x, need_y, need_s)
+    return _gradients(student, teacher, False, fill, alpha, d, row_offset, need_x, need_y, need_s)
 
 
 def teacher_grad(
@@ -114,38 +106,40 @@ def teacher_grad(
     student: Side,
     teacher: Side,
     alpha: Tensor,
-    row_mean: Tensor,
-    col_mean: Tensor,
+    centre: Tensor,
+    mean: Tensor,
     d: Tensor,
     row_offset: int,
     need_x: bool,
     need_y: bool,
     need_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, ds) of the teacher, alpha times H's."""
-    of_s, of_t = (_Softmaxes(tile, side, row_offset) for side in (student, teacher))
+    """(dx, dy, ds) of the teacher, alpha times H's; `mean` and `centre` [b + N] of the rows and the columns."""
+    b = len(teacher.x)
 
-    def block(i: int, j: int) -> tuple[Tensor, Tensor]:
-        t = of_t.logits(i, j)
-        h = of_s.logits(i, j).mul_(-student.scale)
-        h *= of_t.block(t, i, j, teacher.a, teacher.b)
-        h += of_t.block(t, i, j, teacher.a * row_mean, teacher.b * col_mean)
-        return t, h
+    def fill(u: Tensor, t: Tensor, i: int, j: int, h: Tensor) -> None:
+        weights = (teacher.a[i:j], teacher.rho[i:j], teacher.b, teacher.kappa)
+        tile.teacher_grad(u, t, student.scale, teacher.scale, *weights, mean[i:j], centre[i:j], mean[b:], centre[b:], h)
 
-    return _gradients(of_t, block, alpha, d, need_x, need_y, need_s)
+    return _gradients(student, teacher, True, fill, alpha, d, row_offset, need_x, need_y, need_s)
 
 
-def _gradients(of, block, alpha, d, need_x, need_y, need_s):  # type: ignore[no-untyped-def]
-    side, blocks = of.side, of.blocks
+def _gradients(student, teacher, of_teacher, fill, alpha, d, row_offset, need_x, need_y, need_s):  # type: ignore[no-untyped-def]
+    """dx, dy, ds of one side; `fill(u, t, i, j, g)` writes rows i to j of G or H, but for the positives."""
+    of_s, of_t = (Blocks(side.x, side.y) for side in (student, teacher))
+    side, blocks = (teacher, of_t) if of_teacher else (student, of_s)
     out = Gradients(blocks, side.x, side.y, side.scale * alpha, None, None, need_x, need_y)
     in_blocks = need_s and not (need_x or need_y)
     dot = torch.zeros_like(d)
-    if len(side.y):
+    if len(side.x) and len(side.y):
+        u_block, t_block, g_block = (blocks.block(blocks.acc) for _ in range(3))
         for i, j in blocks.spans:
-            u, g = block(i, j)
-            g.diagonal(i + of.row_offset).copy_(d[i:j])
+            u, t = of_s.logits(i, j, u_block[: j - i]), of_t.logits(i, j, t_block[: j - i])
+            g = g_block[: j - i]
+            fill(u, t, i, j, g)
+            g.diagonal(i + row_offset).copy_(d[i:j])
             if in_blocks:
-                dot[i:j] = (g * u).sum(1)
+                dot[i:j] = (g * (t if of_teacher else u)).sum(1)
             out.add(g, i, j)
     dx, dy, xgy = out.finish()
     ds = alpha * (dot.sum() if in_blocks else xgy.to(blocks.acc))

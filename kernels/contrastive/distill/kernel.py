@@ -1,8 +1,8 @@
 """Distillation in Triton: a tile of the student's logits and the same tile of the teacher's, side by side on the chip.
 
-    stats          m, l of S and of T, and the sums of exp(T - m) S, of every row and column over the negatives
+    stats          m, l of S and of T, and the sums of exp(T - m) (S - s c), over the negatives of every row and column
     grad           G = a exp(S - rho) + b exp(S - kappa) - a_t exp(T - rho_t) - b_t exp(T - kappa_t)
-    teacher_grad   H = a_t exp(T - rho_t) (row_mean - S) + b_t exp(T - kappa_t) (col_mean - S)
+    teacher_grad   H = a_t exp(T - rho_t) (mean_i - S + s c_i) + b_t exp(T - kappa_t) (mean_j - S + s c_j)
 
 with S = s x yT, T = s_t x_t y_tT. Partial statistics are merged in a fixed order, G and H are written in squares and
 multiplied by cuBLAS, as in the template (`mmfuse.kernels.contrastive.kernel`).
@@ -43,6 +43,8 @@ def _add(m, l, c, m_new, l_new, c_new):  # noqa: E741
 
 @triton.jit(do_not_specialize=["M", "N", "diagonal"])
 def _distill_stats_kernel(
+    centre_ptr,  # [M]
+    col_centre_ptr,  # [N]
     row_ptr,  # out [5, tiles_n, M], partial: m and l of S; m, l and c of T
     col_ptr,  # out [5, tiles_m, N], partial
     positive_ptr,  # out [M], U at the positives
@@ -86,24 +88,27 @@ def _distill_stats_kernel(
     )  # fmt: skip
     us, ts = _parts(u, PARTS), _parts(t, PARTS)
     WIDTH: tl.constexpr = BLOCK_N // PARTS
+    rows = row0 + tl.arange(0, BLOCK_M)
+    centre = tl.load(centre_ptr + rows, mask=rows < M, other=0.0)
     m, t_m = tl.full((BLOCK_M,), float("-inf"), ACC), tl.full((BLOCK_M,), float("-inf"), ACC)
     l, t_l, t_c = tl.zeros((BLOCK_M,), ACC), tl.zeros((BLOCK_M,), ACC), tl.zeros((BLOCK_M,), ACC)  # noqa: E741
     for i in tl.static_range(PARTS):
         first = col0 + i * WIDTH
         cols = first + tl.arange(0, WIDTH)
         s = _negatives_of(us[i], positive_ptr, scale, M, N, diagonal, row0, first, BLOCK_M, WIDTH)
-        m_row, l_row, _, m_col, l_col, _ = _sums_of(s, s, False)
+        m_row, l_row, _, m_col, l_col, _ = _sums_of(s, s, s, False)
         m, l, _ = _add(m, l, l, m_row, l_row, l_row)  # noqa: E741
         out, step = col_ptr + tile_m.to(tl.int64) * N + cols, tiles_m.to(tl.int64) * N
         tl.store(out, m_col, mask=cols < N)
         tl.store(out + step, l_col, mask=cols < N)
         s = _negatives_of(ts[i], t_positive_ptr, t_scale, M, N, diagonal, row0, first, BLOCK_M, WIDTH)
-        m_row, l_row, c_row, m_col, l_col, c_col = _sums_of(s, us[i] * scale, True)
+        col_centre = tl.load(col_centre_ptr + cols, mask=cols < N, other=0.0)
+        w, col_w = (us[i] - centre[:, None]) * scale, (us[i] - col_centre[None, :]) * scale
+        m_row, l_row, c_row, m_col, l_col, c_col = _sums_of(s, w, col_w, True)
         t_m, t_l, t_c = _add(t_m, t_l, t_c, m_row, l_row, c_row)
         tl.store(out + 2 * step, m_col, mask=cols < N)
         tl.store(out + 3 * step, l_col, mask=cols < N)
         tl.store(out + 4 * step, c_col, mask=cols < N)
-    rows = row0 + tl.arange(0, BLOCK_M)
     out, step = row_ptr + tile_n.to(tl.int64) * M + rows, tiles_n.to(tl.int64) * M
     tl.store(out, m, mask=rows < M)
     tl.store(out + step, l, mask=rows < M)
@@ -122,10 +127,10 @@ def _distill_grad_kernel(
     t_x_ptr,  # [M, T_D]
     t_y_ptr,  # [N, T_D]
     t_scale_ptr,  # []
-    a_ptr,  # [M], of the student; for H row_mean
-    rho_ptr,  # [M], for G
-    b_ptr,  # [N], of the student; for H col_mean
-    kappa_ptr,  # [N], for G
+    a_ptr,  # [M], of the student; for H the means
+    rho_ptr,  # [M], of the student; for H the centres
+    b_ptr,  # [N]
+    kappa_ptr,  # [N]
     t_a_ptr,  # [M]
     t_rho_ptr,  # [M]
     t_b_ptr,  # [N]
@@ -170,6 +175,7 @@ def _distill_grad_kernel(
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     rows = row0 + tl.arange(0, BLOCK_M)
     a = tl.load(a_ptr + rows, mask=rows < M, other=0.0)
+    rho = tl.load(rho_ptr + rows, mask=rows < M, other=float("inf"))
     t_a = tl.load(t_a_ptr + rows, mask=rows < M, other=0.0)
     t_rho = tl.load(t_rho_ptr + rows, mask=rows < M, other=float("inf"))
     total = tl.zeros((), ACC)
@@ -179,14 +185,13 @@ def _distill_grad_kernel(
         b = tl.load(b_ptr + cols, mask=cols < N, other=0.0)
         t_b = tl.load(t_b_ptr + cols, mask=cols < N, other=0.0)
         t_kappa = tl.load(t_kappa_ptr + cols, mask=cols < N, other=float("inf"))
-        s, s_t = us[i] * scale, ts[i] * t_scale
-        g = _softmaxes(s_t, t_a, t_rho, t_b, t_kappa)
+        kappa = tl.load(kappa_ptr + cols, mask=cols < N, other=float("inf"))
+        s_t = ts[i] * t_scale
         if TEACHER:
-            g = _softmaxes(s_t, t_a * a, t_rho, t_b * b, t_kappa) - g * s
+            g = t_a[:, None] * tl.exp(s_t - t_rho[:, None]) * (a[:, None] - (us[i] - rho[:, None]) * scale)
+            g += t_b[None, :] * tl.exp(s_t - t_kappa[None, :]) * (b[None, :] - (us[i] - kappa[None, :]) * scale)
         else:
-            rho = tl.load(rho_ptr + rows, mask=rows < M, other=float("inf"))
-            kappa = tl.load(kappa_ptr + cols, mask=cols < N, other=float("inf"))
-            g = _softmaxes(s, a, rho, b, kappa) - g
+            g = _softmaxes(us[i] * scale, a, rho, b, kappa) - _softmaxes(s_t, t_a, t_rho, t_b, t_kappa)
         total += _finish_tile(
             g, ts[i] if TEACHER else us[i], g_ptr, d_ptr, stride_g, M, N, diagonal, row0, first,
             STORE, DOT, G_SCALE, BLOCK_M, WIDTH,
@@ -204,7 +209,14 @@ def _settings(x: Tensor, x_t: Tensor) -> dict[str, object]:
 
 
 def stats(
-    x: Tensor, y: Tensor, scale: Tensor, x_t: Tensor, y_t: Tensor, t_scale: Tensor, row_offset: int
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_t: Tensor,
+    y_t: Tensor,
+    t_scale: Tensor,
+    centre: Tensor,
+    row_offset: int,
 ) -> tuple[Tensor, ...]:
     """See `blocked.stats`. Extra memory: 20 (N R / BLOCK_M + R N / BLOCK_N) bytes for R = 16384 rows at a time."""
     b, n = len(x), len(y)
@@ -224,7 +236,8 @@ def stats(
             tiles_m = triton.cdiv(m, settings["BLOCK_M"])
             row, col = torch.empty(5, tiles_n, m, **new), torch.empty(5, tiles_m, n, **new)
             _distill_stats_kernel[(tiles_m * tiles_n,)](
-                row, col, positive[here], t_positive[here], x[here], y, scale, x_t[here], y_t, t_scale,
+                centre[here], centre[b:], row, col, positive[here], t_positive[here],
+                x[here], y, scale, x_t[here], y_t, t_scale,
                 x.stride(0), y.stride(0), x_t.stride(0), y_t.stride(0), x.shape[1], x_t.shape[1], m, n, i + row_offset,
                 **settings,
             )  # fmt: skip
@@ -246,28 +259,32 @@ def grad(
     need_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, ds) of the student, alpha times G's. Extra memory as the template's."""
-    return _grad(student, teacher, student.a, student.b, alpha, d, row_offset, False, need_x, need_y, need_s)
+    weights = student[3:]
+    return _grad(student, teacher, weights, alpha, d, row_offset, False, need_x, need_y, need_s)
 
 
 def teacher_grad(
     student: Side,
     teacher: Side,
     alpha: Tensor,
-    row_mean: Tensor,
-    col_mean: Tensor,
+    centre: Tensor,
+    mean: Tensor,
     d: Tensor,
     row_offset: int,
     need_x: bool,
     need_y: bool,
     need_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, ds) of the teacher, alpha times H's."""
-    return _grad(student, teacher, row_mean, col_mean, alpha, d, row_offset, True, need_x, need_y, need_s)
+    """(dx, dy, ds) of the teacher, alpha times H's; `mean` and `centre` [b + N] of the rows and the columns."""
+    sizes = len(student.x), len(student.y)
+    weights = [t for pair in zip(mean.split(sizes), centre.split(sizes), strict=True) for t in pair]
+    return _grad(student, teacher, weights, alpha, d, row_offset, True, need_x, need_y, need_s)
 
 
-def _grad(student, teacher, a, b, alpha, d, row_offset, of_teacher, need_x, need_y, need_s):  # type: ignore[no-untyped-def]
+def _grad(student, teacher, weights, alpha, d, row_offset, of_teacher, need_x, need_y, need_s):  # type: ignore[no-untyped-def]
     x, y, x_t, y_t = map(template._operand, (student.x, student.y, teacher.x, teacher.y))
     settings = _settings(x, x_t)
+    a, rho, b, kappa = weights
     in_tiles = need_s and not (need_x or need_y)
     dot = torch.zeros((), dtype=torch.float64, device=x.device)
 
@@ -277,7 +294,7 @@ def _grad(student, teacher, a, b, alpha, d, row_offset, of_teacher, need_x, need
         part = torch.empty(programs if in_tiles else 0, dtype=alpha.dtype, device=x.device)
         _distill_grad_kernel[(programs,)](
             g, part, x[rows], y[cols], student.scale, x_t[rows], y_t[cols], teacher.scale,
-            a[rows], student.rho[rows], b[cols], student.kappa[cols],
+            a[rows], rho[rows], b[cols], kappa[cols],
             teacher.a[rows], teacher.rho[rows], teacher.b[cols], teacher.kappa[cols], d[rows],
             g.stride(0), x.stride(0), y.stride(0), x_t.stride(0), y_t.stride(0), x.shape[1], x_t.shape[1],
             m, n, i + row_offset - j, TEACHER=of_teacher, STORE=not in_tiles, DOT=in_tiles,

@@ -20,6 +20,7 @@ from mmfuse.kernels.contrastive.backends import (
     reasons_against_triton,
     tile,
 )
+from mmfuse.kernels.contrastive.blocked import centres
 from mmfuse.kernels.contrastive.distill import blocked
 from mmfuse.kernels.contrastive.distill.blocked import Side
 from mmfuse.kernels.contrastive.normalisers import above, column_normaliser, normaliser
@@ -49,7 +50,8 @@ def _fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     features = (image, text, scale, teacher_image, teacher_text, teacher_scale)
-    *found, row_cross, col_cross = _passes(backend).stats(*features, row_offset)
+    centre = centres(image, text, row_offset)
+    *found, row_cross, col_cross = _passes(backend).stats(*features, centre, row_offset)
     row_max, row_sum, col_max, col_sum, positive = found[:5]
     t_row_max, t_row_sum, t_col_max, t_col_sum, t_positive = found[5:]
     pairs = slice(row_offset, row_offset + len(image))
@@ -58,17 +60,18 @@ def _fwd(
     column = above(col_max[pairs], col_sum[pairs], diag)
     contrastive = (w_image * row + w_text * column).mean()
     # -sum_j Pt_ij log P_ij = (rho_i - S_ii) - sum_j Pt_ij (S_ij - S_ii)
-    row_mean = _mean_above(t_row_max, t_row_sum, row_cross, t_diag, diag)
-    col_mean = _mean_above(t_col_max[pairs], t_col_sum[pairs], col_cross[pairs], t_diag, diag)
+    nearly = scale * (centre[: len(image)] - positive)
+    row_mean = _mean_above(t_row_max, t_row_sum, row_cross, t_diag, nearly)
+    col_mean = _mean_above(t_col_max[pairs], t_col_sum[pairs], col_cross[pairs], t_diag, nearly)
     distill = (w_image * (row - row_mean) + w_text * (column - col_mean)).mean()
-    rows = torch.stack([row_max, row_sum, t_row_max, t_row_sum, diag, t_diag, row_mean, col_mean])
+    rows = torch.stack([row_max, row_sum, t_row_max, t_row_sum, positive, t_positive, row_mean, col_mean])
     return contrastive, distill, rows, torch.stack([col_max, col_sum, t_col_max, t_col_sum])
 
 
-def _mean_above(m: Tensor, l: Tensor, cross: Tensor, t_diag: Tensor, diag: Tensor) -> Tensor:  # noqa: E741
-    """sum_j Pt_ij (S_ij - S_ii), from sums over the negatives."""
+def _mean_above(m: Tensor, l: Tensor, cross: Tensor, t_diag: Tensor, centre: Tensor) -> Tensor:  # noqa: E741
+    """sum_j Pt_ij (S_ij - S_ii), from sums over the negatives, of S_ij - c; `centre` is c - S_ii."""
     r, inverse, _ = normaliser(m, l, t_diag)
-    return (cross - diag * l) * torch.exp(m - r) * inverse
+    return (cross + centre * l) * torch.exp(m - r) * inverse
 
 
 def _fwd_fake(image, text, scale, *_):  # type: ignore[no-untyped-def]
@@ -118,8 +121,9 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     b = len(image)
     pairs = slice(row_offset, row_offset + b)
-    row_max, row_sum, t_row_max, t_row_sum, diag, t_diag, row_mean, col_mean = rows
+    row_max, row_sum, t_row_max, t_row_sum, positive, t_positive, row_mean, col_mean = rows
     col_max, col_sum, t_col_max, t_col_sum = columns
+    diag, t_diag = scale * positive, teacher_scale * t_positive
     rho, a, miss = normaliser(row_max, row_sum, diag)
     kappa, beta, col_miss = column_normaliser(col_max, col_sum, diag, pairs)
     t_rho, t_a, t_miss = normaliser(t_row_max, t_row_sum, t_diag)
@@ -143,9 +147,11 @@ def _bwd(
     if any(needs):
         # dT_ij = c2 [w_r Pt_ij (sum_k Pt_ik S_ik - S_ij) + w_c Qt_ij (sum_k Qt_kj S_kj - S_ij)] g / b
         d = c2 * (w_image * (1 - t_miss) * row_mean + w_text * (1 - t_col_miss) * col_mean)
-        of_columns = torch.zeros_like(col_max)
-        of_columns[pairs] = diag + col_mean
-        grads[3:] = passes.teacher_grad(student, teacher, alpha, diag + row_mean, of_columns, d, row_offset, *needs)
+        centre = centres(image, text, row_offset)
+        nearly = scale * (positive - centre[:b])
+        mean = torch.cat([nearly + row_mean, torch.zeros_like(col_max)])
+        mean[b:][pairs] = nearly + col_mean
+        grads[3:] = passes.teacher_grad(student, teacher, alpha, centre, mean, d, row_offset, *needs)
     return tuple(grads)
 
 

@@ -1,0 +1,194 @@
+"""`grouped_clip_loss` against the losses of its groups, in every implementation, and its launches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmfuse
+from judge import assert_no_worse
+from mmfuse.kernels import clip_loss, grouped_clip_loss
+from mmfuse.kernels.contrastive.grouped.op import GROUPED, grouped_bwd, grouped_fwd
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PROBE = torch.ones(8, 16, device=DEVICE)
+ALL = GROUPED.available(PROBE, PROBE)
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+SHAPES = [(5, 16), (70, 40), (1, 16), (65, 100)]
+SCALES = (20.0, 5.0, 14.3, 100.0)
+
+
+def features(shapes=SHAPES, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:  # type: ignore[no-untyped-def]
+    made = [[F.normalize(torch.randn(n, d, device=DEVICE), dim=-1).to(dtype) for n, d in shapes] for _ in range(2)]
+    return made[0], made[1]
+
+
+def one_by_one(images, texts, scales, **options):  # type: ignore[no-untyped-def]
+    return torch.stack(
+        [clip_loss(*group, backend="torch", **options) for group in zip(images, texts, scales, strict=True)]
+    )
+
+
+def results(loss, images, texts, dtype: torch.dtype, scales=SCALES, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """The losses, and the gradients of a weighted sum of them."""
+    acc = torch.promote_types(dtype, torch.float32)
+    images, texts = ([t.detach().to(dtype).requires_grad_() for t in side] for side in (images, texts))
+    s = [torch.tensor(v, dtype=acc, device=DEVICE, requires_grad=True) for v in scales]
+    losses = loss(images, texts, s, **options)
+    weights = torch.arange(1, 1 + len(s), device=DEVICE, dtype=acc)
+    return [losses, *torch.autograd.grad(losses @ weights, [*images, *texts, *s])]
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True, "weights": (0.7, 0.2)}, {"weights": (0.0, 1.0)}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_matches_float64(backend: str, dtype: torch.dtype, options: dict) -> None:
+    found: list[list[list[Tensor]]] = [[], [], []]
+    for _ in range(4):
+        images, texts = features(dtype=dtype)
+        found[0].append(results(grouped_clip_loss, images, texts, dtype, backend=backend, **options))
+        found[1].append(results(one_by_one, images, texts, dtype, **options))
+        found[2].append(results(one_by_one, images, texts, torch.float64, **options))
+    for i in range(len(found[0][0])):
+        got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in found)
+        assert_no_worse(got, eager, exact, f"result {i}")
+
+
+def test_one_launch_of_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "triton" not in ALL:
+        pytest.skip("Triton is not there")
+    from mmfuse.kernels.contrastive import kernel
+
+    launches: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str):
+            self.name, self.inner = name, getattr(kernel, name)
+
+        def __getitem__(self, grid):  # type: ignore[no-untyped-def]
+            launches.append(self.name)
+            return self.inner[grid]
+
+    names = ["_stats_fwd_kernel", "_merge_kernel", "_grad_kernel"]
+    for name in names:
+        monkeypatch.setattr(kernel, name, Counted(name))
+    images, texts = features()
+    results(grouped_clip_loss, images, texts, torch.float32, backend="triton")
+    assert launches == names
+
+
+@pytest.mark.parametrize("trained", ["images[1]", "texts[3]", "scales", "texts"])
+@pytest.mark.parametrize("backend", ALL)
+def test_frozen_inputs_get_no_gradient(backend: str, trained: str) -> None:
+    images, texts = features()
+    scales = [torch.tensor(v, device=DEVICE) for v in SCALES]
+    inputs = {"images[1]": [images[1]], "texts[3]": [texts[3]], "scales": scales, "texts": texts}[trained]
+    for t in inputs:
+        t.requires_grad_()
+    got, want = (
+        torch.autograd.grad(grouped_clip_loss(images, texts, scales, backend=name).sum(), inputs)
+        for name in (backend, "torch")
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+def test_bitwise_equal_runs_and_double_backward(backend: str) -> None:
+    images, texts = features()
+    runs = [results(grouped_clip_loss, images, texts, torch.float32, backend=backend) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+    x = images[1].requires_grad_()
+    losses = grouped_clip_loss(images, texts, SCALES, backend=backend)
+    (g,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once, not twice"):
+        (losses.sum() + g.sum()).backward()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_empty_group(backend: str) -> None:
+    images, texts = features([(4, 16), (0, 16), (3, 16)])
+    got = results(grouped_clip_loss, images, texts, torch.float32, SCALES[:3], backend=backend)
+    want = results(one_by_one, images, texts, torch.float32, SCALES[:3])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_a_tensor_of_scales() -> None:
+    images, texts = features()
+    scales = torch.tensor(SCALES, device=DEVICE, requires_grad=True)
+    for backend in ALL:
+        losses = grouped_clip_loss(images, texts, scales, backend=backend)
+        (got,) = torch.autograd.grad(losses.sum(), scales)
+        (want,) = torch.autograd.grad(one_by_one(images, texts, scales).sum(), scales)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif("triton" not in ALL or GPU, reason="float64 Triton kernels run in the interpreter only")
+def test_gradcheck() -> None:
+    images, texts = ([t.double().requires_grad_() for t in side] for side in features([(4, 5), (3, 2)]))
+    s = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+
+    def losses(a: Tensor, b: Tensor, c: Tensor, d: Tensor, s: Tensor) -> Tensor:
+        return grouped_clip_loss([a, b], [c, d], s, normalize=True, backend="triton")
+
+    assert torch.autograd.gradcheck(losses, (*images, *texts, s), fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", [None, *(["triton"] if "triton" in ALL else [])])
+def test_compiles_whole(backend: str | None) -> None:
+    images, texts = features(SHAPES[:2])
+    images[0].requires_grad_(), texts[1].requires_grad_()
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return grouped_clip_loss(tensors[:2], tensors[2:], (9.0, 5.0), backend=backend).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = (*images, *texts)
+    torch.testing.assert_close(compiled(*inputs), loss(*inputs))
+    got, want = (torch.autograd.grad(f(*inputs), (images[0], texts[1])) for f in (compiled, loss))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif("triton" not in ALL, reason="Triton is not there")
+@pytest.mark.parametrize("normalize", [False, True])
+def test_opcheck(normalize: bool) -> None:
+    images, texts = features([(3, 16), (5, 16)])
+    leaves = [torch.cat(side).requires_grad_() for side in (images, texts)]
+    s = torch.tensor([3.0, 9.0], device=DEVICE, requires_grad=True)
+    options = ([3, 5], [16, 16], 0.5, 0.5)
+    needs = ([True, False], [True, True])
+    torch.library.opcheck(grouped_fwd.op, (*leaves, s, *options, normalize, *needs))
+    losses, found, *unit = (t.detach() for t in grouped_fwd.op(*leaves, s, *options, normalize, *needs))
+    x, y, *inverse = unit if normalize else (*leaves, *unit[2:])
+    args = (losses, x.detach(), y.detach(), s.detach(), found, *inverse, *options, *needs, True)
+    torch.library.opcheck(grouped_bwd.op, args)
+
+
+def test_errors() -> None:
+    images, texts = features(SHAPES[:2])
+    for error, message, args in (
+        (ValueError, "images, texts and logit_scales have 2, 1, 2 groups", (images, texts[:1], (1.0, 1.0))),
+        (ValueError, "have 0, 0, 0 groups, expected as many", ([], [], [])),
+        (
+            ValueError,
+            r"texts\[1\] has 16 features per row, expected 40 as in images\[1\]",
+            (images, [texts[0]] * 2, (1.0, 1.0)),
+        ),
+        (ValueError, r"texts\[0\] has 5 rows, expected 4 as images\[0\]", ([images[0][:4]], texts[:1], (1.0,))),
+        (
+            TypeError,
+            r"images\[1\] has dtype torch.float64",
+            ([images[0], images[1].double()], [texts[0], texts[1].double()], (1.0, 1.0)),
+        ),
+        (ValueError, "logit_scale is nan", (images, texts, (1.0, math.nan))),
+        (ValueError, "weights is", (images, texts, (1.0, 1.0), (1.0,))),
+    ):
+        with pytest.raises(error, match=message):
+            grouped_clip_loss(*args[:3], **({"weights": args[3]} if len(args) > 3 else {}))
+    large = torch.empty(9000, 1, device=DEVICE)
+    assert "triton" not in ALL or "9000 rows, more than 8192" in GROUPED.explain(large, large)["triton"][0]
+    assert "-> " in mmfuse.explain(mmfuse.grouped_clip_loss, PROBE, PROBE)
