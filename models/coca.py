@@ -30,7 +30,6 @@ class BlockConfig:
     layers: int = 12
     mlp_ratio: float = 4.0
     ls_init_value: float | None = None  # of the layer scale, if there is one
-    pool_type: str = ""
     act_kwargs: Mapping[str, Any] | None = None
     norm_kwargs: Mapping[str, Any] | None = None
     final_ln_after_pool: bool = False

@@ -1,4 +1,8 @@
-"""open_clip's CoCa with captions from cached keys and values."""
+"""open_clip's CoCa with captions from cached keys and values.
+
+Its training is left: `forward` returns the captions' logits [B, L, V], so they have to be there. `mmfuse.models`' CoCa
+has a `loss` that does without.
+"""
 
 from __future__ import annotations
 
