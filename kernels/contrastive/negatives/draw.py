@@ -24,8 +24,9 @@ from mmfuse.kernels.contrastive.negatives.noise import gumbel
 
 # what is not a number still can be drawn, after all that is one; what is masked cannot
 LOWEST = -1e30
-# logits per block
-_BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
+# of logits: on a CPU, plain torch makes the noise of a block within the cache, while the compiled pass prefers the
+# products of a large one
+_BLOCK_BYTES = {"cpu": 16 << 20, "chunked": 1 << 20, "cuda": 64 << 20}
 
 
 class TorchTile:
@@ -178,7 +179,8 @@ def hard_negatives(
     columns = Draw(len(keys) if both else 0, k, seed, acc, dim=0, **options)
     x, y = (query, keys) if query.is_cuda else (query.to(acc), keys.to(acc))
     wide = {} if x.dtype == acc else {"out_dtype": acc}
-    step = max(16, _BLOCK_BYTES[x.device.type] // max(1, len(y) * acc.itemsize))
+    kind = "cuda" if x.is_cuda else "chunked" if tile is TorchTile else "cpu"
+    step = max(16, _BLOCK_BYTES[kind] // max(1, len(y) * acc.itemsize))
     logits = torch.empty(min(step, len(x)), len(y), dtype=acc, device=x.device)
     for i in range(0, len(x), step):
         block = slice(i, i + step)

@@ -23,7 +23,9 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> tuple[Tensor, ...]:
     for _ in range(10):
         # int64 wraps, and the mask undoes the sign of the shift
         a, b = x0 * _MULTIPLY[0], x2 * _MULTIPLY[1]
-        x0, x1, x2, x3 = ((b >> 32) & _LOW) ^ x1 ^ k0, b & _LOW, ((a >> 32) & _LOW) ^ x3 ^ k1, a & _LOW
+        x0 = (b >> 32).bitwise_and_(_LOW).bitwise_xor_(x1).bitwise_xor_(k0)
+        x2 = (a >> 32).bitwise_and_(_LOW).bitwise_xor_(x3).bitwise_xor_(k1)
+        x1, x3 = b.bitwise_and_(_LOW), a.bitwise_and_(_LOW)
         k0, k1 = (k0 + _RAISE[0]) & _LOW, (k1 + _RAISE[1]) & _LOW
     return x0, x1, x2, x3
 
