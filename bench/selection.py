@@ -178,12 +178,14 @@ def _check_inputs(device: torch.device) -> dict[str, Tensor]:
 
 
 def _check_negatives(inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    drawn = hard_negatives(*inputs.values(), _SCALE, k=2, mixture=1e-4, seed=1, both=True, backend=backend)
+    drawn = hard_negatives(
+        inputs["query"], inputs["keys"], _SCALE, k=2, mixture=1e-4, seed=1, both=True, backend=backend
+    )
     return {name: t.double() for name, t in zip(("keys", "queries"), drawn, strict=True)}
 
 
 def _check_topk(inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    return {"values": similarity_topk(*inputs.values(), _K, backend=backend)[0]}
+    return {"values": similarity_topk(inputs["query"], inputs["keys"], _K, backend=backend)[0]}
 
 
 CHECKS = [

@@ -146,8 +146,8 @@ class Draw:
 
     def take(self, race: int, mine: slice, key: Tensor, index: Tensor) -> None:
         """Take in what parts of the columns (rows) left: keys and indices [parts, count, k]."""
-        parts = (torch.cat([own[race, mine], *new], 1) for own, new in ((self.key, key), (self.index, index)))
-        self.key[race, mine], self.index[race, mine] = merge(*parts, self.key.shape[2])
+        keys, indices = torch.cat([self.key[race, mine], *key], 1), torch.cat([self.index[race, mine], *index], 1)
+        self.key[race, mine], self.index[race, mine] = merge(keys, indices, self.key.shape[2])
 
     def result(self) -> Tensor:
         """[count, k] int64: what was drawn, first draw first; -1 where nothing was left."""

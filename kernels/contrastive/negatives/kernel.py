@@ -154,7 +154,7 @@ def hard_negatives(
         return rows.result(), columns.result()
     x, y = _operand(query), _operand(keys)
     tile = _TILE | _TILES[_kind(x.dtype)]
-    down, across = triton.cdiv(min(b, _ROWS), tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"])
+    across = triton.cdiv(n, tile["BLOCK_N"])
     with torch.cuda.device_of(x):
         for i in range(0, b, _ROWS):
             block = slice(i, i + _ROWS)

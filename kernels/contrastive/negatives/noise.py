@@ -36,7 +36,8 @@ def gumbel(seed: Tensor, stream: int, row: int, col: int, shape: tuple[int, int]
     groups = -(-(col + cols) // 128) - group
     i = torch.arange(row, row + rows, device=seed.device)[:, None]
     c = torch.arange(32 * group, 32 * (group + groups), device=seed.device)[None, :]
-    outputs = [x.view(rows, groups, 32) for x in philox(seed, *torch.broadcast_tensors(c, i), stream)]
+    c, i = torch.broadcast_tensors(c, i)
+    outputs = [x.view(rows, groups, 32) for x in philox(seed, c, i, stream)]
     bits = torch.stack(outputs, 2).flatten(1)[:, col - 128 * group :][:, :cols]
     # E = -log(1 - u) resolves the small E, which win
     u = (((bits >> 1).to(dtype) + 0.5) * 2**-31).clamp_max_(_BELOW_ONE)
