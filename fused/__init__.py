@@ -1,6 +1,7 @@
 """Modules and losses that replace the field's own, and `accelerate()`, which swaps them into a live model."""
 
 from mmfuse.fused.acceleration import Report, accelerate
+from mmfuse.fused.global_contrastive import GlobalContrastiveLoss
 from mmfuse.fused.grad_cache import GradCache
 from mmfuse.fused.imagebind import ImageBindLoss
 from mmfuse.fused.language import linear_cross_entropy
@@ -13,6 +14,7 @@ __all__ = [
     "ClipLoss",
     "CoCaLoss",
     "DistillClipLoss",
+    "GlobalContrastiveLoss",
     "GradCache",
     "HardNegativeSampler",
     "ImageBindLoss",

@@ -1,0 +1,210 @@
+"""The public global contrastive loss: argument checks, autograd, and choice of implementation.
+
+It is the template with normalisers from outside: a_i exp(S_ij - rho_i) = exp(S_ij - S_ii) / ((N - 1)(u_i + eps)).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels.contrastive.arguments import features
+from mmfuse.kernels.contrastive.backends import (
+    no_reason,
+    reasons_against_chunked,
+    reasons_against_cpu,
+    reasons_against_cuda,
+    reasons_against_triton,
+    template,
+)
+from mmfuse.kernels.contrastive.blocked import finite
+from mmfuse.kernels.contrastive.global_loss import reference
+from mmfuse.kernels.contrastive.op import _kept_logits, steps_aside, units
+
+
+def _fwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    log_u: Tensor,
+    log_w: Tensor,
+    gamma: float,
+    eps: float,
+    normalize: bool,
+    save: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, y, x_inv, y_inv = units(image, text, scale, normalize)
+    row_max, row_sum, col_max, col_sum, positive, logits = template(backend).stats(x, y, scale, 0, save)
+    diag = scale * positive
+    log_u, a = _weights(row_max, row_sum, diag, log_u, gamma, eps)
+    log_w, b = _weights(col_max, col_sum, diag, log_w, gamma, eps)
+    # g / (u + eps) + h / (w + eps), which are the sums of the rows and of the columns of G
+    ratios = a * row_sum + b * col_sum
+    loss = ratios.mean() / scale
+    if x_inv is None or y_inv is None:  # an output may not alias an input
+        unit = (image.new_empty(0), text.new_empty(0), diag.new_empty(0), diag.new_empty(0))
+    else:
+        unit = (x, y, x_inv, y_inv)
+    return loss, log_u, log_w, finite(row_max), a, finite(col_max), b, ratios, logits, *unit
+
+
+def _weights(m: Tensor, l: Tensor, diag: Tensor, log_u: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """(new log u, a): a exp(S_ij - m) is exp(S_ij - S_ii) / ((N - 1)(u + eps)), of which l is the sum over a = 1."""
+    most = m - diag - math.log(max(len(diag) - 1, 1))
+    log_u = reference.moving_average(log_u, most + torch.log(l), gamma)
+    return log_u, torch.exp(most - reference.log_divisor(log_u, eps))
+
+
+def _fwd_fake(image, text, scale, log_u, log_w, gamma, eps, normalize, save, backend):  # type: ignore[no-untyped-def]
+    n, new = image.shape[0], scale.new_empty
+    logits = new((n, n), dtype=torch.int16 if save == "int16" else scale.dtype) if save else new(0)
+    unit = (torch.empty_like(image), torch.empty_like(text)) if normalize else (image.new_empty(0), text.new_empty(0))
+    inverse = (new(n), new(n)) if normalize else (new(0), new(0))
+    return new(()), *(new(n) for _ in range(7)), logits, *unit, *inverse
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, scale, _, _, ctx.gamma, _, normalize, _, ctx.backend = inputs
+    *_, x, y, x_inv, y_inv = output
+    x, y = (x, y) if normalize else (image, text)
+    ctx.save_for_backward(x, y, scale, *output[3:9], x_inv, y_inv)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 10
+    needs = ctx.needs_input_grad[:3]
+    grads = global_contrastive_bwd(g, *ctx.saved_tensors, ctx.gamma, ctx.backend, *needs)
+    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 7)
+
+
+def _bwd(
+    g: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    rho: Tensor,
+    a: Tensor,
+    kappa: Tensor,
+    b: Tensor,
+    ratios: Tensor,
+    logits: Tensor,
+    x_inv: Tensor,
+    y_inv: Tensor,
+    gamma: float,
+    backend: str,
+    need_x: bool,
+    need_y: bool,
+    need_s: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # u >= gamma g: gamma G is bounded by 2, as float16 needs it
+    alpha = g.to(scale.dtype) / (gamma * max(len(x), 1) * scale)
+    inverses = (x_inv, y_inv) if x_inv.numel() else (None, None)
+    normalisers = (gamma * a, rho, gamma * b, kappa, -gamma * ratios)
+    return template(backend).grad(x, y, scale, alpha, *normalisers, 0.0, 0, logits, *inverses, need_x, need_y, need_s)
+
+
+def _bwd_fake(g, x, y, scale, *args):  # type: ignore[no-untyped-def]
+    need_x, need_y, need_s = args[-3:]
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
+        torch.empty_like(y, memory_format=torch.contiguous_format) if need_y else y.new_empty(0),
+        scale.new_empty(() if need_s else 0),
+    )
+
+
+global_contrastive_bwd = register("global_contrastive_bwd", _bwd, _bwd_fake)
+global_contrastive_fwd = register("global_contrastive_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
+
+
+def _fused(backend: str, image: Tensor, text: Tensor, scale: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
+    save = _kept_logits("auto", None, image, len(text)) if needs else ""
+    loss, log_u, log_w, *_ = global_contrastive_fwd(image, text, scale, *options, save, backend)
+    return loss, log_u, log_w
+
+
+_aside = partial(steps_aside, "clip_loss")
+
+GLOBAL = Op(
+    "global_contrastive_loss",
+    [
+        Impl("cuda", partial(_fused, "cuda"), reasons_against_cuda),
+        Impl("triton", partial(_fused, "triton"), reasons_against_triton, only_named_in_the_interpreter),
+        Impl("cpu", partial(_fused, "cpu"), reasons_against_cpu, _aside),
+        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked, _aside),
+        Impl("torch", reference.global_contrastive_loss, no_reason),
+    ],
+)
+
+
+def global_contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    log_u: Tensor,
+    log_w: Tensor,
+    gamma: float,
+    *,
+    eps: float = 1e-14,
+    normalize: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CLIP's loss with the normalisers of the whole data set, which every sample estimates by a moving average.
+
+    With S = s image @ text.T, g_i = mean_{j != i} exp(S_ij - S_ii) and u_i <- (1 - gamma) u_i + gamma g_i for the rows,
+    h and w likewise for the columns (exp(S_ji - S_ii)):
+
+    L = (1/s) mean_i(g_i / (u_i + eps) + h_i / (w_i + eps)), where u, w and the factor 1/s are constants to the gradient
+    (SogCLR, Yuan et al. 2022; FastCLIP-v1, Wei et al. 2024). The gradient does not need a large batch; the value is no
+    measure of progress: 2/s where u and w equal g and h. `mmfuse.fused.GlobalContrastiveLoss` keeps u and w.
+
+    Args:
+        image, text: [N, D], the same dtype (float16, bfloat16, float32 or float64) and device; any strides. Row i of
+            `image` pairs with row i of `text`.
+        logit_scale: s, the multiplier, already exponentiated: a float, or a tensor of one element. Its gradient is that
+            of the formula with 1/s constant, as FastCLIP's `multiply_tau` has it.
+        log_u, log_w: [N], log u and log w of these samples before the update; -inf (or NaN): not seen yet, u is then g.
+        gamma: the weight of the new value, 0 < gamma <= 1.
+        eps: added to u and w in the loss, not in what is returned.
+        normalize: divide each row by its L2 norm first, inside the operator.
+        backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        (loss, log_u, log_w): the loss, a scalar, and the updated logarithms [N], without a graph, in float32 (float64
+        for float64 features). A single pair has no negatives: its loss is 0.
+        Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
+
+    The logits are kept for the backward as `mmfuse.clip_loss` does it with save="auto". Deterministic: two runs are
+    equal bitwise. Differentiable once in image, text and logit_scale.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    image, text, scale = features(image, text, logit_scale, 0)
+    if len(image) != len(text):
+        raise ValueError(f"text has {len(text)} rows, expected {len(image)} as image")
+    for name, t in (("log_u", log_u), ("log_w", log_w)):
+        if t.shape != (len(image),):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected [{len(image)}] as image has rows")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+        if t.device != image.device:
+            raise ValueError(f"{name} is on {t.device}, expected {image.device} as image")
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma is {gamma}, expected a number in (0, 1]")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}, expected a finite number >= 0")
+    impl = GLOBAL.select(image, text, backend=backend)
+    old = (t.detach().to(scale.dtype) for t in (log_u, log_w))
+    return impl.fn(image, text, scale, *old, float(gamma), float(eps), normalize)

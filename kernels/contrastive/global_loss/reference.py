@@ -1,0 +1,53 @@
+"""The global contrastive loss in plain PyTorch on the whole matrix of logits.
+
+    S = s x yT,   g_i = mean_{j != i} exp(S_ij - S_ii),   u_i <- (1 - gamma) u_i + gamma g_i      rows; columns: h, w
+    L = (1/s) mean_i(g_i / (u_i + eps) + h_i / (w_i + eps))       u, w and the s of 1/s are constants
+
+Its gradient is that of (1/s) mean_i(log(u_i + eps) + log(w_i + eps)) if u and w were exact (SogCLR, Yuan et al.
+2022; FastCLIP-v1, Wei et al. 2024). Normalisers are kept as logarithms: at s = 100, g spans e^-200 to e^200.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse.kernels.contrastive.blocked import finite
+
+
+def moving_average(log_u: Tensor, log_g: Tensor, gamma: float) -> Tensor:
+    """log((1 - gamma) u + gamma g); g itself where there is no u yet."""
+    old = log_u + (math.log1p(-gamma) if gamma < 1 else -math.inf)
+    return torch.where(log_u.isfinite(), torch.logaddexp(old, log_g + math.log(gamma)), log_g)
+
+
+def log_divisor(log_u: Tensor, eps: float) -> Tensor:
+    """log(u + eps); 0 where both are 0, for then g is 0 too."""
+    return finite(torch.logaddexp(log_u, log_u.new_full((), math.log(eps) if eps else -math.inf)))
+
+
+def global_contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    log_u: Tensor,
+    log_w: Tensor,
+    gamma: float,
+    eps: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, new log u [N], new log w [N])."""
+    if normalize:
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    s = ((scale.to(image.dtype) * image) @ text.t()).to(scale.dtype)
+    n = len(s)
+    positive, negatives = s.diagonal(), s.masked_fill(torch.eye(n, dtype=torch.bool, device=s.device), -torch.inf)
+    loss, found = torch.zeros_like(positive), []
+    for dim, old in ((1, log_u), (0, log_w)):
+        log_g = negatives.logsumexp(dim) - positive - math.log(max(n - 1, 1))
+        found.append(moving_average(old, log_g.detach(), gamma))
+        loss = loss + torch.exp(log_g - log_divisor(found[-1], eps))
+    return loss.mean() / scale.detach(), *found
