@@ -5,7 +5,7 @@ Of the keys and the queue nothing is copied, unless 16-bit ones are widened on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ def scan(
     queue_ids: Tensor | None,
     paired: bool,
     need: bool,
+    see: Callable[[Tensor, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(row [B], g [B, D]): row_i = sum_j T_ij (rho_i - S_ij) and g_i = sum_j (P_ij sum_k T_ik - T_ij) K_j.
 
     T is `alpha` of the teacher's softmax and, where `paired`, 1 - alpha of the positives: equal ids, or column i.
     Without `paired` there are no targets: row_i = rho_i and g_i = sum_j P_ij K_j. `g` is empty unless `need`.
+    `see(S, i)` gets each block of the student's logits, rows i and following, all columns.
     """
     acc, b, n = accumulation_dtype(x.dtype), len(x), len(keys) + len(queue)
     new = {"dtype": acc, "device": x.device}
@@ -53,6 +55,8 @@ def scan(
         for at, k in _blocks(keys, queue, x.dtype, acc):
             torch.mm(both, k.t(), out=u[:, at : at + len(k)])
         s, teacher = u[: len(both) // len(queries)], u[len(both) // len(queries) :]
+        if see is not None:
+            see(s, i)
         for j in range(0, len(s), step):
             first = i + j
             span = slice(first, first + len(s[j : j + step]))

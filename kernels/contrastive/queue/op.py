@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,9 @@ from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.device import INTERPRET, only_named_in_the_interpreter
 from mmfuse.kernels.contrastive.arguments import scalar
 from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
+from mmfuse.kernels.contrastive.negatives import Draw
+from mmfuse.kernels.contrastive.negatives.op import _seed as seed_of
+from mmfuse.kernels.contrastive.negatives.op import draw_op
 from mmfuse.kernels.contrastive.queue import blocked, reference
 
 
@@ -66,7 +70,7 @@ def _fake_loss_and_grads(x: Tensor, temp: Tensor, need: bool) -> tuple[Tensor, T
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:3])
     ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -95,26 +99,72 @@ def _itc_fwd(
     ids: Tensor | None,
     key_ids: Tensor | None,
     queue_ids: Tensor | None,
+    k: int,
+    mixture: float,
+    seed: Tensor | None,
     need: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    row, g = _scan(backend)(query, query_m, keys, queue, temp, alpha, ids, key_ids, queue_ids, True, need)
-    return _loss_and_grads(query, temp, row, g)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (query, query_m, keys, queue, temp, alpha, ids, key_ids, queue_ids, True, need)
+    drawn = query.new_empty((len(query), k), dtype=torch.int64)
+    if seed is None:
+        row, g = _scan(backend)(*options)
+    elif backend == "triton":
+        row, g = _scan(backend)(*options)
+        drawn = _draw_apart(backend, query, keys, temp, ids, key_ids, k, mixture, seed)
+    else:
+        own, other = _masked_ids(query, keys, ids, key_ids)
+        draw, one = Draw(len(query), k, seed, temp.dtype, mixture=mixture), torch.ones_like(temp)
+
+        def see(s: Tensor, first: int) -> None:
+            draw.add(s[:, : len(keys)], one, own[first : first + len(s)], other, row=first)
+
+        row, g = blocked.scan(*options, see)
+        drawn = draw.result().clone()
+    return *_loss_and_grads(query, temp, row, g), drawn
 
 
-def _itc_fwd_fake(query, query_m, keys, queue, temp, alpha, ids, key_ids, queue_ids, need, backend):  # type: ignore[no-untyped-def]
-    return _fake_loss_and_grads(query, temp, need)
+def _masked_ids(query: Tensor, keys: Tensor, ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    if ids is not None and key_ids is not None:
+        return ids, key_ids
+    return torch.arange(len(query), device=query.device), torch.arange(len(keys), device=query.device)
+
+
+def _draw_apart(
+    backend: str, query: Tensor, keys: Tensor, temp: Tensor, ids: Tensor | None, key_ids: Tensor | None, *draw: Any
+) -> Tensor:
+    """The same draws from a pass of their own over the K keys."""
+    k, mixture, seed = draw
+    masks = _masked_ids(query, keys, ids, key_ids)
+    return draw_op(query, keys.to(query.dtype), 1 / temp, *masks, seed, k, 0, mixture, False, backend)[0]
+
+
+def _itc_fwd_fake(  # type: ignore[no-untyped-def]
+    query, query_m, keys, queue, temp, alpha, ids, key_ids, queue_ids, k, mixture, seed, need, backend
+):
+    drawn = query.new_empty((query.shape[0], k), dtype=torch.int64)
+    return *_fake_loss_and_grads(query, temp, need), drawn
 
 
 queue_itc_fwd = register(
-    "queue_itc_fwd", _itc_fwd, _itc_fwd_fake, setup_context=_setup, backward=partial(_backward, 11, 4)
+    "queue_itc_fwd", _itc_fwd, _itc_fwd_fake, setup_context=_setup, backward=partial(_backward, 14, 4)
 )
 
 
-def _fused_itc(backend: str, *args: Any) -> Tensor:
+def _fused_itc(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
     query, temp = args[0], args[4]
     need = torch.is_grad_enabled() and (query.requires_grad or temp.requires_grad)
-    return queue_itc_fwd(*args, need, backend)[0]
+    loss, _, _, drawn = queue_itc_fwd(*args, need, backend)
+    return loss, drawn
+
+
+def _reference_itc(*args: Any) -> tuple[Tensor, Tensor | None]:
+    *options, k, mixture, seed = args
+    query, _, keys, _, temp, _, ids, key_ids, _ = options
+    loss = reference.queue_itc_loss(*options)
+    with torch.no_grad():
+        given = (query.detach(), keys.detach(), temp.detach(), ids, key_ids, k, mixture, seed)
+        return loss, _draw_apart("torch", *given) if k else None
 
 
 QUEUE_ITC = Op(
@@ -122,7 +172,7 @@ QUEUE_ITC = Op(
     [
         Impl("triton", partial(_fused_itc, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
         Impl("chunked", partial(_fused_itc, "chunked"), reasons_against_chunked, partial(_aside, "queue_itc_loss")),
-        Impl("torch", reference.queue_itc_loss, no_reason),
+        Impl("torch", _reference_itc, no_reason),
     ],
 )
 
@@ -138,8 +188,11 @@ def queue_itc_loss(
     ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
+    negatives: int = 0,
+    mixture: float = 0.0,
+    seed: Tensor | int | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """One direction of ALBEF's image-text contrastive loss: cross-entropy with soft targets over a momentum queue.
 
     L = mean_i sum_j T_ij (logsumexp_k S_ik - S_ij),  S = query @ [keys; queue].T / temp,
@@ -161,10 +214,15 @@ def queue_itc_loss(
             targets: its loss is that of the soft ones, nothing at alpha = 0.
         key_ids: [K], by default `ids`.
         queue_ids: [M], needed with `ids`. An id that occurs nowhere else, such as -100, marks what is empty.
+        negatives: also draw so many hard negatives per row, among `keys`, from the logits of the same pass: what
+            `mmfuse.hard_negatives(query, keys, 1 / temp, ...)` draws with the same ids and `mixture` and `seed`. Triton
+            draws them from a pass of its own over the K keys.
+        mixture, seed: as for `mmfuse.hard_negatives`.
         backend: "triton", "chunked" or "torch"; by default the first that accepts the arguments.
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 features).
+        The loss, a scalar in float32 (float64 for float64 features), or with `negatives` a pair: the loss, and
+        [B, negatives] int64, indices into `keys`, -1 where fewer are left.
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
     Deterministic: two runs are equal bitwise. Differentiable once in query and temp; keys, queue and query_m get no
@@ -195,8 +253,16 @@ def queue_itc_loss(
         key_ids = ids if key_ids is None else key_ids
         ids = _ids("ids", ids, query, "query")
         key_ids, queue_ids = _ids("key_ids", key_ids, keys, "keys"), _ids("queue_ids", queue_ids, queue, "queue")
+    if negatives < 0:
+        raise ValueError(f"negatives is {negatives}, expected a number of draws per row")
+    if not 0.0 <= mixture < math.inf:
+        raise ValueError(f"mixture is {mixture}, expected a finite number >= 0")
+    at = seed_of(seed, query) if negatives else None
     impl = QUEUE_ITC.select(query, keys, queue, backend=backend)
-    return impl.fn(query, teacher, keys, queue, temp, float(alpha), ids, key_ids, queue_ids)
+    loss, drawn = impl.fn(
+        query, teacher, keys, queue, temp, float(alpha), ids, key_ids, queue_ids, negatives, float(mixture), at
+    )
+    return (loss, drawn) if negatives else loss
 
 
 # --- MoCo -----------------------------------------------------------------------------------------------------------
