@@ -484,7 +484,7 @@ struct Softmaxes {
     const float *b, *kappa;
 };
 
-// g = the student's softmaxes less the teacher's. Every term by itself: where both agree, nothing is left.
+// g = the student's softmaxes less the teacher's, every term with its own exponential, for they may nearly cancel
 MMFUSE_CLONES
 void subtract_softmaxes(const float* u, const float* t, float scale, float t_scale, Softmaxes student, Softmaxes teacher,
                         float* g, int64_t n) {

@@ -156,7 +156,7 @@ def _negatives_of(
 @triton.jit
 def _stats_of(
     u, row_max, row_sum, row_same, col_max_ptr, col_sum_ptr, col_same_ptr, positive_ptr, logits_ptr,
-    row_key, col_key_ptr, row_centre, col_centre_ptr, scale, step_ptr, stride_u, M, N, diagonal, row0, col0,
+    row_key, col_key_ptr, row_centre, col_centre_ptr, scale, step_ptr, stride_u, M, N, diagonal, row0, col0, at_col,
     SAVE: tl.constexpr, KEYED: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the columns of `u` to the rows' running (max, sum, sum of equal keys' U - c), and write the columns' own."""
@@ -178,11 +178,11 @@ def _stats_of(
         col_centre = tl.load(col_centre_ptr + cols, mask=cols < N, other=0.0)
         row_same += tl.sum(tl.where(same, u - row_centre[:, None], 0.0), axis=1)
         of_col = tl.sum(tl.where(same, u - col_centre[None, :], 0.0), axis=0)
-        tl.store(col_same_ptr + cols, of_col, mask=cols < N)
+        tl.store(col_same_ptr + at_col + cols, of_col, mask=cols < N)
     s = _negatives_of(u, positive_ptr, scale, M, N, diagonal, row0, col0, BLOCK_M, BLOCK_N)
     m_row, l_row, _, m_col, l_col, _ = _sums_of(s, s, s, False)
-    tl.store(col_max_ptr + cols, m_col, mask=cols < N)
-    tl.store(col_sum_ptr + cols, l_col, mask=cols < N)
+    tl.store(col_max_ptr + at_col + cols, m_col, mask=cols < N)
+    tl.store(col_sum_ptr + at_col + cols, l_col, mask=cols < N)
     new = tl.maximum(row_max, m_row)
     row_sum = row_sum * tl.exp(row_max - _finite(new)) + l_row * tl.exp(m_row - _finite(new))
     return new, row_sum, row_same
@@ -247,13 +247,15 @@ def _stats_fwd_kernel(
     if KEYED:
         row_key = tl.load(row_key_ptr + rows, mask=rows < end_m, other=-2)
         row_centre = tl.load(row_centre_ptr + rows, mask=rows < end_m, other=0.0)
-    at_row, at_col = tile_n.to(tl.int64) * M, tile_m.to(tl.int64) * N
+    at_col = tile_m.to(tl.int64) * N
     for i in tl.static_range(PARTS):
         row_max, row_sum, row_same = _stats_of(
-            parts[i], row_max, row_sum, row_same, col_max_ptr + at_col, col_sum_ptr + at_col, col_same_ptr + at_col,
+            parts[i], row_max, row_sum, row_same, col_max_ptr, col_sum_ptr, col_same_ptr,
             positive_ptr, logits_ptr, row_key, col_key_ptr, row_centre, col_centre_ptr, scale, step_ptr, stride_u,
-            end_m, end_n, diagonal, row0, col0 + i * (BLOCK_N // PARTS), SAVE, KEYED, ACC, BLOCK_M, BLOCK_N // PARTS,
+            end_m, end_n, diagonal, row0, col0 + i * (BLOCK_N // PARTS), at_col,
+            SAVE, KEYED, ACC, BLOCK_M, BLOCK_N // PARTS,
         )  # fmt: skip
+    at_row = tile_n.to(tl.int64) * M
     tl.store(row_max_ptr + at_row + rows, row_max, mask=rows < end_m)
     tl.store(row_sum_ptr + at_row + rows, row_sum, mask=rows < end_m)
     if KEYED:
@@ -634,7 +636,7 @@ def stats(
     row_key, col_key, row_centre, col_centre = (t for k in same for t in k.split([b, n])) if same else (scale,) * 4
     step = fixed_point_step(x, y) if save == "int16" and b else scale
     x, y = _operand(x), _operand(y)
-    settings = _settings("stats", x, wide=save == "full" and _precision(x.dtype) == "tf32")
+    settings = _settings("stats", x, wide=_wide_stats(save, same is not None, x.dtype, _precision(x.dtype)))
     tiles_n = triton.cdiv(n, settings["BLOCK_N"])
     with torch.cuda.device_of(x):
         for i in range(0, b if n else 0, _ROWS):
@@ -656,6 +658,12 @@ def stats(
                 sums[0][rows] = row[2].sum(0)
                 sums[1] += col[2].sum(0)
     return row_max, row_sum, col_max, col_sum, positive, logits, *sums
+
+
+def _wide_stats(save: str, keyed: bool, dtype: torch.dtype, precision: str) -> bool:
+    """Whether what the tile keeps besides its logits needs twice the registers."""
+    cores = dtype.itemsize == 2 or precision == "tf32"
+    return cores and (save == "full" or (save == "int16" and keyed))
 
 
 def _merge(into: tuple[Tensor, ...], parts: Tensor) -> None:
@@ -872,9 +880,13 @@ def _specs(
     if kernel == "stats":
         plain = [("", tile, {"SAVE": ""}), ("int16", tile, {"SAVE": "int16"})]
         variants = [*plain, ("odd D", tile, {"SAVE": "", "EVEN_D": False})]
-        full = ("full", tile | (_WIDE if precision == "tf32" else {}), {"SAVE": "full"})
-        keyed = plain if dtype.itemsize == 2 else [*plain, full]
-        variants += [] if dtype.itemsize == 2 else [full]
+        wide, keyed_wide = (
+            tile | (_WIDE if _wide_stats("int16" if keyed else "full", keyed, dtype, precision) else {})
+            for keyed in (False, True)
+        )
+        full = [] if dtype.itemsize == 2 else [("full", wide, {"SAVE": "full"})]
+        variants += full
+        keyed = [plain[0], ("int16", keyed_wide, {"SAVE": "int16"}), *full]
     elif kernel == "grad":
         g |= {"SAVED": "", "DOT": False}
         variants = keyed = [("", tile, g), ("dot", tile | _WIDE, g | {"STORE": False, "DOT": True})]

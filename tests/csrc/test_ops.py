@@ -311,6 +311,93 @@ def test_sigmoid_shows_nan(part: str) -> None:
     assert sums.isnan().any(0).nonzero().flatten().tolist() == [2, 40]
 
 
+# --- positives of equal keys, and distillation: on the CPU -----------------------------------------------------------
+
+
+def cpu_op(name: str, *args) -> None:  # type: ignore[no-untyped-def]
+    if reason := load("cpu"):
+        pytest.skip(reason)
+    getattr(torch.ops.mmfuse_cpu, name)(*args)
+
+
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_positives_of_equal_keys(shape: tuple[int, int], diagonal: int) -> None:
+    (c, n), u = shape, torch.randn(shape)
+    row_key, col_key = (torch.randint(-1, 4, (k,), dtype=torch.int32) for k in shape)
+    row_centre, col_centre, row_sum, before = (torch.randn(k) for k in (c, n, c, n))
+    col_sum = before.clone()
+    cpu_op("add_positives", u, diagonal, row_key, col_key, row_centre, col_centre, row_sum, col_sum)
+    same = row_key[:, None] == col_key
+    others = (same & ~positives(u, diagonal)).double()
+    expected = (
+        ((u.double() - row_centre[:, None]) * others).sum(1),
+        ((u.double() - col_centre) * others).sum(0) + before,
+    )
+    torch.testing.assert_close((row_sum.double(), col_sum.double()), expected, rtol=1e-6, atol=1e-4)
+
+    g, p, q = u.clone(), torch.rand(c), torch.rand(n)
+    cpu_op("subtract_targets", g, row_key, col_key, p, q)
+    assert torch.equal(g, torch.where(same, u - (p[:, None] + q), u))
+
+
+@pytest.mark.parametrize("kind", ["rows", "both", "negative", "equal"])
+@pytest.mark.parametrize("diagonal", [3, -2, 10_000])
+def test_cross_stats_over_chunks(kind: str, diagonal: int) -> None:
+    u, t = torch.randn(130, 1100), mixed(kind)
+    one = torch.tensor(1.0)
+    scale, t_scale = torch.tensor(3.0), torch.tensor(60.0)
+    row_centre, col_centre = torch.randn(130), torch.randn(1100)
+    col_max, col_sum, col_cross = torch.full((1100,), -math.inf), torch.zeros(1100), torch.zeros(1100)
+    rows = []
+    for first, last in ((0, 50), (50, 130)):
+        chunk = t[first:last].contiguous()
+        before = col_max.clone()
+        row_max, _, col_max, *_ = logit_stats(
+            "cpu", chunk * t_scale, one.item(), diagonal + first, (col_max, col_sum.clone())
+        )
+        row_sum, row_cross = torch.empty(last - first), torch.empty(last - first)
+        largest = (row_max, before, col_max, row_centre[first:last], col_centre)
+        into = (row_sum, col_sum, row_cross, col_cross)
+        cpu_op("cross_stats", u[first:last].contiguous(), chunk, scale, t_scale, diagonal + first, *largest, *into)
+        rows.append((row_max, row_sum, row_cross))
+    row_max, row_sum, row_cross = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    teacher = (t_scale * t).double().masked_fill(positives(u, diagonal), -math.inf)
+    p, q = (teacher - row_max[:, None]).exp(), (teacher - col_max).exp()
+    expected = (
+        p.sum(1),
+        q.sum(0),
+        (p * 3.0 * (u.double() - row_centre[:, None])).sum(1),
+        (q * 3.0 * (u.double() - col_centre)).sum(0),
+    )
+    got = tuple(v.double() for v in (row_sum, col_sum, row_cross, col_cross))
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=3e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_distillation(shape: tuple[int, int]) -> None:
+    u, t = 0.3 * torch.randn(shape), 0.3 * torch.randn(shape)
+    scales = torch.tensor(20.0), torch.tensor(50.0)
+    student, teacher = (vectors_for(v, s.item(), 0)[:4] for v, s in zip((u, t), scales, strict=True))
+    mean = [torch.randn(k) for side in zip(shape, shape, strict=True) for k in side]
+
+    def softmaxes(v: Tensor, scale: Tensor, a: Tensor, rho: Tensor, b: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
+        s, vectors = scale * v, [w.to(v.dtype) for w in (a, rho, b, kappa)]
+        return vectors[0][:, None] * (s - vectors[1][:, None]).exp(), vectors[2] * (s - vectors[3]).exp()
+
+    def formulas(u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        (p, q), (p_t, q_t) = softmaxes(u, scales[0], *student), softmaxes(t, scales[1], *teacher)
+        row_mean, row_centre, col_mean, col_centre = (m.to(u.dtype) for m in mean)
+        h = p_t * (row_mean[:, None] - scales[0] * (u - row_centre[:, None]))
+        return p + q - p_t - q_t, h + q_t * (col_mean - scales[0] * (u - col_centre))
+
+    got = torch.empty(shape), torch.empty(shape)
+    cpu_op("distill_grad", u, t, *scales, *student, *teacher, got[0])
+    cpu_op("teacher_grad", u, t, *scales, *teacher, *mean, got[1])
+    for g, eager, exact in zip(got, formulas(u, t), formulas(u.double(), t.double()), strict=True):
+        assert_no_worse(g, eager, exact)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 def test_empty(part: str, shape: tuple[int, int]) -> None:
     u = torch.empty(shape, device=part)

@@ -199,7 +199,7 @@ def grouped_clip_loss(
         )
     found = []
     for i, (image, text, scale) in enumerate(zip(*given, strict=True)):
-        found.append(features(image, text, scale, 0, names=(f"images[{i}]", f"texts[{i}]")))
+        found.append(features(image, text, scale, 0, paired=False, names=(f"images[{i}]", f"texts[{i}]")))
         x, y = found[i][:2]
         if len(x) != len(y):
             raise ValueError(f"texts[{i}] has {len(y)} rows, expected {len(x)} as images[{i}]")
