@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -21,13 +22,18 @@ from mmfuse.bench.row import first_line
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MINUTE = 60.0
+# what is counted, not timed: a module with `run(args)`
+COUNTED = {"contrastive-dist": "mmfuse.bench.distributed", "max-batch": "mmfuse.bench.max_batch"}
 
 Job = tuple[Case, Shape, list[str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "suite", nargs="?", choices=[*SUITES, "all"], help="what to measure; without it, a table of one minute"
+        "suite",
+        nargs="?",
+        choices=[*SUITES, *COUNTED, "all"],
+        help="what to measure, or to count; without it, a table of one minute",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -47,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.suite in COUNTED:
+        counted: int = import_module(COUNTED[args.suite]).run(args)
+        return counted
     device = torch.device(args.device)
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.set_device(device)

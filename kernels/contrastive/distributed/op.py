@@ -166,7 +166,8 @@ def _fused_clip(
         x, y = (peers.gather(t.detach()) for t in (image, text))
         if not len(image):
             return (image.sum() + text.sum()).to(scale.dtype) * scale
-        options = {"row_offset": peers.own.start, "backend": backend}
+        kept = {"save": "store", "store_budget": 0 if save == "int16" else 1 << 62} if save else {"save": "recompute"}
+        options = {"row_offset": peers.own.start, "backend": backend, **kept}
         to_text = op.clip_loss(image, y, scale, weights=(weights[0], 0.0), **options)
         return to_text + op.clip_loss(text, x, scale, weights=(weights[1], 0.0), **options)
     return _Clip.apply(
@@ -265,7 +266,8 @@ def distributed_clip_loss(
         divisor = divisor / peers.size if true else max(1, len(image))
     needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
     kept = op._kept_logits(save, store_budget, image, peers.total) if needs else ""
-    return impl.fn(image, text, scale, peers, local_loss, gather_with_grad, not true, float(divisor), w, kept)
+    split_scale = not true and peers.size > 1
+    return impl.fn(image, text, scale, peers, local_loss, gather_with_grad, split_scale, float(divisor), w, kept)
 
 
 def _same_rows(image: Tensor, text: Tensor) -> None:

@@ -1,0 +1,40 @@
+"""What `mmfuse bench` counts: the counts are those of the formulas, and the formulas those of this machine's memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import mmfuse.cli
+from mmfuse.bench import distributed, max_batch
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_counts_are_the_formulas(size: int) -> None:
+    found = distributed._world(size, 8, 6)
+    assert {provider.split("[")[0] for _, provider, *_ in found} >= {"mmfuse"}
+    for loss, provider, flops, sends in found:
+        assert (flops, pytest.approx(sends)) == distributed.expected(loss, provider, size, 8, 6), (loss, provider)
+
+
+def test_sizes_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmfuse.cli.main(["bench", "contrastive-dist", "--sizes", "8"]) != 0
+    assert "pairs per rank x features" in capsys.readouterr().err
+
+
+def test_largest_batch() -> None:
+    for provider, formula in max_batch.FORMULAS.items():
+        for world in (1, 8):
+            n = max_batch.largest(provider, 24e9, world, 512)
+            step = 1024 * world
+            assert formula(n, n // world, 512) <= 24e9 < formula(n + step, (n + step) // world, 512)
+    # 16 bytes for each pair of pairs
+    assert max_batch.largest("open_clip", 80e9, 1, 512) == 68 * 1024
+
+
+def test_memory_is_the_formula(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmfuse.cli.main(["bench", "max-batch", "--sizes", "1536x128", "--json"]) == 0
+    checks = [row for row in map(json.loads, capsys.readouterr().out.splitlines()) if "peak" in row]
+    for check in checks:
+        assert 0.5 * check["formula"] < check["peak"] <= 1.1 * check["formula"], check
