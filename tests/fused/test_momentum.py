@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
+import worlds
 from mmfuse.fused import MomentumQueueITC, momentum_update
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,19 +129,17 @@ def test_errors() -> None:
         make(with_ids=True).enqueue(x, x, ids[:3])
 
 
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _gathers(rank: int, size: int) -> None:
     queue = MomentumQueueITC(4, 10, with_ids=True, process_group=dist.group.WORLD)
     queue.enqueue(torch.full((3, 4), rank + 1.0), torch.full((3, 4), rank + 5.0), torch.arange(3) + 10 * rank)
     assert queue.idx_queue[0, :7].tolist() == [0, 1, 2, 10, 11, 12, -100] and queue.queue_ptr.item() == 6
     assert queue.image_queue[0, :6].tolist() == [1, 1, 1, 2, 2, 2] and queue.text_queue[3, 5] == 6
     with pytest.raises(RuntimeError, match="differ in size"):
         queue.enqueue(torch.ones(2 + rank, 4), torch.ones(2 + rank, 4), torch.arange(2 + rank))
-    dist.destroy_process_group()
 
 
-def test_a_group_gathers(tmp_path: os.PathLike) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+def test_a_group_gathers() -> None:
+    worlds.run(2, _gathers)
 
 
 def test_momentum_update_is_the_official_formula() -> None:

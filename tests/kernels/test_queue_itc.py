@@ -135,7 +135,7 @@ def unmatched() -> Case:
     return given
 
 
-# two teacher's logits that nearly tie at 0.001 make any loss of theirs uncertain: what needs no such temperature has none
+# logits of the teacher that all but tie at 0.001 make any loss uncertain: only what is about temperature is taken there
 EXTREMES = [(opposite, 0.001), (duplicates, 0.001), (solved, 0.001), (solved, 0.5), (unmatched, 0.07)]
 
 
