@@ -31,7 +31,7 @@ from mmfuse.kernels.contrastive.distributed import peers
 
 allow_torchvision()
 try:  # here, so that the processes fork from one that has it
-    from open_clip import loss as open_clip
+    from open_clip import loss as open_clip  # type: ignore[import-untyped]
 except ImportError:
     open_clip = None
 
@@ -111,7 +111,7 @@ def _losses(rank: int, size: int) -> dict[tuple[str, str], Callable[..., Tensor]
     """(loss, provider): a function of image, text, scale and bias."""
     losses: dict[tuple[str, str], Callable[..., Tensor]] = {}
     for name, (local, grad) in _MODES.items():
-        mode = {"local_loss": local, "gather_with_grad": grad, "backend": "chunked"}
+        mode: dict[str, Any] = {"local_loss": local, "gather_with_grad": grad, "backend": "chunked"}
         for save in ("recompute", "store"):
             losses[name, f"mmfuse[{save}]"] = partial(_clip, save=save, **mode)
         if local and grad:
@@ -184,7 +184,7 @@ def expected(loss: str, provider: str, size: int, b: int, d: int) -> tuple[int, 
     kept = "store" in provider
     split = one if size > 1 and local and "true" not in provider and not kept else 0
     numbers = ring * 4 * 3 * n  # a maximum and two sums of each column
-    scalars = 4 * (size - 1)  # the upstream gradients
+    scalars: float = 4 * (size - 1)  # the upstream gradients
     scalars += ring * 4 * (size * ("true" not in provider) if local else 2)
     return (3 if kept else 4) * one + split, 2 * features + numbers + header + scalars
 
@@ -195,7 +195,7 @@ def expected(loss: str, provider: str, size: int, b: int, d: int) -> tuple[int, 
 def run(args: argparse.Namespace) -> int:
     """Count, print, and say whether the counts of ours are those of the formulas."""
     b, d = _size(args.sizes or SIZE)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in WORLDS:
         for loss, provider, flops, sends in _world(size, b, d):
             want = expected(loss, provider, size, b, d)

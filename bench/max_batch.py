@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -108,7 +109,7 @@ def _measure(provider: str, n: int, d: int) -> int | None:
         from mmfuse._compat import allow_torchvision
 
         allow_torchvision()
-        from open_clip.loss import ClipLoss
+        from open_clip.loss import ClipLoss  # type: ignore[import-untyped]
 
         theirs = ClipLoss()
     small = [t.detach()[:512].clone().requires_grad_() for t in (image, text)]
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         for m in MEMORIES
         for p in FORMULAS
     ]
-    checks = []
+    checks: list[dict[str, Any]] = []
     for n, d in sizes:
         for provider in ("open_clip", "mmfuse"):
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class GradCache:
         leaves = {name: _leaf([outputs[name] for outputs in cached]) for name in names}
         del cached
         value = self.loss(**leaves) if isinstance(names[0], str) else self.loss(*leaves.values())
-        scale(sum(_scalars(value))).backward()
+        scale(reduce(torch.add, _scalars(value))).backward()
         self._replay(batches, states, leaves)
         return _detached(value)
 

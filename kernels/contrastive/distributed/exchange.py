@@ -6,7 +6,7 @@ takes their gradients in the same order and returns the sum over ranks for the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 from torch import Tensor
@@ -139,4 +139,9 @@ def _bidir(peers: Peers) -> Ring:
     return Ring(peers, {1: there + back, -1: there})
 
 
-EXCHANGES = {"bidir": _bidir, "shift": _shift, "reduce": Reduce, "gather": Gather}
+EXCHANGES: dict[str, Callable[[Peers], Gather | Reduce | Ring]] = {
+    "bidir": _bidir,
+    "shift": _shift,
+    "reduce": Reduce,
+    "gather": Gather,
+}

@@ -259,9 +259,10 @@ def distributed_clip_loss(
     true = grad_scale == "true"
     local_loss = bool(local_loss)
     gather_with_grad = bool(gather_with_grad) or true or members(group)[1] == 1  # alone, there is nothing to gather
-    settings = {"loss": "clip_loss", "local_loss": local_loss, "gather_with_grad": gather_with_grad}
-    peers = meet(group, image, sizes, settings | {"grad_scale": grad_scale} | _wanted(image, text, scale, impl))
-    divisor = max(1, peers.total)
+    settings = _wanted(image, text, scale, impl) | {"loss": "clip_loss", "grad_scale": grad_scale}
+    settings |= {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    peers = meet(group, image, sizes, settings)
+    divisor: float = max(1, peers.total)
     if local_loss:
         divisor = divisor / peers.size if true else max(1, len(image))
     needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
@@ -402,6 +403,6 @@ def distributed_siglip_loss(
         if dist_impl not in EXCHANGES:
             raise ValueError(f"dist_impl is {dist_impl!r}, expected 'bidir', 'shift', 'reduce' or 'gather'")
         impl = DISTRIBUTED_SIGLIP.select(image, backend=backend)
-    settings = {"loss": "siglip_loss", "dist_impl": dist_impl}
-    peers = meet(group, image, sizes, settings | _wanted(image, text, scale, impl))
+    settings = _wanted(image, text, scale, impl) | {"loss": "siglip_loss", "dist_impl": dist_impl}
+    peers = meet(group, image, sizes, settings)
     return impl.fn(image, text, scale, bias, peers, dist_impl)
