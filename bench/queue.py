@@ -91,7 +91,7 @@ def _bytes(mode: str, itemsize: int, B: int, M: int, D: int) -> float:
     return (2 * M + (4 if mode == "fwd" else 6) * B) * D * itemsize
 
 
-def _probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (
         torch.empty(64, 256, device=device, dtype=dtype),
         *(torch.empty(n, 256, device=device, dtype=dtype) for n in (64, 65536)),
@@ -99,9 +99,9 @@ def _probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 
 def _default(device: torch.device, dtype: torch.dtype) -> list[str]:
-    named = ["mmfuse-triton"] if chosen(QUEUE_ITC, 3, _probe(device, dtype)) != "triton" else []
-    named += ["mmfuse-chunked"] if device.type == "cuda" else []
-    return ["eager", "compile", "mmfuse", *(named if device.type == "cuda" else [])]
+    first = chosen(QUEUE_ITC, 3, _probe(device, dtype))
+    named = ["mmfuse-triton"] if device.type == "cuda" and first != "triton" else []
+    return ["eager", "compile", "mmfuse", *named, "mmfuse-chunked"]
 
 
 CASES = [

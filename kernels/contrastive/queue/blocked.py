@@ -6,6 +6,7 @@ Of the keys and the queue nothing is copied, unless 16-bit ones are widened on a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def scan(
     `see(S, i)` gets each block of the student's logits, rows i and following, all columns.
     """
     acc, b, n = accumulation_dtype(x.dtype), len(x), len(keys) + len(queue)
-    new = {"dtype": acc, "device": x.device}
+    new: dict[str, Any] = {"dtype": acc, "device": x.device}
     row, g = torch.zeros(b, **new), torch.zeros(x.shape if need else 0, **new)
     if not n:
         return (row if paired else row.fill_(-torch.inf)), g
