@@ -54,4 +54,4 @@ def matryoshka_clip_loss(
         raise ValueError(f"weights is {weights}, expected {len(dims)} finite numbers, one for each of dims")
     prefixes = ([t[:, :d] for d in dims] for t in (image, text))
     losses = grouped_clip_loss(*prefixes, [scale] * len(dims), normalize=normalize, backend=backend)
-    return sum(c * loss for c, loss in zip(weights, losses.unbind(), strict=True))
+    return sum((c * loss for c, loss in zip(weights, losses.unbind(), strict=True)), start=losses.new_zeros(()))

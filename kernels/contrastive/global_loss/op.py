@@ -57,9 +57,11 @@ def _fwd(
 
 def _weights(m: Tensor, l: Tensor, diag: Tensor, log_u: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor]:  # noqa: E741
     """(new log u, a): a exp(S_ij - m) is exp(S_ij - S_ii) / ((N - 1)(u + eps)), of which l is the sum over a = 1."""
-    most = m - diag - math.log(max(len(diag) - 1, 1))
-    log_u = reference.moving_average(log_u, most + torch.log(l), gamma)
-    return log_u, torch.exp(most - reference.log_divisor(log_u, eps))
+    # float64: an exponent of 100 has 7e-6 for its last digit in float32
+    most = m.double() - diag - math.log(max(len(diag) - 1, 1))
+    new = reference.moving_average(log_u.double(), most + torch.log(l.double()), gamma)
+    a = torch.exp(most - reference.log_divisor(new, eps))
+    return new.to(m.dtype), a.to(m.dtype)
 
 
 def _fwd_fake(image, text, scale, log_u, log_w, gamma, eps, normalize, save, backend):  # type: ignore[no-untyped-def]
