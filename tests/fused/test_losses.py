@@ -1,4 +1,4 @@
-"""ClipLoss and SigLipLoss against open_clip's own classes."""
+"""The losses against open_clip's own classes, in one process."""
 
 from __future__ import annotations
 
@@ -214,3 +214,57 @@ def test_trains_a_clip_of_open_clip(cls, nonscalar: bool) -> None:
     got, want = train(cls()), train(PAIRS[cls]())
     assert want[0][0] != want[0][2]
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["CoCaLoss", "DistillClipLoss"])
+def test_interface_of_two_losses(name: str) -> None:
+    mine, theirs = (getattr(m, name) for m in (mmfuse.fused, open_clip.loss))
+    for method in ("__init__", "forward", "get_logits", "get_ground_truth", "dist_loss"):
+        if hasattr(theirs, method):
+            found, want = (inspect.signature(getattr(c, method)).parameters.values() for c in (mine, theirs))
+            assert [(p.name, p.default, p.kind) for p in found] == [(p.name, p.default, p.kind) for p in want], method
+    args = (2.0, 1.0, 7) if name == "CoCaLoss" else ()
+    got, want = (c(*args, local_loss=True, cache_labels=True, rank=2) for c in (mine, theirs))
+    assert {k: v for k, v in vars(got).items() if k[0] != "_"} == {k: v for k, v in vars(want).items() if k[0] != "_"}
+    assert [type(m) for m in got.children()] == [type(m) for m in want.children()]
+    assert isinstance(got, ClipLoss)
+
+
+@pytest.mark.parametrize("caption_weight, clip_weight", [(2.0, 1.0), (1.0, 0.0), (0.0, 3.0)])
+def test_coca(caption_weight: float, clip_weight: float) -> None:
+    image, text = (t.double() for t in features(5, 8))
+    labels = torch.randint(0, 6, (5, 7))
+    labels[0, 3:] = 4
+    results = []
+    for cls in (mmfuse.fused.CoCaLoss, open_clip.loss.CoCaLoss):
+        torch.manual_seed(1)
+        logits = torch.randn(5, 7, 6, dtype=torch.float64, requires_grad=True)
+        scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+        leaves = [image.clone().requires_grad_(), text.clone().requires_grad_(), logits, scale]
+        loss = cls(caption_weight, clip_weight, pad_id=4)
+        clip, caption = loss(*leaves[:3], labels, scale)
+        named = loss(*leaves[:3], labels, scale, output_dict=True)
+        assert list(named) == ["contrastive_loss", "caption_loss"] and named["contrastive_loss"] == clip
+        grads = torch.autograd.grad(clip + caption, leaves, allow_unused=True)
+        results.append([clip, caption, *grads])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-14)
+    if not clip_weight:
+        assert results[0][0].dtype == torch.int64 and results[0][0] == 0
+
+
+def test_distillation() -> None:
+    student, teacher = ([t.double() for t in features(6, d)] for d in (8, 5))
+    results = []
+    for cls in (mmfuse.fused.DistillClipLoss, open_clip.loss.DistillClipLoss):
+        scales = [torch.tensor(s, dtype=torch.float64) for s in (9.0, 20.0)]
+        leaves = [t.clone().requires_grad_() for t in (*student, scales[0], *teacher, scales[1])]
+        contrastive, distill = cls()(*leaves)
+        named = cls()(*leaves, output_dict=True)
+        assert list(named) == ["contrastive_loss", "distill_loss"] and named["distill_loss"] == distill
+        grads = torch.autograd.grad(contrastive + 2 * distill, leaves)
+        results.append([contrastive, distill, *grads, cls().dist_loss(*(t @ t.T for t in student))])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-13)
+    # a teacher in another precision, as open_clip's products of each alone allow
+    low = [t.to(torch.bfloat16) for t in teacher]
+    got, want = (c()(*student, 9.0, *low, 20.0) for c in (mmfuse.fused.DistillClipLoss, open_clip.loss.DistillClipLoss))
+    torch.testing.assert_close([t.float() for t in got], [t.float() for t in want], rtol=2e-2, atol=2e-2)
