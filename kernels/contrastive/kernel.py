@@ -563,15 +563,15 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
             "sigmoid": _tile(128, 128, 64, 4, 4, 3),
             "distill": _tile(128, 128, 64, 4, 8, 3),
         },
-        10: dict.fromkeys(_TILED, _tile(128, 128, 64, 4, 4, 3)),
+        10: dict.fromkeys(_TILED, _tile(128, 128, 64, 4, 4, 3)) | {"distill": _tile(128, 64, 64, 2, 8, 3)},
     },
     "tf32": {
-        8: dict.fromkeys(_TILED, _tile(128, 64, 32, 2, 4, 3)),
-        9: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)),
-        10: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)),
+        8: dict.fromkeys(_TILED, _tile(128, 64, 32, 2, 4, 3)) | {"distill": _tile(64, 64, 32, 2, 4, 3)},
+        9: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)) | {"distill": _tile(128, 64, 32, 2, 8, 3)},
+        10: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)) | {"distill": _tile(128, 64, 32, 2, 8, 3)},
     },
     # no tensor cores
-    "ieee": {8: dict.fromkeys(_TILED, _tile(64, 64, 16, 1, 4, 2))},
+    "ieee": {8: dict.fromkeys(_TILED, _tile(64, 64, 16, 1, 4, 2)) | {"distill": _tile(64, 32, 16, 1, 4, 2)}},
 }
 
 # for what also keeps float32 logits of 128 columns, or sums what it does not store: twice the registers
@@ -663,7 +663,7 @@ def stats(
 def _wide_stats(save: str, keyed: bool, dtype: torch.dtype, precision: str) -> bool:
     """Whether what the tile keeps besides its logits needs twice the registers."""
     cores = dtype.itemsize == 2 or precision == "tf32"
-    return cores and (save == "full" or (save == "int16" and keyed))
+    return cores and (save == "full" or keyed)
 
 
 def _merge(into: tuple[Tensor, ...], parts: Tensor) -> None:
@@ -880,13 +880,10 @@ def _specs(
     if kernel == "stats":
         plain = [("", tile, {"SAVE": ""}), ("int16", tile, {"SAVE": "int16"})]
         variants = [*plain, ("odd D", tile, {"SAVE": "", "EVEN_D": False})]
-        wide, keyed_wide = (
-            tile | (_WIDE if _wide_stats("int16" if keyed else "full", keyed, dtype, precision) else {})
-            for keyed in (False, True)
-        )
+        wide = tile | (_WIDE if dtype.itemsize == 2 or precision == "tf32" else {})
         full = [] if dtype.itemsize == 2 else [("full", wide, {"SAVE": "full"})]
         variants += full
-        keyed = [plain[0], ("int16", keyed_wide, {"SAVE": "int16"}), *full]
+        keyed = [(name, wide, more) for name, _, more in [*plain, *full]]
     elif kernel == "grad":
         g |= {"SAVED": "", "DOT": False}
         variants = keyed = [("", tile, g), ("dot", tile | _WIDE, g | {"STORE": False, "DOT": True})]
@@ -895,7 +892,6 @@ def _specs(
         variants, keyed = [("", tile, g), ("loss", tile | _WIDE, g | {"STORE": False})], []
     # not every option is combined with every other
     variants = [*variants, *((f"keyed {name}".strip(), size, more | {"KEYED": True}) for name, size, more in keyed)]
-    variants += [(f"grouped {name}".strip(), size, more | {"GROUPED": True}) for name, size, more in keyed[:1]]
     function = {"stats": _stats_fwd_kernel, "grad": _grad_kernel, "sigmoid": _sigmoid_fwd_kernel}[kernel]
     for variant, size, more in variants:
         flags = {"PRECISION": precision, "EVEN_D": True, "KEYED": False, "GROUPED": False}

@@ -7,12 +7,14 @@ follows from the shapes alone. The products with G are the group's own, by cuBLA
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
+from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels.contrastive import kernel as template
 from mmfuse.kernels.contrastive.blocked import accumulation_dtype, finish
 
@@ -124,3 +126,18 @@ def grad(
                 sums[i] = unscale * finish(product, own[rows, :dim], factor[i], inv, into)
     ds = alpha * torch.stack(sums).to(scale.dtype)
     return dx, dy, ds if need_s else scale.new_empty(0)
+
+
+def aot_specs() -> Iterator[Spec]:
+    """The grouped variants of the template's kernels, for `mmfuse compile-report`."""
+    flags = {"EVEN_D": True, "KEYED": False, "GROUPED": True, "SAVE": "", "SAVED": ""}
+    for dtype, precision, tile, archs in template.shipped("stats"):
+        yield template.spec(
+            template._stats_fwd_kernel, "grouped", dtype, tile | flags | {"PRECISION": precision}, archs
+        )
+    for dtype, precision, tile, archs in template.shipped("grad"):
+        for dot in (False, True):
+            size = tile | (template._WIDE if dot else {})
+            more = {"PRECISION": precision, "STORE": not dot, "DOT": dot, "G_SCALE": template._g_scale(dtype)}
+            name = "grouped dot" if dot else "grouped"
+            yield template.spec(template._grad_kernel, name, dtype, size | flags | more, archs)
