@@ -42,6 +42,7 @@ def close(got: list[Tensor], want: list[Tensor], what: Any, rtol: float = 1e-10,
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
 
 
+@mmfuse.use_backend("chunked")
 def as_open_clip(rank: int, size: int, b: int, d: int) -> None:
     """Every mode, implementation and module against open_clip's own on the same ranks, in float64."""
     from open_clip import loss as theirs
@@ -89,7 +90,7 @@ def _of_logits(loss: nn.Module, *args: Tensor) -> Tensor:
     return (per_image.square() + 2 * per_text.sin()).sum()
 
 
-def in_low_precision(rank: int, size: int, b: int, d: int, draws: int) -> list[list[Tensor]]:
+def in_low_precision(rank: int, size: int, b: int, d: int, draws: int, backend: str) -> list[list[Tensor]]:
     """[ours, open_clip's, open_clip's in float64] of several draws in every mode and dtype, to be judged together."""
     from open_clip import loss as theirs
 
@@ -101,20 +102,22 @@ def in_low_precision(rank: int, size: int, b: int, d: int, draws: int) -> list[l
             scale, bias = torch.tensor(14.3), torch.tensor(-5.0)
             for local, grad in MODES:
                 kinds = ((c, (local, grad), (scale,)) for c in (ClipLoss, theirs.ClipLoss))
-                found.append(_three(kinds, world, x, y))
+                found.append(_three(kinds, world, x, y, backend))
             kinds = ((c, (), (scale, bias)) for c in (SigLipLoss, theirs.SigLipLoss))
-            found.append(_three(kinds, world, x, y))
+            found.append(_three(kinds, world, x, y, backend))
     return found
 
 
-def _three(kinds: Any, world: dict[str, int], x: Tensor, y: Tensor) -> list[list[Tensor]]:
+def _three(kinds: Any, world: dict[str, int], x: Tensor, y: Tensor, backend: str) -> list[list[Tensor]]:
     (ours, mode, scalars), (theirs, *_) = kinds
     wide = [t.double() for t in (x, y, *scalars)]
     options = {"local_loss": mode[0], "gather_with_grad": mode[1]} if mode else {}
-    results = [differentiate(c(**options, **world), 1.0, x, y, *scalars) for c in (ours, theirs)]
+    with mmfuse.use_backend(backend):
+        results = [differentiate(c(**options, **world), 1.0, x, y, *scalars) for c in (ours, theirs)]
     return [*results, differentiate(theirs(**options, **world), 1.0, *wide)]
 
 
+@mmfuse.use_backend("chunked")
 def of_the_global_batch(rank: int, size: int, sizes: list[int]) -> None:
     """Uneven ranks (one may be empty), sub-groups and `grad_scale="true"` against one process."""
     groups = [None] if len(sizes) == size else [dist.new_group([1, size - 1])]
@@ -199,6 +202,7 @@ def every_backend(rank: int, size: int, backends: list[str]) -> None:
             close(got, want, (backend, impl), 1e-4, 1e-5)
 
 
+@mmfuse.use_backend("chunked")
 def only_what_is_asked(rank: int, size: int) -> None:
     """A locked tower, no gradient at all, a scale that is a number, double backward."""
     x, y = (rows(t, [3] * size, rank) for t in pairs([3] * size, 5))

@@ -8,7 +8,9 @@ import torch
 import worlds
 from distributed import programs
 from judge import assert_no_worse
-from mmfuse.kernels.contrastive.distributed.op import DISTRIBUTED_CLIP
+from mmfuse.kernels._runtime import Op
+from mmfuse.kernels.contrastive.distributed.op import DISTRIBUTED_CLIP, DISTRIBUTED_SIGLIP
+from mmfuse.kernels.contrastive.distributed.peers import Peers
 
 pytest.importorskip("open_clip")
 
@@ -19,7 +21,8 @@ def test_every_mode_as_open_clip(size: int, b: int, d: int) -> None:
 
 
 def test_precision() -> None:
-    by_rank = worlds.run(2, programs.in_low_precision, 40, 24, 8)
+    backend = "cpu" if "cpu" in DISTRIBUTED_CLIP.available(torch.ones(2, 16)) else "chunked"
+    by_rank = worlds.run(2, programs.in_low_precision, 40, 24, 8, backend)
     draws, per_dtype = 8, len(by_rank[0]) // 2
     kinds = per_dtype // draws
     for found in by_rank:
@@ -42,6 +45,14 @@ def test_every_backend() -> None:
     there = DISTRIBUTED_CLIP.available(torch.ones(2, 16))
     assert "chunked" in there
     worlds.run(2, programs.every_backend, [b for b in there if b != "torch"])
+
+
+@pytest.mark.parametrize("op", [DISTRIBUTED_CLIP, DISTRIBUTED_SIGLIP], ids=lambda op: op.name)
+def test_small_batches_are_eager(op: Op) -> None:
+    x = torch.ones(2, 16)
+    assert op.select(x, Peers(None, 0, 2, (20, 30))).name == "torch"
+    assert op.select(x, Peers(None, 0, 2, (20000, 20000))).name != "torch"
+    assert op.select(x, Peers(None, 0, 2, (20, 30)), backend="chunked").name == "chunked"
 
 
 def test_only_what_is_asked() -> None:

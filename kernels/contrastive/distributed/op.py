@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, UnsupportedError
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime.dispatch import forced_backend
 from mmfuse.kernels.contrastive import op
 from mmfuse.kernels.contrastive.arguments import features, scalar, weights_of
 from mmfuse.kernels.contrastive.backends import (
@@ -30,15 +32,31 @@ GradScale = Literal["open_clip", "true"]
 DistImpl = Literal["bidir", "shift", "reduce", "gather"]
 
 
-def _implementations(fused: Callable[..., Tensor], plain: Callable[..., Tensor]) -> list[Impl]:
+# on a CPU, eager is faster for fewer than side x side pairs (the most rows of a rank times all ranks' rows): measured
+# with 2 ranks on 2 cores in float32; the 16-bit dtypes and SigLIP in plain torch as in one process
+_EAGER_SIDE = {
+    "clip": {torch.float32: 640, torch.float64: 640, torch.bfloat16: 2048, torch.float16: 0},
+    "siglip": {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 2048, torch.float16: 0},
+    "siglip, chunked": op._EAGER_SIDE["siglip_loss, chunked"],
+}
+
+
+def _aside(name: str, x: Tensor, peers: Peers | None = None) -> list[str]:
+    side = _EAGER_SIDE[name].get(x.dtype, 0) if x.device.type == "cpu" and peers is not None else 0
+    few = side and max(peers.sizes) * peers.total < side**2
+    return [f"eager is faster for less than {side} x {side} pairs in {str(x.dtype)[6:]}"] if few else []
+
+
+def _implementations(name: str, fused: Callable[..., Tensor], plain: Callable[..., Tensor]) -> list[Impl]:
     def bound(backend: str) -> Callable[..., Tensor]:
         return lambda *args: fused(*args, backend)
 
+    chunked = "siglip, chunked" if name == "siglip" else name
     return [
         Impl("cuda", bound("cuda"), reasons_against_cuda),
         Impl("triton", bound("triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", bound("cpu"), reasons_against_cpu),
-        Impl("chunked", bound("chunked"), reasons_against_chunked),
+        Impl("cpu", bound("cpu"), reasons_against_cpu, partial(_aside, name)),
+        Impl("chunked", bound("chunked"), reasons_against_chunked, partial(_aside, chunked)),
         Impl("torch", plain, no_reason),
     ]
 
@@ -190,7 +208,7 @@ def _plain_clip(
     return reference.clip_loss(image, text, scale, peers, local_loss, gather_with_grad, divisor, *weights)
 
 
-DISTRIBUTED_CLIP = Op("distributed_clip_loss", _implementations(_fused_clip, _plain_clip))
+DISTRIBUTED_CLIP = Op("distributed_clip_loss", _implementations("clip", _fused_clip, _plain_clip))
 
 
 @torch.compiler.disable
@@ -255,13 +273,14 @@ def distributed_clip_loss(
             raise ValueError(f"grad_scale is {grad_scale!r}, expected 'open_clip' or 'true'")
         if save not in ("auto", "recompute", "store"):
             raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
-        impl = DISTRIBUTED_CLIP.select(image, backend=backend)
+        DISTRIBUTED_CLIP.select(image, backend=backend)
     true = grad_scale == "true"
     local_loss = bool(local_loss)
     gather_with_grad = bool(gather_with_grad) or true or members(group)[1] == 1  # alone, there is nothing to gather
-    settings = _wanted(image, text, scale, impl) | {"loss": "clip_loss", "grad_scale": grad_scale}
+    settings = _wanted(image, text, scale, backend) | {"loss": "clip_loss", "grad_scale": grad_scale}
     settings |= {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
     peers = meet(group, image, sizes, settings)
+    impl = DISTRIBUTED_CLIP.select(image, peers, backend=backend)  # the same on all ranks, now that they are known
     divisor: float = max(1, peers.total)
     if local_loss:
         divisor = divisor / peers.size if true else max(1, len(image))
@@ -276,11 +295,15 @@ def _same_rows(image: Tensor, text: Tensor) -> None:
         raise ValueError(f"text has {len(text)} rows, expected {len(image)} as image: row i of both is a pair")
 
 
-def _wanted(image: Tensor, text: Tensor, scale: Tensor, impl: Impl) -> dict[str, bool | str]:
+def _wanted(image: Tensor, text: Tensor, scale: Tensor, backend: str | None) -> dict[str, bool | str]:
     """What the ranks' collectives depend on beside the loss itself."""
     graph = torch.is_grad_enabled()
     wanted = {f"gradient of {name}": graph and t.requires_grad for name, t in (("image", image), ("text", text))}
-    return {**wanted, "gradient of logit_scale": graph and scale.requires_grad, 'backend "torch"': impl.name == "torch"}
+    return {
+        **wanted,
+        "gradient of logit_scale": graph and scale.requires_grad,
+        "backend": backend or forced_backend() or "",
+    }
 
 
 @contextmanager
@@ -350,7 +373,7 @@ def _fused_siglip(
     return _Siglip.apply(image, text, scale, bias, peers, dist_impl, needs, backend)
 
 
-DISTRIBUTED_SIGLIP = Op("distributed_siglip_loss", _implementations(_fused_siglip, reference.siglip_loss))
+DISTRIBUTED_SIGLIP = Op("distributed_siglip_loss", _implementations("siglip", _fused_siglip, reference.siglip_loss))
 
 
 @torch.compiler.disable
@@ -402,7 +425,8 @@ def distributed_siglip_loss(
         bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
         if dist_impl not in EXCHANGES:
             raise ValueError(f"dist_impl is {dist_impl!r}, expected 'bidir', 'shift', 'reduce' or 'gather'")
-        impl = DISTRIBUTED_SIGLIP.select(image, backend=backend)
-    settings = _wanted(image, text, scale, impl) | {"loss": "siglip_loss", "dist_impl": dist_impl}
+        DISTRIBUTED_SIGLIP.select(image, backend=backend)
+    settings = _wanted(image, text, scale, backend) | {"loss": "siglip_loss", "dist_impl": dist_impl}
     peers = meet(group, image, sizes, settings)
+    impl = DISTRIBUTED_SIGLIP.select(image, peers, backend=backend)
     return impl.fn(image, text, scale, bias, peers, dist_impl)

@@ -107,6 +107,7 @@ def _waiting(what: str, rank: int, size: int) -> Iterator[None]:
 _WORDS: tuple[bool | str, ...] = (
     *(False, True, "float16", "bfloat16", "float32", "float64", "clip_loss", "siglip_loss"),
     *("open_clip", "true", "bidir", "shift", "reduce", "gather"),
+    *("", "cuda", "triton", "cpu", "chunked", "torch"),
 )
 _HEADER = 12  # integers: whether the arguments fit, rows, features per row, and settings
 
