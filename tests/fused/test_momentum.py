@@ -113,6 +113,33 @@ def test_enqueue_compiles_in_one_graph() -> None:
     assert all(map(torch.equal, queue.state_dict().values(), other.state_dict().values()))
 
 
+def test_forward_compiles_in_one_graph() -> None:
+    queue, x = make(m=30, with_ids=True), [unit(4, 8).requires_grad_() for _ in range(4)]
+    ids = torch.randint(0, 3, (4,), device=DEVICE)
+    compiled = torch.compile(queue, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(sum(f(*x, 0.07, 0.4, ids)), x[:2]) for f in (queue, compiled)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device() -> None:
+    queue, x = make(m=4096, d=256), [unit(64, 256).bfloat16() for _ in range(4)]
+    temp = torch.tensor(0.07, device=DEVICE, requires_grad=True)
+    leaves = [t.requires_grad_() for t in x[:2]]
+
+    def step() -> None:
+        torch.autograd.grad(sum(queue(*leaves, *x[2:], temp, 0.4)), (*leaves, temp))
+        queue.enqueue(*x[2:])
+        momentum_update(leaves, x[2:], 0.995)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_errors() -> None:
     x, ids = unit(4, 8), torch.arange(4, device=DEVICE)
     with pytest.raises(ValueError, match="ids are given, expected None"):

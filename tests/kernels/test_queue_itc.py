@@ -66,7 +66,7 @@ def judge(draw: Callable[[], Case], temp: float, backend: str, dtype: torch.dtyp
 SIZES: list[dict[str, Any]] = [
     {},
     {"b": 1, "m": 5},
-    {"b": 17, "m": 20, "d": 40},
+    {"b": 17, "m": 20},
     {"k": 30},
     {"m": 0},
     {"m": 0, "b": 1},
