@@ -42,14 +42,15 @@ def _fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, x_inv, y_inv = units(image, text, scale, normalize)
     row_max, row_sum, col_max, col_sum, positive, logits = template(backend).stats(x, y, scale, 0, save)
-    diag = scale * positive
+    # float64 for the N exponents: one of 100 has 7e-6 for its last digit in float32
+    diag = scale * positive.double()
     log_u, a = _weights(row_max, row_sum, diag, log_u, gamma, eps)
     log_w, b = _weights(col_max, col_sum, diag, log_w, gamma, eps)
     # g / (u + eps) + h / (w + eps), which are the sums of the rows and of the columns of G
     ratios = a * row_sum + b * col_sum
     loss = ratios.mean() / scale
     if x_inv is None or y_inv is None:  # an output may not alias an input
-        unit = (image.new_empty(0), text.new_empty(0), diag.new_empty(0), diag.new_empty(0))
+        unit = (image.new_empty(0), text.new_empty(0), scale.new_empty(0), scale.new_empty(0))
     else:
         unit = (x, y, x_inv, y_inv)
     return loss, log_u, log_w, finite(row_max), a, finite(col_max), b, ratios, logits, *unit
@@ -57,8 +58,7 @@ def _fwd(
 
 def _weights(m: Tensor, l: Tensor, diag: Tensor, log_u: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor]:  # noqa: E741
     """(new log u, a): a exp(S_ij - m) is exp(S_ij - S_ii) / ((N - 1)(u + eps)), of which l is the sum over a = 1."""
-    # float64: an exponent of 100 has 7e-6 for its last digit in float32
-    most = m.double() - diag - math.log(max(len(diag) - 1, 1))
+    most = m - diag - math.log(max(len(diag) - 1, 1))
     new = reference.moving_average(log_u.double(), most + torch.log(l.double()), gamma)
     a = torch.exp(most - reference.log_divisor(new, eps))
     return new.to(m.dtype), a.to(m.dtype)
