@@ -24,6 +24,7 @@ from mmfuse.kernels.contrastive.blocked import centres
 from mmfuse.kernels.contrastive.distill import blocked
 from mmfuse.kernels.contrastive.distill.blocked import Side
 from mmfuse.kernels.contrastive.normalisers import above, column_normaliser, normaliser
+from mmfuse.kernels.contrastive.op import steps_aside
 
 
 def _passes(backend: str) -> Any:
@@ -172,8 +173,13 @@ DISTILL = Op(
     "distill_clip_loss",
     [
         Impl("triton", partial(_fused, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused, "cpu"), reasons_against_cpu),
-        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked),
+        Impl("cpu", partial(_fused, "cpu"), reasons_against_cpu, partial(steps_aside, "distill_clip_loss")),
+        Impl(
+            "chunked",
+            partial(_fused, "chunked"),
+            reasons_against_chunked,
+            partial(steps_aside, "distill_clip_loss, chunked"),
+        ),
         Impl("torch", reference.distill_loss, no_reason),
     ],
 )

@@ -41,7 +41,7 @@ def _table(
     return table.to(device, non_blocking=True), counts
 
 
-def _launch(kernel: str, x: Tensor, y: Tensor, sizes: list[int], dims: list[int], wide: bool = False):  # type: ignore[no-untyped-def]
+def _launch(kernel: str, x: Tensor, y: Tensor, sizes: list[int], dims: list[int], wide: bool):  # type: ignore[no-untyped-def]
     """(x, y with whole blocks of columns, table, programs per group, settings)"""
     settings = template._settings(kernel, x, wide)
     block_d = settings["BLOCK_D"]
@@ -54,7 +54,7 @@ def _launch(kernel: str, x: Tensor, y: Tensor, sizes: list[int], dims: list[int]
 def stats(x: Tensor, y: Tensor, scale: Tensor, sizes: list[int], dims: list[int]) -> tuple[Tensor, ...]:
     """(row_max, row_sum, col_max, col_sum, positive), [R] each, for the groups' scales [G]; see `blocked.stats`."""
     r, new = len(x), {"dtype": accumulation_dtype(x.dtype), "device": x.device}
-    x, y, table, _, settings = _launch("stats", x, y, sizes, dims)
+    x, y, table, _, settings = _launch("stats", x, y, sizes, dims, wide=False)
     # maxima and sums of the rows, then of the columns; a small group leaves some parts as they are
     parts = torch.zeros(2, triton.cdiv(max(sizes), min(settings["BLOCK_M"], settings["BLOCK_N"])), 2 * r, **new)
     parts[0] = -torch.inf
@@ -93,7 +93,7 @@ def grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy [R, D], ds [G]); zeros where a group's features need no gradient. Extra memory: G, [R, largest group]."""
     in_tiles = need_s and not any(need_x) and not any(need_y)
-    left, right, table, counts, settings = _launch("grad", x, y, sizes, dims, wide=in_tiles)
+    left, right, table, counts, settings = _launch("grad", x, y, sizes, dims, wide=True)
     side = -(-max(sizes) // 16) * 16
     g = torch.empty((len(x), side) if not in_tiles else (1, 1), dtype=x.dtype, device=x.device)
     dot = torch.empty(len(table) if in_tiles else 0, dtype=scale.dtype, device=x.device)
@@ -137,7 +137,6 @@ def aot_specs() -> Iterator[Spec]:
         )
     for dtype, precision, tile, archs in template.shipped("grad"):
         for dot in (False, True):
-            size = tile | (template._WIDE if dot else {})
             more = {"PRECISION": precision, "STORE": not dot, "DOT": dot, "G_SCALE": template._g_scale(dtype)}
             name = "grouped dot" if dot else "grouped"
-            yield template.spec(template._grad_kernel, name, dtype, size | flags | more, archs)
+            yield template.spec(template._grad_kernel, name, dtype, tile | template._WIDE | flags | more, archs)
