@@ -23,6 +23,8 @@ SUITES = {
     "queue": "mmfuse.bench.queue",
     "language": "mmfuse.bench.language",
     "selection": "mmfuse.bench.selection",
+    "contrastive-dist": "mmfuse.bench.distributed",
+    "variants": "mmfuse.bench.variants",
 }
 
 
