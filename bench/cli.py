@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "suite",
         nargs="?",
-        choices=[*SUITES, *COUNTED, "all"],
+        choices=list(dict.fromkeys([*SUITES, *COUNTED, "all"])),
         help="what to measure, or to count; without it, a table of one minute",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -26,14 +26,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmfuse._compat import allow_torchvision
+from mmfuse.bench.cases import Case, Check, differentiated
 from mmfuse.kernels import distributed_clip_loss, distributed_siglip_loss
 from mmfuse.kernels.contrastive.distributed import peers
 
-allow_torchvision()
-try:  # here, so that the processes fork from one that has it
-    from open_clip import loss as open_clip  # type: ignore[import-untyped]
-except ImportError:
-    open_clip = None
+allow_torchvision()  # open_clip is imported after this module, by the server that the processes fork from
 
 WORLDS = (1, 2, 4, 8)
 SIZE = "64x64"  # pairs per rank, features
@@ -118,7 +115,9 @@ def _losses(rank: int, size: int) -> dict[tuple[str, str], Callable[..., Tensor]
             losses[name, "mmfuse[recompute, true]"] = partial(_clip, save="recompute", grad_scale="true", **mode)
     for impl in _IMPLS:
         losses[f"siglip {impl}", "mmfuse"] = partial(distributed_siglip_loss, dist_impl=impl, backend="chunked")
-    if open_clip is None:
+    try:
+        from open_clip import loss as open_clip  # type: ignore[import-untyped]
+    except ImportError:
         return losses
     world = {"rank": rank, "world_size": size}
     for name, (local, grad) in _MODES.items():
@@ -189,6 +188,61 @@ def expected(loss: str, provider: str, size: int, b: int, d: int) -> tuple[int, 
     return (3 if kept else 4) * one + split, 2 * features + numbers + header + scalars
 
 
+# --- for `mmfuse verify` ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone() -> Iterator[Any]:
+    """A group of this process only."""
+    if dist.is_initialized():
+        yield dist.new_group([dist.get_rank()])
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield None
+    finally:
+        dist.destroy_process_group()
+
+
+def _of_one(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    def run(*args: Tensor, backend: str) -> Tensor:
+        with _alone() as group:
+            return loss(*args, group=group, backend=backend, **options)
+
+    return run
+
+
+def _inputs(**scalars: float) -> Callable[[torch.device], dict[str, Tensor]]:
+    def draw(device: torch.device) -> dict[str, Tensor]:
+        image, text = torch.nn.functional.normalize(torch.randn(2, 129, 96), dim=-1)
+        return {k: t.to(device) for k, t in {"image": image, "text": text}.items()} | {
+            k: torch.tensor(v, device=device) for k, v in scalars.items()
+        }
+
+    return draw
+
+
+CASES: list[Case] = []
+CHECKS = [
+    Check(
+        "distributed_clip_loss",
+        f"N=129 D=96, one rank, local={local}",
+        _inputs(scale=14.3),
+        differentiated(_of_one(distributed_clip_loss, local_loss=local)),
+        lambda inputs: (inputs["image"],),
+    )
+    for local in (False, True)
+] + [
+    Check(
+        "distributed_siglip_loss",
+        "N=129 D=96, one rank",
+        _inputs(scale=10.0, bias=-10.0),
+        differentiated(_of_one(distributed_siglip_loss)),
+        lambda inputs: (inputs["image"],),
+    )
+]
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +275,7 @@ def _size(text: str) -> tuple[int, int]:
 def _world(size: int, b: int, d: int) -> list[tuple[str, str, int, float]]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler would tell when it starts and stops
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "open_clip.loss"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank, args=(r, size, folder, b, d)) for r in range(size)]
         for process in ranks:

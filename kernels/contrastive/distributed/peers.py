@@ -43,6 +43,8 @@ class Peers:
 
     def gather(self, t: Tensor) -> Tensor:
         """The rows of all ranks [N, ...]: t [b, ...] is this rank's part."""
+        if self.size == 1:
+            return t
         longest = max(self.sizes)
         part = t.contiguous()
         if len(part) < longest:  # equal parts are what every backend can gather
@@ -56,6 +58,8 @@ class Peers:
 
     def scatter_sum(self, t: Tensor) -> Tensor:
         """This rank's rows [b, ...] of the sum over ranks of t [N, ...]."""
+        if self.size == 1:
+            return t
         longest, (own, rest) = max(self.sizes), (self.sizes[self.rank], t.shape[1:])
         if not self._even:
             parts = t.split(self.sizes)
@@ -66,17 +70,21 @@ class Peers:
         return out[:own]
 
     def sum_(self, t: Tensor) -> Tensor:
-        with self.waiting("summing over the ranks"):
-            dist.all_reduce(t, group=self.group)
-        return t
+        return self._reduce(t, dist.ReduceOp.SUM, "summing over the ranks")
 
     def max_(self, t: Tensor) -> Tensor:
-        with self.waiting("taking the maximum over the ranks"):
-            dist.all_reduce(t, dist.ReduceOp.MAX, group=self.group)
+        return self._reduce(t, dist.ReduceOp.MAX, "taking the maximum over the ranks")
+
+    def _reduce(self, t: Tensor, how: Any, what: str) -> Tensor:
+        if self.size > 1:
+            with self.waiting(what):
+                dist.all_reduce(t, how, group=self.group)
         return t
 
     def each(self, number: Tensor) -> Tensor:
         """One number of every rank [W]."""
+        if self.size == 1:
+            return number.reshape(1)
         out = number.new_empty(self.size)
         with self.waiting("gathering a number of each rank"):
             _gather_into(out, number.reshape(1), group=self.group)
@@ -143,6 +151,8 @@ def meet(group: Any, image: Tensor, sizes: Sequence[int] | None, settings: dict[
             raise ValueError(f"sizes is {list(sizes)}, expected {size} numbers with {len(image)} at rank {rank}")
         return Peers(group, rank, size, tuple(sizes))
     settings = {"dtype": str(image.dtype).removeprefix("torch."), **settings}
+    if size == 1:
+        return Peers(group, rank, size, (len(image),))
     told = _exchange(group, [True, *image.shape, *map(_WORDS.index, settings.values())])
     if refused := [r for r in range(size) if not told[r][0]]:
         raise RuntimeError(f"rank {refused[0]}'s arguments do not fit (it says why): no rank computes a loss")
