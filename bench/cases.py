@@ -24,6 +24,7 @@ SUITES = {
     "language": "mmfuse.bench.language",
     "selection": "mmfuse.bench.selection",
     "contrastive-dist": "mmfuse.bench.distributed",
+    "contrastive-dist": "mmfuse.bench.distributed",
     "variants": "mmfuse.bench.variants",
 }
 
