@@ -24,7 +24,6 @@ SUITES = {
     "language": "mmfuse.bench.language",
     "selection": "mmfuse.bench.selection",
     "contrastive-dist": "mmfuse.bench.distributed",
-    "contrastive-dist": "mmfuse.bench.distributed",
     "variants": "mmfuse.bench.variants",
 }
 
