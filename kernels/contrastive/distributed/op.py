@@ -42,8 +42,10 @@ _EAGER_SIDE = {
 
 
 def _aside(name: str, x: Tensor, peers: Peers | None = None) -> list[str]:
-    side = _EAGER_SIDE[name].get(x.dtype, 0) if x.device.type == "cpu" and peers is not None else 0
-    few = side and max(peers.sizes) * peers.total < side**2
+    if peers is None or x.device.type != "cpu":
+        return []
+    side = _EAGER_SIDE[name].get(x.dtype, 0)
+    few = max(peers.sizes) * peers.total < side**2
     return [f"eager is faster for less than {side} x {side} pairs in {str(x.dtype)[6:]}"] if few else []
 
 
