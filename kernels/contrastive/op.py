@@ -38,6 +38,13 @@ _EAGER_SIDE = {
     # in plain torch: about as fast as eager, in less memory, where eager's matrices leave the cache
     "clip_loss, ids, chunked": {torch.float32: 2048, torch.float64: 2048, torch.bfloat16: 4096, torch.float16: 0},
     "distill_clip_loss, chunked": {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096, torch.float16: 0},
+    "global_contrastive_loss": {torch.float32: 192, torch.float64: 192, torch.bfloat16: 2048, torch.float16: 0},
+    "global_contrastive_loss, chunked": {
+        torch.float32: 4096,
+        torch.float64: 4096,
+        torch.bfloat16: 4096,
+        torch.float16: 0,
+    },
     "siglip_loss": {torch.float32: 640, torch.float64: 640, torch.bfloat16: 2048, torch.float16: 0},
     "siglip_loss, chunked": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384, torch.float16: 0},
 }
@@ -61,6 +68,7 @@ def _clip_fwd(
     w_image: float,
     w_text: float,
     label_smoothing: float,
+    decoupled: bool,
     normalize: bool,
     row_offset: int,
     save: str,
@@ -75,8 +83,10 @@ def _clip_fwd(
     pairs = slice(row_offset, row_offset + b)
     diag = scale * positive
     zero = diag.new_zeros(())
-    row = above(row_max, row_sum, diag)
-    column = above(col_max[pairs], col_sum[pairs], diag)
+    if decoupled:
+        row, column = row_max + row_sum.log() - diag, col_max[pairs] + col_sum[pairs].log() - diag
+    else:
+        row, column = above(row_max, row_sum, diag), above(col_max[pairs], col_sum[pairs], diag)
     if keys is not None and shares is not None and same is not None:
         own = keys[:b] == keys[b:][pairs]
         nearly = scale * (same[1][:b] - positive)
@@ -142,10 +152,10 @@ def _clip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _clip_backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if g is None:
-        return (None,) * 13
+        return (None,) * 14
     needs = ctx.needs_input_grad[:3]
     grads = clip_bwd(g, *ctx.saved_tensors, *ctx.options, *needs)
-    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 10)
+    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 11)
 
 
 def _clip_bwd(
@@ -166,6 +176,7 @@ def _clip_bwd(
     w_image: float,
     w_text: float,
     label_smoothing: float,
+    decoupled: bool,
     row_offset: int,
     backend: str,
     need_x: bool,
@@ -176,8 +187,9 @@ def _clip_bwd(
     pairs = slice(row_offset, row_offset + b)
     normalize = x_inv.numel() > 0
     shift = label_smoothing * (w_image / n + w_text / b) if b else 0.0
-    rho, a, miss = normaliser(row_max, row_sum, diag)
-    kappa, beta, column_miss = column_normaliser(col_max, col_sum, diag, pairs)
+    counted = torch.full_like(diag, -torch.inf) if decoupled else diag
+    rho, a, miss = normaliser(row_max, row_sum, counted)
+    kappa, beta, column_miss = column_normaliser(col_max, col_sum, counted, pairs)
     a, beta = w_image * a, w_text * beta
     # P_ii - 1 without cancellation, likewise the columns
     d = label_smoothing * (w_image + w_text) - shift - w_image * miss - w_text * column_miss
@@ -271,6 +283,7 @@ def clip_loss(
     normalize: bool = False,
     weights: tuple[float, float] = (0.5, 0.5),
     label_smoothing: float = 0.0,
+    decoupled: bool = False,
     row_offset: int = 0,
     ids: Tensor | tuple[Tensor, Tensor] | None = None,
     save: Save = "auto",
@@ -291,6 +304,8 @@ def clip_loss(
         normalize: divide each row by its L2 norm first, inside the operator.
         weights: (w_r, w_c) of the image-to-text and the text-to-image direction; a zero makes the loss one-sided.
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in both directions; needs b = N if w_c is not 0.
+        decoupled: leave the positive out of the log-sum-exp, which is then over the negatives alone (Yeh et al. 2022,
+            DCL). Such a loss has no lower bound. Needs two pairs, and neither label_smoothing nor ids.
         row_offset: where the positives begin, for a block of rows of a larger batch. With b < N, the text-to-image
             direction is taken over the b texts that have an image here, each against the b images.
         ids: integers on the features' device, [N] for the texts (their images have the same), or a pair: [b] for the
@@ -328,13 +343,17 @@ def clip_loss(
             f"label_smoothing is {label_smoothing} with a text-to-image weight of {w_text}: expected as many images "
             f"as texts, got {b} and {n}"
         )
+    if decoupled and (label_smoothing or ids is not None):
+        raise ValueError("decoupled is set, expected neither label_smoothing nor ids beside it")
+    if decoupled and b == 1:
+        raise ValueError("decoupled is set and image has 1 row, expected at least 2: a pair alone has no negatives")
     if save not in ("auto", "recompute", "store"):
         raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
     needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
     kept = _kept_logits(save, store_budget, image, n) if needs else ""
     keys, shares = positives(ids, image, text, row_offset)
     impl = CLIP.select(image, text, keys, backend=backend)
-    options = (w_image, w_text, float(label_smoothing), normalize, row_offset, kept, metrics)
+    options = (w_image, w_text, float(label_smoothing), decoupled, normalize, row_offset, kept, metrics)
     loss, found = impl.fn(image, text, scale, keys, shares, *options)
     if isinstance(logit_bias, Tensor):
         loss = loss + 0 * logit_bias.sum().to(loss.dtype)

@@ -3,6 +3,7 @@
 S = s x yT                          x [b, D] images, y [N, D] texts, the positive of row i at column i + row_offset
 CLIP     L = w_r mean_i(rho_i - S_ii) + w_c mean_i(kappa_i - S_ii)      Radford et al. 2021, figure 3
          with several positives, the mean of their logits in place of S_ii
+         decoupled, rho and kappa without the positive                  Yeh et al. 2022
 distill  L = w_r mean_i(-sum_j Pt_ij log P_ij) + w_c mean_i(-sum_j Qt_ji log Q_ji)      Pt, Qt: the teacher's softmaxes
 SigLIP   L = (1/b) sum_ij softplus(-z_ij (S_ij + bias))                 Zhai et al. 2023, equation 1
 """
@@ -30,6 +31,7 @@ def clip_loss(
     w_image: float,
     w_text: float,
     label_smoothing: float,
+    decoupled: bool,
     normalize: bool,
     row_offset: int,
 ) -> tuple[Tensor, Tensor]:
@@ -39,6 +41,11 @@ def clip_loss(
     pairs = slice(row_offset, row_offset + b)
     row_target = torch.arange(b, device=s.device) + row_offset
     column_target = row_target - row_offset
+    if decoupled:
+        own = row_target[:, None] == torch.arange(s.shape[1], device=s.device)
+        positive, negatives = s.diagonal(row_offset)[:b], s.masked_fill(own, -torch.inf)
+        row, column = negatives.logsumexp(1), negatives[:, pairs].logsumexp(0)
+        return (w_image * (row - positive) + w_text * (column - positive)).mean(), s
     if keys is not None and shares is not None:
         same = (keys[:b, None] == keys[b:]).to(s.dtype)
         row_target = same * shares[:b, None]
@@ -63,7 +70,7 @@ def distill_loss(
     row_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """(contrastive, distill): the student's CLIP loss, and its cross-entropy with the teacher's softmaxes."""
-    contrastive, s = clip_loss(image, text, scale, None, None, w_image, w_text, 0.0, False, row_offset)
+    contrastive, s = clip_loss(image, text, scale, None, None, w_image, w_text, 0.0, False, False, row_offset)
     t = _logits(teacher_image, teacher_text, teacher_scale, False)
     pairs = slice(row_offset, row_offset + len(s))
     distill = w_image * F.cross_entropy(s, t.softmax(1))

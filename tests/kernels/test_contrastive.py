@@ -404,11 +404,11 @@ def test_opcheck() -> None:
     s, bias = (torch.tensor(v, device=DEVICE) for v in (10.0, -1.0))
     grads = [t.clone().requires_grad_() for t in (image, text, s)]
     for normalize, save in ((False, ""), (True, "full"), (False, "int16")):
-        options = (0.5, 0.5, 0.0, normalize, 2, save, True, "chunked")
+        options = (0.5, 0.5, 0.0, False, normalize, 2, save, True, "chunked")
         torch.library.opcheck(clip_fwd.op, (*grads, None, None, *options))
-    out = clip_fwd.op(image, text, s, None, None, 0.5, 0.5, 0.0, False, 2, "", False, "chunked")
+    out = clip_fwd.op(image, text, s, None, None, 0.5, 0.5, 0.0, False, False, 2, "", False, "chunked")
     empty = image.new_empty(0)
-    args = (out[0], image, text, s, None, None, *out[1:6], out[7], empty, empty, 0.5, 0.5, 0.0, 2, "chunked")
+    args = (out[0], image, text, s, None, None, *out[1:6], out[7], empty, empty, 0.5, 0.5, 0.0, False, 2, "chunked")
     torch.library.opcheck(clip_bwd.op, (*args, True, False, True))
     torch.library.opcheck(siglip_fwd.op, (*grads, bias.requires_grad_(), False, 2, False, True, True, "chunked"))
 

@@ -135,15 +135,18 @@ def _fused(backend: str, image: Tensor, text: Tensor, scale: Tensor, *options: A
     return loss, log_u, log_w
 
 
-_aside = partial(steps_aside, "clip_loss")
-
 GLOBAL = Op(
     "global_contrastive_loss",
     [
         Impl("cuda", partial(_fused, "cuda"), reasons_against_cuda),
         Impl("triton", partial(_fused, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused, "cpu"), reasons_against_cpu, _aside),
-        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked, _aside),
+        Impl("cpu", partial(_fused, "cpu"), reasons_against_cpu, partial(steps_aside, "global_contrastive_loss")),
+        Impl(
+            "chunked",
+            partial(_fused, "chunked"),
+            reasons_against_chunked,
+            partial(steps_aside, "global_contrastive_loss, chunked"),
+        ),
         Impl("torch", reference.global_contrastive_loss, no_reason),
     ],
 )
