@@ -13,7 +13,7 @@ from torch import Tensor
 from mmfuse.bench.cases import Anchor, Case, Check, differentiated
 from mmfuse.bench.providers import chosen, compiled, eager, ours
 from mmfuse.kernels._runtime import Op
-from mmfuse.kernels.contrastive import global_contrastive_loss, matryoshka_clip_loss
+from mmfuse.kernels.contrastive import clip_loss, global_contrastive_loss, matryoshka_clip_loss
 from mmfuse.kernels.contrastive.global_loss.op import GLOBAL
 from mmfuse.kernels.contrastive.grouped.op import GROUPED
 
@@ -142,5 +142,8 @@ def _first_step(image: Tensor, text: Tensor, scale: Tensor, backend: str) -> Ten
 CHECKS = [
     Check("global_contrastive_loss", "N=129 D=96", _check_inputs(14.3), differentiated(_first_step)),
     Check("global_contrastive_loss", "N=129 D=96, scale 100", _check_inputs(100.0), differentiated(_first_step)),
+    Check(
+        "clip_loss", "N=129 D=96, decoupled", _check_inputs(14.3), differentiated(partial(clip_loss, decoupled=True))
+    ),
     Check("grouped_clip_loss", "prefixes of 12 to 96", _check_inputs(14.3), differentiated(_matryoshka)),
 ]
