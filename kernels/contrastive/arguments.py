@@ -20,23 +20,15 @@ def features(
     names: tuple[str, str] = ("image", "text"),
 ) -> tuple[Tensor, Tensor, Tensor]:
     first, second = names
-    for name, t in ((first, image), (second, text)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor of features [N, D]")
-        if t.dim() != 2:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected features [N, D]")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+    check_features(first, image)
+    check_features(second, text)
     if image.shape[1] != text.shape[1]:
         raise ValueError(f"{second} has {text.shape[1]} features per row, expected {image.shape[1]} as in {first}")
     if image.shape[1] == 0:
         raise ValueError(f"{first} has shape {tuple(image.shape)}, expected at least one feature per row")
     if image.device != text.device:
         raise ValueError(f"{second} is on {text.device}, expected {image.device} as {first}")
-    kind = image.device.type
-    if torch.is_autocast_enabled(kind) and image.dtype != torch.float64:
-        low = torch.get_autocast_dtype(kind)
-        image, text = image.to(low), text.to(low)
+    image, text = autocast(image, text)
     if image.dtype != text.dtype:
         raise TypeError(f"{second} has dtype {text.dtype}, expected {image.dtype} as {first}")
     if paired and not (row_offset >= 0 and row_offset + image.shape[0] <= text.shape[0]):
@@ -45,6 +37,36 @@ def features(
             f"{text.shape[0]} rows of {second}"
         )
     return image, text, scalar("logit_scale", logit_scale, image)
+
+
+def check_features(name: str, t: Tensor, shape: str = "[N, D]") -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is {type(t).__name__}, expected a tensor of features {shape}")
+    if t.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected features {shape}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+
+
+def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """As a matrix product would take them: in the dtype of autocast where it is on, except for float64."""
+    kind = operands[0].device.type
+    if not torch.is_autocast_enabled(kind) or operands[0].dtype == torch.float64:
+        return operands
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in operands)
+
+
+def integers(name: str, ids: Tensor | None, rows: Tensor, of: str) -> Tensor:
+    """Ids of the rows of `of`, int64 and contiguous."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} is {type(ids).__name__}, expected integers [{len(rows)}], one for each row of {of}")
+    if ids.shape != rows.shape[:1]:
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected [{len(rows)}], one for each row of {of}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {ids.dtype}, expected integers")
+    if ids.device != rows.device:
+        raise ValueError(f"{name} is on {ids.device}, expected {rows.device} as {of}")
+    return ids.to(torch.int64).contiguous()
 
 
 def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
@@ -59,7 +81,7 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}, expected a floating-point dtype")
     if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device}, expected {like.device} as image")
+        raise ValueError(f"{name} is on {value.device}, expected {like.device} as the features")
     # reading a GPU's number would wait for it: there, a non-finite scale shows in the loss
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(value.detach().item()):
         raise ValueError(f"{name} is {value.item()}, expected a finite number")

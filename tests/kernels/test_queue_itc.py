@@ -299,6 +299,19 @@ def test_registration() -> None:
     )
     torch.library.opcheck(queue_itc_fwd.op, args)
     torch.library.opcheck(moco_fwd.op, (query, given["keys"], given["queue"], t, True, "chunked"))
+    nothing = given["keys"][:0].requires_grad_()
+    empty = (nothing, given["keys"][:0], given["queue"], t, True, "chunked")
+    torch.library.opcheck(moco_fwd.op, empty, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_the_queue_may_change_before_the_backward(backend: str) -> None:
+    for loss in (moco_loss, queue_itc_loss):
+        query, key, queue = unit(4, 8).requires_grad_(), unit(4, 8), unit(20, 8)
+        value = loss(query, key, queue, 0.1, backend=backend)
+        (want,) = torch.autograd.grad(value, query, retain_graph=True)
+        queue[:4] = key
+        assert torch.equal(torch.autograd.grad(value, query)[0], want)
 
 
 def test_autocast_rounds_like_a_product() -> None:

@@ -207,8 +207,8 @@ def _acc(dtype: torch.dtype) -> Any:
 
 
 def _rows(image: Tensor) -> Tensor:
-    """[B Q, D] for whole-vector loads."""
-    return _operand(image.reshape(-1, image.shape[2]))
+    """[B Q, D] for whole-vector loads, with no stride by which 256 rows are beyond int32."""
+    return _operand(image.contiguous().flatten(0, 1))
 
 
 def maximum(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
-from mmfuse.kernels.contrastive.arguments import scalar
+from mmfuse.kernels.contrastive.arguments import autocast, check_features, integers, scalar
 from mmfuse.kernels.contrastive.backends import (
     no_reason,
     reasons_against_chunked,
@@ -211,23 +211,15 @@ def max_query_loss(
 
 
 def _features(image: Tensor, text: Tensor, image_name: str, text_name: str) -> tuple[Tensor, Tensor]:
-    for name, t, dims, shape in ((image_name, image, 3, "[B, Q, D]"), (text_name, text, 2, "[N, D]")):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor of features {shape}")
-        if t.dim() != dims:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected features {shape}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+    check_features(image_name, image, "[B, Q, D]")
+    check_features(text_name, text)
     if image.shape[1] == 0 or image.shape[2] == 0:
         raise ValueError(f"{image_name} has shape {tuple(image.shape)}, expected at least one query and one feature")
     if image.shape[2] != text.shape[1]:
         raise ValueError(f"{text_name} has {text.shape[1]} features per row, expected {image.shape[2]} as {image_name}")
     if image.device != text.device:
         raise ValueError(f"{text_name} is on {text.device}, expected {image.device} as {image_name}")
-    kind = image.device.type
-    if torch.is_autocast_enabled(kind) and image.dtype != torch.float64:
-        low = torch.get_autocast_dtype(kind)
-        image, text = image.to(low), text.to(low)
+    image, text = autocast(image, text)
     if image.dtype != text.dtype:
         raise TypeError(f"{text_name} has dtype {text.dtype}, expected {image.dtype} as {image_name}")
     return image, text
@@ -257,9 +249,4 @@ def _ids(
             raise ValueError("all_ids is given without ids, expected both")
         return None, None
     all_ids = ids if all_ids is None else all_ids
-    for name, t, n in (("ids", ids, len(image)), ("all_ids", all_ids, len(image_all))):
-        if t.is_floating_point() or t.shape != (n,):
-            raise ValueError(f"{name} has shape {tuple(t.shape)} and dtype {t.dtype}, expected [{n}] integers")
-        if t.device != image.device:
-            raise ValueError(f"{name} is on {t.device}, expected {image.device} as image")
-    return ids, all_ids
+    return integers("ids", ids, image, "image"), integers("all_ids", all_ids, image_all, "image_all")

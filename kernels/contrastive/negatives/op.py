@@ -125,7 +125,7 @@ def hard_negatives(
     ids, key_ids = _ids(ids, key_ids, query, keys, row_offset)
     impl = NEGATIVES.select(query, keys, k, backend=backend)
     rows, columns = impl.fn(
-        query, keys, scale, ids, key_ids, _seed(seed, query), k, row_offset, float(mixture), both, impl.name
+        query, keys, scale, ids, key_ids, seed_of(seed, query), k, row_offset, float(mixture), both, impl.name
     )
     return (rows, columns) if both else rows
 
@@ -140,17 +140,10 @@ def _ids(
         new = partial(torch.arange, device=query.device)
         return new(row_offset, row_offset + query.shape[0]), new(keys.shape[0])
     key_ids = ids if key_ids is None else key_ids
-    for name, t, n in (("ids", ids, query.shape[0]), ("key_ids", key_ids, keys.shape[0])):
-        if t.is_floating_point() or t.is_complex():
-            raise TypeError(f"{name} has dtype {t.dtype}, expected integers")
-        if t.shape != (n,):
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected ({n},)")
-        if t.device != query.device:
-            raise ValueError(f"{name} is on {t.device}, expected {query.device} as query")
-    return ids.long().contiguous(), key_ids.long().contiguous()
+    return arguments.integers("ids", ids, query, "query"), arguments.integers("key_ids", key_ids, keys, "keys")
 
 
-def _seed(seed: Tensor | int | None, query: Tensor) -> Tensor:
+def seed_of(seed: Tensor | int | None, query: Tensor) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (), device=query.device)
     if not isinstance(seed, Tensor):

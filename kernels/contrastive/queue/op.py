@@ -11,11 +11,10 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.device import INTERPRET, only_named_in_the_interpreter
-from mmfuse.kernels.contrastive.arguments import scalar
+from mmfuse.kernels.contrastive.arguments import autocast, check_features, integers, scalar
 from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
 from mmfuse.kernels.contrastive.negatives import Draw
-from mmfuse.kernels.contrastive.negatives.op import _seed as seed_of
-from mmfuse.kernels.contrastive.negatives.op import draw_op
+from mmfuse.kernels.contrastive.negatives.op import draw_op, seed_of
 from mmfuse.kernels.contrastive.queue import blocked, reference
 
 
@@ -60,7 +59,7 @@ def _tf32() -> bool:
 def _loss_and_grads(x: Tensor, temp: Tensor, row: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dx, dtau) for g = tau d(row)/dx. S is homogeneous in x / tau: dtau = -<x, dx> / tau."""
     dx = g / (max(1, len(x)) * temp)
-    dtemp = -(x * dx).sum(dtype=torch.float64).to(temp.dtype) / temp if g.numel() else temp.new_empty(0)
+    dtemp = -(x * dx).sum(dtype=torch.float64).to(temp.dtype) / temp if g.dim() == 2 else temp.new_empty(0)
     return row.mean(), dx, dtemp
 
 
@@ -251,8 +250,11 @@ def queue_itc_loss(
             raise ValueError(f"keys has {len(keys)} rows, expected at least the {len(query)} of query, or ids")
     else:
         key_ids = ids if key_ids is None else key_ids
-        ids = _ids("ids", ids, query, "query")
-        key_ids, queue_ids = _ids("key_ids", key_ids, keys, "keys"), _ids("queue_ids", queue_ids, queue, "queue")
+        ids = integers("ids", ids, query, "query")
+        key_ids, queue_ids = (
+            integers("key_ids", key_ids, keys, "keys"),
+            integers("queue_ids", queue_ids, queue, "queue"),
+        )
     if negatives < 0:
         raise ValueError(f"negatives is {negatives}, expected a number of draws per row")
     if not 0.0 <= mixture < math.inf:
@@ -336,32 +338,15 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor | float, *
 
 def _features(query: Tensor, **others: Tensor) -> tuple[Tensor, ...]:
     for name, t in {"query": query, **others}.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor of features [N, D]")
-        if t.dim() != 2 or t.shape[1] == 0:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected features [N, D]")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+        check_features(name, t)
+        if t.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected at least one feature per row")
         if t.shape[1] != query.shape[1]:
             raise ValueError(f"{name} has {t.shape[1]} features per row, expected {query.shape[1]} as in query")
         if t.device != query.device:
             raise ValueError(f"{name} is on {t.device}, expected {query.device} as query")
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
-        query = query.to(torch.get_autocast_dtype(kind))
+    (query,) = autocast(query)
     for name, t in others.items():
         if t.dtype != query.dtype and not (t.dtype == torch.float32 and query.dtype.itemsize == 2):
             raise TypeError(f"{name} has dtype {t.dtype}, expected {query.dtype} as query, or float32 beside 16 bits")
     return (query, *others.values())
-
-
-def _ids(name: str, ids: Tensor | None, rows: Tensor, of: str) -> Tensor:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} is {type(ids).__name__}, expected integers [{len(rows)}], one for each row of {of}")
-    if ids.shape != rows.shape[:1]:
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected [{len(rows)}], one for each row of {of}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {ids.dtype}, expected integers")
-    if ids.device != rows.device:
-        raise ValueError(f"{name} is on {ids.device}, expected {rows.device} as {of}")
-    return ids.to(torch.int64)

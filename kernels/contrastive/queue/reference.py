@@ -40,7 +40,9 @@ def queue_itc_loss(
 
 def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor) -> Tensor:
     own = (query * key.detach()).sum(1, keepdim=True).to(temp.dtype) / temp
-    s = torch.cat([own, _logits(query, queue.to(query.dtype).detach(), temp)], dim=1)
+    # a copy: the queue may change before the backward
+    negatives = queue.detach().to(query.dtype, copy=True)
+    s = torch.cat([own, _logits(query, negatives, temp)], dim=1)
     return F.cross_entropy(s, torch.zeros(len(s), dtype=torch.long, device=s.device))
 
 
