@@ -21,6 +21,7 @@ from mmfuse.kernels import (
     siglip_loss,
 )
 from mmfuse.kernels._runtime import UnsupportedError
+from mmfuse.kernels.contrastive.arguments import scalar
 from mmfuse.kernels.contrastive.distributed.peers import Peers, meet, members
 from mmfuse.kernels.contrastive.distributed.reference import gathered
 
@@ -150,7 +151,7 @@ class CoCaLoss(ClipLoss):
         logit_scale: Tensor | float,
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        clip = torch.tensor(0, device=logits.device)
+        clip = torch.zeros((), dtype=torch.long, device=logits.device)
         if self.clip_loss_weight:
             clip = self.clip_loss_weight * _contrastive(self, image_features, text_features, logit_scale)
         # one token per row: the same mean as over the permuted [b, V, T], whose softmax would run across rows
@@ -312,11 +313,18 @@ def _distilled(
     _, (all_tx, all_ty) = _gather(loss, tx, ty)
     if not loss.local_loss:
         return distill_clip_loss(all_x, all_y, logit_scale, all_tx, all_ty, teacher_scale)
+    if not len(x):
+        # no pair to take the mean over, as in ClipLoss; the other ranks' gradients still pass through what is gathered
+        empty = sum(t[:0].sum() for t in (all_x, all_y, all_tx, all_ty))
+        nothing = empty * scalar("logit_scale", logit_scale, x) * scalar("dist_logit_scale", teacher_scale, x)
+        return nothing, nothing
     # each direction over this rank's rows of it
     rows = {"weights": (0.5, 0.0), "row_offset": peers.own.start}
     to_text = distill_clip_loss(x, all_y, logit_scale, tx, all_ty, teacher_scale, **rows)
     to_image = distill_clip_loss(y, all_x, logit_scale, ty, all_tx, teacher_scale, **rows)
-    return to_text[0] + to_image[0], to_text[1] + to_image[1]
+    # "true": the mean over ranks is the mean over all pairs, also where the ranks' numbers of pairs differ
+    share = peers.size * len(x) / peers.total if getattr(loss, "grad_scale", "open_clip") == "true" else 1.0
+    return share * (to_text[0] + to_image[0]), share * (to_text[1] + to_image[1])
 
 
 @torch.compiler.disable

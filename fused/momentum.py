@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused.gather import gather_rows, require_equal_batches
 from mmfuse.kernels import queue_itc_loss
 
 
@@ -86,16 +87,21 @@ class MomentumQueueITC(nn.Module):
         """Put a batch of momentum features [B, D] (and ids [B]) in place of the oldest; no synchronisation.
 
         Raises:
-            ValueError: more rows than the queue has; image and text differ; ids are missing or not expected.
+            ValueError: the features are not as wide as the queue, more than it has, or of different shapes; ids are
+                missing or not expected.
             RuntimeError: the group's batches differ in size.
         """
         self._check(ids, required=True)
+        size = self.image_queue.shape[1]
+        if image_m.shape[1:] != self.image_queue.shape[:1]:
+            raise ValueError(f"image_m has shape {tuple(image_m.shape)}, expected [B, {len(self.image_queue)}]")
         if image_m.shape != text_m.shape:
             raise ValueError(f"text_m has shape {tuple(text_m.shape)}, expected {tuple(image_m.shape)} as image_m")
         if ids is not None and ids.shape != image_m.shape[:1]:
             raise ValueError(f"ids has shape {tuple(ids.shape)}, expected [{len(image_m)}]")
+        if self.process_group is not None:
+            require_equal_batches(image_m, self.process_group)
         image_m, text_m = self._gather(image_m), self._gather(text_m)
-        size = self.image_queue.shape[1]
         if len(image_m) > size:
             raise ValueError(
                 f"image_m has {len(image_m)} rows over all ranks, expected at most the {size} of the queue"
@@ -115,16 +121,7 @@ class MomentumQueueITC(nn.Module):
             raise ValueError("ids is None, expected [B] integers: the queue was made with with_ids")
 
     def _gather(self, t: Tensor) -> Tensor:
-        if self.process_group is None:
-            return t
-        ranks = dist.get_world_size(self.process_group)
-        sizes = torch.empty(ranks, dtype=torch.long, device=t.device)
-        dist.all_gather_into_tensor(sizes, torch.full((1,), len(t), device=t.device), group=self.process_group)
-        # on a GPU too without waiting for the answer
-        torch._assert_async((sizes == len(t)).all(), "the ranks' batches differ in size, expected equal batches")
-        everything = t.new_empty(ranks * len(t), *t.shape[1:])
-        dist.all_gather_into_tensor(everything, t.contiguous(), group=self.process_group)
-        return everything
+        return t if self.process_group is None else gather_rows(t, self.process_group)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmfuse.fused.gather import gather_rows, require_equal_batches
 from mmfuse.kernels import max_query_loss
 
 
@@ -30,6 +31,7 @@ class MaxQueryITC(nn.Module):
 
     Raises:
         ValueError, TypeError, UnsupportedError: as `mmfuse.max_query_loss`.
+        RuntimeError: the processes' batches differ in size.
     """
 
     def __init__(
@@ -49,7 +51,8 @@ class MaxQueryITC(nn.Module):
         ids = None if image_id is None else image_id.flatten()
         if not (dist.is_available() and dist.is_initialized()):
             return max_query_loss(image_embeds, text, temp, label_smoothing=self.label_smoothing, ids=ids)
-        gather = _Gather.apply if self.gather_with_grad else _gather
+        require_equal_batches(text, self.process_group)
+        gather = _Gather.apply if self.gather_with_grad else gather_rows
         return max_query_loss(
             image_embeds,
             text,
@@ -59,25 +62,17 @@ class MaxQueryITC(nn.Module):
             row_offset=dist.get_rank(self.process_group) * len(text),
             label_smoothing=self.label_smoothing,
             ids=ids,
-            all_ids=None if ids is None else _gather(ids, self.process_group),
+            all_ids=None if ids is None else gather_rows(ids, self.process_group),
         )
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows of all processes, in the order of their ranks, as a constant."""
-    x = x.detach().contiguous()
-    out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x, group=group)
-    return out
-
-
 class _Gather(torch.autograd.Function):
-    """The same with a gradient: each process gets the sum of what all have for its rows."""
+    """The rows of all processes, with a gradient: each process gets the sum of what all have for its rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
-        return _gather(x, group)
+        return gather_rows(x, group)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:

@@ -156,6 +156,16 @@ def of_the_global_batch(rank: int, size: int, sizes: list[int]) -> None:
                 got = differentiate(partial(mmfuse.distributed_clip_loss, **mode), 1.0, x, y, scale)
                 want = differentiate(lambda *a: _mean_of_local(*a, sizes), 1.0, all_x, all_y, scale)
                 close([got[1], got[2]], [want[1][own], want[2][own]], ("local", mode))
+    teachers = pairs(sizes, 7, seed=1)
+    want = differentiate(lambda *a: mmfuse.distill_clip_loss(*a, *teachers, 20.0), 1.0, all_x, all_y, scale)
+    for local, grad in MODES:
+        loss = DistillClipLoss(local, grad, rank=me, world_size=world)
+        loss.group, loss.grad_scale = group, "true"
+        got = differentiate(lambda *a, m=loss: m(*a, *(rows(t, sizes, me) for t in teachers), 20.0), 1.0, x, y, scale)
+        means = torch.stack([got[0], got[3]])
+        dist.all_reduce(means, group=group)
+        found = [*(means / world), got[1] / world, got[2] / world]
+        close(found, [want[0], want[3], want[1][own], want[2][own]], ("DistillClipLoss", local, grad))
     want = differentiate(lambda *a: _sum_of_siglip(*a, sizes), 1.0, all_x, all_y, scale, bias)
     for impl in IMPLS:
         got = differentiate(

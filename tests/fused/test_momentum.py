@@ -150,6 +150,8 @@ def test_errors() -> None:
         make(with_ids=True).enqueue(x, x)
     with pytest.raises(ValueError, match="image_m has 4 rows over all ranks, expected at most the 3"):
         make(m=3).enqueue(x, x)
+    with pytest.raises(ValueError, match=r"image_m has shape \(4, 7\), expected \[B, 8\]"):
+        make().enqueue(x[:, :7], x[:, :7])
     with pytest.raises(ValueError, match=r"text_m has shape \(3, 8\)"):
         make().enqueue(x, x[:3])
     with pytest.raises(ValueError, match=r"ids has shape \(3,\)"):

@@ -121,6 +121,9 @@ def _process(rank: int, world: int, folder: str) -> None:
     want = lavis(*leaves, Tensor.detach, 0)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves))
+
+    with pytest.raises(RuntimeError, match="batches differ in size"):
+        MaxQueryITC()(*(t[: 2 + rank] for t in whole[:2]), whole[2])
     dist.destroy_process_group()
 
 
