@@ -111,15 +111,16 @@ void tile_stats(const float* s, int64_t rows, int64_t cols, Stats row, Stats col
 #pragma omp simd reduction(min : low)
     for (int64_t j = 0; j < cols; ++j) low = col.max[j] > -INF && col.max[j] < low ? col.max[j] : low;
 
-    // the smallest maximum keeps its terms down to e^{-38} of it
-    if (high - low <= 50.0f && std::abs(high) < 1e5f) {
+    // the smallest maximum keeps its terms down to e^{-38} of it; where all are equal e^{S - max} may well be 1, exactly
+    if (high != low && high - low <= 50.0f && std::abs(high) < 1e5f) {
         const float k = power_of_two(high);
         for (int64_t i = 0; i < rows; i += BAND) band_sum(s + i * COLS, cols, k, row.sum + i, col.sum);
-        const Exp back(-k);
+        // divided by the very exponential of the maximum: among equal logits each term is 1
+        const Exp exp(k);
 #pragma omp simd
-        for (int64_t i = 0; i < rows; ++i) row.sum[i] *= back(-reference(row.max[i], high));
+        for (int64_t i = 0; i < rows; ++i) row.sum[i] /= exp(reference(row.max[i], high));
 #pragma omp simd
-        for (int64_t j = 0; j < cols; ++j) col.sum[j] *= back(-reference(col.max[j], high));
+        for (int64_t j = 0; j < cols; ++j) col.sum[j] /= exp(reference(col.max[j], high));
         return;
     }
     const Exp exp;
@@ -236,9 +237,9 @@ Block scale_weights(const float* b, const float* kappa, float* scaled, int64_t n
     }
     const bool close = high - low <= SPREAD && !(std::abs(high) >= 1e5f);
     const float k = std::isfinite(high) ? power_of_two(high) : 0.0f;
-    const Exp exp(-k);
+    const Exp exp(k);
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) scaled[j] = b[j] == 0.0f ? 0.0f : b[j] * exp(-kappa[j]);
+    for (int64_t j = 0; j < n; ++j) scaled[j] = b[j] == 0.0f ? 0.0f : b[j] / exp(kappa[j]);
     return {close || high < low ? high : NOT_A_NUMBER, k, zeros != 0};
 }
 
@@ -254,9 +255,9 @@ MMFUSE_CLONES float grad_shared(const T* u, float scale, float a, float rho, Blo
                                 float shift, float* g, int64_t n) {
     const bool row_leads = a != 0.0f && !(rho <= block.high);
     const float k = row_leads ? power_of_two(rho) : block.k;
-    const float scaled_a = a == 0.0f ? 0.0f : a * Exp(-k)(-rho);
-    const float factor = block.high == -INF ? 0.0f : std::exp2(k - block.k);
     const Exp exp(k);
+    const float scaled_a = a == 0.0f ? 0.0f : a / exp(rho);
+    const float factor = block.high == -INF ? 0.0f : std::exp2(k - block.k);
     float dot = 0;
 #pragma omp simd reduction(+ : dot)
     for (int64_t j = 0; j < n; ++j) {
@@ -501,23 +502,28 @@ void subtract_softmaxes(const float* u, const float* t, float scale, float t_sca
 }
 
 struct Centred {
-    float row_mean, row_centre;
-    const float *col_mean, *col_centre;
+    float row_mean, row_centre, row_t_centre;
+    const float *col_mean, *col_centre, *col_t_centre;
 };
 
-// g = the terms of the teacher's softmaxes, each times (mean - scale (u - centre))
+// g = the terms of the teacher's softmaxes, each times (mean - scale (u - centre)). Returns the sum of these terms times
+// t - t_centre.
 MMFUSE_CLONES
-void weigh_softmaxes(const float* u, const float* t, float scale, float t_scale, Softmaxes teacher, Centred by, float* g,
-                     int64_t n) {
+float weigh_softmaxes(const float* u, const float* t, float scale, float t_scale, Softmaxes teacher, Centred by, float* g,
+                      int64_t n) {
     float s_t[COLS];
     load_logits(t, t_scale, s_t, n);
     const Exp exp;
-#pragma omp simd
+    float dot = 0;
+#pragma omp simd reduction(+ : dot)
     for (int64_t j = 0; j < n; ++j) {
-        const float p = teacher.a * exp(s_t[j] - teacher.rho), q = teacher.b[j] * exp(s_t[j] - teacher.kappa[j]);
-        g[j] = p * (by.row_mean - scale * (u[j] - by.row_centre)) +
-               q * (by.col_mean[j] - scale * (u[j] - by.col_centre[j]));
+        const float p = teacher.a * exp(s_t[j] - teacher.rho) * (by.row_mean - scale * (u[j] - by.row_centre));
+        const float q =
+            teacher.b[j] * exp(s_t[j] - teacher.kappa[j]) * (by.col_mean[j] - scale * (u[j] - by.col_centre[j]));
+        dot += p * (t[j] - by.row_t_centre) + q * (t[j] - by.col_t_centre[j]);
+        g[j] = p + q;
     }
+    return dot;
 }
 
 // f(i, begin, end) for the parts of all rows
@@ -547,7 +553,8 @@ void distill_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Te
 }
 
 void teacher_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Tensor rho, Tensor b, Tensor kappa,
-                  Tensor row_mean, Tensor row_centre, Tensor col_mean, Tensor col_centre, Tensor g) {
+                  Tensor row_mean, Tensor row_centre, Tensor row_t_centre, Tensor col_mean, Tensor col_centre,
+                  Tensor col_t_centre, int64_t diagonal, Tensor g, Tensor dot) {
     STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
     const int64_t c = u.size(0), n = u.size(1);
     const float *student = floats(u, "u", u, c * n), *teacher = floats(t, "t", u, c * n);
@@ -556,10 +563,18 @@ void teacher_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Te
     const float *col_b = floats(b, "b", u, n), *col_kappa = floats(kappa, "kappa", u, n);
     const float *row_m = floats(row_mean, "row_mean", u, c), *row_c = floats(row_centre, "row_centre", u, c);
     const float *col_m = floats(col_mean, "col_mean", u, n), *col_c = floats(col_centre, "col_centre", u, n);
+    const float* row_t_c = floats(row_t_centre, "row_t_centre", u, c);
+    const float* col_t_c = floats(col_t_centre, "col_t_centre", u, n);
     float* grad = floats(g, "g", u, c * n);
-    for_parts(c, n, [&](int64_t i, int64_t j, int64_t size) {
-        weigh_softmaxes(student + i * n + j, teacher + i * n + j, s, s_t, {row_a[i], row_rho[i], col_b + j, col_kappa + j},
-                        {row_m[i], row_c[i], col_m + j, col_c + j}, grad + i * n + j, size);
+    double* dots = data<double>(dot, "dot", u, ScalarType::Double, c);
+    std::fill_n(dots, c, 0.0);
+    for_parts(c, n, [&](int64_t i, int64_t left, int64_t width) {
+        around(left, left + width, i + diagonal, [&](int64_t j, int64_t end) {
+            const int64_t at = i * n + j;
+            dots[i] += weigh_softmaxes(student + at, teacher + at, s, s_t, {row_a[i], row_rho[i], col_b + j, col_kappa + j},
+                                       {row_m[i], row_c[i], row_t_c[i], col_m + j, col_c + j, col_t_c + j}, grad + at,
+                                       end - j);
+        });
     });
 }
 
@@ -654,7 +669,8 @@ STABLE_TORCH_LIBRARY(mmfuse_cpu, m) {
         "Tensor t_a, Tensor t_rho, Tensor t_b, Tensor t_kappa, Tensor(a!) g) -> ()");
     m.def(
         "teacher_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Tensor rho, Tensor b, Tensor kappa, "
-        "Tensor row_mean, Tensor row_centre, Tensor col_mean, Tensor col_centre, Tensor(a!) g) -> ()");
+        "Tensor row_mean, Tensor row_centre, Tensor row_t_centre, Tensor col_mean, Tensor col_centre, "
+        "Tensor col_t_centre, int diagonal, Tensor(a!) g, Tensor(b!) dot) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfuse_cpu, CPU, m) {

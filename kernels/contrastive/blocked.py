@@ -163,12 +163,33 @@ class TorchTile:
         g.add_(p.addcmul_(t.sub_(t_kappa).exp_(), t_b, value=-1))
 
     @staticmethod
-    def teacher_grad(u, t, scale, t_scale, a, rho, b, kappa, row_mean, row_centre, col_mean, col_centre, g) -> None:  # type: ignore[no-untyped-def]
-        t = t * t_scale
-        torch.exp(t - rho[:, None], out=g).mul_(a[:, None])
-        g.mul_(torch.sub(row_mean[:, None], (u - row_centre[:, None]).mul_(scale)))
-        p = t.sub_(kappa).exp_().mul_(b)
-        g.addcmul_(p, torch.sub(col_mean, (u - col_centre).mul_(scale)))
+    def teacher_grad(
+        u,
+        t,
+        scale,
+        t_scale,
+        a,
+        rho,
+        b,
+        kappa,
+        row_mean,
+        row_centre,
+        row_t_centre,
+        col_mean,
+        col_centre,
+        col_t_centre,
+        diagonal,
+        g,
+        dot,
+    ) -> None:  # type: ignore[no-untyped-def]
+        s = t * t_scale
+        p = torch.exp(s - rho[:, None]).mul_(a[:, None])
+        p.mul_(torch.sub(row_mean[:, None], (u - row_centre[:, None]).mul_(scale)))
+        q = s.sub_(kappa).exp_().mul_(b).mul_(torch.sub(col_mean, (u - col_centre).mul_(scale)))
+        torch.add(p, q, out=g)
+        terms = p.mul_(t - row_t_centre[:, None]).addcmul_(q, t - col_t_centre)
+        terms.diagonal(diagonal).zero_()
+        dot.copy_(terms.sum(1, dtype=torch.float64))
 
     @staticmethod
     def sigmoid_grad(u, scale, bias, diagonal, negative_only, g, sums) -> None:  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -63,15 +64,27 @@ def results(loss, given: list[Tensor], scales: tuple[float, float], dtype: torch
 LABELS = ("contrastive", "distill", *(f"contrastive {n}" for n in NAMES[:3]), *(f"distill {n}" for n in NAMES))
 
 
-def judge(draw, scales: tuple[float, float], dtype: torch.dtype, backend: str, draws: int = 8, **options) -> None:  # type: ignore[no-untyped-def]
+def compared(
+    draw, scales: tuple[float, float], dtype: torch.dtype, backend: str, **options
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:  # type: ignore[no-untyped-def]
+    """(name, ours, eager's, in float64) of every result over eight draws: eager's own error varies twofold."""
     found: list[list[list[Tensor]]] = [[], [], []]
-    for _ in range(draws):  # a gradient's largest error is one number: eager's own varies twofold
+    for _ in range(8):
         given = [t.to(dtype) for t in draw()]
         found[0].append(results(distill_clip_loss, given, scales, dtype, backend=backend, **options))
         found[1].append(results(distill_clip_loss, given, scales, dtype, backend="torch", **options))
         found[2].append(results(written_out, given, scales, torch.float64, **options))
     for i, name in enumerate(LABELS):
         got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in found)
+        if exact.dim() == 1:
+            # a scalar of each draw in units of its own size: at scale 100 they differ by 10^5, and one would decide
+            unit = exact.abs().log2().floor().clamp(-100, 100).exp2()
+            got, eager, exact = (v / unit.to(v.dtype) for v in (got, eager, exact))
+        yield name, got, eager, exact
+
+
+def judge(*args, **options) -> None:  # type: ignore[no-untyped-def]
+    for name, got, eager, exact in compared(*args, **options):
         assert_no_worse(got, eager, exact, name)
 
 
@@ -124,11 +137,7 @@ EXTREMES = {f.__name__: f for f in (same, raw, collinear, opposed)}
 @pytest.mark.parametrize("case", EXTREMES)
 @pytest.mark.parametrize("backend", ALL)
 def test_at_scale_100(backend: str, case: str, scales: tuple[float, float]) -> None:
-    if backend == "cpu" and case == "collinear":
-        pytest.skip(
-            "all probabilities are one number: eager's is exact, and 2 ulp of the compiled sum add up coherently"
-        )
-    judge(EXTREMES[case], scales, torch.float32, backend, draws=4)
+    judge(EXTREMES[case], scales, torch.float32, backend)
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -106,26 +106,34 @@ def teacher_grad(
     student: Side,
     teacher: Side,
     alpha: Tensor,
-    centre: Tensor,
     mean: Tensor,
+    centre: Tensor,
+    t_centre: Tensor,
     d: Tensor,
     row_offset: int,
     need_x: bool,
     need_y: bool,
     need_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, ds) of the teacher, alpha times H's; `mean` and `centre` [b + N] of the rows and the columns."""
+    """(dx, dy, dot) of the teacher, alpha times H's; the mean and centres [b + N] of the rows and the columns.
+
+    `dot` (float64) is sum H (U_t - t_centre) over the negatives. H is the sum of a matrix whose rows and of one whose
+    columns add up to 0: any centres give the same, but for the rounding of large terms.
+    """
     b = len(teacher.x)
+    dot = torch.zeros(b, dtype=torch.float64, device=d.device)
 
     def fill(u: Tensor, t: Tensor, i: int, j: int, h: Tensor) -> None:
         weights = (teacher.a[i:j], teacher.rho[i:j], teacher.b, teacher.kappa)
-        tile.teacher_grad(u, t, student.scale, teacher.scale, *weights, mean[i:j], centre[i:j], mean[b:], centre[b:], h)
+        about = (t[k] for k in (slice(i, j), slice(b, None)) for t in (mean, centre, t_centre))
+        tile.teacher_grad(u, t, student.scale, teacher.scale, *weights, *about, i + row_offset, h, dot[i:j])
 
-    return _gradients(student, teacher, True, fill, alpha, d, row_offset, need_x, need_y, need_s)
+    dx, dy, _ = _gradients(student, teacher, True, fill, alpha, d, row_offset, need_x, need_y, False)
+    return dx, dy, dot.sum() if need_s else dot[:0].clone()
 
 
 def _gradients(student, teacher, of_teacher, fill, alpha, d, row_offset, need_x, need_y, need_s):  # type: ignore[no-untyped-def]
-    """dx, dy, ds of one side; `fill(u, t, i, j, g)` writes rows i to j of G or H, but for the positives."""
+    """dx, dy and, of the student, ds; `fill(u, t, i, j, g)` writes rows i to j of G or H, but for the positives."""
     of_s, of_t = (Blocks(side.x, side.y) for side in (student, teacher))
     side, blocks = (teacher, of_t) if of_teacher else (student, of_s)
     out = Gradients(blocks, side.x, side.y, side.scale * alpha, None, None, need_x, need_y)
@@ -139,7 +147,7 @@ def _gradients(student, teacher, of_teacher, fill, alpha, d, row_offset, need_x,
             fill(u, t, i, j, g)
             g.diagonal(i + row_offset).copy_(d[i:j])
             if in_blocks:
-                dot[i:j] = (g * (t if of_teacher else u)).sum(1)
+                dot[i:j] = (g * u).sum(1)
             out.add(g, i, j)
     dx, dy, xgy = out.finish()
     ds = alpha * (dot.sum() if in_blocks else xgy.to(blocks.acc))

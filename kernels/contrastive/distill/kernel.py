@@ -120,7 +120,7 @@ def _distill_stats_kernel(
 @triton.jit(do_not_specialize=["M", "N", "diagonal"])
 def _distill_grad_kernel(
     g_ptr,  # out [M, N] if STORE
-    dot_ptr,  # out [programs] if DOT: sum G U of the tile, the teacher's U for H
+    dot_ptr,  # out [programs] if DOT: sum G U of the tile; for H see `blocked.teacher_grad`
     x_ptr,  # [M, D]
     y_ptr,  # [N, D]
     scale_ptr,  # []
@@ -131,6 +131,8 @@ def _distill_grad_kernel(
     rho_ptr,  # [M], of the student; for H the centres
     b_ptr,  # [N]
     kappa_ptr,  # [N]
+    row_about_ptr,  # [M], the teacher's centres, for H
+    col_about_ptr,  # [N]
     t_a_ptr,  # [M]
     t_rho_ptr,  # [M]
     t_b_ptr,  # [N]
@@ -179,6 +181,7 @@ def _distill_grad_kernel(
     t_a = tl.load(t_a_ptr + rows, mask=rows < M, other=0.0)
     t_rho = tl.load(t_rho_ptr + rows, mask=rows < M, other=float("inf"))
     total = tl.zeros((), ACC)
+    DOT_OF_G: tl.constexpr = DOT and not TEACHER
     for i in tl.static_range(PARTS):
         first = col0 + i * WIDTH
         cols = first + tl.arange(0, WIDTH)
@@ -188,13 +191,20 @@ def _distill_grad_kernel(
         kappa = tl.load(kappa_ptr + cols, mask=cols < N, other=float("inf"))
         s_t = ts[i] * t_scale
         if TEACHER:
-            g = t_a[:, None] * tl.exp(s_t - t_rho[:, None]) * (a[:, None] - (us[i] - rho[:, None]) * scale)
-            g += t_b[None, :] * tl.exp(s_t - t_kappa[None, :]) * (b[None, :] - (us[i] - kappa[None, :]) * scale)
+            p = t_a[:, None] * tl.exp(s_t - t_rho[:, None]) * (a[:, None] - (us[i] - rho[:, None]) * scale)
+            q = t_b[None, :] * tl.exp(s_t - t_kappa[None, :]) * (b[None, :] - (us[i] - kappa[None, :]) * scale)
+            g = p + q
+            if DOT:
+                negative = (rows < M)[:, None] & (cols < N)[None, :] & (cols[None, :] != (rows + diagonal)[:, None])
+                row_about = tl.load(row_about_ptr + rows, mask=rows < M, other=0.0)
+                col_about = tl.load(col_about_ptr + cols, mask=cols < N, other=0.0)
+                terms = p * (ts[i] - row_about[:, None]) + q * (ts[i] - col_about[None, :])
+                total += tl.sum(tl.where(negative, terms, 0.0))
         else:
             g = _softmaxes(us[i] * scale, a, rho, b, kappa) - _softmaxes(s_t, t_a, t_rho, t_b, t_kappa)
         total += _finish_tile(
-            g, ts[i] if TEACHER else us[i], g_ptr, d_ptr, stride_g, M, N, diagonal, row0, first,
-            STORE, DOT, G_SCALE, BLOCK_M, WIDTH,
+            g, us[i], g_ptr, d_ptr, stride_g, M, N, diagonal, row0, first,
+            STORE, DOT_OF_G, G_SCALE, BLOCK_M, WIDTH,
         )  # fmt: skip
     if DOT:
         tl.store(dot_ptr + tl.program_id(0), total)
@@ -259,33 +269,40 @@ def grad(
     need_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, ds) of the student, alpha times G's. Extra memory as the template's."""
-    weights = student[3:]
-    return _grad(student, teacher, weights, alpha, d, row_offset, False, need_x, need_y, need_s)
+    in_tiles = need_s and not (need_x or need_y)
+    dx, dy, xgy, dot = _grad(student, teacher, student[3:], alpha, d, row_offset, False, need_x, need_y, in_tiles)
+    ds = alpha * (dot if in_tiles else xgy).to(alpha.dtype)
+    return dx, dy, ds if need_s else alpha.new_empty(0)
 
 
 def teacher_grad(
     student: Side,
     teacher: Side,
     alpha: Tensor,
-    centre: Tensor,
     mean: Tensor,
+    centre: Tensor,
+    t_centre: Tensor,
     d: Tensor,
     row_offset: int,
     need_x: bool,
     need_y: bool,
     need_s: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, ds) of the teacher, alpha times H's; `mean` and `centre` [b + N] of the rows and the columns."""
+    """See `blocked.teacher_grad`. Extra memory as the template's."""
     sizes = len(student.x), len(student.y)
     weights = [t for pair in zip(mean.split(sizes), centre.split(sizes), strict=True) for t in pair]
-    return _grad(student, teacher, weights, alpha, d, row_offset, True, need_x, need_y, need_s)
+    about = t_centre.split(sizes)
+    dx, dy, _, dot = _grad(student, teacher, weights, alpha, d, row_offset, True, need_x, need_y, need_s, about)
+    return dx, dy, dot if need_s else dot.new_empty(0)
 
 
-def _grad(student, teacher, weights, alpha, d, row_offset, of_teacher, need_x, need_y, need_s):  # type: ignore[no-untyped-def]
+def _grad(student, teacher, weights, alpha, d, row_offset, of_teacher, need_x, need_y, in_tiles, about=None):  # type: ignore[no-untyped-def]
+    """(dx, dy, <x, G y>, the sum that the tiles make if `in_tiles`)."""
     x, y, x_t, y_t = map(template._operand, (student.x, student.y, teacher.x, teacher.y))
     settings = _settings(x, x_t)
     a, rho, b, kappa = weights
-    in_tiles = need_s and not (need_x or need_y)
+    row_about, col_about = about or (rho, kappa)
+    store = need_x or need_y or not in_tiles
     dot = torch.zeros((), dtype=torch.float64, device=x.device)
 
     def fill(i: int, j: int, m: int, n: int, g: Tensor) -> None:
@@ -294,10 +311,10 @@ def _grad(student, teacher, weights, alpha, d, row_offset, of_teacher, need_x, n
         part = torch.empty(programs if in_tiles else 0, dtype=alpha.dtype, device=x.device)
         _distill_grad_kernel[(programs,)](
             g, part, x[rows], y[cols], student.scale, x_t[rows], y_t[cols], teacher.scale,
-            a[rows], rho[rows], b[cols], kappa[cols],
+            a[rows], rho[rows], b[cols], kappa[cols], row_about[rows], col_about[cols],
             teacher.a[rows], teacher.rho[rows], teacher.b[cols], teacher.kappa[cols], d[rows],
             g.stride(0), x.stride(0), y.stride(0), x_t.stride(0), y_t.stride(0), x.shape[1], x_t.shape[1],
-            m, n, i + row_offset - j, TEACHER=of_teacher, STORE=not in_tiles, DOT=in_tiles,
+            m, n, i + row_offset - j, TEACHER=of_teacher, STORE=store, DOT=in_tiles,
             G_SCALE=template._g_scale(x.dtype), **settings,
         )  # fmt: skip
         if in_tiles:
@@ -307,8 +324,7 @@ def _grad(student, teacher, weights, alpha, d, row_offset, of_teacher, need_x, n
     factor = side.scale * alpha
     with torch.cuda.device_of(x):
         dx, dy, xgy = template._gradients(side.x, side.y, left, right, factor, None, None, need_x, need_y, fill)
-    ds = alpha * (dot if in_tiles else xgy).to(alpha.dtype)
-    return dx, dy, ds if need_s else alpha.new_empty(0)
+    return dx, dy, xgy, dot
 
 
 # --- ahead-of-time compilation --------------------------------------------------------------------------------------
@@ -319,8 +335,8 @@ def aot_specs() -> Iterator[Spec]:
     for dtype, precision, tile, archs in template.shipped("distill"):
         options = tile | {"PRECISION": precision, "EVEN_D": True, "T_EVEN_D": True}
         yield template.spec(_distill_stats_kernel, "", dtype, options, archs)
-        for teacher in (False, True):
-            for dot in (False, True):
-                more = {"TEACHER": teacher, "STORE": not dot, "DOT": dot, "G_SCALE": template._g_scale(dtype)}
-                variant = f"{'teacher ' * teacher}{'dot' * dot}".strip()
-                yield template.spec(_distill_grad_kernel, variant, dtype, options | more, archs)
+        for teacher, store, dot in ((0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 1, 1), (1, 0, 1)):
+            flags = {"TEACHER": bool(teacher), "STORE": bool(store), "DOT": bool(dot)}
+            variant = " ".join(name.lower() for name, on in flags.items() if on)
+            more = flags | {"G_SCALE": template._g_scale(dtype)}
+            yield template.spec(_distill_grad_kernel, variant, dtype, options | more, archs)

@@ -134,6 +134,8 @@ def _bwd(
     size = torch.maximum(g.abs(), g_distill.abs())
     size = torch.where(size == 0, 1, size).to(scale.dtype)
     c1, c2, alpha = g / size, g_distill / size, size / max(b, 1)
+    # the largest term of the softmaxes' means of U_t: all of it where one probability is near 1
+    t_centre = torch.cat([t_a * t_rho, t_beta * t_kappa]) * torch.where(teacher_scale == 0, 0, 1 / teacher_scale)
     t_a, t_beta = c2 * w_image * t_a, c2 * w_text * t_beta
     student = Side(image, text, scale, (c1 + c2) * w_image * a, rho, (c1 + c2) * w_text * beta, kappa)
     teacher = Side(teacher_image, teacher_text, teacher_scale, t_a, t_rho, t_beta, t_kappa)
@@ -147,12 +149,16 @@ def _bwd(
     needs = (need_teacher_image, need_teacher_text, need_teacher_scale)
     if any(needs):
         # dT_ij = c2 [w_r Pt_ij (sum_k Pt_ik S_ik - S_ij) + w_c Qt_ij (sum_k Qt_kj S_kj - S_ij)] g / b
-        d = c2 * (w_image * (1 - t_miss) * row_mean + w_text * (1 - t_col_miss) * col_mean)
+        d_row, d_col = c2 * w_image * (1 - t_miss) * row_mean, c2 * w_text * (1 - t_col_miss) * col_mean
         centre = centres(image, text, row_offset)
         nearly = scale * (positive - centre[:b])
         mean = torch.cat([nearly + row_mean, torch.zeros_like(col_max)])
         mean[b:][pairs] = nearly + col_mean
-        grads[3:] = passes.teacher_grad(student, teacher, alpha, centre, mean, d, row_offset, *needs)
+        about = (mean, centre, t_centre)
+        grads[3:] = passes.teacher_grad(student, teacher, alpha, *about, d_row + d_col, row_offset, *needs)
+        if need_teacher_scale:
+            own = d_row * (t_positive - t_centre[:b]) + d_col * (t_positive - t_centre[b:][pairs])
+            grads[5] = (alpha * (grads[5] + own.sum(dtype=torch.float64))).to(teacher_scale.dtype)
     return tuple(grads)
 
 
