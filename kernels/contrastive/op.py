@@ -453,7 +453,7 @@ SIGLIP = Op(
             "chunked",
             partial(_fused_siglip, "chunked"),
             reasons_against_chunked,
-            partial(steps_aside, "siglip_loss"),
+            partial(steps_aside, "siglip_loss, chunked"),
         ),
         Impl("torch", _reference_siglip, no_reason),
     ],
