@@ -173,9 +173,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if not at_once:
             ctx.save_for_backward(hidden, weight, bias, labels, per_token)
             return loss
-        mean = 1 / per_token.sum() if reduction == "mean" else None
-        ctx.save_for_backward(*grads, mean)
-        return loss.sum() if mean is None else loss.sum() * mean
+        count = per_token.sum() if reduction == "mean" else None
+        # where nothing counts, the loss is NaN but the gradients are 0, as eager's
+        ctx.save_for_backward(*grads, None if count is None else 1 / count.clamp(min=1))
+        return loss.sum() if count is None else loss.sum() / count
 
     @staticmethod
     @once_differentiable

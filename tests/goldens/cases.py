@@ -143,8 +143,8 @@ def record_outputs(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def gradients(loss: Tensor, model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The gradients of `loss` in the parameters `names`, under the names of the stored ones."""
+    """The gradients of `loss` in the parameters `names`, under the names of the stored ones: any of a shared one's."""
     names = tuple(names)
-    parameters = dict(model.named_parameters())
-    grads = torch.autograd.grad(loss, [parameters[name] for name in names])
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    grads = torch.autograd.grad(loss, [parameters[name] for name in names], materialize_grads=True)
     return {f"grad.{name}": grad for name, grad in zip(names, grads, strict=True)}

@@ -104,6 +104,13 @@ def test_both_shapes_of_grads(tmp_path: Path, grads: dict) -> None:
     assert stored["grad.w"].tolist() == [3, 4] and stored["loss"].shape == (0,)
 
 
+def test_gradients_of_shared_and_of_unused_parameters() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in ("first", "second", "unused")})
+    model.second.weight = model.first.weight
+    found = cases.gradients(model.first.weight.sum(), model, ("second.weight", "unused.weight"))
+    assert found["grad.second.weight"].eq(1).all() and found["grad.unused.weight"].eq(0).all()
+
+
 def test_model_config_lacks_what_only_the_run_needs(tmp_path: Path) -> None:
     config = {"model": {}, "greedy": 3, "forward": {}, "generate": {}, "grad_names": [], "start_ptr": 4}
     folder = _write(tmp_path / "system" / "case", {}, config=config)
