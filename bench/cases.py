@@ -25,6 +25,7 @@ SUITES = {
     "selection": "mmfuse.bench.selection",
     "contrastive-dist": "mmfuse.bench.distributed",
     "variants": "mmfuse.bench.variants",
+    "targets": "mmfuse.bench.targets",
 }
 
 
