@@ -8,7 +8,7 @@ import torch
 import worlds
 from distributed import programs
 from judge import assert_no_worse
-from mmfuse.kernels._runtime import Op
+from mmfuse.kernels._runtime import Op, explain
 from mmfuse.kernels.contrastive.distributed.op import DISTRIBUTED_CLIP, DISTRIBUTED_SIGLIP
 from mmfuse.kernels.contrastive.distributed.peers import Peers
 
@@ -53,6 +53,7 @@ def test_small_batches_are_eager(op: Op) -> None:
     assert op.select(x, Peers(None, 0, 2, (20, 30))).name == "torch"
     assert op.select(x, Peers(None, 0, 2, (20000, 20000))).name != "torch"
     assert op.select(x, Peers(None, 0, 2, (20, 30)), backend="chunked").name == "chunked"
+    assert "->" in explain(op.name, x, x, 10.0)
 
 
 def test_only_what_is_asked() -> None:

@@ -400,7 +400,7 @@ def test_steps_aside_for_eager_where_that_is_faster() -> None:
 
     assert chosen(4, 4, 4) == chosen(4096, 1, 4096) == "torch"
     assert chosen(1024, 32, 1024) in ("cpu", "chunked")
-    assert "-> " in mmfuse.explain(mmfuse.max_query_loss, torch.empty(4, 4, 8), torch.empty(4, 8))
+    assert "-> " in mmfuse.explain(mmfuse.max_query_loss, torch.empty(4, 4, 8), torch.empty(4, 8), 0.07)
 
 
 def test_bad_arguments() -> None:

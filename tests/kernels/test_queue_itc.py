@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from judge import assert_no_worse
-from mmfuse.kernels._runtime import UnsupportedError
+from mmfuse.kernels._runtime import UnsupportedError, explain
 from mmfuse.kernels.contrastive.negatives import hard_negatives
 from mmfuse.kernels.contrastive.queue import moco_loss, queue_itc_loss
 from mmfuse.kernels.contrastive.queue.op import MOCO, QUEUE_ITC, moco_fwd, queue_itc_fwd
@@ -237,8 +238,8 @@ def test_nothing_but_the_query_and_the_temperature_gets_a_gradient(backend: str)
     assert given["keys"].grad is given["queue"].grad is given["query_m"].grad is None
     with torch.no_grad():
         loss, dx, dt, _ = queue_itc_fwd(
-            *(given[k] for k in ("query", "query_m", "keys", "queue")), torch.tensor(0.07, device=DEVICE), 0.4,
-            None, None, None, 0, 0.0, None, False, backend,
+            *(given[k] for k in ("query", "query_m", "keys", "queue")), torch.tensor(0.07, device=DEVICE),
+            torch.tensor(0.4), None, None, None, 0, 0.0, None, False, backend,
         )  # fmt: skip
     assert not loss.requires_grad and dx.numel() == dt.numel() == 0
 
@@ -289,7 +290,7 @@ def test_registration() -> None:
         given["keys"],
         given["queue"],
         t,
-        0.4,
+        torch.tensor(0.4, dtype=torch.float64),
         *ids,
         2,
         0.1,
@@ -312,6 +313,21 @@ def test_the_queue_may_change_before_the_backward(backend: str) -> None:
         (want,) = torch.autograd.grad(value, query, retain_graph=True)
         queue[:4] = key
         assert torch.equal(torch.autograd.grad(value, query)[0], want)
+
+
+def test_alpha_is_not_compiled_anew_for_each_value() -> None:
+    torch._dynamo.reset()
+    given = case(b=3, m=9)
+    compiled = torch.compile(partial(queue_itc_loss, temp=0.1, backend="chunked"), fullgraph=True, backend="aot_eager")
+    for step in range(12):
+        given["alpha"] = 0.4 * step / 12
+        torch.testing.assert_close(compiled(**given), queue_itc_loss(temp=0.1, backend="torch", **given))
+
+
+def test_explain_takes_the_arguments_of_the_call() -> None:
+    x = torch.ones(4, 8, device=DEVICE)
+    for loss in (queue_itc_loss, moco_loss):
+        assert "->" in explain(loss, x, x, x, 0.07)
 
 
 def test_autocast_rounds_like_a_product() -> None:

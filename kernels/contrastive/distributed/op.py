@@ -41,8 +41,8 @@ _EAGER_SIDE = {
 }
 
 
-def _aside(name: str, x: Tensor, peers: Peers | None = None) -> list[str]:
-    if peers is None or x.device.type != "cpu":
+def _aside(name: str, x: Tensor, peers: object = None, *_: object) -> list[str]:
+    if not isinstance(peers, Peers) or x.device.type != "cpu":
         return []
     side = _EAGER_SIDE[name].get(x.dtype, 0)
     few = max(peers.sizes) * peers.total < side**2
@@ -79,7 +79,7 @@ class _Clip(torch.autograd.Function):
     """Each rank's own rows against all texts, once. Columns are whole after an exchange of O(N) numbers."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         image: Tensor,
         text: Tensor,
@@ -327,7 +327,7 @@ class _Siglip(torch.autograd.Function):
     """The loss and its gradients block by block as the other ranks' texts come; backward sends theirs home."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         image: Tensor,
         text: Tensor,

@@ -81,11 +81,11 @@ def _many_queries(image: Tensor) -> list[str]:
     return [f"image has {image.shape[1]} queries, more than 256"] if image.shape[1] > 256 else []
 
 
-def _reasons_against_cpu(image: Tensor, text: Tensor) -> list[str]:
+def _reasons_against_cpu(image: Tensor, text: Tensor, *_: object) -> list[str]:
     return reasons_against_cpu(image) + _many_queries(image)
 
 
-def _reasons_against_triton(image: Tensor, text: Tensor) -> list[str]:
+def _reasons_against_triton(image: Tensor, text: Tensor, *_: object) -> list[str]:
     return reasons_against_triton(image) + _many_queries(image)
 
 
@@ -98,7 +98,7 @@ _EAGER_PRODUCTS = {
 _EAGER_QUERIES = {torch.float32: 1, torch.bfloat16: 3}
 
 
-def _aside(backend: str, image: Tensor, text: Tensor) -> list[str]:
+def _aside(backend: str, image: Tensor, text: Tensor, *_: object) -> list[str]:
     if image.device.type != "cpu":
         return []
     (b, queries, _), n = image.shape, text.shape[0]

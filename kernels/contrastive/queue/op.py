@@ -26,10 +26,10 @@ def _scan(backend: str) -> Any:
     return blocked.scan
 
 
-def _reasons_against_triton(query: Tensor, *keys: Tensor) -> list[str]:
+def _reasons_against_triton(query: Tensor, *keys: Any) -> list[str]:
     why = reasons_against_triton(query)
     # accumulators of D columns stay in registers
-    widest = 256 if any(t.dtype == torch.float32 for t in (query, *keys)) else 512
+    widest = 256 if any(t.dtype == torch.float32 for t in (query, *keys[:2])) else 512
     if query.shape[1] > widest:
         why.append(f"{query.shape[1]} features per row, above {widest}")
     if query.dtype == torch.float32 and not INTERPRET and not _tf32():
@@ -45,9 +45,9 @@ _EAGER_KEYS = {
 }
 
 
-def _aside(name: str, query: Tensor, *keys: Tensor) -> list[str]:
+def _aside(name: str, query: Tensor, *keys: Any) -> list[str]:
     least = _EAGER_KEYS[name].get(query.dtype, 0) if query.device.type == "cpu" else 0
-    few = sum(len(k) for k in keys) < least
+    few = sum(len(k) for k in keys[:2]) < least
     return [f"eager is faster for less than {least} keys in {str(query.dtype)[6:]}"] if few else []
 
 
@@ -94,7 +94,7 @@ def _itc_fwd(
     keys: Tensor,
     queue: Tensor,
     temp: Tensor,
-    alpha: float,
+    alpha: Tensor,
     ids: Tensor | None,
     key_ids: Tensor | None,
     queue_ids: Tensor | None,
@@ -104,7 +104,7 @@ def _itc_fwd(
     need: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = (query, query_m, keys, queue, temp, alpha, ids, key_ids, queue_ids, True, need)
+    options = (query, query_m, keys, queue, temp, alpha.item(), ids, key_ids, queue_ids, True, need)
     drawn = query.new_empty((len(query), k), dtype=torch.int64)
     if seed is None:
         row, g = _scan(backend)(*options)
@@ -151,9 +151,11 @@ queue_itc_fwd = register(
 
 
 def _fused_itc(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
-    query, temp = args[0], args[4]
+    query, query_m, keys, queue, temp, alpha, *options = args
     need = torch.is_grad_enabled() and (query.requires_grad or temp.requires_grad)
-    loss, _, _, drawn = queue_itc_fwd(*args, need, backend)
+    # as a number it would be compiled anew for each value, and it is warmed up step by step; on the CPU nothing waits
+    alpha = torch.ones((), dtype=torch.float64, device="cpu") * alpha
+    loss, _, _, drawn = queue_itc_fwd(query, query_m, keys, queue, temp, alpha, *options, need, backend)
     return loss, drawn
 
 
