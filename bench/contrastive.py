@@ -187,9 +187,9 @@ def _default(op: Op, saves: tuple[str, ...], peers: list[str], device: torch.dev
     return [baseline, "compile", *(peers if device.type == "cuda" else []), *fused, "mmfuse-chunked"]
 
 
-def _case(
+def _case(  # type: ignore[no-untyped-def]
     name: str, op: Op, loss: _Loss, formula: _Loss, saves: tuple[str, ...], peers: dict[str, Load], **own
-) -> Case:  # type: ignore[no-untyped-def]
+) -> Case:
     reference = {"clip": "ClipLoss", "siglip": "SigLipLoss"}[name]
     return Case(
         name=name,

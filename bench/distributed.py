@@ -116,7 +116,7 @@ def _losses(rank: int, size: int) -> dict[tuple[str, str], Callable[..., Tensor]
     for impl in _IMPLS:
         losses[f"siglip {impl}", "mmfuse"] = partial(distributed_siglip_loss, dist_impl=impl, backend="chunked")
     try:
-        from open_clip import loss as open_clip  # type: ignore[import-untyped]
+        from open_clip import loss as open_clip
     except ImportError:
         return losses
     world = {"rank": rank, "world_size": size}

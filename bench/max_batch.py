@@ -109,7 +109,7 @@ def _measure(provider: str, n: int, d: int) -> int | None:
         from mmfuse._compat import allow_torchvision
 
         allow_torchvision()
-        from open_clip.loss import ClipLoss  # type: ignore[import-untyped]
+        from open_clip.loss import ClipLoss
 
         theirs = ClipLoss()
     small = [t.detach()[:512].clone().requires_grad_() for t in (image, text)]

@@ -61,8 +61,8 @@ def _dims(image: Tensor) -> list[int]:
     return [image.shape[1] // part for part in _PARTS]
 
 
-def _global(*inputs: Any, backend: str | None = None) -> Tensor:
-    return global_contrastive_loss(*inputs, _GAMMA, backend=backend)[0]
+def _global(image: Tensor, text: Tensor, scale: Tensor, u: Tensor, w: Tensor, backend: str | None = None) -> Tensor:
+    return global_contrastive_loss(image, text, scale, u, w, _GAMMA, backend=backend)[0]
 
 
 def _matryoshka(image: Tensor, text: Tensor, scale: Tensor, backend: str | None = None) -> Tensor:
@@ -96,7 +96,9 @@ def _default(op: Op, device: torch.device, dtype: torch.dtype) -> list[str]:
     return ["eager", "compile", "mmfuse", *(["mmfuse-triton"] if other else []), "mmfuse-chunked"]
 
 
-def _case(name: str, op: Op, loss: _Fn, formula: _Fn, inputs: _Fn, dims: Callable[[Tensor], list[int]]) -> Case:
+def _case(
+    name: str, op: Op, loss: _Fn, formula: _Fn, inputs: Callable[..., Any], dims: Callable[[Tensor], list[int]]
+) -> Case:
     anchors = {f"gemm{count}": _products(dims, count) for count in (1, 3)}
     return Case(
         name=name,

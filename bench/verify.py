@@ -58,8 +58,8 @@ def _rows(check: Check, dtype: torch.dtype, device: str, seed: int) -> Iterator[
             results[name].append(check.run(inputs, name))
     stacked = {n: {q: torch.stack([r[q] for r in rs]) for q in rs[0]} for n, rs in results.items()}
     for backend in backends:
-        for quantity, exact in stacked["exact"].items():
-            error, allowed, eager = error_and_bound(stacked[backend][quantity], stacked["torch"][quantity], exact)
+        for quantity, truth in stacked["exact"].items():
+            error, allowed, eager = error_and_bound(stacked[backend][quantity], stacked["torch"][quantity], truth)
             yield Row(check.op, check.name, str(dtype)[6:], backend, quantity, error, eager, allowed)
 
 

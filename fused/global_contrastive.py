@@ -56,9 +56,9 @@ class GlobalContrastiveLoss(nn.Module):
             if i.dtype != torch.int64:
                 raise TypeError(f"index has dtype {i.dtype}, expected int64")
         tables = (self.log_u, self.log_w)
-        old = (table[i] for table, i in zip(tables, at, strict=True))
+        log_u, log_w = (table[i] for table, i in zip(tables, at, strict=True))
         loss, *new = global_contrastive_loss(
-            image, text, logit_scale, *old, self.gamma, eps=self.eps, normalize=self.normalize
+            image, text, logit_scale, log_u, log_w, self.gamma, eps=self.eps, normalize=self.normalize
         )
         if self.training:
             for table, i, value in zip(tables, at, new, strict=True):

@@ -86,8 +86,7 @@ class ImageBindLoss(nn.Module):
     def _pair(self, name: str, embeddings: Mapping[str, Tensor | tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         given = embeddings[name]
         if not isinstance(given, Tensor):
-            image, other = given
-            return image, other
+            return given
         image = embeddings.get("vision")
         if not isinstance(image, Tensor):
             raise ValueError(

@@ -128,7 +128,7 @@ class TorchTile:
         g.sub_((p[:, None] + q).masked_fill_(row_key[:, None] != col_key, 0))
 
     @staticmethod
-    def cross_stats(
+    def cross_stats(  # type: ignore[no-untyped-def]
         u,
         t,
         scale,
@@ -143,7 +143,7 @@ class TorchTile:
         col_sum,
         row_cross,
         col_cross,
-    ) -> None:  # type: ignore[no-untyped-def]
+    ) -> None:
         t = t * t_scale
         t.diagonal(diagonal).fill_(-torch.inf)
         e = torch.exp(t - finite(row_max)[:, None])
@@ -163,7 +163,7 @@ class TorchTile:
         g.add_(p.addcmul_(t.sub_(t_kappa).exp_(), t_b, value=-1))
 
     @staticmethod
-    def teacher_grad(
+    def teacher_grad(  # type: ignore[no-untyped-def]
         u,
         t,
         scale,
@@ -181,7 +181,7 @@ class TorchTile:
         diagonal,
         g,
         dot,
-    ) -> None:  # type: ignore[no-untyped-def]
+    ) -> None:
         s = t * t_scale
         p = torch.exp(s - rho[:, None]).mul_(a[:, None])
         p.mul_(torch.sub(row_mean[:, None], (u - row_centre[:, None]).mul_(scale)))
@@ -322,7 +322,7 @@ def grad(
         # G is rounded once, when it is whole
         g_dtype = blocks.dtype if targets is None else acc
         reuse = g_dtype == acc and u_block is not None and (targets is None or not dot.numel())
-        g_block = u_block if reuse else blocks.block(g_dtype)
+        g_block: Any = u_block if reuse else blocks.block(g_dtype)
         for i, j in blocks.spans:
             u = logits[i:j] if u_block is None else blocks.logits(i, j, u_block[: j - i])
             g, diagonal = g_block[: j - i], i + row_offset

@@ -52,6 +52,6 @@ def matryoshka_clip_loss(
     weights = (1.0,) * len(dims) if weights is None else tuple(weights)
     if len(weights) != len(dims) or not all(abs(w) < math.inf for w in weights):
         raise ValueError(f"weights is {weights}, expected {len(dims)} finite numbers, one for each of dims")
-    prefixes = ([t[:, :d] for d in dims] for t in (image, text))
-    losses = grouped_clip_loss(*prefixes, [scale] * len(dims), normalize=normalize, backend=backend)
+    images, texts = ([t[:, :d] for d in dims] for t in (image, text))
+    losses = grouped_clip_loss(images, texts, [scale] * len(dims), normalize=normalize, backend=backend)
     return sum((c * loss for c, loss in zip(weights, losses.unbind(), strict=True)), start=losses.new_zeros(()))

@@ -247,9 +247,9 @@ def _fused_clip(
 
 
 def _reference_clip(image: Tensor, text: Tensor, scale: Tensor, *options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-    *options, _, total = options
-    loss, s = reference.clip_loss(image, text, scale, *options)
-    return loss, reference.statistics(s.detach(), options[-1]) if total else ()
+    *given, _, total = options
+    loss, s = reference.clip_loss(image, text, scale, *given)
+    return loss, reference.statistics(s.detach(), given[-1]) if total else ()
 
 
 def _clip_steps_aside(kind: str, x: Tensor, y: Tensor, keys: Tensor | None = None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def show(page: Page, settings: Settings) -> None:
     _, images = pictures()
     image = ((images - 0.5) / 0.25).to(settings.device)
     torch.manual_seed(0)
-    model = _coca(settings.of(4, 1)).to(settings.device).eval()
+    model: Any = _coca(settings.of(4, 1)).to(settings.device).eval()
     length = settings.of(30, 8)
     eager, eager_seconds = _timed(lambda: _greedy(model, image, length))
     with mmfuse.accelerate(model) as report:
@@ -71,7 +71,7 @@ def show(page: Page, settings: Settings) -> None:
     page.claim(same and bool(report.replaced), "open_clip's CoCa: accelerated, it writes the same captions")
 
 
-def _greedy(model: nn.Module, image: Tensor, length: int) -> Tensor:
+def _greedy(model: Any, image: Tensor, length: int) -> Tensor:
     """The loop of open_clip's generate, with the most likely token at every step and no end before the last."""
     latent, tokens = model._encode_image(image)
     ids = torch.full((len(image), 1), _START, device=image.device)

@@ -35,7 +35,7 @@ class _Stats:
 
     def __init__(self, x: Tensor, y: Tensor, scale: Tensor):
         self.scale, self.blocks = scale, Blocks(x, y)
-        like = {"dtype": self.blocks.acc, "device": x.device}
+        like: Any = {"dtype": self.blocks.acc, "device": x.device}
         self.u = self.blocks.block(self.blocks.acc)
         self.row_max, self.col_max = (torch.full((len(t),), -torch.inf, **like) for t in (x, y))
         self.row_sum, self.col_sum = (torch.zeros(len(t), **like) for t in (x, y))

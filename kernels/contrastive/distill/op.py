@@ -140,7 +140,7 @@ def _bwd(
     student = Side(image, text, scale, (c1 + c2) * w_image * a, rho, (c1 + c2) * w_text * beta, kappa)
     teacher = Side(teacher_image, teacher_text, teacher_scale, t_a, t_rho, t_beta, t_kappa)
     passes = _passes(backend)
-    grads = [t.new_empty(0) for t in (image, text, scale, teacher_image, teacher_text, teacher_scale)]
+    grads: Any = [t.new_empty(0) for t in (image, text, scale, teacher_image, teacher_text, teacher_scale)]
     needs = (need_image, need_text, need_scale)
     if any(needs):
         # P_ii - 1 and P_ii - Pt_ii without cancellation

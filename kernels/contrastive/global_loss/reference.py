@@ -50,4 +50,5 @@ def global_contrastive_loss(
         log_g = negatives.logsumexp(dim) - positive - math.log(max(n - 1, 1))
         found.append(moving_average(old, log_g.detach(), gamma))
         loss = loss + torch.exp(log_g - log_divisor(found[-1], eps))
-    return loss.mean() / scale.detach(), *found
+    new_u, new_w = found
+    return loss.mean() / scale.detach(), new_u, new_w

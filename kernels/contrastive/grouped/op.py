@@ -101,9 +101,9 @@ def _bwd(
     kappa, b, col_miss = normaliser(col_max, col_sum, diag)
     alpha = torch.stack([part / max(size, 1) for part, size in zip(g.to(scale.dtype), sizes, strict=True)])
     d = -w_image * miss - w_text * col_miss
-    inverses = (x_inv, y_inv) if x_inv.numel() else (None, None)
-    given = (x, y, scale, alpha, w_image * a, rho, w_text * b, kappa, d, sizes, dims, *inverses)
-    return kernel.grad(*given, need_image, need_text, need_scale)
+    inv, other_inv = (x_inv, y_inv) if x_inv.numel() else (None, None)
+    weighted = (scale, alpha, w_image * a, rho, w_text * b, kappa, d)
+    return kernel.grad(x, y, *weighted, sizes, dims, inv, other_inv, need_image, need_text, need_scale)
 
 
 def _bwd_fake(g, x, y, scale, found, x_inv, y_inv, sizes, dims, w_image, w_text, need_image, need_text, need_scale):  # type: ignore[no-untyped-def]

@@ -101,7 +101,7 @@ _EAGER_QUERIES = {torch.float32: 1, torch.bfloat16: 3}
 def _aside(backend: str, image: Tensor, text: Tensor, *_: object) -> list[str]:
     if image.device.type != "cpu":
         return []
-    (b, queries, _), n = image.shape, text.shape[0]
+    (b, queries), n = image.shape[:2], text.shape[0]
     few, products = _EAGER_QUERIES.get(image.dtype, 0), _EAGER_PRODUCTS[backend].get(image.dtype, 0)
     if queries > few and b * queries * n >= products:
         return []
