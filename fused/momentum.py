@@ -129,6 +129,6 @@ def momentum_update(params: Iterable[Tensor], momentum_params: Iterable[Tensor],
     """p_m = m p_m + (1 - m) p for all pairs, in place and in one launch per dtype and device (He et al. 2020, (2)).
 
     Raises:
-        RuntimeError: the two differ in number or in shapes.
+        RuntimeError: the two differ in number or dtype, or in shapes that do not broadcast.
     """
     torch._foreach_lerp_(list(momentum_params), list(params), 1 - m)

@@ -239,7 +239,7 @@ def test_nothing_but_the_query_and_the_temperature_gets_a_gradient(backend: str)
     with torch.no_grad():
         loss, dx, dt, _ = queue_itc_fwd(
             *(given[k] for k in ("query", "query_m", "keys", "queue")), torch.tensor(0.07, device=DEVICE),
-            torch.tensor(0.4), None, None, None, 0, 0.0, None, False, backend,
+            torch.tensor(0.4, device=DEVICE), None, None, None, 0, 0.0, None, False, backend,
         )  # fmt: skip
     assert not loss.requires_grad and dx.numel() == dt.numel() == 0
 
@@ -290,7 +290,7 @@ def test_registration() -> None:
         given["keys"],
         given["queue"],
         t,
-        torch.tensor(0.4, dtype=torch.float64),
+        torch.tensor(0.4, device=DEVICE),
         *ids,
         2,
         0.1,

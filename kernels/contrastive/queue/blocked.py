@@ -25,7 +25,7 @@ def scan(
     keys: Tensor,
     queue: Tensor,
     temp: Tensor,
-    alpha: float,
+    alpha: Tensor,
     ids: Tensor | None,
     key_ids: Tensor | None,
     queue_ids: Tensor | None,
@@ -78,7 +78,7 @@ def _blocks(keys: Tensor, queue: Tensor, dtype: torch.dtype, acc: torch.dtype) -
 
 
 def _rows(
-    s: Tensor, teacher: Tensor, alpha: float, hard: Tensor | None, first: int, paired: bool, need: bool
+    s: Tensor, teacher: Tensor, alpha: Tensor, hard: Tensor | None, first: int, paired: bool, need: bool
 ) -> Tensor:
     """The rows' loss from logits s [R, N]; s becomes G, and the teacher's logits its softmax."""
     top = s.amax(1, keepdim=True)
@@ -102,7 +102,7 @@ def _rows(
     if need:
         p.mul_((weight / total)[:, None])
         if len(teacher):
-            p.sub_(teacher, alpha=alpha)
+            p.addcmul_(teacher, alpha, value=-1)
         if hard is not None:
             p.sub_(hard)
         elif paired:

@@ -148,19 +148,19 @@ def _weighted(part_ptr, stat, w, split, B, row, splits):
     return tl.sum(w * tl.load(part_ptr + (split * 7 + stat) * B + row, mask=split < splits, other=0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["B", "splits", "alpha"])
+@triton.jit(do_not_specialize=["B", "splits"])
 def _merge_kernel(
     row_ptr,  # out [B]
     g_ptr,  # out [B, D] if GRAD
     part_ptr,  # [splits, 7, B]
     o_ptr,  # [splits, 3, B, D] if GRAD
     keys_ptr,  # [K, D], key i of row i; if GRAD and PAIRED and not IDS
+    alpha_ptr,  # []
     stride_k,
     stride_kd,
     B,
     D,
     splits,
-    alpha,
     PAIRED: tl.constexpr,
     IDS: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -171,7 +171,7 @@ def _merge_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
-    alpha = tl.full((), 1.0, ACC) * alpha
+    alpha = tl.load(alpha_ptr)
     m, w = _weights(part_ptr, 0, split, B, row, splits)
     l = _weighted(part_ptr, 1, w, split, B, row, splits)  # noqa: E741
     loss, m_t, l_t, hard, n = m + tl.log(l), m, l, alpha, l
@@ -234,7 +234,7 @@ def scan(
     keys: Tensor,
     queue: Tensor,
     temp: Tensor,
-    alpha: float,
+    alpha: Tensor,
     ids: Tensor | None,
     key_ids: Tensor | None,
     queue_ids: Tensor | None,
@@ -252,7 +252,6 @@ def scan(
     if not b or not n:
         return (row if paired else row.fill_(-torch.inf)), g
     x, keys = _rows(x), keys.to(x.dtype).to(queue.dtype)
-    x_m = x if x_m is None else _rows(x_m)
     block_d = max(16 if INTERPRET else 128, triton.next_power_of_2(dim))
     bits = (8 * x.dtype.itemsize, 8 * queue.dtype.itemsize)
     tile = _INTERPRETED if INTERPRET else _TILES[(*bits, ids is not None)][block_d]
@@ -266,10 +265,11 @@ def scan(
     flags = {
         "PAIRED": paired,
         "IDS": ids is not None,
-        "TEACHER": alpha > 0,
+        "TEACHER": x_m is not None,
         "GRAD": need,
         "ACC": tl.float64 if acc == torch.float64 else tl.float32,
     }
+    x_m = x if x_m is None else _rows(x_m)
     precision = "tf32" if x.dtype == torch.float32 and not INTERPRET else "ieee"
     with torch.cuda.device_of(x):
         _scan_kernel[(blocks, splits)](
@@ -278,7 +278,7 @@ def scan(
             PRECISION=precision, BLOCK_D=block_d, **flags, **tile,
         )  # fmt: skip
         _merge_kernel[(b,)](
-            row, g, part, o, keys, *keys.stride(), b, dim, splits, alpha, SPLITS=triton.next_power_of_2(splits),
+            row, g, part, o, keys, alpha, *keys.stride(), b, dim, splits, SPLITS=triton.next_power_of_2(splits),
             BLOCK_D=block_d, **flags,
         )  # fmt: skip
     return row, g
@@ -321,7 +321,7 @@ def _spec(name: str, dtype: torch.dtype, keys: torch.dtype, options: dict[str, A
     pointers = dict.fromkeys(("x_ptr", "x_m_ptr"), "*" + _SHORT[dtype]) | dict.fromkeys(_IDS, "*i64")
     pointers |= dict.fromkeys(("keys_ptr", "queue_ptr"), "*" + _SHORT[keys])
     signature = {
-        n: "i32" if n in _INTEGERS or n.startswith("stride_") else "fp32" if n == "alpha" else pointers.get(n, "*fp32")
+        n: "i32" if n in _INTEGERS or n.startswith("stride_") else pointers.get(n, "*fp32")
         for n in kernel.arg_names
         if n not in constants
     }

@@ -104,7 +104,7 @@ def _itc_fwd(
     need: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = (query, query_m, keys, queue, temp, alpha.item(), ids, key_ids, queue_ids, True, need)
+    options = (query, query_m, keys, queue, temp, alpha, ids, key_ids, queue_ids, True, need)
     drawn = query.new_empty((len(query), k), dtype=torch.int64)
     if seed is None:
         row, g = _scan(backend)(*options)
@@ -153,8 +153,8 @@ queue_itc_fwd = register(
 def _fused_itc(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
     query, query_m, keys, queue, temp, alpha, *options = args
     need = torch.is_grad_enabled() and (query.requires_grad or temp.requires_grad)
-    # as a number it would be compiled anew for each value, and it is warmed up step by step; on the CPU nothing waits
-    alpha = torch.ones((), dtype=torch.float64, device="cpu") * alpha
+    # as a number it would be compiled anew for each value, and it is warmed up step by step
+    alpha = torch.ones_like(temp) * alpha if query_m is not None else torch.zeros_like(temp)
     loss, _, _, drawn = queue_itc_fwd(query, query_m, keys, queue, temp, alpha, *options, need, backend)
     return loss, drawn
 
@@ -275,7 +275,7 @@ def queue_itc_loss(
 def _moco_fwd(
     query: Tensor, key: Tensor, queue: Tensor, temp: Tensor, need: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rho, o = _scan(backend)(query, None, queue[:0], queue, temp, 0.0, None, None, None, False, need)
+    rho, o = _scan(backend)(query, None, queue[:0], queue, temp, torch.zeros_like(temp), None, None, None, False, need)
     own = (query.to(temp.dtype) * key).sum(1) / temp
     # log(e^rho + e^own) - own keeps its digits down to a loss of 0 as log(1 + e^(rho - own))
     row = torch.logaddexp(rho - own, rho.new_zeros(()))
