@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmfuse.bench import cli, plots, runner, store
+from mmfuse.bench import cases, cli, plots, runner, store
+from mmfuse.bench.cases import label
 from mmfuse.cli import main
 
 TINY = ("bench", "contrastive", "--device", "cpu", "--sizes", "48x32", "--providers", "eager,mmfuse-chunked[store]")
@@ -59,12 +60,11 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_jobs() -> None:
     cpu, float32 = torch.device("cpu"), torch.float32
     jobs = list(cli._jobs(_args(), cpu, float32))
-    assert [(case.name, shape["N"]) for case, shape, _ in jobs] == [
-        ("clip", 512),
-        ("siglip", 512),
-        ("clip", 2048),
-        ("siglip", 2048),
-    ]
+    assert {(case.name, label(shape)) for case, shape, _ in jobs} == {
+        (case.name, label(shape)) for case in cases.everything() for shape in case.shapes["cpu"][:2]
+    }
+    flops = [case.flops("fwd+bwd", **shape) for case, shape, _ in jobs]
+    assert flops == sorted(flops)
     everything = list(cli._jobs(_args("all"), cpu, float32))
     assert len(everything) > len(jobs)
     picked = list(cli._jobs(_args("contrastive", "--cases", "clip", "--providers", "mmfuse-cpu,eager"), cpu, float32))

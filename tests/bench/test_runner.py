@@ -183,7 +183,7 @@ def test_rounds_interleave_the_providers() -> None:
 
 
 def test_a_failure_while_timing_ends_only_its_own_row() -> None:
-    left = iter([True] * 5)
+    left = iter([True] * 4)  # two of the probe and, on an idle machine, two of the warming
 
     def tires(*args: Tensor) -> Tensor:
         if not next(left, False):
