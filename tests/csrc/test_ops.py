@@ -379,21 +379,24 @@ def test_gradients_of_distillation(shape: tuple[int, int]) -> None:
     u, t = 0.3 * torch.randn(shape), 0.3 * torch.randn(shape)
     scales = torch.tensor(20.0), torch.tensor(50.0)
     student, teacher = (vectors_for(v, s.item(), 0)[:4] for v, s in zip((u, t), scales, strict=True))
-    mean = [torch.randn(k) for side in zip(shape, shape, strict=True) for k in side]
+    about = [torch.randn(k) for k in shape for _ in range(3)]  # mean, centre and the teacher's centre of rows, of columns
 
     def softmaxes(v: Tensor, scale: Tensor, a: Tensor, rho: Tensor, b: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
         s, vectors = scale * v, [w.to(v.dtype) for w in (a, rho, b, kappa)]
         return vectors[0][:, None] * (s - vectors[1][:, None]).exp(), vectors[2] * (s - vectors[3]).exp()
 
-    def formulas(u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def formulas(u: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (p, q), (p_t, q_t) = softmaxes(u, scales[0], *student), softmaxes(t, scales[1], *teacher)
-        row_mean, row_centre, col_mean, col_centre = (m.to(u.dtype) for m in mean)
-        h = p_t * (row_mean[:, None] - scales[0] * (u - row_centre[:, None]))
-        return p + q - p_t - q_t, h + q_t * (col_mean - scales[0] * (u - col_centre))
+        row, row_c, row_t_c, col, col_c, col_t_c = (v.to(u.dtype) for v in about)
+        h = p_t * (row[:, None] - scales[0] * (u - row_c[:, None]))
+        k = q_t * (col - scales[0] * (u - col_c))
+        return p + q - p_t - q_t, h + k, (h * (t - row_t_c[:, None]) + k * (t - col_t_c)).sum(1)
 
-    got = torch.empty(shape), torch.empty(shape)
+    got = torch.empty(shape), torch.empty(shape), torch.empty(shape[0], dtype=torch.float64)
     cpu_op("distill_grad", u, t, *scales, *student, *teacher, got[0])
-    cpu_op("teacher_grad", u, t, *scales, *teacher, *mean, got[1])
+    nowhere = 10 * sum(shape)  # no positive in the block
+    cpu_op("teacher_grad", u, t, *scales, *teacher, *about, nowhere, *got[1:])
+    got = *got[:2], got[2].float()
     for g, eager, exact in zip(got, formulas(u, t), formulas(u.double(), t.double()), strict=True):
         assert_no_worse(g, eager, exact)
 
