@@ -555,7 +555,7 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
             "stats": _tile(128, 128, 32, 2, 8, 4),
             "grad": _tile(128, 128, 32, 2, 4, 4),
             "sigmoid": _tile(128, 128, 32, 4, 4, 4),
-            "distill": _tile(128, 64, 32, 2, 8, 4),
+            "distill": _tile(128, 64, 32, 4, 8, 4),
         },
         9: {
             "stats": _tile(128, 128, 64, 4, 4, 3),
@@ -563,12 +563,12 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
             "sigmoid": _tile(128, 128, 64, 4, 4, 3),
             "distill": _tile(128, 128, 64, 4, 8, 3),
         },
-        10: dict.fromkeys(_TILED, _tile(128, 128, 64, 4, 4, 3)) | {"distill": _tile(128, 64, 64, 2, 8, 3)},
+        10: dict.fromkeys(_TILED, _tile(128, 128, 64, 4, 4, 3)) | {"distill": _tile(128, 64, 64, 4, 8, 3)},
     },
     "tf32": {
         8: dict.fromkeys(_TILED, _tile(128, 64, 32, 2, 4, 3)) | {"distill": _tile(64, 64, 32, 2, 4, 3)},
-        9: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)) | {"distill": _tile(128, 64, 32, 2, 8, 3)},
-        10: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)) | {"distill": _tile(128, 64, 32, 2, 8, 3)},
+        9: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)) | {"distill": _tile(128, 64, 32, 4, 8, 3)},
+        10: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)) | {"distill": _tile(128, 64, 32, 4, 8, 3)},
     },
     # no tensor cores
     "ieee": {8: dict.fromkeys(_TILED, _tile(64, 64, 16, 1, 4, 2)) | {"distill": _tile(64, 32, 16, 1, 4, 2)}},
