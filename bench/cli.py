@@ -99,14 +99,17 @@ def _jobs(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         wanted = args.cases.split(",")
         _check("--cases", wanted, [case.name for case in cases])
         cases = [case for case in cases if case.name in wanted]
+    brief = args.suite is None and not args.list
     jobs: list[Job] = []
     for case in cases:
         shapes = case.shapes[device.type]
         if args.sizes:
             shapes = [case.shape(size) for size in args.sizes.split(",")]
-        elif args.suite is None and not args.list:
-            shapes = shapes[:2]
+        elif brief:
+            shapes = shapes[:1]
         names = _providers(args.providers, case, device, dtype)
+        if brief and args.providers is None:  # compiling takes longer than all the rest
+            names = [name for name in names if name != "compile"]
         jobs += [(case, shape, names) for shape in shapes if names]
     yield from sorted(jobs, key=lambda job: job[0].flops(args.mode, **job[1]))
 

@@ -186,7 +186,8 @@ def run(
             of_case = mode if mode in case.modes else case.modes[0]
             flops = case.flops(of_case, **shape)
             if budget is not None and past:
-                fixed, per_round, of = past.get(case.name) or max(past.values())
+                # a case that has not been seen is tried while time is left: its first size is small
+                fixed, per_round, of = past.get(case.name, (0.0, 0.0, 1.0))
                 expected = fixed + per_round * flops / of * (2 + _rounds(per_round * flops / of, limit))
                 left = budget - (begun - start)
                 if expected > left:

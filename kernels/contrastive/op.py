@@ -50,7 +50,7 @@ _EAGER_SIDE = {
 }
 
 
-def steps_aside(name: str, x: Tensor, y: Tensor) -> list[str]:
+def steps_aside(name: str, x: Tensor, y: Tensor, *_: object) -> list[str]:
     side = _EAGER_SIDE[name].get(x.dtype, 0) if x.device.type == "cpu" else 0
     few = x.shape[0] * y.shape[0] < side**2
     return [f"eager is faster for less than {side} x {side} pairs in {str(x.dtype)[6:]}"] if few else []

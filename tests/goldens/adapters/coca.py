@@ -16,7 +16,6 @@ def run(given: Given) -> dict[str, Tensor]:
     image, text = given.inputs["image"], given.inputs["text"]
     out = model(image, text)
     image_latent, image_tokens = model(image).values()
-    losses = model.losses(image, text)
     outputs = {
         "image_latent": out["image_features"],
         "text_latent": out["text_features"],
@@ -27,10 +26,13 @@ def run(given: Given) -> dict[str, Tensor]:
         "caption_logits": out["logits"],
         "labels": out["labels"],
         "logit_scale_exp": out["logit_scale"],
-        "loss": model.loss(image, text),
         "caption_logits_full": model(image, text, image_latent, image_tokens, output_labels=False)["logits"],
     }
-    return outputs | losses | _greedy(model, image, given) | gradients(outputs["loss"], model, given.grads)
+    outputs |= _greedy(model, image, given)
+    if image_latent.dim() > 2:  # a pooler of open_clip's that its own loss does not take
+        return outputs
+    outputs |= model.losses(image, text) | {"loss": model.loss(image, text)}
+    return outputs | gradients(outputs["loss"], model, given.grads)
 
 
 @torch.no_grad()
