@@ -379,7 +379,7 @@ def test_gradients_of_distillation(shape: tuple[int, int]) -> None:
     u, t = 0.3 * torch.randn(shape), 0.3 * torch.randn(shape)
     scales = torch.tensor(20.0), torch.tensor(50.0)
     student, teacher = (vectors_for(v, s.item(), 0)[:4] for v, s in zip((u, t), scales, strict=True))
-    about = [torch.randn(k) for k in shape for _ in range(3)]  # mean, centre and the teacher's centre of rows, of columns
+    about = [torch.randn(k) for k in shape for _ in range(3)]  # mean, centre, teacher's centre; rows, columns
 
     def softmaxes(v: Tensor, scale: Tensor, a: Tensor, rho: Tensor, b: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
         s, vectors = scale * v, [w.to(v.dtype) for w in (a, rho, b, kappa)]
