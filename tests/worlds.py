@@ -39,10 +39,11 @@ def _serve() -> None:
         os.environ["PYTHONPATH"] = before
 
 
-def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 30.0) -> list[Any]:
+def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 30.0, may_end: bool = False) -> list[Any]:
     """What `fn(rank, size, *args)` returns on every rank; its error is raised here.
 
-    `fn` belongs to a module that can be imported by its name. A rank that ends the process without a word gives None.
+    `fn` belongs to a module that can be imported by its name, which a test's own is not. A rank that ends its process
+    without a word gives None if it `may_end`, otherwise that is an error.
     """
     _serve()
     with tempfile.TemporaryDirectory() as folder:
@@ -53,9 +54,12 @@ def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 30.0) ->
             process.join(2 * timeout)
             if process.is_alive():
                 process.kill()
+        silent = [r for r in range(size) if not Path(folder, str(r)).exists()]
         found = [_load(Path(folder, str(r))) for r in range(size)]
     if errors := [e for e in found if isinstance(e, str) and e.startswith("Traceback")]:
         raise AssertionError("\n".join(errors))
+    if silent and not may_end:
+        raise AssertionError(f"ranks {silent} ended without a result")
     return found
 
 

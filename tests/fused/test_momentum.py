@@ -7,11 +7,11 @@ import io
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import worlds
+from distributed import gathered
 from mmfuse.fused import MomentumQueueITC, momentum_update
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,17 +158,8 @@ def test_errors() -> None:
         make(with_ids=True).enqueue(x, x, ids[:3])
 
 
-def _gathers(rank: int, size: int) -> None:
-    queue = MomentumQueueITC(4, 10, with_ids=True, process_group=dist.group.WORLD)
-    queue.enqueue(torch.full((3, 4), rank + 1.0), torch.full((3, 4), rank + 5.0), torch.arange(3) + 10 * rank)
-    assert queue.idx_queue[0, :7].tolist() == [0, 1, 2, 10, 11, 12, -100] and queue.queue_ptr.item() == 6
-    assert queue.image_queue[0, :6].tolist() == [1, 1, 1, 2, 2, 2] and queue.text_queue[3, 5] == 6
-    with pytest.raises(RuntimeError, match="differ in size"):
-        queue.enqueue(torch.ones(2 + rank, 4), torch.ones(2 + rank, 4), torch.arange(2 + rank))
-
-
 def test_a_group_gathers() -> None:
-    worlds.run(2, _gathers)
+    worlds.run(2, gathered.momentum_queue)
 
 
 def test_momentum_update_is_the_official_formula() -> None:
