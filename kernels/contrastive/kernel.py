@@ -566,12 +566,16 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
         10: dict.fromkeys(_TILED, _tile(128, 128, 64, 4, 4, 3)) | {"distill": _tile(128, 64, 64, 4, 8, 3)},
     },
     "tf32": {
-        8: dict.fromkeys(_TILED, _tile(128, 64, 32, 2, 4, 3)) | {"distill": _tile(64, 64, 32, 2, 4, 3)},
+        8: dict.fromkeys(_TILED, _tile(128, 64, 32, 2, 4, 3))
+        | {"stats": _tile(128, 64, 32, 4, 4, 3), "distill": _tile(64, 64, 32, 2, 4, 3)},
         9: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)) | {"distill": _tile(128, 64, 32, 4, 8, 3)},
         10: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)) | {"distill": _tile(128, 64, 32, 4, 8, 3)},
     },
     # no tensor cores
-    "ieee": {8: dict.fromkeys(_TILED, _tile(64, 64, 16, 1, 4, 2)) | {"distill": _tile(64, 32, 16, 1, 4, 2)}},
+    "ieee": {
+        8: dict.fromkeys(_TILED, _tile(64, 64, 16, 1, 4, 2))
+        | {"grad": _tile(64, 64, 16, 2, 4, 2), "distill": _tile(64, 32, 16, 1, 4, 2)},
+    },
 }
 
 # for what also keeps float32 logits of 128 columns, or sums what it does not store: twice the registers
