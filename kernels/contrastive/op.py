@@ -226,7 +226,7 @@ def _clip_bwd(
     )
 
 
-def _clip_bwd_fake(g, x, y, scale, *args):  # type: ignore[no-untyped-def]
+def bwd_fake(g, x, y, scale, *args):  # type: ignore[no-untyped-def]
     need_x, need_y, need_s = args[-3:]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
@@ -235,7 +235,7 @@ def _clip_bwd_fake(g, x, y, scale, *args):  # type: ignore[no-untyped-def]
     )
 
 
-clip_bwd = register("clip_bwd", _clip_bwd, _clip_bwd_fake)
+clip_bwd = register("clip_bwd", _clip_bwd, bwd_fake)
 clip_fwd = register("clip_fwd", _clip_fwd, _clip_fwd_fake, setup_context=_clip_setup, backward=_clip_backward)
 
 

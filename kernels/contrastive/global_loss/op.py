@@ -25,7 +25,7 @@ from mmfuse.kernels.contrastive.backends import (
 )
 from mmfuse.kernels.contrastive.blocked import finite
 from mmfuse.kernels.contrastive.global_loss import reference
-from mmfuse.kernels.contrastive.op import _kept_logits, steps_aside, units
+from mmfuse.kernels.contrastive.op import _kept_logits, bwd_fake, steps_aside, units
 
 
 def _fwd(
@@ -115,16 +115,7 @@ def _bwd(
     return template(backend).grad(x, y, scale, alpha, *normalisers, 0.0, 0, logits, *inverses, need_x, need_y, need_s)
 
 
-def _bwd_fake(g, x, y, scale, *args):  # type: ignore[no-untyped-def]
-    need_x, need_y, need_s = args[-3:]
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
-        torch.empty_like(y, memory_format=torch.contiguous_format) if need_y else y.new_empty(0),
-        scale.new_empty(() if need_s else 0),
-    )
-
-
-global_contrastive_bwd = register("global_contrastive_bwd", _bwd, _bwd_fake)
+global_contrastive_bwd = register("global_contrastive_bwd", _bwd, bwd_fake)
 global_contrastive_fwd = register("global_contrastive_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
 
 
