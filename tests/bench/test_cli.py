@@ -61,7 +61,7 @@ def test_jobs() -> None:
     cpu, float32 = torch.device("cpu"), torch.float32
     jobs = list(cli._jobs(_args(), cpu, float32))
     assert {(case.name, label(shape)) for case, shape, _ in jobs} == {
-        (case.name, label(shape)) for case in cases.everything() for shape in case.shapes["cpu"][:2]
+        (case.name, label(shape)) for case in cases.everything() for shape in case.shapes["cpu"][:1]
     }
     flops = [case.flops("fwd+bwd", **shape) for case, shape, _ in jobs]
     assert flops == sorted(flops)
