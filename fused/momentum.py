@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused.gather import gather_rows, require_equal_batches
+from mmfuse.fused.retrieval import OTHER_DIRECTION
 from mmfuse.kernels import queue_itc_loss
 
 
@@ -58,29 +59,40 @@ class MomentumQueueITC(nn.Module):
         temp: Tensor | float,
         alpha: float = 0.0,
         ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        negatives: int = 0,
+        mixture: float = 0.0,
+        seed: Tensor | int | None = None,
+    ) -> tuple[Tensor, ...]:
         """(image-to-text, text-to-image) losses against the queues as they are, which come before `enqueue`.
+
+        With `negatives` = k also the hard negatives of image-text matching, out of the same logits: the result is then
+        (image-to-text, text-to-image, texts [B, k] of the images, images [B, k] of the texts), int64 rows of the batch,
+        as `HardNegativeSampler` draws them from `text_m` and `image_m` with the same seed.
 
         Args:
             image, text: [B, D] features, normalised; with gradient.
             image_m, text_m: [B, D] of the momentum encoders; no gradient.
             temp: the divisor, a float or a tensor of one element, differentiable; clamping it is the caller's.
             alpha: weight of the teacher's soft targets; 0 does not compute them.
-            ids: [B] integers, for positives by equal ids (`with_ids`).
+            ids: [B] integers, for positives by equal ids (`with_ids`), which no draw takes.
+            negatives, mixture, seed: draws per row, and the rest as for `mmfuse.hard_negatives`.
 
         Raises:
             ValueError: `ids` without `with_ids`; or as `mmfuse.queue_itc_loss`.
         """
         self._check(ids, required=False)
-        queue_ids = None if ids is None else self.idx_queue[0]
-        return (
-            queue_itc_loss(
-                image, text_m, self.text_queue.t(), temp, query_m=image_m, alpha=alpha, ids=ids, queue_ids=queue_ids
-            ),
-            queue_itc_loss(
-                text, image_m, self.image_queue.t(), temp, query_m=text_m, alpha=alpha, ids=ids, queue_ids=queue_ids
-            ),
+        teacher = {"temp": temp, "alpha": alpha}
+        masks = {"ids": ids, "queue_ids": None if ids is None else self.idx_queue[0]}
+        draws = {"negatives": negatives, "mixture": mixture}
+        other = None if seed is None else seed ^ OTHER_DIRECTION
+        i2t = queue_itc_loss(
+            image, text_m, self.text_queue.t(), query_m=image_m, seed=seed, **teacher, **masks, **draws
         )
+        t2i = queue_itc_loss(
+            text, image_m, self.image_queue.t(), query_m=text_m, seed=other, **teacher, **masks, **draws
+        )
+        return (i2t[0], t2i[0], i2t[1], t2i[1]) if negatives else (i2t, t2i)
 
     @torch.no_grad()
     def enqueue(self, image_m: Tensor, text_m: Tensor, ids: Tensor | None = None) -> None:

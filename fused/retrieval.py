@@ -27,7 +27,7 @@ _VARIANTS: dict[str, tuple[bool | None, float]] = {
     "blip2": (None, 0.0),
 }
 # far from any seed that a caller may count up to
-_OTHER_DIRECTION = 0x1E3779B97F4A7C15
+OTHER_DIRECTION = 0x1E3779B97F4A7C15
 
 
 class HardNegativeSampler(nn.Module):
@@ -84,7 +84,7 @@ class HardNegativeSampler(nn.Module):
             texts, images = hard_negatives(image, text, logit_scale, seed=seed, both=True, **options)
             return texts, images
         texts = hard_negatives(image, text if text_all is None else text_all, logit_scale, seed=seed, **options)
-        other = seed ^ _OTHER_DIRECTION
+        other = seed ^ OTHER_DIRECTION
         images = hard_negatives(text, image if image_all is None else image_all, logit_scale, seed=other, **options)
         return texts, images
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import MomentumQueueITC, Ranking, momentum_update, rerank
-from mmfuse.kernels import hard_negatives
 from mmfuse.models.albef.bert import BertConfig, BertForLanguage, BertModel
 from mmfuse.models.albef.vit import VisionTransformer
 
@@ -110,26 +109,17 @@ class ALBEF(Twins, MomentumQueueITC):
         text_embeds, text_feat = self.encode_text(ids, mask, twin)
         return Features(image_embeds, text_embeds, image_feat, text_feat)
 
-    def itc(self, f: Features, f_m: Features, alpha: float, idx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def itc(
+        self, f: Features, f_m: Features, alpha: float, idx: Tensor | None = None, negatives: int = 0
+    ) -> tuple[Tensor, ...]:
         """(image-to-text, text-to-image) contrastive losses over the momentum features of the batch and the queues.
 
         Targets are alpha * the momentum model's softmax + (1 - alpha) * the positives: the own pair, or with `idx`
-        all of equal id.
+        all of equal id. With `negatives` = k also (texts [B, k] of the images, images [B, k] of the texts), drawn from
+        the batch in proportion to the softmax of the same similarities, never a positive; -1 where no other is left.
         """
         features = f.image_feat, f.text_feat, f_m.image_feat, f_m.text_feat
-        return MomentumQueueITC.forward(self, *features, self.temp, alpha, idx)
-
-    @torch.no_grad()
-    def sample_negatives(self, f: Features, f_m: Features, idx: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(an image for each text, a text for each image), [B] each, drawn in proportion to their ITC similarity.
-
-        -1 where the batch has no other pair (of another id).
-        """
-        ids = {} if idx is None else {"ids": idx, "key_ids": idx}
-        scale = 1 / self.temp
-        image = hard_negatives(f.text_feat, f_m.image_feat, scale, **ids)
-        text = hard_negatives(f.image_feat, f_m.text_feat, scale, **ids)
-        return image[:, 0], text[:, 0]
+        return MomentumQueueITC.forward(self, *features, self.temp, alpha, idx, negatives=negatives)
 
     def match(self, image_embeds: Tensor, text_embeds: Tensor, mask: Tensor) -> Tensor:
         """ITM logits [B, 2] of B pairs of token embeddings; column 1 is "they match"."""
@@ -160,7 +150,8 @@ class ALBEF(Twins, MomentumQueueITC):
     def itm(self, f: Features, mask: Tensor, negatives: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(loss, logits [3B, 2]): the pairs, each text with its negative image, each image with its negative text.
 
-        Where there is no negative (-1) the row does not count.
+        negatives: (an image for each text, a text for each image), [B] each. Where there is none (-1) the row does not
+        count.
         """
         image_neg, text_neg = negatives
         absent = torch.cat([image_neg, text_neg]) < 0
@@ -196,17 +187,18 @@ class Pretraining(ALBEF):
         """The losses of a training step. It also moves the momentum model and the queues on.
 
         image [B, 3, R, R]; ids and mask [B, L], a row being [CLS] ... [SEP] and padding, where the mask is 0.
-        alpha: share of the momentum model's soft targets. The random draws may be given: see `sample_negatives`
-        and `MaskDraws`.
+        alpha: share of the momentum model's soft targets. The random draws may be given: see `itm` and
+        `MaskDraws`.
         """
         self.clamp_temp()
         f = self.features(image, ids, mask)
         with torch.no_grad():
             self.momentum_update()
             f_m = self.features(image, ids, mask, "_m")
-        loss_ita = sum(self.itc(f, f_m, alpha)) / 2
+        loss_i2t, loss_t2i, *drawn = self.itc(f, f_m, alpha, negatives=0 if negatives else 1)
+        loss_ita = (loss_i2t + loss_t2i) / 2
         self.enqueue(f_m.image_feat, f_m.text_feat)
-        loss_itm, _ = self.itm(f, mask, negatives or self.sample_negatives(f, f_m))
+        loss_itm, _ = self.itm(f, mask, negatives or (drawn[1][:, 0], drawn[0][:, 0]))
         masked_ids, labels = self.mask_tokens(ids, mask_draws)
         loss_mlm = self.mlm(masked_ids, labels, mask, f.image_embeds, f_m.image_embeds, alpha)
         return Losses(loss_mlm, loss_ita, loss_itm)
@@ -276,9 +268,11 @@ class Retrieval(ALBEF):
         with torch.no_grad():
             self.momentum_update()
             f_m = self.features(image, ids, mask, "_m")
-        loss_ita = sum(self.itc(f, f_m, alpha if self.distill else 0.0, idx)) / 2
+        alpha = alpha if self.distill else 0.0
+        loss_i2t, loss_t2i, *drawn = self.itc(f, f_m, alpha, idx, negatives=0 if negatives else 1)
+        loss_ita = (loss_i2t + loss_t2i) / 2
         self.enqueue(f_m.image_feat, f_m.text_feat, idx)
-        loss_itm, _ = self.itm(f, mask, negatives or self.sample_negatives(f, f_m, idx))
+        loss_itm, _ = self.itm(f, mask, negatives or (drawn[1][:, 0], drawn[0][:, 0]))
         return Losses(None, loss_ita, loss_itm)
 
 

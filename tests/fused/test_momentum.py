@@ -12,7 +12,7 @@ from torch import Tensor
 
 import worlds
 from distributed import gathered
-from mmfuse.fused import MomentumQueueITC, momentum_update
+from mmfuse.fused import HardNegativeSampler, MomentumQueueITC, momentum_update
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -102,6 +102,18 @@ def test_equals_the_official_code_over_steps(alpha: float, with_ids: bool) -> No
         queue.enqueue(*x[2:], ids)
 
 
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_negatives_are_those_of_the_sampler(with_ids: bool) -> None:
+    queue, x = make(m=30, with_ids=with_ids), [unit(9, 8) for _ in range(4)]
+    ids = torch.randint(0, 5, (9,), device=DEVICE) if with_ids else None
+    sampler = HardNegativeSampler("albef_retrieval" if with_ids else "albef", k=3)
+    for seed in (5, torch.tensor(-6, device=DEVICE)):
+        i2t, t2i, *drawn = queue(*x, 0.07, 0.4, ids, negatives=3, seed=seed)
+        assert (i2t, t2i) == queue(*x, 0.07, 0.4, ids)
+        want = sampler(*x[:2], 1 / 0.07, ids, image_all=x[2], text_all=x[3], seed=seed)
+        assert all(map(torch.equal, drawn, want))
+
+
 def test_enqueue_compiles_in_one_graph() -> None:
     queue, other = make(), None
     other = copy.deepcopy(queue)
@@ -117,7 +129,7 @@ def test_forward_compiles_in_one_graph() -> None:
     queue, x = make(m=30, with_ids=True), [unit(4, 8).requires_grad_() for _ in range(4)]
     ids = torch.randint(0, 3, (4,), device=DEVICE)
     compiled = torch.compile(queue, fullgraph=True, backend="aot_eager")
-    grads = [torch.autograd.grad(sum(f(*x, 0.07, 0.4, ids)), x[:2]) for f in (queue, compiled)]
+    grads = [torch.autograd.grad(sum(f(*x, 0.07, 0.4, ids, negatives=1)[:2]), x[:2]) for f in (queue, compiled)]
     torch.testing.assert_close(*grads)
 
 

@@ -308,15 +308,15 @@ def test_the_queues_wrap_around() -> None:
 
 
 def test_negatives_are_of_another_pair_or_id() -> None:
-    model = _model(RETRIEVAL)
+    model, pretraining = _model(RETRIEVAL), _model(PRETRAIN)
     batch = _batch(6)
     idx = torch.tensor([4, 4, 4, 8, 8, 1])
     f, f_m = model.features(*batch), model.features(*batch, "_m")
     for _ in range(20):
-        for negative in model.sample_negatives(f, f_m):
-            assert (negative != torch.arange(6)).all() and (negative >= 0).all()
-        for negative in model.sample_negatives(f, f_m, idx):
-            assert (idx[negative] != idx).all()
+        for negative in pretraining.itc(f, f_m, 0.4, negatives=1)[2:]:
+            assert (negative[:, 0] != torch.arange(6)).all() and (negative >= 0).all()
+        for negative in model.itc(f, f_m, 0.4, idx, negatives=1)[2:]:
+            assert (idx[negative[:, 0]] != idx).all()
 
 
 def test_a_batch_without_negatives_is_matched_on_its_pairs_alone() -> None:
