@@ -31,6 +31,7 @@ else:
         siglip_loss,
         similarity_topk,
     )
+    from mmfuse.kernels.patch import patch_embed
 
     __all__ = [
         "clip_loss",
@@ -44,6 +45,7 @@ else:
         "max_query_loss",
         "max_query_similarity",
         "moco_loss",
+        "patch_embed",
         "queue_itc_loss",
         "siglip_loss",
         "similarity_topk",

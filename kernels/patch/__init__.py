@@ -1,0 +1,5 @@
+"""Pixels, frames and signals to tokens."""
+
+from mmfuse.kernels.patch.op import patch_embed
+
+__all__ = ["patch_embed"]

@@ -1,0 +1,143 @@
+"""Checks of the arguments of patch embedding: an error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels.patch.geometry import LAYOUTS, Geometry, geometry, is_still, view
+
+Norm = tuple[Tensor, Tensor | None, float]
+
+_SHAPES = {
+    ("nchw", 3): "[B, C, L]",
+    ("nchw", 4): "[B, C, H, W]",
+    ("nchw", 5): "[B, C, T, H, W] or [B, C, H, W]",
+    ("nhwc", 3): "[B, L, C]",
+    ("nhwc", 4): "[B, H, W, C]",
+    ("nhwc", 5): "[B, T, H, W, C] or [B, H, W, C]",
+    ("ntchw", 5): "[B, T, C, H, W]",
+}
+
+
+def check_source(
+    pixels: Tensor, weight: Tensor, stride: int | tuple[int, ...] | None, layout: str, padding: str
+) -> tuple[Geometry, int, bool]:
+    """(geometry, channels, whether a still image meets a temporal kernel)."""
+    for name, t in (("pixels", pixels), ("weight", weight)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor")
+    if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+        raise TypeError(f"pixels has dtype {pixels.dtype}, expected uint8 or a floating-point dtype")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight has dtype {weight.dtype}, expected a floating-point dtype")
+    if weight.device != pixels.device:
+        raise ValueError(f"weight is on {weight.device}, expected {pixels.device} as pixels")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if padding not in ("error", "zero"):
+        raise ValueError(f'padding is {padding!r}, expected "error" or "zero"')
+    if weight.dim() not in (2, 3, 4, 5) or weight.numel() == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D, K] or a convolution's, not empty")
+    if layout == "patches":
+        k = weight[0].numel()
+        if pixels.dim() != 3 or pixels.shape[2] != k:
+            raise ValueError(f"pixels has shape {tuple(pixels.shape)}, expected patches [B, N, {k}] as weight")
+        if stride is not None:
+            raise ValueError(f'stride is {stride}, expected none with layout "patches"')
+        return geometry((1, 1, pixels.shape[1]), (1, 1, 1), (1, 1, 1), padding), k, False
+    expected = _SHAPES.get((layout, weight.dim()))
+    if expected is None:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, which layout {layout!r} does not go with")
+    still = is_still(pixels, weight, layout)
+    if pixels.dim() != weight.dim() - still:
+        raise ValueError(f"pixels has shape {tuple(pixels.shape)}, expected {expected} for layout {layout!r}")
+    x = view(pixels, weight.dim(), layout)
+    channels = weight.shape[1]
+    if x.shape[1] != channels:
+        raise ValueError(f"pixels has {x.shape[1]} channels, expected {channels} as weight")
+    dims = weight.dim() - 2
+    steps = (
+        tuple(weight.shape[2:]) if stride is None else (stride,) * dims if isinstance(stride, int) else tuple(stride)
+    )
+    if len(steps) != dims or not all(isinstance(s, int) and s > 0 for s in steps):
+        raise ValueError(f"stride is {stride}, expected a positive integer or {dims} of them")
+    kernel = (1,) * (3 - dims) + tuple(weight.shape[2:])
+    steps = (1,) * (3 - dims) + steps
+    if still:
+        if kernel[0] != steps[0]:
+            raise ValueError(
+                f"pixels has shape {tuple(pixels.shape)} and stride is {stride}, expected a temporal stride of "
+                f"{kernel[0]} as the kernel's for a still image"
+            )
+        kernel, steps = (1, *kernel[1:]), (1, *steps[1:])
+    return geometry(tuple(x.shape[2:]), kernel, steps, padding), channels, still
+
+
+def vector(name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, meaning: str) -> Tensor | None:
+    """A floating-point tensor of this shape on the device of `like`, or None."""
+    if t is None:
+        return None
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is {type(t).__name__}, expected a tensor {meaning}")
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {list(shape)}: {meaning}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+    if t.device != like.device:
+        raise ValueError(f"{name} is on {t.device}, expected {like.device} as pixels")
+    return t
+
+
+def norm(name: str, given: Norm | None, weight: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
+    if given is None:
+        return None, None, 0.0
+    if not (isinstance(given, (tuple, list)) and len(given) == 3):
+        raise TypeError(f"{name} is {type(given).__name__}, expected (weight [D], bias [D] or None, eps)")
+    d = (weight.shape[0],)
+    scale = vector(f"{name}'s weight", given[0], d, weight, "[D]")
+    if scale is None:
+        raise TypeError(f"{name}'s weight is None, expected a tensor [D]")
+    return scale, vector(f"{name}'s bias", given[1], d, weight, "[D]"), float(given[2])
+
+
+def channel_values(name: str, given: object, channels: int, layout: str, pixels: Tensor) -> Tensor | None:
+    """mean or std as a tensor [C]; patches take one for each of K, or for each of C leading blocks of K / C."""
+    if given is None:
+        return None
+    if not isinstance(given, Tensor):
+        values = (float(given),) * channels if isinstance(given, (int, float)) else tuple(float(v) for v in given)  # type: ignore[attr-defined]
+        given = _constant(values, pixels.device) if _outside_a_trace() else torch.tensor(values, device=pixels.device)
+    n = given.numel()
+    blocks = layout == "patches" and n > 0 and channels % n == 0
+    if given.dim() > 1 or not (n == channels or blocks):
+        raise ValueError(f"{name} has shape {tuple(given.shape)}, expected [{channels}], one for each channel")
+    if given.device != pixels.device:
+        raise ValueError(f"{name} is on {given.device}, expected {pixels.device} as pixels")
+    return given if n == channels else given.reshape(-1).repeat_interleave(channels // n)
+
+
+@functools.lru_cache(256)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to the device once: a copy waits for the host, and cannot be captured in a CUDA graph."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _outside_a_trace() -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def check_ids(ids: Tensor, patches: int) -> None:
+    """Raise for an index out of range; on a GPU, assert on the device, as torch's own indexing does."""
+    inside = ((ids >= 0) & (ids < patches)).all()
+    if ids.device.type == "cpu":
+        if not inside:
+            raise ValueError(f"ids_keep has values from {ids.min()} to {ids.max()}, expected 0 to {patches - 1}")
+    else:
+        torch._assert_async(inside, f"ids_keep is out of range, expected 0 to {patches - 1}")

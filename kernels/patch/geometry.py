@@ -1,0 +1,107 @@
+"""Where the patches of a picture, a clip or a signal lie: every layout as one strided view [B, C, T, H, W].
+
+A signal has T = H = 1, a picture T = 1, and rows of patches [B, N, K] are K channels under a kernel of size 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LAYOUTS = ("nchw", "nhwc", "ntchw", "patches")
+Three = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Kernel, stride and grid over (T, H, W); the grid covers `padded`, of which the pixels may be a part."""
+
+    kernel: Three
+    stride: Three
+    grid: Three
+    padded: Three
+
+    @property
+    def patches(self) -> int:
+        return prod(self.grid)
+
+
+def view(pixels: Tensor, weight_dims: int, layout: str) -> Tensor:
+    """Pixels as [B, C, T, H, W], without a copy."""
+    if layout == "patches":
+        return pixels.transpose(1, 2)[:, :, None, None]
+    if layout == "ntchw":
+        return pixels.transpose(1, 2)
+    x = pixels.movedim(-1, 1) if layout == "nhwc" else pixels
+    missing = (slice(None), slice(None), *[None] * (5 - x.dim()))
+    return x[missing]
+
+
+def kernel_of(weight: Tensor, layout: str, still: bool) -> Tensor:
+    """The weight as [D, C, kt, kh, kw]; a still image sees the sum of the temporal slices."""
+    if layout == "patches":
+        return weight.reshape(weight.shape[0], -1, 1, 1, 1)
+    w = weight[(slice(None), slice(None), *[None] * (5 - weight.dim()))]
+    return w.sum(2, keepdim=True) if still else w
+
+
+def is_still(pixels: Tensor, weight: Tensor, layout: str) -> bool:
+    return layout in ("nchw", "nhwc") and weight.dim() == 5 and pixels.dim() == 4
+
+
+def geometry(size: Three, kernel: Three, stride: Three, padding: str) -> Geometry:
+    """The grid of patches over `size`.
+
+    Raises:
+        ValueError: a dimension is shorter than the kernel, or not a multiple of a kernel that tiles it, and padding is
+            "error".
+    """
+    grid, padded = [], []
+    for n, k, s, name in zip(size, kernel, stride, ("frames", "rows", "columns"), strict=True):
+        if padding == "zero":
+            g = max(0, -((k - n) // s)) + 1
+        else:
+            if n < k or (s == k and n % k):
+                expected = f"at least {k}" if n < k else f"a multiple of {k}"
+                raise ValueError(f'pixels have {n} {name}, expected {expected} (or padding="zero")')
+            g = (n - k) // s + 1
+        grid.append(g)
+        padded.append(max(n, (g - 1) * s + k))
+    return Geometry(tuple(kernel), tuple(stride), tuple(grid), tuple(padded))  # type: ignore[arg-type]
+
+
+def pad(x: Tensor, g: Geometry, value: Tensor | None = None) -> Tensor:
+    """x [B, C, T, H, W] extended to the grid, with zeros or with a value of each channel."""
+    t, h, w = (p - n for p, n in zip(g.padded, x.shape[2:], strict=True))
+    if not (t or h or w):
+        return x
+    size = x.shape[2:]
+    x = F.pad(x, (0, w, 0, h, 0, t))
+    if value is not None:
+        fill = value.to(x.dtype)[:, None, None, None]
+        x[:, :, size[0] :] = fill
+        x[:, :, :, size[1] :] = fill
+        x[..., size[2] :] = fill
+    return x
+
+
+def unfold(x: Tensor, g: Geometry) -> Tensor:
+    """The patches of x [B, C, T, H, W] as a view [B, gt, gh, gw, C, kt, kh, kw]."""
+    for dim in range(3):
+        x = x.unfold(2 + dim, g.kernel[dim], g.stride[dim])
+    return x.movedim(1, 4)
+
+
+def fold(rows: Tensor, g: Geometry, size: torch.Size) -> Tensor:
+    """The transpose of `pad` and `unfold`: patches [B, N, K] summed into [B, C, T, H, W]; overlaps in a fixed order."""
+    b, c = size[:2]
+    x = rows.reshape(b, *g.grid, c, *g.kernel).movedim(4, 1)
+    for dim in (2, 1, 0):
+        shape = [b, c, *g.grid[:dim], *g.padded[dim:], *g.kernel[:dim]]
+        x = torch.ops.aten.unfold_backward(x, shape, 2 + dim, g.kernel[dim], g.stride[dim])
+    t, h, w = size[2:]
+    return x[:, :, :t, :h, :w]

@@ -1,0 +1,132 @@
+"""The public function of patch embedding: argument checks, autograd, choice of implementation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Impl, Op
+from mmfuse.kernels.contrastive.backends import no_reason
+from mmfuse.kernels.patch import reference
+from mmfuse.kernels.patch.arguments import Norm, channel_values, check_ids, check_source, norm, vector
+
+PATCH_EMBED = Op(
+    "patch_embed",
+    [Impl("torch", reference.patch_embed, no_reason)],
+)
+
+
+def patch_embed(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, ...] | None = None,
+    layout: Literal["nchw", "nhwc", "ntchw", "patches"] = "nchw",
+    mean: Any = None,
+    std: Any = None,
+    stem_norm: Norm | None = None,
+    prefix: Tensor | None = None,
+    position: Tensor | None = None,
+    prefix_position: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    ids_keep: Tensor | None = None,
+    type_embed: Tensor | None = None,
+    pre_norm: Norm | None = None,
+    padding: Literal["error", "zero"] = "error",
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Pixels to the tokens of a vision transformer: one product, written where the encoder reads.
+
+    product + bias -> stem_norm -> mask_token -> + position -> prefix rows in front -> + type_embed -> pre_norm
+
+    Args:
+        pixels: uint8, float16, bfloat16, float32 or float64, any strides (a crop is not copied). Layout "nchw" is
+            [B, C, H, W], or [B, C, T, H, W] and [B, C, L] as the weight has dimensions; "nhwc" [B, H, W, C],
+            [B, T, H, W, C] or [B, L, C]; "ntchw" [B, T, C, H, W]; "patches" [B, N, K] in the order of the weight's
+            flattening.
+        weight: [D, C, P, P'], [D, C, t, P, P'] or [D, C, k] of a convolution, or [D, K] of a linear layer with layout
+            "patches". An image without T under a temporal weight is a still: every frame is the image, and the
+            temporal slices are summed first.
+        bias: [D], or None.
+        stride: of the patches, an int or one for each dimension; by default the kernel's size.
+        mean, std: [C] numbers or tensors (a number: for all channels). uint8 pixels enter as (x / 255 - mean) / std,
+            others as (x - mean) / std; uint8 with neither enters as x. With layout "patches": [K], or [C] where K is C
+            blocks.
+        stem_norm: (weight [D], bias [D] or None, eps), LayerNorm of the patch tokens.
+        prefix: [R, D], class and register tokens in front.
+        position: [N, D], added to the patch tokens. prefix_position: [R, D], added to the prefix.
+        mask: bool [B, N]; the token of a masked patch is `mask_token` [D] (before the position), by selection: not even
+            a NaN in its pixels is seen.
+        ids_keep: int64 [B, M], the patches to compute, in this order; position and mask go with them.
+        type_embed: [D], added to every row.
+        pre_norm: as stem_norm, of every row at the end.
+        padding: "error": a kernel that tiles the pixels must fit; under an overlapping or spaced stride what is left
+            over at the end is dropped, as a convolution does. "zero": the end is filled with zeros (after the
+            normalisation) so that no pixel is dropped.
+        dtype: of the result; by default the weight's, or that of autocast where it is on.
+        backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        [B, R + N, D] (M for N with ids_keep), rounded once.
+
+    The mean is folded into the bias of the rounded, scaled weight, so that pixels enter the product exactly; 16-bit
+    weights multiply uint8 pixels in float16 with a power of two for each row, whatever their own range.
+
+    Deterministic: two runs are equal bitwise. Differentiable once in weight, bias, norms, prefix, position,
+    prefix_position, mask_token, type_embed and floating-point pixels.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it. ids_keep out of range is a ValueError on
+            a CPU and a device-side assertion on a GPU, as in torch's own indexing.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    g, channels, still = check_source(pixels, weight, stride, layout, padding)
+    b, n, d = pixels.shape[0], g.patches, weight.shape[0]
+    mean = channel_values("mean", mean, channels, layout, pixels)
+    std = channel_values("std", std, channels, layout, pixels)
+    bias = vector("bias", bias, (d,), pixels, "[D]")
+    stem_weight, stem_bias, stem_eps = norm("stem_norm", stem_norm, weight)
+    pre_weight, pre_bias, pre_eps = norm("pre_norm", pre_norm, weight)
+    if prefix is not None and prefix.dim() == 2:
+        prefix = vector("prefix", prefix, (prefix.shape[0], d), pixels, "[R, D]")
+    elif prefix is not None:
+        raise ValueError(f"prefix has shape {tuple(prefix.shape)}, expected [R, {d}]")
+    position = vector("position", position, (n, d), pixels, "[N, D], one row for each patch")
+    if prefix_position is not None and prefix is None:
+        raise ValueError("prefix_position is given without prefix, expected both")
+    if prefix is not None:
+        prefix_position = vector("prefix_position", prefix_position, (prefix.shape[0], d), pixels, "[R, D] as prefix")
+    if (mask is None) != (mask_token is None):
+        raise ValueError("mask and mask_token go together, expected both or neither")
+    mask_token = vector("mask_token", mask_token, (d,), pixels, "[D]")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask has dtype {mask.dtype}, expected bool")
+        if mask.shape != (b, n):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected [{b}, {n}]: one for each patch")
+        if mask.device != pixels.device:
+            raise ValueError(f"mask is on {mask.device}, expected {pixels.device} as pixels")
+    if ids_keep is not None:
+        if ids_keep.dtype != torch.int64:
+            raise TypeError(f"ids_keep has dtype {ids_keep.dtype}, expected int64")
+        if ids_keep.dim() != 2 or ids_keep.shape[0] != b:
+            raise ValueError(f"ids_keep has shape {tuple(ids_keep.shape)}, expected [{b}, M]")
+        if ids_keep.device != pixels.device:
+            raise ValueError(f"ids_keep is on {ids_keep.device}, expected {pixels.device} as pixels")
+        if not torch.compiler.is_compiling():
+            check_ids(ids_keep, n)
+    type_embed = vector("type_embed", type_embed, (d,), pixels, "[D]")
+    kind = pixels.device.type
+    compute = weight.dtype
+    if torch.is_autocast_enabled(kind) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(kind)
+    operands = (pixels, weight, bias, stem_weight, stem_bias, prefix, position, prefix_position, mask, mask_token)
+    operands = (*operands, ids_keep, type_embed, pre_weight, pre_bias, mean, std)
+    options = (g, layout, still, stem_eps, pre_eps, compute, dtype or compute)
+    impl = PATCH_EMBED.select(pixels, weight, compute, backend=backend)
+    return impl.fn(*operands, *options)
