@@ -31,13 +31,16 @@ else:
         siglip_loss,
         similarity_topk,
     )
+    from mmfuse.kernels.head import select_head
     from mmfuse.kernels.patch import patch_embed
+    from mmfuse.kernels.text import embed_text
 
     __all__ = [
         "clip_loss",
         "distill_clip_loss",
         "distributed_clip_loss",
         "distributed_siglip_loss",
+        "embed_text",
         "global_contrastive_loss",
         "grouped_clip_loss",
         "hard_negatives",
@@ -47,6 +50,7 @@ else:
         "moco_loss",
         "patch_embed",
         "queue_itc_loss",
+        "select_head",
         "siglip_loss",
         "similarity_topk",
     ]

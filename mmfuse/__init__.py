@@ -32,6 +32,8 @@ _LAZY = {
     "similarity_topk": "mmfuse.kernels",
     "max_query_loss": "mmfuse.kernels",
     "max_query_similarity": "mmfuse.kernels",
+    "select_head": "mmfuse.kernels",
+    "embed_text": "mmfuse.kernels",
 }
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
         distill_clip_loss,
         distributed_clip_loss,
         distributed_siglip_loss,
+        embed_text,
         global_contrastive_loss,
         grouped_clip_loss,
         hard_negatives,
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
         moco_loss,
         patch_embed,
         queue_itc_loss,
+        select_head,
         siglip_loss,
         similarity_topk,
     )
@@ -63,6 +67,7 @@ __all__ = [
     "distill_clip_loss",
     "distributed_clip_loss",
     "distributed_siglip_loss",
+    "embed_text",
     "explain",
     "global_contrastive_loss",
     "grouped_clip_loss",
@@ -73,6 +78,7 @@ __all__ = [
     "moco_loss",
     "patch_embed",
     "queue_itc_loss",
+    "select_head",
     "siglip_loss",
     "similarity_topk",
     "use_backend",

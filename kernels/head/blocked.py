@@ -1,0 +1,153 @@
+"""The head in closed form. z = LN(x[b, i_b]), y = W z, u = y / max(|y|, 1e-12), out = s mean_clips u.
+
+    dy = (du - u <u, du>) / |y|,  du = s d out / clips,      ds = sum <u, d out> / clips
+    dW = dyT z,                   dz = dy W
+    dx[b, i_b] = rstd (h - mean(h) - xhat mean(h xhat)),  h = gamma dz,      0 for every other token
+
+Everything but the two products with W is a pass over one row per sample; `TorchPasses` makes them in plain torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+
+# the smallest length that a vector is divided by (torch.nn.functional.normalize)
+TINY = 1e-12
+
+
+class TorchPasses:
+    """The passes over selected rows, in plain torch."""
+
+    @staticmethod
+    def normalized(
+        x: Tensor, index: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(LayerNorm of the selected rows [B, D] in `dtype`, the rows, their mean [B], 1 / standard deviation [B])."""
+        rows = x[:, 0].clone() if index is None else x[torch.arange(x.shape[0], device=x.device), index]
+        acc = rows.to(accumulation_dtype(x.dtype))
+        mean = acc.mean(-1)
+        rstd = torch.rsqrt((acc - mean[:, None]).square().mean(-1) + eps)
+        return affine((acc - mean[:, None]) * rstd[:, None], gamma, beta).to(dtype), rows, mean, rstd
+
+    @staticmethod
+    def unit(y: Tensor, scale: Tensor | None, normalize: bool, clips: int) -> tuple[Tensor, Tensor]:
+        """(s mean_clips y / |y| [B / clips, O], 1 / |y| [B]); without `normalize` 1 takes the place of |y|."""
+        acc = y.to(accumulation_dtype(y.dtype))
+        inverse = acc.new_ones(len(acc))
+        if normalize:
+            inverse = torch.linalg.vector_norm(acc, dim=-1).clamp_min(TINY).reciprocal()
+            acc = acc * inverse[:, None]
+        out = acc.unflatten(0, (-1, clips)).mean(1) if clips > 1 else acc
+        if scale is not None:
+            out = out * scale
+        out = out.to(y.dtype)
+        return out.clone() if out is y else out, inverse
+
+    @staticmethod
+    def unit_grad(
+        g: Tensor, y: Tensor, inverse: Tensor, scale: Tensor | None, normalize: bool, clips: int
+    ) -> tuple[Tensor, Tensor]:
+        """(dy [B, O] in y's dtype, <u, d out> / clips [B])."""
+        u = y.to(inverse.dtype) * inverse[:, None]
+        g = g.to(inverse.dtype).repeat_interleave(clips, 0) / clips
+        along = (u * g).sum(-1)
+        du = g if scale is None else g * scale
+        # at the smallest length the divisor is a constant
+        grows = normalize and inverse < 1 / TINY
+        dy = (du - torch.where(grows, (du * u).sum(-1), 0)[:, None] * u) * inverse[:, None] if normalize else du
+        return dy.to(y.dtype), along
+
+    @staticmethod
+    def norm_grad(
+        dz: Tensor, rows: Tensor, index: Tensor | None, gamma: Tensor | None, mean: Tensor, rstd: Tensor, length: int
+    ) -> Tensor:
+        """dx [B, length, D]."""
+        xhat = standardized(rows, mean, rstd)
+        h = dz.to(xhat.dtype) * gamma if gamma is not None else dz.to(xhat.dtype)
+        d = (h - h.mean(-1, keepdim=True) - xhat * (h * xhat).mean(-1, keepdim=True)) * rstd[:, None]
+        dx = torch.zeros(len(rows), length, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        if index is None:
+            dx[:, 0] = d.to(rows.dtype)
+        else:
+            dx[torch.arange(len(rows), device=rows.device), index] = d.to(rows.dtype)
+        return dx
+
+
+def standardized(rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (rows.to(mean.dtype) - mean[:, None]) * rstd[:, None]
+
+
+def affine(xhat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    y = xhat if gamma is None else xhat * gamma
+    return y if beta is None else y + beta
+
+
+def forward(
+    passes: Any,
+    x: Tensor,
+    index: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    normalize: bool,
+    clips: int,
+) -> tuple[Tensor, ...]:
+    """(out, rows, mean, rstd, y, 1 / |y|)."""
+    z, rows, mean, rstd = passes.normalized(x, index, gamma, beta, eps, (x if weight is None else weight).dtype)
+    y = z if weight is None else product(z, weight.t())
+    out, inverse = passes.unit(y, scale, normalize, clips)
+    return out, rows, mean, rstd, y, inverse
+
+
+def backward(
+    passes: Any,
+    g: Tensor,
+    index: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    rows: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor,
+    inverse: Tensor,
+    normalize: bool,
+    clips: int,
+    length: int,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """(dx, dgamma, dbeta, dweight, dscale), an empty one where `needs` says no."""
+    need_x, need_gamma, need_beta, need_weight, need_scale = needs
+    nothing = rows.new_empty(0)
+    dx = dgamma = dbeta = dweight = dscale = nothing
+    dy, along = passes.unit_grad(g, y, inverse, scale, normalize, clips)
+    if need_scale and scale is not None:
+        dscale = along.sum().to(scale.dtype)
+    xhat = standardized(rows, mean, rstd) if need_gamma or need_weight else None
+    if need_weight and xhat is not None:
+        dweight = product(dy.t(), affine(xhat, gamma, beta).to(dy.dtype))
+    if need_x or need_gamma or need_beta:
+        dz = dy if weight is None else product(dy, weight)
+        if need_x:
+            dx = passes.norm_grad(dz, rows, index, gamma, mean, rstd, length)
+        dz = dz.to(mean.dtype)
+        if need_gamma and gamma is not None and xhat is not None:
+            dgamma = (dz * xhat).sum(0).to(gamma.dtype)
+        if need_beta and beta is not None:
+            dbeta = dz.sum(0).to(beta.dtype)
+    return dx, dgamma, dbeta, dweight, dscale
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b; of 16-bit operands on a CPU in float32."""
+    if a.device.type == "cpu" and a.dtype.itemsize == 2:
+        return (a.float() @ b.float()).to(a.dtype)
+    return a @ b

@@ -1,0 +1,165 @@
+"""Text embedding in plain torch, a few samples at a time: what stays in the cache is written once.
+
+    x = scale E[id] + position + type,   y = LN(x),   0 where padded
+
+The backward computes x again from the table, so that nothing of [B, L, D] is kept:
+    dx = rstd (h - mean(h) - xhat mean(h xhat)),  h = gamma dy
+    dE[k] = scale sum of dx over the tokens of id k,   dposition = sum over samples,   dtype = sum over all
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+
+_BLOCK = 1 << 17  # elements of a block
+
+
+class TorchPasses:
+    """The passes over tokens, in plain torch."""
+
+    @staticmethod
+    def embedded(
+        ids: Tensor,
+        table: Tensor,
+        shift: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        pad: Tensor | None,
+        scale: float,
+        eps: float | None,
+        out: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Write y into `out` [B, L, D]; return (mean, 1 / standard deviation) of every x [B, L], empty without a norm."""
+        acc = accumulation_dtype(table.dtype)
+        mean, rstd = (torch.empty(ids.shape if eps is not None else 0, dtype=acc, device=ids.device) for _ in range(2))
+        for rows in _blocks(ids, table):
+            x = _summed(ids[rows], table, shift, scale)
+            if eps is not None:
+                xhat, mean[rows], rstd[rows] = _standardized(x, eps)
+                x = xhat if gamma is None else xhat.mul_(gamma)
+                x = x if beta is None else x.add_(beta)
+            out[rows] = x if pad is None else x.masked_fill_(pad[rows, :, None], 0)
+        return mean, rstd
+
+    @staticmethod
+    def norm_grad(
+        g: Tensor,
+        ids: Tensor,
+        table: Tensor,
+        shift: Tensor | None,
+        gamma: Tensor | None,
+        pad: Tensor | None,
+        scale: float,
+        mean: Tensor,
+        rstd: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx [B, L, D] in g's dtype, dgamma [D], dbeta [D])."""
+        dx = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        dgamma, dbeta = (torch.zeros(g.shape[-1], dtype=mean.dtype, device=g.device) for _ in range(2))
+        for rows in _blocks(ids, table):
+            xhat = (_summed(ids[rows], table, shift, scale) - mean[rows, :, None]) * rstd[rows, :, None]
+            dy = g[rows].to(mean.dtype)
+            dy = dy if pad is None else dy.masked_fill(pad[rows, :, None], 0)
+            dgamma += (dy * xhat).sum((0, 1))
+            dbeta += dy.sum((0, 1))
+            h = dy if gamma is None else dy * gamma
+            along = (h * xhat).mean(-1, keepdim=True)
+            dx[rows] = (h - h.mean(-1, keepdim=True) - xhat * along) * rstd[rows, :, None]
+        return dx, dgamma, dbeta
+
+    @staticmethod
+    def rows_summed(dx: Tensor, ids: Tensor, rows: int, padding_idx: int | None) -> Tensor:
+        """The sum of the dx [B, L, D] of each id [rows, D], in the accumulation dtype; torch sorts, and adds in order."""
+        acc = accumulation_dtype(dx.dtype)
+        dx = dx.to(acc) if dx.device.type == "cpu" else dx
+        pad = -1 if padding_idx is None else padding_idx
+        return torch.ops.aten.embedding_dense_backward(dx, ids, rows, pad, False)
+
+
+def _blocks(ids: Tensor, table: Tensor) -> list[slice]:
+    samples = max(1, _BLOCK // max(1, ids.shape[1] * table.shape[1]))
+    return [slice(i, i + samples) for i in range(0, ids.shape[0], samples)]
+
+
+def _summed(ids: Tensor, table: Tensor, shift: Tensor | None, scale: float) -> Tensor:
+    """x in the accumulation dtype."""
+    x = F.embedding(ids, table).to(accumulation_dtype(table.dtype))
+    x = x if scale == 1 else x.mul_(scale)
+    return x if shift is None else x.add_(shift)
+
+
+def _standardized(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.mean(-1, keepdim=True)
+    x = x.sub_(mean)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x.mul_(rstd), mean[..., 0], rstd[..., 0]
+
+
+def shift_of(position: Tensor | None, type_embed: Tensor | None, table: Tensor) -> Tensor | None:
+    """What is added to every sample, [L, D] or [D], in the accumulation dtype."""
+    given = [t.to(accumulation_dtype(table.dtype)) for t in (position, type_embed) if t is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
+def forward(
+    passes: Any,
+    ids: Tensor,
+    table: Tensor,
+    position: Tensor | None,
+    type_embed: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    pad: Tensor | None,
+    scale: float,
+    eps: float | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    shift = shift_of(position, type_embed, table)
+    return passes.embedded(ids, table, shift, gamma, beta, pad, scale, eps, out)
+
+
+def backward(
+    passes: Any,
+    g: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    position: Tensor | None,
+    type_embed: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    pad: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: float,
+    normed: bool,
+    padding_idx: int | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """(dtable, dposition, dtype_embed, dgamma, dbeta), an empty one where `needs` says no."""
+    need_table, need_position, need_type, need_gamma, need_beta = needs
+    nothing = table.new_empty(0)
+    dtable = dposition = dtype = dgamma = dbeta = nothing
+    dx = g
+    if normed:
+        shift = shift_of(position, type_embed, table)
+        dx, sum_gamma, sum_beta = passes.norm_grad(g, ids, table, shift, gamma, pad, scale, mean, rstd)
+        dgamma = sum_gamma.to(gamma.dtype) if need_gamma and gamma is not None else nothing
+        dbeta = sum_beta.to(beta.dtype) if need_beta and beta is not None else nothing
+    elif pad is not None:
+        dx = g.masked_fill(pad[..., None], 0)
+    if need_table:
+        summed = passes.rows_summed(dx, ids, table.shape[0], padding_idx)
+        dtable = (summed if scale == 1 else summed * scale).to(table.dtype)
+    if need_position or need_type:
+        of_position = dx.sum(0, dtype=accumulation_dtype(dx.dtype))
+        if need_position and position is not None:
+            dposition = of_position.to(position.dtype)
+        if need_type and type_embed is not None:
+            dtype = of_position.sum(0).to(type_embed.dtype)
+    return dtable, dposition, dtype, dgamma, dbeta
