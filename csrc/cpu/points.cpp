@@ -1,0 +1,245 @@
+// Point clouds on the CPU: farthest-point sampling, nearest neighbours, ball query and the gradient of grouping.
+//
+// Squared distances are (x - x')^2 + (y - y')^2 + (z - z')^2 in float32, each operation rounded, as in plain torch: every
+// implementation finds the same indices. Coordinates come as [B, 3, N]. The number of threads does not change a bit.
+
+// no fused multiply-add, which only some of the clones would have
+#pragma GCC optimize("fp-contract=off")
+
+#include "../tensor.h"
+#include "simd.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+namespace mmfuse {
+namespace {
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t PART = 256;  // points whose largest distance is known before the farthest is looked for
+constexpr int64_t LANE = 32, BLOCK = 256 * LANE;  // points whose smallest distance is known, and points at a time
+
+struct Point {
+    float x, y, z;
+
+    // to points [3, N]
+    MMFUSE_INLINE float squared_distance(const float* p, int64_t n, int64_t j) const {
+        const float dx = p[j] - x, dy = p[n + j] - y, dz = p[2 * n + j] - z;
+        return dx * dx + dy * dy + dz * dz;
+    }
+};
+
+Point point_of(const float* p, int64_t n, int64_t j) { return {p[j], p[n + j], p[2 * n + j]}; }
+
+// ---------------------------------------------------------------------------------------------------------------
+// farthest_points
+
+// One step: distances to `last` enter the running minima. Returns the first point of the largest minimum.
+MMFUSE_CLONES
+int64_t farthest(const float* p, int64_t n, Point last, float* least) {
+    float best = -INF;
+    int64_t part = 0;
+    for (int64_t begin = 0; begin < n; begin += PART) {
+        const int64_t end = std::min(begin + PART, n);
+        float largest = -INF;
+#pragma omp simd reduction(max : largest)
+        for (int64_t j = begin; j < end; ++j) {
+            const float d = last.squared_distance(p, n, j), m = least[j];
+            const float smaller = d < m ? d : m;  // a NaN changes nothing
+            least[j] = smaller;
+            largest = smaller > largest ? smaller : largest;
+        }
+        if (largest > best) best = largest, part = begin;
+    }
+    const int64_t end = std::min(part + PART, n);
+    const float* at = std::find(least + part, least + end, best);
+    return at == least + end ? 0 : at - least;
+}
+
+void farthest_points(Tensor points, Tensor start, Tensor index) {
+    STD_TORCH_CHECK(points.dim() == 3 && points.size(1) == 3 && index.dim() == 2, "points: expected [B, 3, N]");
+    const int64_t b = points.size(0), n = points.size(2), k = index.size(1);
+    const float* p = floats(points, "points", points, b * 3 * n);
+    const int64_t* first = data<int64_t>(start, "start", points, ScalarType::Long, b);
+    int64_t* out = data<int64_t>(index, "index", points, ScalarType::Long, b * k);
+
+    torch::stable::parallel_for(0, b, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> least(n);
+        for (int64_t i = begin; i < end; ++i) {
+            const float* cloud = p + i * 3 * n;
+            // a point that is not finite has no distances: it comes last
+            for (int64_t j = 0; j < n; ++j) {
+                const Point q = point_of(cloud, n, j);
+                least[j] = q.squared_distance(cloud, n, j) == 0 ? INF : -INF;
+            }
+            int64_t last = first[i];
+            for (int64_t step = 0; step < k; ++step) {
+                out[i * k + step] = last;
+                if (step + 1 < k) last = farthest(cloud, n, point_of(cloud, n, last), least.data());
+            }
+        }
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// nearest_neighbors
+
+MMFUSE_CLONES
+void squared_distances(const float* p, int64_t n, int64_t begin, int64_t count, Point q, float* d) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+        const float x = q.squared_distance(p, n, begin + j);
+        d[j] = x == x ? x : INF;
+    }
+}
+
+// The distances of up to BLOCK points, and the smallest of each LANE of them.
+MMFUSE_CLONES
+void distances_and_least(const float* p, int64_t n, int64_t begin, int64_t count, Point q, float* d, float* least) {
+    for (int64_t first = 0, lane = 0; first < count; first += LANE, ++lane) {
+        const int64_t end = std::min(first + LANE, count);
+        float smallest = INF;
+#pragma omp simd reduction(min : smallest)
+        for (int64_t j = first; j < end; ++j) {
+            const float x = q.squared_distance(p, n, begin + j);
+            d[j] = x == x ? x : INF;
+            smallest = d[j] < smallest ? d[j] : smallest;
+        }
+        least[lane] = smallest;
+    }
+}
+
+// The k smallest of distances that come in order of the index: smallest first, lower index first on ties.
+struct List {
+    float* d;
+    int64_t* index;
+    int64_t k, count = 0;
+
+    bool takes(float x) const { return count < k || x < d[k - 1]; }
+
+    void insert(float x, int64_t i) {
+        int64_t at = std::upper_bound(d, d + count, x) - d;
+        count = std::min(count + 1, k);
+        std::memmove(d + at + 1, d + at, (count - 1 - at) * sizeof(float));
+        std::memmove(index + at + 1, index + at, (count - 1 - at) * sizeof(int64_t));
+        d[at] = x, index[at] = i;
+    }
+};
+
+void nearest_neighbors(Tensor query, Tensor points, Tensor index) {
+    STD_TORCH_CHECK(points.dim() == 3 && points.size(1) == 3 && query.dim() == 3 && index.dim() == 3,
+                    "query, points: expected [B, 3, G] and [B, 3, N]");
+    const int64_t b = points.size(0), n = points.size(2), g = query.size(2), k = index.size(2);
+    const float* p = floats(points, "points", points, b * 3 * n);
+    const float* q = floats(query, "query", points, b * 3 * g);
+    int64_t* out = data<int64_t>(index, "index", points, ScalarType::Long, b * g * k);
+
+    torch::stable::parallel_for(0, b * g, ceil_div(65536, n + 1), [&](int64_t begin, int64_t end) {
+        std::vector<float> nearest(k);
+        float d[BLOCK], least[BLOCK / LANE], ordered[BLOCK / LANE];
+        for (int64_t i = begin; i < end; ++i) {
+            const float* cloud = p + i / g * 3 * n;
+            const Point centre = point_of(q + i / g * 3 * g, g, i % g);
+            List list{nearest.data(), out + i * k, k};
+            for (int64_t block = 0; block < n; block += BLOCK) {
+                const int64_t count = std::min(BLOCK, n - block), lanes = ceil_div(count, LANE);
+                distances_and_least(cloud, n, block, count, centre, d, least);
+                // k lanes have a point no farther than the k-th of their smallest: what is farther than that is left out
+                float bound = INF;
+                if (k <= lanes) {
+                    std::copy_n(least, lanes, ordered);
+                    std::nth_element(ordered, ordered + (k - 1), ordered + lanes);
+                    bound = ordered[k - 1];
+                }
+                for (int64_t lane = 0; lane < lanes; ++lane) {
+                    if (!(least[lane] <= bound)) continue;
+                    for (int64_t j = lane * LANE; j < std::min((lane + 1) * LANE, count); ++j)
+                        if (d[j] <= bound && list.takes(d[j])) list.insert(d[j], block + j);
+                }
+            }
+        }
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// ball_query
+
+void ball_query(Tensor query, Tensor points, double radius, Tensor index) {
+    STD_TORCH_CHECK(points.dim() == 3 && points.size(1) == 3 && query.dim() == 3 && index.dim() == 3,
+                    "query, points: expected [B, 3, G] and [B, 3, N]");
+    const int64_t b = points.size(0), n = points.size(2), g = query.size(2), k = index.size(2);
+    const float* p = floats(points, "points", points, b * 3 * n);
+    const float* q = floats(query, "query", points, b * 3 * g);
+    int64_t* out = data<int64_t>(index, "index", points, ScalarType::Long, b * g * k);
+    const float limit = float(radius) * float(radius);
+
+    torch::stable::parallel_for(0, b * g, ceil_div(65536, n + 1), [&](int64_t begin, int64_t end) {
+        float d[LANE];
+        for (int64_t i = begin; i < end; ++i) {
+            const float* cloud = p + i / g * 3 * n;
+            const Point centre = point_of(q + i / g * 3 * g, g, i % g);
+            int64_t* row = out + i * k;
+            int64_t found = 0;
+            for (int64_t block = 0; block < n && found < k; block += LANE) {
+                const int64_t count = std::min(LANE, n - block);
+                squared_distances(cloud, n, block, count, centre, d);
+                for (int64_t j = 0; j < count && found < k; ++j)
+                    if (d[j] < limit) row[found++] = block + j;
+            }
+            std::fill(row + found, row + k, found ? row[0] : 0);
+        }
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// group_grad
+
+// rows of g [groups, C] are added to the rows of d [N, C] that `index` names, for channels from `first` on
+MMFUSE_CLONES
+void add_rows(const float* g, const int64_t* index, int64_t rows, int64_t channels, int64_t first, int64_t count,
+              float* d) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* from = g + i * channels + first;
+        float* to = d + index[i] * channels + first;
+#pragma omp simd
+        for (int64_t c = 0; c < count; ++c) to[c] += from[c];
+    }
+}
+
+void group_grad(Tensor grad, Tensor index, Tensor features) {
+    STD_TORCH_CHECK(grad.dim() == 3 && index.dim() == 2 && features.dim() == 3, "grad: expected [B, M, C]");
+    const int64_t b = grad.size(0), m = grad.size(1), c = grad.size(2), n = features.size(1);
+    const float* g = floats(grad, "grad", grad, b * m * c);
+    const int64_t* at = data<int64_t>(index, "index", grad, ScalarType::Long, b * m);
+    float* d = floats(features, "features", grad, b * n * c);
+    constexpr int64_t SHARE = 64;  // channels of one owner
+    const int64_t shares = ceil_div(c, SHARE);
+    torch::stable::parallel_for(0, b * shares, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t cloud = i / shares, first = i % shares * SHARE;
+            add_rows(g + cloud * m * c, at + cloud * m, m, c, first, std::min(SHARE, c - first), d + cloud * n * c);
+        }
+    });
+}
+
+}  // namespace
+}  // namespace mmfuse
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mmfuse_cpu, m) {
+    m.def("farthest_points(Tensor points, Tensor start, Tensor(a!) index) -> ()");
+    m.def("nearest_neighbors(Tensor query, Tensor points, Tensor(a!) index) -> ()");
+    m.def("ball_query(Tensor query, Tensor points, float radius, Tensor(a!) index) -> ()");
+    m.def("group_grad(Tensor grad, Tensor index, Tensor(a!) features) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmfuse_cpu, CPU, m) {
+    m.impl("farthest_points", TORCH_BOX(&mmfuse::farthest_points));
+    m.impl("nearest_neighbors", TORCH_BOX(&mmfuse::nearest_neighbors));
+    m.impl("ball_query", TORCH_BOX(&mmfuse::ball_query));
+    m.impl("group_grad", TORCH_BOX(&mmfuse::group_grad));
+}
