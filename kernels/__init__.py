@@ -15,6 +15,7 @@ if __name__ == "kernels":
         sys.modules["kernels"] = _module
         _spec.loader.exec_module(_module)
 else:
+    from mmfuse.kernels.codebook import code_statistics, linear_argmax, nearest_code, vector_quantize
     from mmfuse.kernels.contrastive import (
         clip_loss,
         distill_clip_loss,
@@ -37,6 +38,7 @@ else:
 
     __all__ = [
         "clip_loss",
+        "code_statistics",
         "distill_clip_loss",
         "distributed_clip_loss",
         "distributed_siglip_loss",
@@ -44,13 +46,16 @@ else:
         "global_contrastive_loss",
         "grouped_clip_loss",
         "hard_negatives",
+        "linear_argmax",
         "matryoshka_clip_loss",
         "max_query_loss",
         "max_query_similarity",
         "moco_loss",
+        "nearest_code",
         "patch_embed",
         "queue_itc_loss",
         "select_head",
         "siglip_loss",
         "similarity_topk",
+        "vector_quantize",
     ]

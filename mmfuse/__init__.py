@@ -18,6 +18,10 @@ _LAZY = {
     "use_backend": "mmfuse.kernels._runtime",
     "UnsupportedError": "mmfuse.kernels._runtime",
     "clip_loss": "mmfuse.kernels",
+    "code_statistics": "mmfuse.kernels",
+    "linear_argmax": "mmfuse.kernels",
+    "nearest_code": "mmfuse.kernels",
+    "vector_quantize": "mmfuse.kernels",
     "distill_clip_loss": "mmfuse.kernels",
     "grouped_clip_loss": "mmfuse.kernels",
     "distributed_clip_loss": "mmfuse.kernels",
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from mmfuse.fused import accelerate
     from mmfuse.kernels import (
         clip_loss,
+        code_statistics,
         distill_clip_loss,
         distributed_clip_loss,
         distributed_siglip_loss,
@@ -47,15 +52,18 @@ if TYPE_CHECKING:
         global_contrastive_loss,
         grouped_clip_loss,
         hard_negatives,
+        linear_argmax,
         matryoshka_clip_loss,
         max_query_loss,
         max_query_similarity,
         moco_loss,
+        nearest_code,
         patch_embed,
         queue_itc_loss,
         select_head,
         siglip_loss,
         similarity_topk,
+        vector_quantize,
     )
     from mmfuse.kernels._runtime import UnsupportedError, explain, use_backend
 
@@ -64,6 +72,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "clip_loss",
+    "code_statistics",
     "distill_clip_loss",
     "distributed_clip_loss",
     "distributed_siglip_loss",
@@ -72,16 +81,19 @@ __all__ = [
     "global_contrastive_loss",
     "grouped_clip_loss",
     "hard_negatives",
+    "linear_argmax",
     "matryoshka_clip_loss",
     "max_query_loss",
     "max_query_similarity",
     "moco_loss",
+    "nearest_code",
     "patch_embed",
     "queue_itc_loss",
     "select_head",
     "siglip_loss",
     "similarity_topk",
     "use_backend",
+    "vector_quantize",
 ]
 
 

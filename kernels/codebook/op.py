@@ -1,0 +1,378 @@
+"""The public functions of codebooks: argument checks, registration, autograd and choice of implementation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels.codebook import blocked, reference
+from mmfuse.kernels.contrastive.arguments import check_features, integers
+from mmfuse.kernels.contrastive.backends import (
+    no_reason,
+    reasons_against_chunked,
+    reasons_against_cpu,
+    reasons_against_triton,
+)
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+
+Metric = Literal["euclidean", "cosine"]
+Gradient = Literal["straight_through", "rotation", "none"]
+
+_METRICS = ("euclidean", "cosine")
+_GRADIENTS = ("straight_through", "rotation", "none")
+
+
+# --- the search -----------------------------------------------------------------------------------------------------
+
+
+def _argmax(
+    z: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    exact: bool,
+    backend: str,
+) -> Tensor:
+    if backend == "torch":
+        return reference.code_argmax(z, weight, scale, bias, mask)
+    if backend == "chunked":
+        return blocked.code_argmax(z, weight, scale, bias, mask, exact)
+    if backend == "triton":
+        from mmfuse.kernels.codebook import kernel
+
+        return kernel.code_argmax(z, weight, scale, bias, mask, exact)
+    codes = torch.empty(len(z), dtype=torch.int64)
+    absent = torch.empty(0, dtype=torch.float64)
+    torch.ops.mmfuse_cpu.code_argmax(
+        z.float().contiguous(),
+        weight.float().contiguous(),
+        absent if scale is None else scale,
+        absent if bias is None else bias,
+        absent.bool() if mask is None else mask.contiguous(),
+        codes,
+    )
+    return codes
+
+
+def _argmax_fake(z, weight, scale, bias, mask, exact, backend):  # type: ignore[no-untyped-def]
+    return z.new_empty(z.shape[:1], dtype=torch.int64)
+
+
+argmax_op = register("code_argmax", _argmax, _argmax_fake)
+
+
+def _implementations(triton: Any, cpu: Any, chunked: Any, torch_: Any) -> list[Impl]:
+    return [
+        Impl("triton", triton, reasons_against_triton, only_named_in_the_interpreter),
+        Impl("cpu", cpu, reasons_against_cpu),
+        Impl("chunked", chunked, reasons_against_chunked),
+        Impl("torch", torch_, no_reason),
+    ]
+
+
+NEAREST = Op("nearest_code", _implementations(*[argmax_op] * 4))
+# the same search with another score
+Op("linear_argmax", NEAREST.implementations)
+
+
+@torch.no_grad()
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    metric: Metric = "euclidean",
+    mask: Tensor | None = None,
+    exact: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """The nearest row of a codebook to each row of z, as float64 would find it, without the matrix of distances.
+
+    argmin_k |z - e_k|^2 = argmax_k <z, e_k> - |e_k|^2 / 2, or argmax_k <z, e_k> / max(|e_k|, 1e-12) for "cosine"
+    (van den Oord et al. 2017, equation 1).
+
+    Args:
+        z: [N, D], float16, bfloat16, float32 or float64; any strides.
+        codebook: [K, D], on the same device; its dtype may differ: both are then taken in the wider one.
+        metric: "euclidean" or "cosine". A code of norm 0 has the cosine 0 with every row.
+        mask: bool [N]; rows where it is False are not searched for, their code is -1.
+        exact: codes that the fast products cannot tell from the nearest are scored again in float64. False leaves it
+            out where that saves time; the code found is then nearest up to the rounding of a score.
+        backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        [N] int64. Of codes that float64 cannot tell apart (duplicates) the first; as in torch.argmax, a NaN among the
+        scores wins, so that a row of NaN gets code 0.
+
+    Deterministic: two runs are equal. Not differentiable. Autocast does not round the arguments.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    z, codebook = _rows_and_codes(z, codebook)
+    impl = NEAREST.select(z, codebook, backend=backend)
+    return impl.fn(z, codebook, *_score(codebook, metric), _mask_of(mask, z), exact, impl.name)
+
+
+@torch.no_grad()
+def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """The largest output of a linear layer, argmax_k <x, w_k> + b_k, without its outputs: the codes of DALL-E's dVAE.
+
+    (Ramesh et al. 2021: a token is the argmax of the encoder's last 1 x 1 convolution.)
+
+    Args:
+        x: [N, Din], float16, bfloat16, float32 or float64; any strides.
+        weight: [K, Din], as a Linear's or a 1 x 1 convolution's; on the same device.
+        bias: [K] or None.
+        backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        [N] int64, as float64 would find them; ties and NaN as in `nearest_code`.
+
+    Deterministic. Not differentiable. Raises as `nearest_code`.
+    """
+    x, weight = _rows_and_codes(x, weight, ("x", "weight"))
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected [{len(weight)}], one for each row of weight")
+    impl = NEAREST.select(x, weight, backend=backend)
+    return impl.fn(x, weight, None, None if bias is None else bias.double().contiguous(), None, True, impl.name)
+
+
+def _score(codebook: Tensor, metric: str) -> tuple[Tensor | None, Tensor | None]:
+    """(scale, bias) [K] in float64 of the score scale_k <z, e_k> + bias_k."""
+    if metric not in _METRICS:
+        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(_METRICS)}")
+    if metric == "euclidean":
+        return None, codebook.double().square().sum(1).mul_(-0.5)
+    norm = torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float64)
+    return norm.clamp_min_(1e-12).reciprocal_(), None
+
+
+def _rows_and_codes(z: Tensor, codebook: Tensor, names: tuple[str, str] = ("z", "codebook")) -> tuple[Tensor, Tensor]:
+    first, second = names
+    check_features(first, z)
+    check_features(second, codebook, "[K, D]")
+    if 0 in codebook.shape:
+        raise ValueError(f"{second} has shape {tuple(codebook.shape)}, expected at least one code and one feature")
+    if z.shape[1] != codebook.shape[1]:
+        raise ValueError(f"{second} has {codebook.shape[1]} features per row, expected {z.shape[1]} as in {first}")
+    if z.device != codebook.device:
+        raise ValueError(f"{second} is on {codebook.device}, expected {z.device} as {first}")
+    wide = torch.promote_types(z.dtype, codebook.dtype)
+    return z.to(wide), codebook.to(wide)
+
+
+def _mask_of(mask: Tensor | None, z: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool")
+    if mask.shape != z.shape[:1] or mask.device != z.device:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)} on {mask.device}, expected [{len(z)}] on {z.device}, one for each row"
+        )
+    return mask
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def _statistics(z: Tensor, codes: Tensor, K: int, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "torch":
+        return reference.code_statistics(z, codes, K)
+    if backend == "chunked":
+        return blocked.code_statistics(z, codes, K)
+    if backend == "triton":
+        from mmfuse.kernels.codebook import kernel
+
+        return kernel.code_statistics(z, codes, K)
+    counts, sums = torch.empty(K), torch.empty(K, z.shape[1])
+    torch.ops.mmfuse_cpu.code_statistics(z.float().contiguous(), codes, counts, sums)
+    return counts, sums
+
+
+def _statistics_fake(z, codes, K, backend):  # type: ignore[no-untyped-def]
+    acc = accumulation_dtype(z.dtype)
+    return z.new_empty(K, dtype=acc), z.new_empty((K, z.shape[1]), dtype=acc)
+
+
+statistics_op = register("code_statistics", _statistics, _statistics_fake)
+
+STATISTICS = Op("code_statistics", _implementations(*[statistics_op] * 4))
+
+
+@torch.no_grad()
+def code_statistics(z: Tensor, codes: Tensor, K: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """How many rows have each code, and their sum: what moving averages and a codebook's gradient are made of.
+
+    Args:
+        z: [N, D], float16, bfloat16, float32 or float64; any strides.
+        codes: integers [N]; a row whose code is outside 0 .. K - 1 counts for none.
+        K: the number of codes.
+        backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        counts [K] and sums [K, D] in float32 (float64 for float64). No one-hot matrix and no atomics: rows are put in
+        the order of their codes and summed in that order, so two runs are equal bitwise.
+
+    Not differentiable. Raises as `nearest_code`.
+    """
+    check_features("z", z)
+    codes = integers("codes", codes, z, "z")
+    if K < 1:
+        raise ValueError(f"K is {K}, expected at least one code")
+    impl = STATISTICS.select(z, backend=backend)
+    counts, sums = impl.fn(z, codes, K, impl.name)
+    return counts, sums
+
+
+# --- quantization ---------------------------------------------------------------------------------------------------
+
+
+def _assign(
+    z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return blocked.assign(z, codebook, codes, beta, codebook_weight)
+
+
+def _assign_fake(z, codebook, codes, *_):  # type: ignore[no-untyped-def]
+    acc = accumulation_dtype(z.dtype)
+    return z.new_empty(z.shape), z.new_empty((), dtype=acc), z.new_empty((), dtype=acc)
+
+
+def _assign_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, codebook, codes, *ctx.options = inputs
+    ctx.save_for_backward(z, codebook, codes, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _assign_backward(ctx: Any, g: Tensor | None, g_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:2]
+    if g is None and g_loss is None:
+        return (None,) * 7
+    grads = assign_bwd(g, g_loss, *ctx.saved_tensors, *ctx.options, *needs)
+    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 5)
+
+
+def _assign_bwd(
+    g: Tensor | None,
+    g_loss: Tensor | None,
+    z: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    share: Tensor,
+    beta: float,
+    codebook_weight: float,
+    gradient: str,
+    backend: str,
+    need_z: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    acc = accumulation_dtype(z.dtype)
+    dz, de = z.new_empty(0), codebook.new_empty(0)
+    step = None if g_loss is None else 2 * share * g_loss
+    if need_z:
+        dz = blocked.gradient_of_rows(g, None if step is None else beta * step, z, codebook, codes, gradient)
+    if need_codebook:
+        total = torch.zeros(codebook.shape, dtype=acc, device=z.device)
+        if g is not None and gradient == "none":
+            total += _statistics(g, codes, len(codebook), backend)[1]
+        if step is not None and codebook_weight:
+            counts, sums = _statistics(z, codes, len(codebook), backend)
+            total += codebook_weight * step * (counts[:, None] * codebook - sums)
+        de = total.to(codebook.dtype)
+    return dz, de
+
+
+def _assign_bwd_fake(g, g_loss, z, codebook, *rest):  # type: ignore[no-untyped-def]
+    need_z, need_codebook = rest[-2:]
+    return z.new_empty(z.shape if need_z else 0), codebook.new_empty(codebook.shape if need_codebook else 0)
+
+
+assign_bwd = register("assign_code_bwd", _assign_bwd, _assign_bwd_fake)
+assign_op = register("assign_code", _assign, _assign_fake, setup_context=_assign_setup, backward=_assign_backward)
+
+
+def _fused(
+    backend: str, z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str
+) -> tuple[Tensor, Tensor]:
+    z_q, loss, _ = assign_op(z, codebook, codes, beta, codebook_weight, gradient, backend)
+    return z_q, loss
+
+
+QUANTIZE = Op(
+    "vector_quantize",
+    _implementations(*[partial(_fused, name) for name in ("triton", "cpu", "chunked")], reference.assign),
+)
+
+
+def assign_code(
+    z: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    *,
+    beta: float = 1.0,
+    codebook_weight: float = 1.0,
+    gradient: Gradient = "straight_through",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`vector_quantize` of rows whose codes are known (-1: none), with nothing normalised: (z_q [N, D], loss)."""
+    z, codebook = _rows_and_codes(z, codebook)
+    codes = integers("codes", codes, z, "z")
+    if gradient not in _GRADIENTS:
+        raise ValueError(f"gradient is {gradient!r}, expected one of {', '.join(_GRADIENTS)}")
+    impl = QUANTIZE.select(z, codebook, backend=backend)
+    return impl.fn(z, codebook, codes, float(beta), float(codebook_weight), gradient)
+
+
+def vector_quantize(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    metric: Metric = "euclidean",
+    beta: float = 1.0,
+    codebook_weight: float = 1.0,
+    gradient: Gradient = "straight_through",
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row replaced by its nearest code, with VQ-VAE's loss and a gradient through the choice.
+
+    loss = codebook_weight mean (sg[z] - e)^2 + beta mean (z - sg[e])^2, sg: no gradient
+    (van den Oord et al. 2017, equation 3, with the mean over elements that its implementations take).
+
+    Args:
+        z: [N, D], float16, bfloat16, float32 or float64; any strides.
+        codebook: [K, D], on the same device.
+        metric: "euclidean", or "cosine": rows and codes are divided by max(norm, 1e-12) first, and their gradients go
+            through that.
+        beta: the weight of the commitment term, whose gradient goes to z.
+        codebook_weight: of the term whose gradient goes to the codebook; 0 for one that follows a moving average.
+        gradient: what reaches z from z_q: "straight_through" passes it on (Bengio et al. 2013); "rotation" turns it as
+            z was turned onto its code and stretches it by |e| / |z| (Fifty et al. 2024, section 4.2); "none" gives it
+            to the codebook, as an embedding's.
+        mask: bool [N]; where it is False z_q is 0, the code -1, and the loss and gradients do without the row.
+        backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        (z_q [N, D], codes [N] int64, loss in float32, or float64 for float64). The loss is 0 without rows.
+
+    Deterministic: two runs are equal bitwise. Differentiable once in z and codebook, whose gradient is a sum of
+    `code_statistics`. Raises as `nearest_code`.
+    """
+    z, codebook = _rows_and_codes(z, codebook)
+    codes = nearest_code(z, codebook, metric=metric, mask=mask, backend=backend)
+    if metric == "cosine":
+        z, codebook = F.normalize(z, dim=1), F.normalize(codebook, dim=1)
+    z_q, loss = assign_code(
+        z, codebook, codes, beta=beta, codebook_weight=codebook_weight, gradient=gradient, backend=backend
+    )
+    return z_q, codes, loss
