@@ -1,0 +1,59 @@
+"""Hyperspectral pictures: one token per band (SpectralFormer, Hong et al. 2021, arXiv:2107.02988)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def neighbouring_bands(cube: Tensor, near_band: int) -> Tensor:
+    """A patch around a pixel [N, p, p, bands] -> what each band's token sees [N, bands, p * p * near_band].
+
+    The values are those of near_band bands around the token's, each with all its p * p pixels, modulo the number of
+    bands. Of the n = near_band // 2 bands on each side the order is b - n, ..., b - 1, b, b + 1, ..., b + n for a
+    single pixel and, as in the published code, b - 1, ..., b - n, b, b + 1, ..., b + n for larger patches.
+
+    Raises:
+        ValueError: a cube of another shape, or an even near_band.
+    """
+    if cube.dim() != 4 or cube.shape[1] != cube.shape[2]:
+        raise ValueError(f"cube has shape {tuple(cube.shape)}, expected [N, p, p, bands]")
+    if near_band < 1 or near_band % 2 == 0:
+        raise ValueError(f"near_band is {near_band}, expected an odd number: as many bands on either side")
+    pixels, bands = cube.flatten(1, 2).mT, cube.shape[3]  # [N, bands, p * p]
+    left = list(range(1, near_band // 2 + 1))
+    right = [-shift for shift in left]
+    if cube.shape[1] == 1:
+        left.reverse()
+    shifts = torch.tensor([*left, 0, *right], device=cube.device)
+    index = (torch.arange(bands, device=cube.device)[:, None] - shifts) % bands  # [bands, near_band]
+    return pixels[:, index].flatten(2)
+
+
+class BandEmbed(nn.Module):
+    """Values per band [N, bands, K] -> tokens [N, 1 + bands, dim]: a class token, then a token per band.
+
+    For K = 1 (one pixel, no neighbouring bands) the projection is an outer product. Up to num_patches bands.
+
+    Raises:
+        ValueError: bands of another K, or more than num_patches.
+    """
+
+    def __init__(self, patch_dim: int, num_patches: int, dim: int, emb_dropout: float = 0.0):
+        super().__init__()
+        self.pos_embedding = nn.Parameter(torch.randn(1, num_patches + 1, dim))
+        self.patch_to_embedding = nn.Linear(patch_dim, dim)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.dropout = nn.Dropout(emb_dropout)
+
+    def forward(self, bands: Tensor) -> Tensor:
+        weight, bias = self.patch_to_embedding.weight, self.patch_to_embedding.bias
+        n, positions = bands.shape[1], self.pos_embedding[0]
+        if bands.dim() != 3 or bands.shape[2] != weight.shape[1] or n >= len(positions):
+            raise ValueError(
+                f"bands has shape {tuple(bands.shape)}, expected [N, at most {len(positions) - 1}, {weight.shape[1]}]"
+            )
+        offset = bias + positions[1 : n + 1]  # [bands, dim]
+        x = torch.addcmul(offset, bands, weight[:, 0]) if weight.shape[1] == 1 else bands @ weight.T + offset
+        first = (self.cls_token + positions[:1]).expand(len(x), -1, -1)
+        return self.dropout(torch.cat([first, x], dim=1))

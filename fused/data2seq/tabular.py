@@ -1,0 +1,204 @@
+"""Tables: a token per column (TabTransformer, Huang et al. 2020, arXiv:2012.06678), as pytorch-widedeep 1.2 has it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+}
+
+
+def activation(name: str | None) -> nn.Module:
+    if name is None:
+        return nn.Identity()
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
+
+
+class FullEmbeddingDropout(nn.Module):
+    """[B, n, D]: column n is zero for the whole batch with probability p; [B, D]: all of it."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.dropout(x.new_ones(*x.shape[1:-1], 1), self.p, self.training)
+
+
+class SharedEmbeddings(nn.Module):
+    """One column's values int64 [B] -> [B, D] with a part that all its values share: added to each, or its start."""
+
+    def __init__(self, values: int, dim: int, dropout: nn.Module, add_shared_embed: bool, frac_shared_embed: float):
+        super().__init__()
+        if not frac_shared_embed < 1:
+            raise ValueError(f"frac_shared_embed is {frac_shared_embed}, expected less than 1")
+        self.add = add_shared_embed
+        self.embed = nn.Embedding(values, dim, padding_idx=0)
+        self.embed.weight.data.clamp_(-2, 2)
+        shared = dim if add_shared_embed else int(dim * frac_shared_embed)
+        self.shared_embed = nn.Parameter(torch.rand(1, shared) * 2 - 1)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.dropout(self.embed(x))
+        if self.add:
+            return own + self.shared_embed
+        shared = self.shared_embed.expand(len(x), -1)
+        return torch.cat([shared, own[:, shared.shape[1] :]], dim=1)
+
+
+class CategoricalColumns(nn.Module):
+    """The columns `cat_idx` of a table [B, columns] -> [B, n, D], from one table of rows or one per column.
+
+    With one table, what a column's values are counted from is up to the caller: no offset is added. Value 0 is unseen.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        column_idx: Mapping[str, int],
+        embed_input: Sequence[tuple[str, int]],
+        dropout: nn.Module,
+        use_bias: bool,
+        shared_embed: bool,
+        add_shared_embed: bool,
+        frac_shared_embed: float,
+    ):
+        super().__init__()
+        self.cat_idx = [column_idx[name] for name, _ in embed_input]
+        self.with_cls_token = "cls_token" in column_idx
+        self.bias = _uniform(len(embed_input) - self.with_cls_token, dim) if use_bias else None
+        self.dropout = nn.Identity() if shared_embed else dropout
+        if shared_embed:
+            self.embed: nn.Module = nn.ModuleDict(
+                {
+                    f"emb_layer_{name.replace('.', '_')}": SharedEmbeddings(
+                        values + (name != "cls_token"), dim, dropout, add_shared_embed, frac_shared_embed
+                    )
+                    for name, values in embed_input
+                }
+            )
+        else:
+            self.embed = nn.Embedding(1 + sum(values for _, values in embed_input), dim, padding_idx=0)
+
+    def forward(self, table: Tensor) -> Tensor:
+        values = table[:, self.cat_idx].long()
+        if isinstance(self.embed, nn.ModuleDict):  # without the bias, as published
+            columns = zip(self.embed.values(), values.unbind(1), strict=True)
+            return torch.stack([embed(column) for embed, column in columns], dim=1)
+        x = self.embed(values)
+        if self.bias is not None:  # the class token has none
+            x = x + F.pad(self.bias, (0, 0, int(self.with_cls_token), 0))
+        return self.dropout(x)
+
+
+class ContinuousColumns(nn.Module):
+    """[B, n] -> [B, n, D]: x_j w_j + b_j."""
+
+    def __init__(self, columns: int, dim: int, dropout: float, use_bias: bool):
+        super().__init__()
+        self.weight = _uniform(columns, dim)
+        self.bias = _uniform(columns, dim) if use_bias else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., None] * self.weight
+        return self.dropout(x if self.bias is None else x + self.bias)
+
+
+class Columns(nn.Module):
+    def __init__(self, categorical: nn.Module | None, norm: nn.Module | None, continuous: nn.Module | None):
+        super().__init__()
+        self.cat_embed, self.cont_norm, self.cont_embed = categorical, norm, continuous
+
+
+class TabularEmbed(nn.Module):
+    """A table [B, columns] -> (tokens [B, n, input_dim], continuous columns [B, n'] that are no tokens, or None).
+
+    Args:
+        column_idx: where each column is. A categorical column named "cls_token" comes first and is read at the end.
+        cat_embed_input: (name, number of values) of the categorical columns.
+        continuous_cols: names of the continuous columns, which are normalised by `cont_norm_layer` ("batchnorm",
+            "layernorm" or None); tokens with `embed_continuous`, else passed beside the encoder.
+        shared_embed: a table per categorical column with a part that its values share, of frac_shared_embed of the
+            width or, with add_shared_embed, added.
+
+    Raises:
+        ValueError: continuous columns alone without embed_continuous, an unknown normalisation or activation.
+    """
+
+    def __init__(
+        self,
+        column_idx: Mapping[str, int],
+        cat_embed_input: Sequence[tuple[str, int]] | None = None,
+        cat_embed_dropout: float = 0.1,
+        use_cat_bias: bool = False,
+        cat_embed_activation: str | None = None,
+        full_embed_dropout: bool = False,
+        shared_embed: bool = False,
+        add_shared_embed: bool = False,
+        frac_shared_embed: float = 0.25,
+        continuous_cols: Sequence[str] | None = None,
+        cont_norm_layer: str | None = None,
+        embed_continuous: bool = False,
+        cont_embed_dropout: float = 0.1,
+        use_cont_bias: bool = True,
+        cont_embed_activation: str | None = None,
+        input_dim: int = 32,
+    ):
+        super().__init__()
+        if not cat_embed_input and not embed_continuous:
+            raise ValueError("embed_continuous is False and there are no categorical columns: no column is a token")
+        norms = {"batchnorm": nn.BatchNorm1d, "layernorm": nn.LayerNorm, None: lambda _: nn.Identity()}
+        if cont_norm_layer not in norms:
+            raise ValueError(f"cont_norm_layer is {cont_norm_layer!r}, expected 'batchnorm', 'layernorm' or None")
+        categorical = norm = continuous = None
+        if cat_embed_input is not None:
+            dropout = (FullEmbeddingDropout if full_embed_dropout else nn.Dropout)(cat_embed_dropout)
+            categorical = CategoricalColumns(
+                input_dim,
+                column_idx,
+                cat_embed_input,
+                dropout,
+                use_cat_bias,
+                shared_embed,
+                add_shared_embed,
+                frac_shared_embed,
+            )
+        if continuous_cols is not None:
+            self.cont_idx = [column_idx[name] for name in continuous_cols]
+            norm = norms[cont_norm_layer](len(continuous_cols))
+            if embed_continuous:
+                continuous = ContinuousColumns(len(continuous_cols), input_dim, cont_embed_dropout, use_cont_bias)
+        self.cat_and_cont_embed = Columns(categorical, norm, continuous)
+        self.cat_embed_act_fn, self.cont_embed_act_fn = (
+            activation(cat_embed_activation),
+            activation(cont_embed_activation),
+        )
+
+    def forward(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        embed, tokens, continuous = self.cat_and_cont_embed, [], None
+        if embed.cat_embed is not None:
+            tokens.append(self.cat_embed_act_fn(embed.cat_embed(table)))
+        if embed.cont_norm is not None:
+            continuous = embed.cont_norm(table[:, self.cont_idx])
+        if embed.cont_embed is not None:
+            tokens.append(self.cont_embed_act_fn(embed.cont_embed(continuous)))
+            continuous = None
+        return torch.cat(tokens, dim=1), continuous
+
+
+def _uniform(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5)))
