@@ -42,7 +42,7 @@ class ImageBindLoss(nn.Module):
 
     Args:
         scales: modality to initial logit scale, by default those of the released model: text 1/0.07, audio 20, depth 5,
-            thermal 10, imu 5. A scale never exceeds 100; there its gradient is zero.
+            thermal 10, imu 5; or the `LogitScale` of a model. A scale never exceeds 100; there its gradient is zero.
         learnable: the modalities whose scale is a parameter (`logit_scales.<modality>.log_logit_scale`); the others' is
             a buffer.
         normalize: divide each embedding by its L2 norm first. The released model returns embeddings that its heads have
@@ -56,7 +56,7 @@ class ImageBindLoss(nn.Module):
 
     def __init__(
         self,
-        scales: Mapping[str, float] | None = None,
+        scales: Mapping[str, float | LogitScale] | None = None,
         learnable: tuple[str, ...] = ("text",),
         normalize: bool = True,
     ) -> None:
@@ -65,7 +65,9 @@ class ImageBindLoss(nn.Module):
         if unknown := set(learnable) - set(scales):
             raise ValueError(f"learnable has {sorted(unknown)}, expected modalities of scales: {sorted(scales)}")
         self.normalize = normalize
-        self.logit_scales = nn.ModuleDict({name: LogitScale(s, name in learnable) for name, s in scales.items()})
+        self.logit_scales = nn.ModuleDict(
+            {name: s if isinstance(s, LogitScale) else LogitScale(s, name in learnable) for name, s in scales.items()}
+        )
 
     def forward(
         self, embeddings: Mapping[str, Tensor | tuple[Tensor, Tensor]], output_dict: bool = False

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
-NAMES = ("clip", "albef", "coca")  # mmfuse.models.<name> declares its SYSTEM
+NAMES = ("clip", "albef", "coca", "imagebind", "metatransformer")  # mmfuse.models.<name> declares its SYSTEM
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.arguments import first_outside
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
 from mmfuse.kernels.contrastive.arguments import autocast, integers, scalar
 from mmfuse.kernels.contrastive.backends import (
@@ -166,13 +167,13 @@ def select_head(
             unit length any more.
 
     Returns:
-        [B / clips, O], or [B / clips, D] without a weight; in x's dtype, under autocast in its dtype if there is a weight.
+        [B / clips, O], or [B / clips, D] without a weight; in x's dtype, with a weight in autocast's where it is on.
 
     Deterministic, forward and backward. Statistics, norms and sums in float32 (float64 for float64), one rounding at
     each of LayerNorm, projection and result. Differentiable in x, norm, weight and scale.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. An index out of range raises on a CPU, and
+        ValueError, TypeError: an argument does not fit; the message names it. An index out of range raises on a CPU and
             gives a row of NaN on a GPU.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
@@ -197,12 +198,8 @@ def _checked(
     at = None
     if isinstance(index, Tensor):
         at = integers("index", index, x, "x")
-        if at.device.type == "cpu" and not torch.compiler.is_compiling() and b and type(at) is Tensor:
-            low, high = (t.item() for t in at.aminmax())
-            if low < 0 or high >= length:
-                raise ValueError(
-                    f"index has {low if low < 0 else high}, expected 0 <= index < {length}, the tokens of x"
-                )
+        if (wrong := first_outside(at, length)) is not None:
+            raise ValueError(f"index has {wrong}, expected 0 <= index < {length}, the tokens of x")
     elif index != 0:
         raise ValueError(f"index is {index!r}, expected 0 or a tensor [{b}]")
     try:

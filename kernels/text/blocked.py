@@ -35,7 +35,7 @@ class TorchPasses:
         eps: float | None,
         out: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Write y into `out` [B, L, D]; return (mean, 1 / standard deviation) of every x [B, L], empty without a norm."""
+        """Write y into `out` [B, L, D]; return (mean, 1 / standard deviation) of x [B, L], empty without a norm."""
         acc = accumulation_dtype(table.dtype)
         mean, rstd = (torch.empty(ids.shape if eps is not None else 0, dtype=acc, device=ids.device) for _ in range(2))
         for rows in _blocks(ids, table):
@@ -75,7 +75,7 @@ class TorchPasses:
 
     @staticmethod
     def rows_summed(dx: Tensor, ids: Tensor, rows: int, padding_idx: int | None) -> Tensor:
-        """The sum of the dx [B, L, D] of each id [rows, D], in the accumulation dtype; torch sorts, and adds in order."""
+        """The sum of dx [B, L, D] for each id [rows, D]; torch sorts, and adds in order."""
         acc = accumulation_dtype(dx.dtype)
         dx = dx.to(acc) if dx.device.type == "cpu" else dx
         pad = -1 if padding_idx is None else padding_idx

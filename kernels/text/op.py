@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.arguments import first_outside
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter, triton_reasons
 from mmfuse.kernels.contrastive.backends import DTYPES, no_reason
 from mmfuse.kernels.contrastive.blocked import accumulation_dtype
@@ -153,7 +154,7 @@ def embed_text(
         [B, L, D].
 
     Deterministic: gradients of E are summed over sorted ids in a fixed order, without atomics. Sums and statistics in
-    float32 (float64 for float64), one rounding at the store. The backward computes x again: of [B, L, D] nothing is kept.
+    float32 (float64 for float64), one rounding at the store. The backward computes x again: no [B, L, D] is kept.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. An id out of range raises on a CPU, and
@@ -189,10 +190,8 @@ def checked(
         raise ValueError(f"ids is on {ids.device}, expected {table.device} as table")
     v, d = table.shape
     ids = ids.to(torch.int64).contiguous()
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling() and type(ids) is Tensor:
-        low, high = (t.item() for t in ids.aminmax())
-        if low < 0 or high >= v:
-            raise ValueError(f"ids has {low if low < 0 else high}, expected 0 <= id < {v}, the rows of table")
+    if (wrong := first_outside(ids, v)) is not None:
+        raise ValueError(f"ids has {wrong}, expected 0 <= id < {v}, the rows of table")
     length = ids.shape[1]
     if position is not None:
         if position.dim() != 2 or position.shape[1] != d:
