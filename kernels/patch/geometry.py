@@ -41,6 +41,15 @@ def view(pixels: Tensor, weight_dims: int, layout: str) -> Tensor:
     return x[missing]
 
 
+def unview(x: Tensor, pixels: Tensor, layout: str) -> Tensor:
+    """The reverse of `view`, contiguous in the shape of the pixels."""
+    if layout == "ntchw":
+        x = x.transpose(1, 2)
+    elif layout in ("nhwc", "patches"):
+        x = x.movedim(1, -1)
+    return x.reshape(pixels.shape)
+
+
 def kernel_of(weight: Tensor, layout: str, still: bool) -> Tensor:
     """The weight as [D, C, kt, kh, kw]; a still image sees the sum of the temporal slices."""
     if layout == "patches":

@@ -2,20 +2,160 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op
-from mmfuse.kernels.contrastive.backends import no_reason
-from mmfuse.kernels.patch import reference
-from mmfuse.kernels.patch.arguments import Norm, channel_values, check_ids, check_source, norm, vector
+from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels.contrastive.backends import compiled_reasons, no_reason, reasons_against_chunked
+from mmfuse.kernels.patch import blocked, reference
+from mmfuse.kernels.patch.arguments import Norm, channel_values, check_source, norm, vector
+from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Stem
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def passes(backend: str) -> Any:
+    """`forward_into` and `backward_from` of a backend."""
+    if backend in ("triton", "cuda"):
+        from mmfuse.kernels.patch import kernel
+
+        return kernel.passes(backend)
+    tile = blocked.TorchTile if backend == "chunked" else blocked.compiled_tile(torch.ops.mmfuse_cpu)
+    return SimpleNamespace(
+        forward_into=partial(blocked.forward_into, tile), backward_from=partial(blocked.backward_from, tile)
+    )
+
+
+def _fwd(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stem_weight: Tensor | None,
+    stem_bias: Tensor | None,
+    prefix: Tensor | None,
+    position: Tensor | None,
+    prefix_position: Tensor | None,
+    mask_token: Tensor | None,
+    type_embed: Tensor | None,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    mask: Tensor | None,
+    ids_keep: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    stride: Sequence[int],
+    layout: str,
+    padding: str,
+    stem_eps: float,
+    pre_eps: float,
+    compute: torch.dtype,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    stem = Stem(*tensors_of(locals()), tuple(stride), layout, padding, stem_eps, pre_eps, compute, dtype)
+    return _run(stem, backend)
+
+
+def tensors_of(values: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(values[name] for name in Stem._fields[:16])
+
+
+def _run(stem: Stem, backend: str) -> Tensor:
+    b, r, n = stem.shape()
+    out = torch.empty(b, r + n, stem.weight.shape[0], dtype=stem.dtype, device=stem.pixels.device)
+    passes(backend).forward_into(out, 0, stem)
+    return out
+
+
+def _fwd_fake(*args):  # type: ignore[no-untyped-def]
+    stem = Stem(*args[:-1])
+    b, r, n = stem.shape()
+    return stem.weight.new_empty((b, r + n, stem.weight.shape[0]), dtype=stem.dtype)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:16])
+    ctx.options = inputs[16:]
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:DIFFERENTIABLE])
+    grads = patch_bwd(g, *ctx.saved_tensors, *ctx.options, needs)
+    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * (24 - DIFFERENTIABLE))
+
+
+def _bwd(
+    g: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stem_weight: Tensor | None,
+    stem_bias: Tensor | None,
+    prefix: Tensor | None,
+    position: Tensor | None,
+    prefix_position: Tensor | None,
+    mask_token: Tensor | None,
+    type_embed: Tensor | None,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    mask: Tensor | None,
+    ids_keep: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    stride: Sequence[int],
+    layout: str,
+    padding: str,
+    stem_eps: float,
+    pre_eps: float,
+    compute: torch.dtype,
+    dtype: torch.dtype,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    stem = Stem(*tensors_of(locals()), tuple(stride), layout, padding, stem_eps, pre_eps, compute, dtype)
+    grads = passes(backend).backward_from(g, stem, needs)
+    return [g.new_empty(0) if d is None else d for d in grads]
+
+
+def _bwd_fake(g, *args):  # type: ignore[no-untyped-def]
+    return [
+        torch.empty_like(given, memory_format=torch.contiguous_format) if need else g.new_empty(0)
+        for given, need in zip(args, args[-1], strict=False)
+    ][:DIFFERENTIABLE]
+
+
+patch_bwd = register("patch_bwd", _bwd, _bwd_fake)
+patch_fwd = register("patch_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
+
+
+def _fused(backend: str, stem: Stem) -> Tensor:
+    steps = [] if stem.stride is None else list(stem.stride)
+    return patch_fwd(*stem[:16], steps, *stem[17:], backend)
+
+
+def _reasons_against_cpu(stem: Stem) -> list[str]:
+    why = compiled_reasons("cpu", stem.weight.new_empty(0, dtype=stem.acc))
+    if stem.pixels.dtype not in (torch.uint8, torch.float32):
+        why.append(f"pixels has dtype {stem.pixels.dtype}, the compiled part takes uint8 and float32")
+    return why
+
 
 PATCH_EMBED = Op(
     "patch_embed",
-    [Impl("torch", reference.patch_embed, no_reason)],
+    [
+        Impl("cpu", partial(_fused, "cpu"), _reasons_against_cpu),
+        Impl("chunked", partial(_fused, "chunked"), lambda stem: reasons_against_chunked(stem.pixels)),
+        Impl("torch", reference.patch_embed, no_reason),
+    ],
 )
+
+
+# --- the public function --------------------------------------------------------------------------------------------
 
 
 def patch_embed(
@@ -85,7 +225,52 @@ def patch_embed(
             a CPU and a device-side assertion on a GPU, as in torch's own indexing.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    g, channels, still = check_source(pixels, weight, stride, layout, padding)
+    stem = stem_of(
+        pixels,
+        weight,
+        bias,
+        stride=stride,
+        layout=layout,
+        mean=mean,
+        std=std,
+        stem_norm=stem_norm,
+        prefix=prefix,
+        position=position,
+        prefix_position=prefix_position,
+        mask=mask,
+        mask_token=mask_token,
+        ids_keep=ids_keep,
+        type_embed=type_embed,
+        pre_norm=pre_norm,
+        padding=padding,
+        dtype=dtype,
+    )
+    return PATCH_EMBED.select(stem, backend=backend).fn(stem)
+
+
+def stem_of(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, ...] | None = None,
+    layout: Literal["nchw", "nhwc", "ntchw", "patches"] = "nchw",
+    mean: Any = None,
+    std: Any = None,
+    stem_norm: Norm | None = None,
+    prefix: Tensor | None = None,
+    position: Tensor | None = None,
+    prefix_position: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    ids_keep: Tensor | None = None,
+    type_embed: Tensor | None = None,
+    pre_norm: Norm | None = None,
+    padding: Literal["error", "zero"] = "error",
+    dtype: torch.dtype | None = None,
+) -> Stem:
+    """The checked arguments of `patch_embed`, for `forward_into` and `backward_from`."""
+    g, channels, _ = check_source(pixels, weight, stride, layout, padding)
     b, n, d = pixels.shape[0], g.patches, weight.shape[0]
     mean = channel_values("mean", mean, channels, layout, pixels)
     std = channel_values("std", std, channels, layout, pixels)
@@ -118,15 +303,11 @@ def patch_embed(
             raise ValueError(f"ids_keep has shape {tuple(ids_keep.shape)}, expected [{b}, M]")
         if ids_keep.device != pixels.device:
             raise ValueError(f"ids_keep is on {ids_keep.device}, expected {pixels.device} as pixels")
-        if not torch.compiler.is_compiling():
-            check_ids(ids_keep, n)
     type_embed = vector("type_embed", type_embed, (d,), pixels, "[D]")
     kind = pixels.device.type
     compute = weight.dtype
     if torch.is_autocast_enabled(kind) and compute != torch.float64:
         compute = torch.get_autocast_dtype(kind)
-    operands = (pixels, weight, bias, stem_weight, stem_bias, prefix, position, prefix_position, mask, mask_token)
-    operands = (*operands, ids_keep, type_embed, pre_weight, pre_bias, mean, std)
-    options = (g, layout, still, stem_eps, pre_eps, compute, dtype or compute)
-    impl = PATCH_EMBED.select(pixels, weight, compute, backend=backend)
-    return impl.fn(*operands, *options)
+    steps = None if stride is None else (stride,) * (weight.dim() - 2) if isinstance(stride, int) else tuple(stride)
+    options = (steps, layout, padding, stem_eps, pre_eps, compute, dtype or compute)
+    return Stem(*tensors_of(locals()), *options)

@@ -1,0 +1,300 @@
+"""Patch embedding as a loop over blocks of images: patches go into a block that stays in the cache, then one product.
+
+The product is added onto rows that already hold position, prefix and bias, in the buffer of the result itself:
+
+    rows_b <- prefix, position + c                  A_b <- patches of the block's images, zeros under the prefix
+    rows_b += A_b VT
+
+and the gradients, of which only the pixels were saved:
+
+    G = dyT A,   dW = s (G - d sum dy),   sums over images before sums over positions
+
+The gather of the patches is `tile`: plain torch (`TorchTile`) or the compiled part's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels.patch.arguments import check_ids
+from mmfuse.kernels.patch.geometry import fold as fold_patches
+from mmfuse.kernels.patch.geometry import pad, unfold, unview
+from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Folded, Stem, fold, rows_added
+
+_BLOCK_BYTES = {"cpu": 5 << 20, "cuda": 256 << 20}  # of A
+
+
+class TorchTile:
+    """The gather in plain torch, any dtype, any device."""
+
+    @staticmethod
+    def patch_rows(x: Tensor, f: Folded, tokens: Tensor | None, rows: Tensor) -> None:
+        """A of `tokens` (positions in the block's images, in a row), or of all, which `rows` [m, N, K] then are."""
+        kernel = f.g.kernel
+        k_dims = (*kernel, x.shape[1]) if f.channels_last else (x.shape[1], *kernel)
+        order = (1, 2, 3, 0) if f.channels_last else (0, 1, 2, 3)
+
+        def enter(patches: Tensor, channel: int) -> Tensor:
+            per_channel = (slice(None), *[None] * (patches.dim() - channel - 1))
+            y = patches.to(rows.dtype)
+            y = y if f.subtract is None else y - f.subtract.to(rows.dtype)[per_channel]
+            return y if f.multiply is None else y * f.multiply.to(rows.dtype)[per_channel]
+
+        if tokens is None:
+            windows = unfold(pad(enter(x, 1), f.g, f.rest), f.g)
+            into = rows.unflatten(2, k_dims).unflatten(1, f.g.grid)
+            into.copy_(windows.permute(0, 1, 2, 3, *(4 + i for i in order)))
+            return
+        padded = f.g.padded != tuple(x.shape[2:])
+        windows = unfold(pad(enter(x, 1), f.g, f.rest) if padded else x, f.g)
+        at, index = [], tokens
+        for n in reversed(f.g.grid):
+            at.append(index % n)
+            index = torch.div(index, n, rounding_mode="floor")
+        patches = windows[(index, *reversed(at))]
+        rows.copy_((patches if padded else enter(patches, 1)).permute(0, *(1 + i for i in order)).flatten(1))
+
+
+def compiled_tile(ops: Any) -> Any:
+    """The compiled part's gather, for pixels that it takes."""
+    return SimpleNamespace(
+        patch_rows=lambda x, f, tokens, rows: ops.patch_rows(
+            x,
+            x.new_empty(0, dtype=torch.int64) if tokens is None else tokens,
+            *(rows.new_empty(0) if v is None else v for v in (f.subtract, f.multiply, f.rest)),
+            f.channels_last,
+            *f.g.kernel,
+            *f.g.stride,
+            *f.g.grid,
+            rows,
+        )
+    )
+
+
+class Block:
+    """The rows of some images: which patches they are, and what the forward makes of them."""
+
+    def __init__(self, stem: Stem, f: Folded, i: int, j: int):
+        self.stem, self.f = stem, f
+        self.x, self.images = f.x[i:j], j - i
+        _, self.r, self.n = stem.shape()
+        self.ids = None if stem.ids_keep is None else stem.ids_keep[i:j]
+        mask = None if stem.mask is None else stem.mask[i:j]
+        if mask is not None and self.ids is not None:
+            mask = mask.gather(1, self.ids)
+        self.mask = mask
+        tokens = None
+        if self.ids is not None:
+            tokens = (self.ids + f.g.patches * torch.arange(j - i, device=f.x.device)[:, None]).flatten()
+        self.kept: Tensor | None = None
+        if mask is not None and f.x.device.type == "cpu":  # on a GPU it would wait for the number of them
+            self.kept = (~mask).flatten().nonzero().squeeze(1)
+            tokens = self.kept if tokens is None else tokens[self.kept]
+        self.tokens = tokens
+
+    def patches(self, tile: Any, scratch: Tensor) -> Tensor:
+        """A of the patches to compute: [m N, K], or of those not masked."""
+        count = self.images * self.n if self.kept is None else len(self.kept)
+        rows = scratch[:count]
+        every = rows.view(self.images, -1, rows.shape[1]) if self.tokens is None else rows
+        tile.patch_rows(self.x, self.f, self.tokens, every)
+        if self.mask is not None and self.kept is None:
+            rows.masked_fill_(self.mask.flatten()[:, None], 0)
+        return rows
+
+    def preload(self, rows: Tensor, added: Tensor) -> None:
+        """rows [m, R + N, D] <- all that is not the product."""
+        if self.ids is None:
+            rows.copy_(added.expand_as(rows))
+        else:
+            rows[:, : self.r] = added[: self.r]
+            rows[:, self.r :] = added[self.r :][self.ids]
+        if self.mask is not None and self.stem.mask_token is not None:
+            rows[:, self.r :] += self.mask[:, :, None] * self.stem.mask_token.to(rows.dtype)
+
+    def add(self, tokens: Tensor, product: Tensor) -> None:
+        """tokens [m, N, D] += product, masked tokens not."""
+        if self.kept is not None:
+            at = self.kept
+            image, position = at.div(self.n, rounding_mode="floor"), at % self.n
+            tokens.index_put_((image, position), tokens[image, position] + product)
+            return
+        product = product.view(self.images, self.n, -1)
+        if self.mask is not None:
+            product = product.masked_fill(self.mask[:, :, None], 0)
+        tokens.add_(product)
+
+    def select(self, rows: Tensor) -> Tensor:
+        """Gradients [m, N, D] of those that the product made, [m N, D] or [kept, D]."""
+        if self.kept is not None:
+            return rows.reshape(-1, rows.shape[2])[self.kept]
+        if self.mask is not None:
+            rows = rows.masked_fill(self.mask[:, :, None], 0)
+        return rows.reshape(-1, rows.shape[2])
+
+
+def blocks(stem: Stem, f: Folded, itemsize: int) -> Iterator[tuple[int, int]]:
+    b, r, n = stem.shape()
+    size = max(1, (r + n) * f.weight.shape[1] * itemsize)
+    step = max(1, _BLOCK_BYTES["cuda" if f.x.is_cuda else "cpu"] // size)
+    for i in range(0, b, step):
+        yield i, min(b, i + step)
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    assert weight is not None
+    w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return torch.native_layer_norm(x, list(w.shape), w, b, eps)
+
+
+def norm_grad(g: Tensor, x: Tensor, stats: Any, weight: Tensor, bias: Tensor | None, sums: Any, name: str) -> Tensor:
+    """dx; the gradients of weight and bias are added to the sums of this name."""
+    w = weight.to(x.dtype)
+    b = torch.zeros_like(w) if bias is None else bias.to(x.dtype)
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(g, x, list(w.shape), *stats, w, b, [True, True, True])
+    sums[f"{name}_weight"] += dw
+    sums[f"{name}_bias"] += db
+    return dx
+
+
+def forward_into(tile: Any, out: Tensor, offset: int, stem: Stem) -> None:
+    """Write the tokens into out[:, offset : offset + R + N]."""
+    b, r, n = stem.shape()
+    if stem.ids_keep is not None:
+        check_ids(stem.ids_keep, stem.source()[0].patches)
+    if b * (r + n) == 0:
+        return
+    acc, d = stem.acc, stem.weight.shape[0]
+    f = fold(stem, acc)
+    added = rows_added(stem, f.g.patches)
+    plain = stem.mask is None and stem.stem_weight is None
+    if plain and f.bias is not None:
+        added[r:] += f.bias
+    spans = list(blocks(stem, f, acc.itemsize))
+    most = max(j - i for i, j in spans)
+    k, new = f.weight.shape[1], {"dtype": acc, "device": out.device}
+    # one product for the rows of all images in a row, with zeros under the prefix
+    joined = plain and stem.ids_keep is None and r <= n // 16
+    scratch = torch.zeros(most, r + n, k, **new) if joined else torch.empty(most * n, k, **new)
+    for i, j in spans:
+        block = Block(stem, f, i, j)
+        target = out[i:j, offset : offset + r + n]
+        direct = target.dtype == acc and target.is_contiguous() and stem.pre_weight is None
+        rows = target if direct else torch.empty(target.shape, **new)
+        block.preload(rows, added)
+        if joined:
+            tile.patch_rows(block.x, f, None, scratch[: j - i, r:])
+            flat = rows.view(-1, d)
+            torch.addmm(flat, scratch[: j - i].view(-1, k), f.weight.t(), out=flat)
+        else:
+            a = block.patches(tile, scratch)
+            product = a @ f.weight.t() if plain else product_of(a, f)
+            if stem.stem_weight is not None:
+                product = norm(product, stem.stem_weight, stem.stem_bias, stem.stem_eps)[0]
+            block.add(rows[:, r:], product)
+        if stem.pre_weight is not None:
+            rows = norm(rows, stem.pre_weight, stem.pre_bias, stem.pre_eps)[0]
+        if not direct:
+            target.copy_(rows)
+
+
+def backward_from(tile: Any, grad: Tensor, stem: Stem, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of the stem's first DIFFERENTIABLE tensors that are needed, from that of its rows [B, R + N, D]."""
+    b, r, n = stem.shape()
+    acc, d = stem.acc, stem.weight.shape[0]
+    f = fold(stem, acc)
+    k, patches = f.weight.shape[1], f.g.patches
+    need = dict(zip(Stem._fields, needs, strict=False))
+    new = {"dtype": acc, "device": grad.device}
+    product = torch.zeros(d, k, **new)
+    front, tokens = torch.zeros(r, d, **new), torch.zeros(1 if stem.position is None else patches, d, **new)
+    sums = {name: torch.zeros(d, **new) for name in Stem._fields[:DIFFERENTIABLE]}
+    pixel_grad = torch.empty(f.x.shape if need["pixels"] else 0, **new)
+    plain = stem.mask is None and stem.stem_weight is None
+    below = any(need[name] for name in ("pixels", "weight", "bias", "stem_weight", "stem_bias"))
+    normed = stem.stem_weight is not None or stem.pre_weight is not None
+    gather = need["weight"] or normed
+    spans = list(blocks(stem, f, acc.itemsize)) if b * (r + n) else []
+    scratch = torch.empty(max((j - i for i, j in spans), default=0) * n if gather else 0, k, **new)
+    added = rows_added(stem, patches) if stem.pre_weight is not None else None
+    for i, j in spans:
+        block = Block(stem, f, i, j)
+        g = grad[i:j].to(acc)
+        a = block.patches(tile, scratch) if gather else scratch
+        if normed:
+            z = y = product_of(a, f)
+            if stem.stem_weight is not None:
+                z, *stem_stats = norm(y, stem.stem_weight, stem.stem_bias, stem.stem_eps)
+        if stem.pre_weight is not None and added is not None:
+            rows = torch.empty(g.shape, **new)
+            block.preload(rows, added)
+            block.add(rows[:, r:], z)
+            _, *stats = norm(rows, stem.pre_weight, stem.pre_bias, stem.pre_eps)
+            g = norm_grad(g, rows, stats, stem.pre_weight, stem.pre_bias, sums, "pre")
+        front += g[:, :r].sum(0)
+        g = g[:, r:]
+        if stem.position is None:
+            tokens += g.sum((0, 1))
+        else:
+            add_rows(tokens, block.ids, g)
+        if block.mask is not None and need["mask_token"]:
+            sums["mask_token"] += (g * block.mask[:, :, None]).sum((0, 1))
+        if not below:
+            continue
+        dy = block.select(g)
+        if stem.stem_weight is not None:
+            dy = norm_grad(dy, y, stem_stats, stem.stem_weight, stem.stem_bias, sums, "stem")
+        if not plain:
+            sums["bias"] += dy.sum(0)
+        if need["weight"]:
+            product.addmm_(dy.t(), a)
+        if need["pixels"]:
+            pixel_grad[i:j] = fold_back(block, dy @ f.weight)
+    if plain:
+        sums["bias"] = tokens.sum(0)
+    sums["type_embed"] = front.sum(0) + tokens.sum(0)
+    grads = {**sums, "prefix": front, "prefix_position": front, "position": tokens}
+    if need["weight"]:
+        grads["weight"] = f.weight_grad(product, sums["bias"], stem.weight)
+    if need["pixels"]:
+        grads["pixels"] = unview(pixel_grad, stem.pixels, stem.layout)
+    return [
+        grads[name].to(given.dtype, copy=name == "prefix_position") if wanted and isinstance(given, Tensor) else None
+        for name, given, wanted in zip(Stem._fields, stem, needs, strict=False)
+    ]
+
+
+def product_of(a: Tensor, f: Folded) -> Tensor:
+    y = a @ f.weight.t()
+    return y if f.bias is None else y.add_(f.bias)
+
+
+def fold_back(block: Block, rows: Tensor) -> Tensor:
+    """The gradient of the block's pixels [m, C, T, H, W] from that of its A."""
+    f = block.f
+    if f.multiply is not None:
+        rows = rows * f.over_k(f.multiply)
+    if block.tokens is not None:
+        every = rows.new_zeros(block.images * f.g.patches, rows.shape[1])
+        rows = sum_at(every, block.tokens, rows)
+    if f.channels_last:
+        rows = rows.view(len(rows), -1, f.x.shape[1]).transpose(1, 2)
+    return fold_patches(rows.reshape(block.images, f.g.patches, -1), f.g, block.x.shape)
+
+
+def add_rows(total: Tensor, ids: Tensor | None, g: Tensor) -> None:
+    """total [N, D] += the sum over images of g [m, n, D], whose patches are `ids` or all."""
+    if ids is None:
+        total += g.sum(0)
+    else:
+        sum_at(total, ids.flatten(), g.reshape(-1, g.shape[2]))
+
+
+def sum_at(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """total[index] += rows, in order: torch sorts on a GPU and has one thread on a CPU."""
+    return total.index_put_((index,), rows, accumulate=True) if rows.is_cuda else total.index_add_(0, index, rows)

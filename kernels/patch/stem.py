@@ -1,0 +1,151 @@
+"""The operator's arguments as one tuple, and the weight with the normalisation folded in.
+
+A product sees pixels as A and the weight as V, so that A VT + c = W . (x / 255 - mean) / std + bias:
+
+    uint8     A = x - i   (exact)       V = 2^q W s   rounded      c = bias - sum_k V d / 2^q
+    float     A = (x - mean) / std      V = W                      c = bias
+    s = 1 / (255 std),  i = round(255 mean),  d = 255 mean - i;    one q for each row of V, 0 unless V is float16
+
+The bias is that of the rounded V: the image's mean does not multiply the rounding error of the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels.patch.arguments import check_source
+from mmfuse.kernels.patch.geometry import Geometry, kernel_of, view
+
+
+class Stem(NamedTuple):
+    """What `op.patch_embed` takes, checked; the tensors first."""
+
+    pixels: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stem_weight: Tensor | None
+    stem_bias: Tensor | None
+    prefix: Tensor | None
+    position: Tensor | None
+    prefix_position: Tensor | None
+    mask_token: Tensor | None
+    type_embed: Tensor | None
+    pre_weight: Tensor | None
+    pre_bias: Tensor | None
+    mask: Tensor | None
+    ids_keep: Tensor | None
+    mean: Tensor | None
+    std: Tensor | None
+    stride: tuple[int, ...] | None
+    layout: str
+    padding: str
+    stem_eps: float
+    pre_eps: float
+    compute: torch.dtype  # of the product: the weight's, or that of autocast
+    dtype: torch.dtype  # of the tokens
+
+    def source(self) -> tuple[Geometry, bool]:
+        """(geometry, whether a still image meets a temporal kernel)."""
+        g, _, still = check_source(self.pixels, self.weight, self.stride or None, self.layout, self.padding)
+        return g, still
+
+    def shape(self) -> tuple[int, int, int]:
+        """(B, R, N) of the tokens: prefix rows and patches that are computed."""
+        g, _ = self.source()
+        patches = g.patches if self.ids_keep is None else self.ids_keep.shape[1]
+        return self.pixels.shape[0], 0 if self.prefix is None else self.prefix.shape[0], patches
+
+    @property
+    def acc(self) -> torch.dtype:
+        return torch.promote_types(self.compute, torch.float32)
+
+
+DIFFERENTIABLE = 12  # the leading fields that may need a gradient
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The operands of the product; what is None is 0, or 1 for a factor."""
+
+    x: Tensor  # [B, C, T, H, W], a view of the pixels
+    g: Geometry
+    still: bool
+    channels_last: bool  # the order of K: (t, y, x, c) instead of (c, t, y, x), as the pixels lie in memory
+    subtract: Tensor | None  # [C]: A = (x - subtract) multiply
+    multiply: Tensor | None  # [C]
+    scale: Tensor | None  # [C], s
+    rest: Tensor | None  # [C], d: also what A is where the image is padded
+    weight: Tensor  # [D, K], V
+    unscale: Tensor | None  # [D], 2^-q
+    bias: Tensor | None  # [D], c
+
+    def over_k(self, v: Tensor) -> Tensor:
+        """A value of each channel as one of each column of A."""
+        kt, kh, kw = self.g.kernel
+        return v.repeat(kt * kh * kw) if self.channels_last else v.repeat_interleave(kt * kh * kw)
+
+    def weight_grad(self, product: Tensor, sums: Tensor, like: Tensor) -> Tensor:
+        """The weight's gradient from G = dyT A [D, K] and the column sums of dy [D]."""
+        if self.rest is not None:
+            product = product.sub_(sums[:, None] * self.over_k(self.rest))
+        if self.scale is not None:
+            product = product.mul_(self.over_k(self.scale))
+        c, k = self.x.shape[1], self.g.kernel
+        if self.channels_last:
+            product = product.view(-1, *k, c).movedim(-1, 1)
+        grad = product.to(like.dtype)
+        if self.still:
+            return grad.reshape(-1, c, *k).expand_as(like).contiguous()
+        return grad.reshape(like.shape)
+
+
+def fold(stem: Stem, operand: torch.dtype) -> Folded:
+    """The operands of the product, the weight rounded to `operand`."""
+    g, still = stem.source()
+    acc = stem.acc
+    x = view(stem.pixels, stem.weight.dim(), stem.layout)
+    channels_last = x.shape[1] > 1 and x.stride(1) < x.stride(4)
+    mean, std = stem.mean, stem.std
+    subtract = multiply = scale = rest = None
+    if stem.pixels.dtype != torch.uint8:
+        subtract, multiply = mean, None if std is None else 1 / std
+    elif mean is not None or std is not None:
+        scale = 1 / (255 * (torch.ones_like(mean) if std is None else std))  # type: ignore[arg-type]
+        if mean is not None:
+            subtract = torch.round(255 * mean)
+            rest = 255 * mean - subtract
+    subtract, multiply, scale, rest = (None if v is None else v.to(acc) for v in (subtract, multiply, scale, rest))
+
+    w = kernel_of(stem.weight.to(acc), stem.layout, still)
+    if scale is not None:
+        w = w * scale[:, None, None, None]
+    w = (w.movedim(1, -1) if channels_last else w).flatten(1)
+    unscale = None
+    if operand == torch.float16:
+        # the largest of a row into [2^13, 2^14): float16 neither overflows nor loses what matters, on the device
+        exponent = 14 - torch.frexp(w.abs().amax(1)).exponent
+        w = torch.ldexp(w, exponent[:, None])
+        unscale = torch.ldexp(torch.ones_like(w[:, 0]), -exponent)
+    w = w.to(operand).contiguous()
+    folded = Folded(x, g, still, channels_last, subtract, multiply, scale, rest, w, unscale, None)
+    bias = None if stem.bias is None else stem.bias.to(acc)
+    if rest is not None:
+        shift = w.to(acc) @ folded.over_k(rest)
+        shift = shift if unscale is None else shift * unscale
+        bias = -shift if bias is None else bias - shift
+    return Folded(x, g, still, channels_last, subtract, multiply, scale, rest, w, unscale, bias)
+
+
+def rows_added(stem: Stem, n: int) -> Tensor:
+    """What every image adds to the product: prefix, positions and type, [R + n, D]."""
+    d, acc = stem.weight.shape[0], stem.acc
+    rows = torch.zeros(n, d, dtype=acc, device=stem.pixels.device) if stem.position is None else stem.position.to(acc)
+    if stem.prefix is not None:
+        front = stem.prefix.to(acc)
+        front = front if stem.prefix_position is None else front + stem.prefix_position
+        rows = torch.cat([front, rows])
+    return rows if stem.type_embed is None else rows + stem.type_embed
