@@ -1,0 +1,44 @@
+"""Neighbours in plain torch over blocks of queries, so that no [B, G, N] tensor is held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels.points import reference
+
+_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
+def _over_blocks(find: Callable[[Tensor, Tensor], Tensor], query: Tensor, points: Tensor, k: int) -> Tensor:
+    """find(query [1, g, 3], points [1, N, 3]) of every block, as one [B, G, k]."""
+    (b, g, _), n = query.shape, points.shape[1]
+    acc = accumulation_dtype(points.dtype)
+    rows = max(1, _BLOCK_BYTES[points.device.type] // (max(1, n) * 4 * acc.itemsize))
+    index = torch.empty(b, g, k, dtype=torch.int64, device=points.device)
+    for cloud in range(b):
+        p = points[cloud : cloud + 1].to(acc)
+        for i in range(0, g, rows):
+            index[cloud, i : i + rows] = find(query[cloud : cloud + 1, i : i + rows].to(acc), p)[0]
+    return index
+
+
+def nearest_neighbors(query: Tensor, points: Tensor, k: int) -> Tensor:
+    def nearest(q: Tensor, p: Tensor) -> Tensor:
+        d = reference.squared_distances(q[:, :, None], p[:, None]).nan_to_num_(torch.inf, torch.inf)
+        # topk takes any of the equals, and the first are meant: all below the k-th, then the first that equal it
+        last = d.topk(k, 2, largest=False).values[..., -1:]
+        below, equal = d < last, d == last
+        kept = below | (equal & (equal.cumsum(2) <= k - below.sum(2, keepdim=True)))
+        at = torch.where(kept, torch.arange(d.shape[2], device=d.device), d.shape[2])
+        at = at.topk(k, 2, largest=False).values.sort(2).values
+        return at.gather(2, d.gather(2, at).sort(dim=2, stable=True).indices)
+
+    return _over_blocks(nearest, query, points, k)
+
+
+def ball_query(query: Tensor, points: Tensor, k: int, radius: float) -> Tensor:
+    return _over_blocks(lambda q, p: reference.ball_query(q, p, k, radius), query, points, k)

@@ -1,0 +1,5 @@
+"""The mini-PointNet: tokens of groups of points, of which only the argmax is kept."""
+
+from mmfuse.kernels.points.pointnet.op import mini_pointnet, pointnet_statistics
+
+__all__ = ["mini_pointnet", "pointnet_statistics"]

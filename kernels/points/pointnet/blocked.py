@@ -1,0 +1,142 @@
+"""The mini-PointNet over blocks of groups: only the last argmax is kept, the rest is computed again for the gradient.
+
+x [M, k, C]    a = relu(W1 x + b1)    f = W2 a + b2    g = max_j f    h = relu(Wg g + Wf f + b3)    y = max_j W4 h + b4
+
+W3 = [Wg | Wf]: Wg g is computed once for a group, not for each of its k neighbours. The last product, its maximum and
+its gradient are those of the largest similarity over queries (kernels/contrastive/max_query): h are the query vectors,
+the rows of W4 the texts. An entry of y has one neighbour, so the last layer's gradient is 1 / k of a product's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+
+# what a block of groups holds of the third layer: on a CPU it stays in the cache between the products
+_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
+@dataclass
+class _Block:
+    """What a block of m groups needs again for its gradient; rows are neighbours."""
+
+    x: Tensor  # [m k, C]
+    a: Tensor  # [m k, C1]
+    f: Tensor  # [m k, C2]
+    g: Tensor  # [m, C2]
+    peak: Tensor  # [m, C2], the neighbours that g comes from
+    third: Tensor  # [m k, C3], Wg g + Wf f (+ b3)
+
+
+def _blocks(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor | None) -> Iterator:  # type: ignore[type-arg]
+    m, k, _ = x.shape
+    c2 = w2.shape[0]
+    size = max(1, _BLOCK_BYTES[x.device.type] // max(1, k * len(w3) * w3.dtype.itemsize))
+    for i in range(0, m, size):
+        block = slice(i, min(i + size, m))
+        rows = x[block].to(w1.dtype).reshape(-1, x.shape[2])
+        a = torch.addmm(b1, rows, w1.t()).relu_()
+        f = torch.addmm(b2, a, w2.t())
+        g, peak = f.view(-1, k, c2).max(1)
+        of_group = g @ w3[:, :c2].t()
+        if b3 is not None:
+            of_group += b3
+        third = of_group.repeat_interleave(k, 0)
+        third.addmm_(f, w3[:, c2:].t())
+        yield block, _Block(rows, a, f, g, peak, third)
+
+
+def _product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
+    """a b in the accumulation dtype, which sums over blocks are kept in."""
+    return torch.mm(a, b) if a.dtype == acc else torch.mm(a, b, out_dtype=acc)
+
+
+class _Gradients:
+    """Sums over blocks of the gradients of the first three layers."""
+
+    def __init__(self, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, acc: torch.dtype):
+        self.weights, self.acc = (w1, w2, w3), acc
+        self.x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self.w = [torch.zeros(w.shape, dtype=acc, device=x.device) for w in self.weights]
+        self.b = [torch.zeros(len(w), dtype=acc, device=x.device) for w in self.weights]
+
+    def add(self, block: slice, s: _Block, d: Tensor) -> None:
+        """d [m k, C3]: the gradient of the block's third product."""
+        w1, w2, w3 = self.weights
+        acc, c2 = self.acc, len(w2)
+        k = len(d) // len(s.g)
+        of_group = d.view(-1, k, len(w3)).sum(1)
+        self.w[2][:, :c2] += _product(of_group.t(), s.g, acc)
+        self.w[2][:, c2:] += _product(d.t(), s.f, acc)
+        self.b[2] += of_group.sum(0, dtype=acc)
+        df = d @ w3[:, c2:]
+        df.view(-1, k, c2).scatter_add_(1, s.peak[:, None], (of_group @ w3[:, :c2])[:, None])
+        self.w[1] += _product(df.t(), s.a, acc)
+        self.b[1] += df.sum(0, dtype=acc)
+        da = torch.ops.aten.threshold_backward(df @ w2, s.a, 0)
+        self.w[0] += _product(da.t(), s.x, acc)
+        self.b[0] += da.sum(0, dtype=acc)
+        self.x[block] = (da @ w1).view(-1, k, w1.shape[1])
+
+
+def forward(passes: Any, x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
+    """(y [M, D], the neighbours that it comes from [M, D])."""
+    *first, w4, b4 = layers
+    m, k, _ = x.shape
+    y = torch.empty(m, len(w4), dtype=x.dtype, device=x.device)
+    peak = torch.empty(m, len(w4), dtype=torch.uint8, device=x.device)
+    for block, s in _blocks(x, *first):
+        largest, peak[block] = passes.maximum(s.third.relu_().view(-1, k, w4.shape[1]), w4)
+        y[block] = largest.add_(b4)
+    return y, peak
+
+
+def backward(passes: Any, dy: Tensor, peak: Tensor, x: Tensor, *layers: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of x and of the layers."""
+    w1, b1, w2, b2, w3, b3, w4, _ = layers
+    acc = accumulation_dtype(x.dtype)
+    k = x.shape[1]
+    sums = _Gradients(x, w1, w2, w3, acc)
+    dw4 = torch.zeros(w4.shape, dtype=acc, device=x.device)
+    dy = dy.to(acc).contiguous()
+    for block, s in _blocks(x, w1, b1, w2, b2, w3, b3):
+        h = s.third.relu_()
+        dh, part = passes.gradient(dy[block], peak[block], h.view(-1, k, w4.shape[1]), w4, True, True)
+        dw4 += part
+        sums.add(block, s, torch.ops.aten.threshold_backward(dh.view(h.shape), h, 0))
+    pairs = (t for pair in zip(sums.w, sums.b, strict=True) for t in pair)
+    return sums.x, *pairs, dw4, dy.sum(0)
+
+
+def statistics(x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean [C3], biased variance [C3]); blocks are merged by their means (Chan et al. 1983)."""
+    acc, channels = accumulation_dtype(x.dtype), len(layers[-1])
+    mean, squares = (torch.zeros(channels, dtype=acc, device=x.device) for _ in range(2))
+    count = 0
+    for _, s in _blocks(x, *layers, None):
+        rows = len(s.third)
+        var, middle = torch.var_mean(s.third.to(acc), 0, correction=0)
+        gap = middle - mean
+        squares += var * rows + gap.square() * (count * rows / (count + rows))
+        count += rows
+        mean += gap * (rows / count)
+    return mean, squares / count
+
+
+def statistics_backward(
+    dmean: Tensor, dvar: Tensor, mean: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of x, w1, b1, w2, b2 and w3."""
+    count = x.shape[0] * x.shape[1]
+    sums = _Gradients(x, w1, w2, w3, accumulation_dtype(x.dtype))
+    slope = dvar * (2 / count)
+    offset = dmean / count - slope * mean
+    for block, s in _blocks(x, w1, b1, w2, b2, w3, None):
+        sums.add(block, s, (s.third * slope + offset).to(s.third.dtype))
+    return sums.x, sums.w[0], sums.b[0], sums.w[1], sums.b[1], sums.w[2]

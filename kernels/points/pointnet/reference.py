@@ -1,0 +1,27 @@
+"""The mini-PointNet on whole tensors: its meaning, the global feature repeated for every neighbour as published."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mini_pointnet(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, w4: Tensor, b4: Tensor
+) -> Tensor:
+    """[M, D] of groups x [M, k, C]."""
+    h = _third(x, w1, b1, w2, b2, w3) + b3
+    return (h.relu() @ w4.t() + b4).max(1).values
+
+
+def statistics(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean [C3], biased variance [C3]) of the third product over all neighbours."""
+    h = _third(x, w1, b1, w2, b2, w3).flatten(0, 1)
+    var, mean = torch.var_mean(h.to(torch.promote_types(h.dtype, torch.float32)), 0, correction=0)
+    return mean, var
+
+
+def _third(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor) -> Tensor:
+    f = (x @ w1.t() + b1).relu() @ w2.t() + b2
+    g = f.max(1, keepdim=True).values
+    return torch.cat([g.expand_as(f), f], 2) @ w3.t()
