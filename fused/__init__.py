@@ -7,6 +7,7 @@ from mmfuse.fused.imagebind import ImageBindLoss
 from mmfuse.fused.language import linear_cross_entropy
 from mmfuse.fused.losses import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from mmfuse.fused.momentum import MomentumQueueITC, momentum_update
+from mmfuse.fused.quantizer import NormEMAVectorQuantizer, VectorQuantizer
 from mmfuse.fused.queries import MaxQueryITC
 from mmfuse.fused.retrieval import HardNegativeSampler, Ranking, rerank
 
@@ -20,9 +21,11 @@ __all__ = [
     "ImageBindLoss",
     "MaxQueryITC",
     "MomentumQueueITC",
+    "NormEMAVectorQuantizer",
     "Ranking",
     "Report",
     "SigLipLoss",
+    "VectorQuantizer",
     "accelerate",
     "linear_cross_entropy",
     "momentum_update",

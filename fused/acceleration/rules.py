@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from mmfuse.fused.acceleration import coca
+from mmfuse.fused.acceleration import coca, vector_quantize
 from mmfuse.fused.losses import unsupported
 
 
@@ -122,6 +122,17 @@ RULES = (
         forward="mmfuse.fused.acceleration.huggingface:forward",
         relies_on=("forward", "get_image_features", "get_text_features"),
         opt_in=_LOGITS_IN_OUTPUT % "siglip_loss",
+    ),
+    Rule(
+        op="vector_quantize",
+        target="vector_quantize_pytorch.vector_quantize_pytorch:VectorQuantize",
+        forward="mmfuse.fused.acceleration.vector_quantize:forward",
+        reason_against=vector_quantize.reason_against,
+    ),
+    Rule(
+        op="vector_quantize",
+        target="norm_ema_quantizer:NormEMAVectorQuantizer",
+        forward="mmfuse.fused.quantizer:NormEMAVectorQuantizer.forward",
     ),
     Rule(
         op="coca_generate",
