@@ -34,25 +34,39 @@ else:
     )
     from mmfuse.kernels.head import select_head
     from mmfuse.kernels.patch import patch_embed
+    from mmfuse.kernels.points import (
+        ball_query,
+        farthest_points,
+        group_points,
+        mini_pointnet,
+        nearest_neighbors,
+        pointnet_statistics,
+    )
     from mmfuse.kernels.text import embed_text
 
     __all__ = [
+        "ball_query",
         "clip_loss",
         "code_statistics",
         "distill_clip_loss",
         "distributed_clip_loss",
         "distributed_siglip_loss",
         "embed_text",
+        "farthest_points",
         "global_contrastive_loss",
+        "group_points",
         "grouped_clip_loss",
         "hard_negatives",
         "linear_argmax",
         "matryoshka_clip_loss",
         "max_query_loss",
         "max_query_similarity",
+        "mini_pointnet",
         "moco_loss",
         "nearest_code",
+        "nearest_neighbors",
         "patch_embed",
+        "pointnet_statistics",
         "queue_itc_loss",
         "select_head",
         "siglip_loss",
