@@ -25,6 +25,7 @@ from mmfuse.fused.data2seq.fbank import fbank
 from mmfuse.fused.data2seq.graph import GraphFeatureTokenizer, laplacian_eigenvectors, orthogonal_node_ids
 from mmfuse.fused.data2seq.hyperspectral import BandEmbed, neighbouring_bands
 from mmfuse.fused.data2seq.patches import AudioEmbed, ImageEmbed, VideoEmbed
+from mmfuse.fused.data2seq.point import PointPatchEmbed
 from mmfuse.fused.data2seq.series import DataEmbedding, PatchEmbedding
 from mmfuse.fused.data2seq.tabular import TabularEmbed
 from mmfuse.fused.data2seq.text import TextEmbed, zero_padding
@@ -38,6 +39,7 @@ __all__ = [
     "GraphFeatureTokenizer",
     "ImageEmbed",
     "PatchEmbedding",
+    "PointPatchEmbed",
     "TabularEmbed",
     "TextEmbed",
     "VideoEmbed",
@@ -54,8 +56,6 @@ class _Points(nn.Module):
 
     def __init__(self, embed_dim: int, **options: Any):
         super().__init__()
-        from mmfuse.fused.data2seq.point import PointPatchEmbed
-
         self.patch_embed = PointPatchEmbed(embed_dim=embed_dim, **options)
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, embed_dim))
 

@@ -10,19 +10,19 @@ def neighbouring_bands(cube: Tensor, near_band: int) -> Tensor:
     """A patch around a pixel [N, p, p, bands] -> what each band's token sees [N, bands, p * p * near_band].
 
     The values are those of near_band bands around the token's, each with all its p * p pixels, modulo the number of
-    bands. Of the n = near_band // 2 bands on each side the order is b - n, ..., b - 1, b, b + 1, ..., b + n for a
-    single pixel and, as in the published code, b - 1, ..., b - n, b, b + 1, ..., b + n for larger patches.
+    bands: n = near_band // 2 before it, and the rest after it. The order is b - n, ..., b - 1, b, b + 1, ... for a
+    single pixel and, as in the published code, b - 1, ..., b - n, b, b + 1, ... for larger patches.
 
     Raises:
-        ValueError: a cube of another shape, or an even near_band.
+        ValueError: a cube of another shape, or near_band less than 1.
     """
     if cube.dim() != 4 or cube.shape[1] != cube.shape[2]:
         raise ValueError(f"cube has shape {tuple(cube.shape)}, expected [N, p, p, bands]")
-    if near_band < 1 or near_band % 2 == 0:
-        raise ValueError(f"near_band is {near_band}, expected an odd number: as many bands on either side")
+    if near_band < 1:
+        raise ValueError(f"near_band is {near_band}, expected at least 1, the band itself")
     pixels, bands = cube.flatten(1, 2).mT, cube.shape[3]  # [N, bands, p * p]
     left = list(range(1, near_band // 2 + 1))
-    right = [-shift for shift in left]
+    right = [-shift for shift in range(1, near_band - len(left))]
     if cube.shape[1] == 1:
         left.reverse()
     shifts = torch.tensor([*left, 0, *right], device=cube.device)

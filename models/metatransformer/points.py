@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfuse.fused.data2seq.point import P3Embed, PointPatchEmbed
 from mmfuse.models.metatransformer.encoder import Encoder
 
+_EMBEDS = {"P3Embed": P3Embed, "PointPatchEmbed": PointPatchEmbed}
 _ACTIVATIONS = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
@@ -131,14 +133,11 @@ class PointCloud(nn.Module):
 
 
 def _embed(in_channels: int, embed_dim: int, embed_args: Mapping[str, Any]) -> nn.Module:
-    from mmfuse.fused.data2seq import point
-
     options = dict(embed_args)
     name = options.pop("NAME", "PointPatchEmbed")
-    embeds = {"P3Embed": point.P3Embed, "PointPatchEmbed": point.PointPatchEmbed}
-    if name not in embeds:
-        raise ValueError(f"embed_args has NAME {name!r}, expected one of {', '.join(embeds)}")
-    return embeds[name](**options | {"in_channels": in_channels, "embed_dim": embed_dim})
+    if name not in _EMBEDS:
+        raise ValueError(f"embed_args has NAME {name!r}, expected one of {', '.join(_EMBEDS)}")
+    return _EMBEDS[name](**options | {"in_channels": in_channels, "embed_dim": embed_dim})
 
 
 def _norm(norm_args: str | Mapping[str, Any], dim: int) -> nn.LayerNorm:
