@@ -174,7 +174,7 @@ def forward_into(tile: Any, out: Tensor, offset: int, stem: Stem) -> None:
     added = rows_added(stem, f.g.patches)
     plain = stem.mask is None and stem.stem_weight is None
     if plain and f.bias is not None:
-        added[r:] += f.bias
+        added = torch.cat([added[:r], added[r:] + f.bias])  # the rows may be the caller's position
     spans = list(blocks(stem, f, acc.itemsize))
     most = max(j - i for i, j in spans)
     k, new = f.weight.shape[1], {"dtype": acc, "device": out.device}
