@@ -214,7 +214,8 @@ ball_op = register("ball_query", _ball, _ball_fake)
 BALL = Op(
     "ball_query",
     [
-        Impl("cpu", ball_op, lambda query, points, *_: reasons_against_cpu(points)),
+        Impl("cuda", ball_op, reasons_against_cuda),
+        Impl("cpu", ball_op, reasons_against_cpu),
         Impl("chunked", ball_op, reasons_against_chunked),
         Impl("torch", ball_op, no_reason),
     ],
@@ -233,7 +234,7 @@ def ball_query(query: Tensor, points: Tensor, k: int, radius: float, *, backend:
         points: [B, N, 3], same dtype and device.
         k: 1 <= k <= N.
         radius: the squared distance is compared with radius * radius, both in float32 (float64 for float64 points).
-        backend: "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+        backend: "cuda", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         [B, G, k] int64. Deterministic, and equal in every implementation. Not differentiable.
@@ -258,7 +259,7 @@ def ball_query(query: Tensor, points: Tensor, k: int, radius: float, *, backend:
 def _group(features: Tensor, index: Tensor, backend: str) -> Tensor:
     b, n, channels = features.shape
     _check_range("idx", index, n)
-    if backend == "torch":
+    if backend != "cpu":
         return reference.group_points(features, index)
     rows = (index + torch.arange(0, b * n, max(n, 1), device=index.device)[:b, None, None]).flatten()
     return features.reshape(b * n, channels).index_select(0, rows).view(*index.shape, channels)
@@ -285,6 +286,12 @@ def _group_bwd(g: Tensor, index: Tensor, points: int, backend: str) -> Tensor:
     d = torch.zeros(b, points, channels, dtype=acc, device=g.device)
     if backend == "cpu":
         torch.ops.mmfuse_cpu.group_grad(rows.contiguous(), at.contiguous(), d)
+    elif backend == "cuda":
+        ordered, order = (
+            (at + torch.arange(0, b * points, max(points, 1), device=g.device)[:b, None]).flatten().sort(stable=True)
+        )
+        begin = torch.searchsorted(ordered, torch.arange(b * points + 1, device=g.device))
+        torch.ops.mmfuse_cuda.group_grad(rows.flatten(0, 1).contiguous(), order, begin, d.flatten(0, 1))
     elif g.is_cuda:
         # index_put_ sorts the indices of a GPU first; of a CPU, scatter_add_ has no races
         d.index_put_((torch.arange(b, device=g.device)[:, None], at), rows, accumulate=True)
@@ -302,7 +309,11 @@ group_op = register("group_points", _group, _group_fake, setup_context=_group_se
 
 GROUP = Op(
     "group_points",
-    [Impl("cpu", group_op, reasons_against_cpu), Impl("torch", group_op, no_reason)],
+    [
+        Impl("cuda", group_op, reasons_against_cuda),
+        Impl("cpu", group_op, reasons_against_cpu),
+        Impl("torch", group_op, no_reason),
+    ],
 )
 
 
@@ -312,7 +323,7 @@ def group_points(features: Tensor, idx: Tensor, *, backend: str | None = None) -
     Args:
         features: [B, N, C], a floating-point dtype; any strides.
         idx: [B, G, k] integers in [0, N).
-        backend: "cpu" or "torch"; by default the first that accepts the arguments.
+        backend: "cuda", "cpu" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         [B, G, k, C] in the dtype of `features`.
