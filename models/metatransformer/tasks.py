@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.fused.data2seq import BandEmbed, Data2Seq, GraphFeatureTokenizer, ImageEmbed, TabularEmbed
+from mmfuse.fused.data2seq import AudioEmbed, BandEmbed, Data2Seq, GraphFeatureTokenizer, ImageEmbed, TabularEmbed
 from mmfuse.fused.data2seq.tabular import activation
-from mmfuse.kernels.patch import patch_embed
 from mmfuse.models.metatransformer.encoder import Encoder
 
 
@@ -112,9 +111,8 @@ class XRay(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        proj, position = self.patch_embed.proj, self.pos_embed[0]
-        first = {"prefix": self.cls_token[0], "prefix_position": position[:1]}
-        return patch_embed(pixels, proj.weight, proj.bias, position=position[1:], **first)
+        first, rest = self.pos_embed[0].split([1, self.patch_embed.num_patches])
+        return self.patch_embed.embed(pixels, rest, prefix=self.cls_token[0], prefix_position=first)
 
     def forward(self, encoder: Encoder, pixels: Tensor) -> Tensor:
         return self.head(self.norm(encoder(self.tokens(pixels)))[:, 0])
@@ -154,6 +152,7 @@ class _AudioViT(nn.Module):
         embed_dim: int = 768,
         num_heads: int = 12,
         num_classes: int = 1000,
+        patch_size: int = 32,
         fstride: int = 10,
         tstride: int = 10,
         input_fdim: int = 224,
@@ -165,34 +164,24 @@ class _AudioViT(nn.Module):
         super().__init__()
         if audioset_pretrain:
             raise ValueError("audioset_pretrain is True, expected False: its weights are a download, not a switch")
-        self.heads, self.shape, stride = num_heads, (input_tdim, input_fdim), (fstride, tstride)
-        kernel = 32 if imagenet_pretrain else 16
-        real, counted = (
-            [(size - edge) // step + 1 for size, step in zip((input_fdim, input_tdim), stride, strict=True)]
-            for edge in (kernel, 16)
-        )
-        positions = (counted[0] - 1) * (counted[1] - 1)
-        if positions not in (1, real[0] * real[1]):
+        self.heads = num_heads
+        kernel = patch_size if imagenet_pretrain else 16
+        self.patch_embed = AudioEmbed(input_tdim, input_fdim, kernel, (fstride, tstride), embed_dim)
+        positions = ((input_fdim - 16) // fstride) * ((input_tdim - 16) // tstride)
+        if positions not in (1, self.patch_embed.num_patches):
             raise ValueError(
-                f"input_fdim {input_fdim} and input_tdim {input_tdim} give {real[0]} x {real[1]} patches and "
-                f"{positions} positions, expected as many: the published model counts a patch of 16 less one each way"
+                f"input_fdim {input_fdim} and input_tdim {input_tdim} give {self.patch_embed.num_patches} patches and "
+                f"{positions} positions, expected as many: the published model counts patches of 16, less one each way"
             )
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(1, embed_dim, kernel, stride=stride)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
-        self.patches = real[0] * real[1]
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, spectrogram: Tensor) -> Tensor:
-        if spectrogram.shape[1:] != self.shape:
-            expected = ", ".join(map(str, self.shape))
-            raise ValueError(f"spectrogram has shape {tuple(spectrogram.shape)}, expected [B, {expected}]")
-        proj, position = self.patch_embed.proj, self.pos_embed[0].expand(self.patches, -1)
-        return patch_embed(spectrogram.mT[:, None], proj.weight, proj.bias, stride=proj.stride, position=position)
+        return self.patch_embed(spectrogram, self.pos_embed[0].expand(self.patch_embed.num_patches, -1))
 
 
 class GraphEncoder(nn.Module):
@@ -200,7 +189,8 @@ class GraphEncoder(nn.Module):
 
     The published encoder hands T x B x C to batch-first blocks, so that attention runs over the graphs of the batch
     and the graph token sees no node: `attention="graphs"`, the default. "tokens" attends over each graph's tokens
-    without the padding. Performer and layer drop have no effect on the published blocks and are refused.
+    without the padding. What is of the blocks that the shared ones replace has no effect, as published; Performer,
+    which would, is refused.
     """
 
     encoder_prefix = "layers."
@@ -225,6 +215,12 @@ class GraphEncoder(nn.Module):
         lap_node_id_eig_dropout: float = 0.0,
         type_id: bool = False,
         stochastic_depth: bool = False,
+        performer: bool = False,
+        performer_finetune: bool = False,
+        performer_nb_features: int | None = None,
+        performer_feature_redraw_interval: int = 1000,
+        performer_generalized_attention: bool = False,
+        performer_auto_check_redraw: bool = True,
         num_encoder_layers: int = 12,
         embedding_dim: int = 768,
         ffn_embedding_dim: int = 768,
@@ -232,12 +228,15 @@ class GraphEncoder(nn.Module):
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
         activation_dropout: float = 0.1,
+        layerdrop: float = 0.0,
         encoder_normalize_before: bool = False,
         layernorm_style: str = "postnorm",
         apply_graphormer_init: bool = False,
         activation_fn: str = "gelu",
         embed_scale: float | None = None,
+        freeze_embeddings: bool = False,
         n_trans_layers_to_freeze: int = 0,
+        export: bool = False,
         traceable: bool = False,
         q_noise: float = 0.0,
         qn_block_size: int = 8,
@@ -249,6 +248,9 @@ class GraphEncoder(nn.Module):
             raise ValueError(f"attention is {attention!r}, expected 'graphs' or 'tokens'")
         if layernorm_style not in ("prenorm", "postnorm"):
             raise ValueError(f"layernorm_style is {layernorm_style!r}, expected 'prenorm' or 'postnorm'")
+        for name, value in (("performer", performer), ("freeze_embeddings", freeze_embeddings)):
+            if value:
+                raise ValueError(f"{name} is {value}, expected False")
         self.heads, self.embed_scale, self.dropout = num_attention_heads, embed_scale, dropout
         self.attention, self.traceable = attention, traceable
         self.graph_feature = GraphFeatureTokenizer(

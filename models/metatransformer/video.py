@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused.data2seq import VideoEmbed
-from mmfuse.kernels.patch import patch_embed
+from mmfuse.fused.data2seq.patches import Size
 from mmfuse.models.metatransformer.encoder import MLP, Encoder
 
 
@@ -85,8 +85,8 @@ class VideoMAE(nn.Module):
 
     def __init__(
         self,
-        img_size: int = 224,
-        patch_size: int = 16,
+        img_size: Size = 224,
+        patch_size: Size = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
         embed_dim: int = 768,
@@ -146,8 +146,7 @@ class VideoMAE(nn.Module):
         self.head.weight.data.mul_(init_scale)
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        proj, position = self.patch_embed.proj, self.pos_embed[0].detach()
-        return patch_embed(pixels, proj.weight, proj.bias, position=position)
+        return self.patch_embed.embed(pixels, self.pos_embed[0].detach())
 
     def forward(self, encoder: Encoder, pixels: Tensor) -> Tensor:
         x = self.pos_drop(self.tokens(pixels))
