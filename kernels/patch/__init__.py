@@ -1,5 +1,5 @@
 """Pixels, frames and signals to tokens."""
 
-from mmfuse.kernels.patch.op import patch_embed
+from mmfuse.kernels.patch.op import backward_from, forward_into, patch_embed, stem_of
 
-__all__ = ["patch_embed"]
+__all__ = ["backward_from", "forward_into", "patch_embed", "stem_of"]

@@ -62,7 +62,7 @@ def check_source(
     steps = (
         tuple(weight.shape[2:]) if stride is None else (stride,) * dims if isinstance(stride, int) else tuple(stride)
     )
-    if len(steps) != dims or not all(isinstance(s, int) and s > 0 for s in steps):
+    if len(steps) != dims or not all(isinstance(s, (int, torch.SymInt)) and s > 0 for s in steps):
         raise ValueError(f"stride is {stride}, expected a positive integer or {dims} of them")
     kernel = (1,) * (3 - dims) + tuple(weight.shape[2:])
     steps = (1,) * (3 - dims) + steps
@@ -109,7 +109,8 @@ def channel_values(name: str, given: object, channels: int, layout: str, pixels:
         return None
     if not isinstance(given, Tensor):
         values = (float(given),) * channels if isinstance(given, (int, float)) else tuple(float(v) for v in given)  # type: ignore[attr-defined]
-        given = _constant(values, pixels.device) if _outside_a_trace() else torch.tensor(values, device=pixels.device)
+        make = _constant if _outside_a_trace() else _constant.__wrapped__
+        given = make(values, pixels.device)
     n = given.numel()
     blocks = layout == "patches" and n > 0 and channels % n == 0
     if given.dim() > 1 or not (n == channels or blocks):

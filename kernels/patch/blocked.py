@@ -61,10 +61,10 @@ class TorchTile:
 
 
 def compiled_tile(ops: Any) -> Any:
-    """The compiled part's gather, for pixels that it takes."""
+    """The compiled part's gather into float32, of uint8 and float32 pixels or of others after a cast."""
     return SimpleNamespace(
         patch_rows=lambda x, f, tokens, rows: ops.patch_rows(
-            x,
+            x if x.dtype == torch.uint8 else x.float(),
             x.new_empty(0, dtype=torch.int64) if tokens is None else tokens,
             *(rows.new_empty(0) if v is None else v for v in (f.subtract, f.multiply, f.rest)),
             f.channels_last,
@@ -101,7 +101,7 @@ class Block:
         """A of the patches to compute: [m N, K], or of those not masked."""
         count = self.images * self.n if self.kept is None else len(self.kept)
         rows = scratch[:count]
-        every = rows.view(self.images, -1, rows.shape[1]) if self.tokens is None else rows
+        every = rows.view(self.images, self.n, rows.shape[1]) if self.tokens is None else rows
         tile.patch_rows(self.x, self.f, self.tokens, every)
         if self.mask is not None and self.kept is None:
             rows.masked_fill_(self.mask.flatten()[:, None], 0)
@@ -124,7 +124,7 @@ class Block:
             image, position = at.div(self.n, rounding_mode="floor"), at % self.n
             tokens.index_put_((image, position), tokens[image, position] + product)
             return
-        product = product.view(self.images, self.n, -1)
+        product = product.view(self.images, self.n, product.shape[1])
         if self.mask is not None:
             product = product.masked_fill(self.mask[:, :, None], 0)
         tokens.add_(product)
@@ -283,8 +283,8 @@ def fold_back(block: Block, rows: Tensor) -> Tensor:
         every = rows.new_zeros(block.images * f.g.patches, rows.shape[1])
         rows = sum_at(every, block.tokens, rows)
     if f.channels_last:
-        rows = rows.view(len(rows), -1, f.x.shape[1]).transpose(1, 2)
-    return fold_patches(rows.reshape(block.images, f.g.patches, -1), f.g, block.x.shape)
+        rows = rows.unflatten(1, (-1, f.x.shape[1])).transpose(1, 2)
+    return fold_patches(rows.flatten(1).unflatten(0, (block.images, f.g.patches)), f.g, block.x.shape)
 
 
 def add_rows(total: Tensor, ids: Tensor | None, g: Tensor) -> None:

@@ -138,18 +138,24 @@ def _fused(backend: str, stem: Stem) -> Tensor:
     return patch_fwd(*stem[:16], steps, *stem[17:], backend)
 
 
-def _reasons_against_cpu(stem: Stem) -> list[str]:
-    why = compiled_reasons("cpu", stem.weight.new_empty(0, dtype=stem.acc))
-    if stem.pixels.dtype not in (torch.uint8, torch.float32):
-        why.append(f"pixels has dtype {stem.pixels.dtype}, the compiled part takes uint8 and float32")
-    return why
+def _arguments(*args: Any) -> Stem:
+    """`explain` is called with pixels and weight, the operator with a stem."""
+    return args[0] if isinstance(args[0], Stem) else stem_of(*args)
+
+
+def _reasons_against_cpu(*args: Any) -> list[str]:
+    return compiled_reasons("cpu", _arguments(*args).weight)
+
+
+def _reasons_against_chunked(*args: Any) -> list[str]:
+    return reasons_against_chunked(_arguments(*args).pixels)
 
 
 PATCH_EMBED = Op(
     "patch_embed",
     [
         Impl("cpu", partial(_fused, "cpu"), _reasons_against_cpu),
-        Impl("chunked", partial(_fused, "chunked"), lambda stem: reasons_against_chunked(stem.pixels)),
+        Impl("chunked", partial(_fused, "chunked"), _reasons_against_chunked),
         Impl("torch", reference.patch_embed, no_reason),
     ],
 )
@@ -311,3 +317,23 @@ def stem_of(
     steps = None if stride is None else (stride,) * (weight.dim() - 2) if isinstance(stride, int) else tuple(stride)
     options = (steps, layout, padding, stem_eps, pre_eps, compute, dtype or compute)
     return Stem(*tensors_of(locals()), *options)
+
+
+# --- for operators that write into a larger buffer ------------------------------------------------------------------
+
+
+def _blocks(stem: Stem, backend: str | None) -> Any:
+    name = PATCH_EMBED.select(stem, backend=backend).name
+    return passes("chunked" if name == "torch" else name)
+
+
+def forward_into(out: Tensor, offset: int, stem: Stem, *, backend: str | None = None) -> None:
+    """Write the tokens of `stem` into out[:, offset : offset + R + N], outside of autograd."""
+    _blocks(stem, backend).forward_into(out, offset, stem)
+
+
+def backward_from(grad: Tensor, stem: Stem, names: Sequence[str], *, backend: str | None = None) -> dict[str, Tensor]:
+    """The gradients of the stem's tensors of these names, from that of its rows [B, R + N, D]."""
+    needs = [name in names for name in Stem._fields[:DIFFERENTIABLE]]
+    grads = _blocks(stem, backend).backward_from(grad, stem, needs)
+    return {name: d for name, d in zip(Stem._fields, grads, strict=False) if d is not None}

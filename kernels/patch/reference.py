@@ -26,7 +26,7 @@ def patch_embed(s: Stem) -> Tensor:
         x = x - s.mean.to(x.dtype)[:, None, None, None]
     if s.std is not None:
         x = x / s.std.to(x.dtype)[:, None, None, None]
-    rows, mask = unfold(pad(x.to(s.compute), g), g).reshape(len(x), g.patches, -1), s.mask
+    rows, mask = unfold(pad(x.to(s.compute), g), g).flatten(4).flatten(1, 3), s.mask
     if s.ids_keep is not None:
         rows = rows.gather(1, s.ids_keep[:, :, None].expand(-1, -1, rows.shape[2]))
         mask = None if mask is None else mask.gather(1, s.ids_keep)

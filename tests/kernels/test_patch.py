@@ -1,0 +1,461 @@
+"""patch_embed, every implementation and its gradients against float64 and against eager in the same dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmfuse
+from judge import assert_no_worse
+from mmfuse.kernels import patch_embed
+from mmfuse.kernels.patch import backward_from, forward_into
+from mmfuse.kernels.patch.op import PATCH_EMBED, patch_bwd, patch_fwd, stem_of
+from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Stem
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+FUSED = [
+    n
+    for n in PATCH_EMBED.available(stem_of(*(torch.ones(1, 1, 1, 1, device=DEVICE) for _ in range(2))))
+    if n != "torch"
+]
+# the interpreter runs a Triton program in Python: it takes the small cases
+FAST = [n for n in FUSED if GPU or n != "triton"]
+RGB = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+D = 24
+
+
+def u8(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+
+
+def real(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+def ids(b: int, n: int, kept: int) -> Tensor:
+    return torch.stack([torch.randperm(n, device=DEVICE)[:kept] for _ in range(b)])
+
+
+def masked(b: int, n: int) -> Tensor:
+    return torch.rand(b, n, device=DEVICE) < 0.4
+
+
+def norm() -> tuple[Tensor, Tensor, float]:
+    return 1 + 0.1 * real(D), 0.1 * real(D), 1e-6
+
+
+ROWS = {"bias": (D,), "mask_token": (D,), "type_embed": (D,), "prefix": (2, D), "prefix_position": (2, D)}
+
+
+def rows(*names: str, n: int = 0) -> dict[str, Tensor]:
+    return {name: real(*((n, D) if name == "position" else ROWS[name])) for name in names}
+
+
+# name: pixels, weight shape, options
+CASES: dict[str, Any] = {
+    "vit": lambda: (u8(3, 3, 32, 48), (D, 3, 16, 16), RGB | rows("bias", "prefix", "prefix_position", "position", n=6)),
+    "everything": lambda: (
+        u8(3, 3, 32, 48),
+        (D, 3, 16, 16),
+        RGB
+        | rows("bias", "prefix", "prefix_position", "position", "mask_token", "type_embed", n=6)
+        | {"stem_norm": norm(), "pre_norm": norm(), "mask": masked(3, 6)},
+    ),
+    "imagebind audio": lambda: (
+        real(2, 1, 37, 57) * 9 - 4,
+        (D, 1, 16, 16),
+        rows("prefix", "position", n=15)
+        | {"stride": 10, "mean": -4.268, "std": 9.138, "stem_norm": (*norm()[:2], 1e-5)},
+    ),
+    "mae": lambda: (
+        u8(3, 3, 28, 42),
+        (D, 3, 14, 14),
+        RGB | rows("bias", "prefix", "prefix_position", "position", n=6) | {"ids_keep": ids(3, 6, 2)},
+    ),
+    "beit": lambda: (
+        real(3, 3, 32, 48),
+        (D, 3, 16, 16),
+        rows("bias", "prefix", "mask_token") | {"mask": masked(3, 6)},
+    ),
+    "kept and masked": lambda: (
+        real(3, 3, 32, 48),
+        (D, 3, 16, 16),
+        rows("position", "mask_token", n=6) | {"mask": masked(3, 6), "ids_keep": ids(3, 6, 4), "pre_norm": norm()},
+    ),
+    "kept twice": lambda: (
+        real(2, 3, 32, 48),
+        (D, 3, 16, 16),
+        RGB | rows("position", n=6) | {"ids_keep": torch.tensor([[5, 1, 5], [0, 0, 0]], device=DEVICE)},
+    ),
+    "clip": lambda: (
+        u8(2, 3, 28, 28),
+        (D, 3, 14, 14),
+        RGB | rows("prefix", "prefix_position", "position", n=4) | {"pre_norm": (norm()[0], None, 1e-5)},
+    ),
+    "nhwc": lambda: (u8(2, 32, 48, 3), (D, 3, 16, 16), RGB | rows("bias") | {"layout": "nhwc"}),
+    "nhwc float": lambda: (real(2, 32, 48, 3), (D, 3, 16, 16), RGB | rows("bias") | {"layout": "nhwc"}),
+    "channels last": lambda: (
+        u8(2, 3, 32, 48).contiguous(memory_format=torch.channels_last),
+        (D, 3, 16, 16),
+        RGB | rows("bias"),
+    ),
+    "padded": lambda: (u8(2, 3, 30, 45), (D, 3, 16, 16), RGB | rows("bias", "position", n=6) | {"padding": "zero"}),
+    "padded float": lambda: (real(2, 30, 45, 3), (D, 3, 16, 16), RGB | {"padding": "zero", "layout": "nhwc"}),
+    "padded, kept": lambda: (
+        u8(2, 3, 30, 45),
+        (D, 3, 16, 16),
+        RGB | {"padding": "zero", "ids_keep": ids(2, 6, 4)},
+    ),
+    "smaller than a patch": lambda: (u8(2, 3, 9, 5), (D, 3, 16, 16), RGB | {"padding": "zero"}),
+    "video": lambda: (u8(2, 4, 3, 16, 24), (D, 3, 2, 8, 8), RGB | rows("bias") | {"layout": "ntchw"}),
+    "video float": lambda: (real(2, 3, 4, 16, 24), (D, 3, 2, 8, 8), RGB | rows("position", n=12)),
+    "still": lambda: (u8(2, 3, 28, 28), (D, 3, 2, 14, 14), RGB | rows("prefix", "prefix_position", "position", n=4)),
+    "still nhwc": lambda: (real(2, 28, 28, 3), (D, 3, 2, 14, 14), {"layout": "nhwc"}),
+    "imu": lambda: (real(2, 6, 40), (D, 6, 8), {"stem_norm": norm()} | rows("prefix")),
+    "imu overlapping": lambda: (real(2, 40, 6), (D, 6, 8), {"stride": 4, "layout": "nhwc"}),
+    "patches": lambda: (real(2, 5, 48), (D, 48), {"layout": "patches", "mean": (0.1, 0.2, 0.3), "std": 0.5}),
+    "patches of a conv": lambda: (u8(2, 5, 48), (D, 3, 4, 4), RGB | {"layout": "patches"} | rows("bias")),
+    "gray": lambda: (u8(2, 1, 32, 32), (D, 1, 16, 16), {"mean": (0.5,), "std": (0.5,)}),
+    "four channels": lambda: (u8(2, 4, 16, 16), (D, 4, 8, 8), {"mean": 0.5, "std": 0.25}),
+    "twelve channels": lambda: (u8(2, 12, 16, 16), (D, 12, 8, 8), {"std": 0.25}),
+    "200 bands": lambda: (real(2, 200, 4, 6), (D, 200, 2, 2), rows("bias")),
+    "one pixel": lambda: (real(2, 200, 1), (D, 200, 1), rows("bias", "prefix")),
+    "bytes as numbers": lambda: (u8(2, 3, 32, 32), (D, 3, 16, 16), rows("bias")),
+    "crop": lambda: (u8(2, 3, 64, 64)[:, :, 5:37, 7:55], (D, 3, 16, 16), RGB | rows("bias")),
+    "crop of every second": lambda: (real(2, 3, 64, 96)[:, :, ::2, 1::2], (D, 3, 16, 16), RGB),
+    "odd stride": lambda: (u8(2, 3, 23, 31), (D, 3, 5, 7), RGB | {"stride": (3, 11)}),
+    "1 x N": lambda: (u8(2, 3, 16, 80), (D, 3, 16, 16), RGB | rows("bias", "position", n=5)),
+    "one patch": lambda: (u8(2, 3, 14, 14), (D, 3, 14, 14), RGB | rows("bias", "prefix", "position", n=1)),
+    "no images": lambda: (u8(0, 3, 32, 32), (D, 3, 16, 16), RGB | rows("bias", "prefix", "position", n=4)),
+    "none kept": lambda: (u8(2, 3, 32, 32), (D, 3, 16, 16), RGB | rows("prefix") | {"ids_keep": ids(2, 4, 0)}),
+    "all masked": lambda: (
+        u8(2, 3, 32, 32),
+        (D, 3, 16, 16),
+        RGB | rows("bias", "mask_token", "position", n=4) | {"mask": torch.ones(2, 4, dtype=torch.bool, device=DEVICE)},
+    ),
+}
+SMALL = ["vit", "everything", "mae", "beit", "imagebind audio", "still", "padded", "nhwc", "patches", "odd stride"]
+
+
+def tokens_and_grads(
+    pixels: Tensor, weight: Tensor, options: dict[str, Any], dtype: torch.dtype, backend: str
+) -> dict[str, Tensor]:
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(name: str, t: Tensor) -> Tensor:
+        leaves[name] = t.detach().to(dtype).requires_grad_()
+        return leaves[name]
+
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if name.endswith("_norm"):
+            scale, shift, eps = value
+            given[name] = (leaf(name, scale), None if shift is None else leaf(name + " bias", shift), eps)
+        else:
+            given[name] = leaf(name, value) if isinstance(value, Tensor) and value.is_floating_point() else value
+    if pixels.is_floating_point():  # to(dtype) keeps the strides of a crop only where it copies nothing
+        leaves["pixels"] = pixels = (pixels if pixels.dtype == dtype else pixels.to(dtype)).detach().requires_grad_()
+    y = patch_embed(pixels, leaf("weight", weight), backend=backend, **given)
+    g = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).sin().reshape(y.shape)
+    grads = torch.autograd.grad(y, list(leaves.values()), g.to(y.dtype))
+    return {"tokens": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def judge(make: Any, backend: str, dtype: torch.dtype) -> None:
+    pixels, shape, options = make()
+    weight = real(*shape).to(dtype) / weight_scale(shape)
+    pixels = pixels.to(dtype) if pixels.is_floating_point() and dtype != torch.float32 else pixels
+    options = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    got, eager, exact = (
+        tokens_and_grads(pixels, weight, options, kind, name)
+        for kind, name in ((dtype, backend), (dtype, "torch"), (torch.float64, "torch"))
+    )
+    for name, result in got.items():
+        assert_no_worse(result, eager[name], exact[name], name)
+
+
+def weight_scale(shape: tuple[int, ...]) -> float:
+    return float(torch.tensor(shape[1:]).prod()) ** 0.5
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64(case: str, backend: str) -> None:
+    judge(CASES[case], backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", [n for n in FUSED if n not in FAST])
+@pytest.mark.parametrize("case", SMALL)
+def test_in_the_interpreter(case: str, backend: str) -> None:
+    judge(CASES[case], backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["vit", "everything", "beit"])
+def test_16_bits(case: str, dtype: torch.dtype, backend: str) -> None:
+    if backend == "triton" and not GPU and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bfloat16 is not a GPU's")
+    judge(CASES[case], backend, dtype)
+
+
+@pytest.mark.parametrize("backend", [n for n in FUSED if n != "triton"])
+def test_blocks_of_one_image(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmfuse.kernels.patch.blocked._BLOCK_BYTES", {"cpu": 1, "cuda": 1})
+    for case in ("vit", "everything", "mae", "beit"):
+        judge(CASES[case], backend, torch.float32)
+
+
+def test_is_the_convolution() -> None:
+    x, w, b = u8(2, 3, 224, 224), real(D, 3, 16, 16), real(D)
+    mean, std = (torch.tensor(RGB[k], device=DEVICE)[:, None, None] for k in ("mean", "std"))
+    y = F.conv2d((x / 255 - mean) / std, w, b, stride=16).flatten(2).mT
+    torch.testing.assert_close(patch_embed(x, w, b, **RGB), y, rtol=1e-4, atol=2e-4)
+    clip = real(2, 4, 3, 32, 32)
+    w = real(D, 3, 2, 16, 16)
+    y = F.conv3d(clip.transpose(1, 2), w, stride=(2, 16, 16)).flatten(2).mT
+    torch.testing.assert_close(patch_embed(clip, w, layout="ntchw"), y, rtol=1e-4, atol=2e-4)
+    repeated = F.conv3d(clip[:, :1].transpose(1, 2).expand(-1, -1, 2, -1, -1), w, stride=(2, 16, 16)).flatten(2).mT
+    torch.testing.assert_close(patch_embed(clip[:, 0], w), repeated, rtol=1e-4, atol=2e-4)
+    spectrogram, w = real(2, 1, 128, 204), real(D, 1, 16, 16)
+    y = F.conv2d(spectrogram, w, stride=10).flatten(2).mT
+    assert y.shape[1] == 12 * 19
+    torch.testing.assert_close(patch_embed(spectrogram, w, stride=10), y, rtol=1e-4, atol=2e-4)
+    signal, w = real(2, 6, 40), real(D, 6, 8)
+    torch.testing.assert_close(patch_embed(signal, w), F.conv1d(signal, w, stride=8).mT, rtol=1e-4, atol=2e-4)
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_what_is_masked_is_not_seen(backend: str) -> None:
+    pixels = real(2, 3, 16, 24)
+    pixels[0, :, :8, 8:16] = torch.nan  # patch 1 of 6
+    mask = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)
+    weight = real(D, 3, 8, 8).requires_grad_()
+    y = patch_embed(pixels, weight, mask=mask, mask_token=real(D), backend=backend)
+    assert y[0, 1].isnan().all() and y.isnan().sum() == D  # a NaN stays in its patch
+    mask[0, 1] = True
+    y = patch_embed(pixels, weight, mask=mask, mask_token=real(D), backend=backend)
+    (grad,) = torch.autograd.grad(y.sum(), weight)
+    assert y.isfinite().all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", FUSED)
+def test_range_of_a_checkpoint(backend: str, dtype: torch.dtype) -> None:
+    # rows of one weight as small and as large as 16 bits hold: a common factor would not fit float16
+    if backend == "triton" and not GPU and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bfloat16 is not a GPU's")
+    pixels = u8(2, 3, 16, 16)
+    exponents = torch.linspace(-12, 6, D) if dtype == torch.float16 else torch.linspace(-60, 60, D)
+    weight = (real(D, 3, 8, 8) * 2.0 ** exponents[:, None, None, None].to(DEVICE)).to(dtype)
+    out = torch.float32
+    got, exact = (
+        patch_embed(pixels, w, dtype=kind, backend=name, **RGB)
+        for w, kind, name in ((weight, out, backend), (weight.double(), torch.float64, "torch"))
+    )
+    scale = exact.abs().amax((0, 1))
+    assert ((got - exact).abs().amax((0, 1)) / scale).max() < 2**-11
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_equal_bitwise(backend: str) -> None:
+    for case in ("everything", "mae"):
+        pixels, shape, options = CASES[case]()
+        weight = real(*shape)
+        first, second = (tokens_and_grads(pixels, weight, options, torch.float32, backend) for _ in range(2))
+        assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("backend", [n for n in FUSED if n in ("chunked", "torch")])
+@pytest.mark.parametrize("case", ["beit", "kept twice", "imagebind audio", "padded float", "still nhwc", "video float"])
+def test_gradcheck(case: str, backend: str) -> None:
+    pixels, shape, options = CASES[case]()
+    pixels, shape = pixels[:1, ..., :24, :], (3, *shape[1:])
+    if case in ("beit", "kept twice"):
+        pixels, shape = real(1, 2, 4, 6).double(), (3, 2, 2, 2)
+    if case == "imagebind audio":
+        pixels, shape, options["stride"] = real(1, 1, 5, 7).double(), (3, 1, 3, 3), 2
+    if case in ("padded float", "still nhwc"):
+        pixels, shape = real(1, 3, 5, 2).double(), (3, 2, *([2] * (len(shape) - 2)))
+    if case == "video float":
+        pixels, shape = real(1, 2, 2, 4, 4).double(), (3, 2, 2, 2, 2)
+    if case == "still nhwc":
+        pixels = real(1, 4, 4, 2).double()
+    weight = real(*shape).double()
+    options = {k: v for k, v in options.items() if k in ("stride", "padding", "layout")}
+    position = real(patch_embed(pixels, weight, backend="torch", **options).shape[1], 3).double()
+
+    def run(pixels: Tensor, weight: Tensor, scale: Tensor, prefix: Tensor, position: Tensor) -> Tensor:
+        more = {"ids_keep": torch.tensor([[5, 1, 5]], device=DEVICE)} if case == "kept twice" else {}
+        return patch_embed(
+            pixels,
+            weight,
+            position=position,
+            prefix=prefix,
+            stem_norm=(scale, None, 1e-5),
+            pre_norm=(scale, scale, 1e-5),
+            backend=backend,
+            **options,
+            **more,
+        )
+
+    inputs = (pixels.double(), weight, 1 + real(3).double(), real(1, 3).double(), position)
+    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in inputs], fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_only_what_is_asked_for(backend: str) -> None:
+    pixels, shape, options = CASES["vit"]()
+    position = options["position"].requires_grad_()
+    y = patch_embed(pixels, real(*shape), backend=backend, **options)
+    (g,) = torch.autograd.grad(y.sum(), position)
+    torch.testing.assert_close(g, torch.full_like(position, 3.0))
+    with torch.no_grad():
+        assert not patch_embed(pixels, real(*shape), backend=backend, **options).requires_grad
+
+
+# --- what else calls it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [None, *FUSED])
+def test_into_a_larger_buffer(backend: str | None) -> None:
+    pixels, shape, options = CASES["everything"]()
+    stem = stem_of(pixels, real(*shape), **options)
+    want = patch_embed(*stem[:2], backend="torch", **options)
+    out = torch.full((3, 13, D), 7.0, device=DEVICE)
+    forward_into(out, 2, stem, backend=backend)
+    torch.testing.assert_close(out[:, 2:10], want, rtol=1e-4, atol=1e-4)
+    assert (out[:, :2] == 7).all() and (out[:, 10:] == 7).all()
+    grad = real(3, 13, D)
+    found = backward_from(grad[:, 2:10], stem, ("weight", "prefix"), backend=backend)
+    weight, prefix = stem.weight.requires_grad_(), stem.prefix.requires_grad_()
+    want = torch.autograd.grad(
+        patch_embed(pixels, weight, backend="torch", **options | {"prefix": prefix}), (weight, prefix), grad[:, 2:10]
+    )
+    torch.testing.assert_close((found["weight"], found["prefix"]), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_opcheck(backend: str) -> None:
+    for case in ("everything", "mae"):
+        pixels, shape, options = CASES[case]()
+        stem = stem_of(pixels, real(*shape), **options)
+        leaves = [
+            t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() and i < DIFFERENTIABLE else t
+            for i, t in enumerate(stem[:16])
+        ]
+        rest = ([], *stem[17:], backend)
+        torch.library.opcheck(patch_fwd.op, (*leaves, *rest))
+        y = patch_fwd(*(t.detach() if isinstance(t, Tensor) else t for t in leaves), *rest)
+        needs = [isinstance(t, Tensor) and t.is_floating_point() for t in leaves[:DIFFERENTIABLE]]
+        plain = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
+        torch.library.opcheck(patch_bwd.op, (torch.ones_like(y), *plain, *rest, needs))
+
+
+@pytest.mark.parametrize("backend", [n for n in FUSED if n != "triton"])
+def test_compile(backend: str) -> None:
+    pixels, shape, options = CASES["everything"]()
+    weight = real(*shape)
+
+    def run(pixels: Tensor, weight: Tensor) -> Tensor:
+        return patch_embed(pixels, weight, backend=backend, **options).square().sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    results = []
+    for fn in (run, compiled):
+        leaf = weight.clone().requires_grad_()
+        results.append(torch.autograd.grad(fn(pixels, leaf), leaf)[0])
+    torch.testing.assert_close(*results)
+
+
+def test_export() -> None:
+    pixels, shape, options = CASES["vit"]()
+
+    class Stem(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(real(*shape))
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return patch_embed(pixels, self.weight, **options)
+
+    module = Stem()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(module, (pixels,), dynamic_shapes=({0: batch},))
+    more = torch.cat([pixels, pixels])
+    torch.testing.assert_close(program.module()(more), module(more))
+
+
+def test_autocast() -> None:
+    pixels, shape, options = CASES["vit"]()
+    weight = real(*shape).requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = patch_embed(pixels, weight, **options)
+    assert y.dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(y.float().sum(), weight)
+    assert grad.dtype == torch.float32
+    assert patch_embed(pixels, weight.to(torch.bfloat16), **options, dtype=torch.float32).dtype == torch.float32
+
+
+def test_differentiable_once() -> None:
+    weight = real(D, 3, 8, 8).requires_grad_()
+    y = patch_embed(u8(1, 3, 8, 8), weight, backend="chunked")
+    (grad,) = torch.autograd.grad(y.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [n for n in FUSED if not GPU])
+def test_ids_out_of_range(backend: str) -> None:
+    for bad in (-1, 4):
+        with pytest.raises(ValueError, match=f"ids_keep .* {bad}.*, expected 0 to 3"):
+            patch_embed(u8(1, 3, 32, 32), real(D, 3, 16, 16), ids_keep=torch.tensor([[bad]]), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pixels": torch.zeros(1, 3, 33, 32)}, ValueError, "33 rows, expected a multiple of 16"),
+        ({"pixels": torch.zeros(1, 3, 32, 8)}, ValueError, "8 columns, expected at least 16"),
+        ({"pixels": torch.zeros(1, 4, 32, 32)}, ValueError, "4 channels, expected 3"),
+        ({"pixels": torch.zeros(1, 3, 32, 32, dtype=torch.int32)}, TypeError, "pixels has dtype torch.int32"),
+        ({"pixels": torch.zeros(3, 32, 32)}, ValueError, "pixels has shape .*, expected .B, C, H, W."),
+        ({"layout": "hwc"}, ValueError, "layout is 'hwc'"),
+        ({"padding": "same"}, ValueError, "padding is 'same'"),
+        ({"stride": 0}, ValueError, "stride is 0, expected a positive integer"),
+        ({"mean": (0.5, 0.5)}, ValueError, "mean has shape .2,., expected .3."),
+        ({"bias": torch.zeros(3)}, ValueError, "bias has shape .3,., expected .24."),
+        ({"position": torch.zeros(5, D)}, ValueError, "position has shape .5, 24., expected .4, 24."),
+        ({"prefix": torch.zeros(1, 1, D)}, ValueError, "prefix has shape"),
+        ({"prefix_position": torch.zeros(1, D)}, ValueError, "prefix_position is given without prefix"),
+        ({"mask": torch.zeros(1, 4, dtype=torch.bool)}, ValueError, "mask and mask_token go together"),
+        ({"mask": torch.zeros(1, 4), "mask_token": torch.zeros(D)}, TypeError, "mask has dtype"),
+        ({"ids_keep": torch.zeros(1, 2)}, TypeError, "ids_keep has dtype torch.float32, expected int64"),
+        ({"ids_keep": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "ids_keep has shape .2, 2., expected .1, M."),
+        ({"stem_norm": torch.ones(D)}, TypeError, "stem_norm is Tensor, expected"),
+        ({"backend": "nothing"}, ValueError, "backend is 'nothing'"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
+)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    change = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in change.items()}
+    arguments = {"pixels": u8(1, 3, 32, 32), "weight": real(D, 3, 16, 16)} | change
+    with pytest.raises(error, match=message):
+        patch_embed(**arguments)
+
+
+def test_explain() -> None:
+    stem = stem_of(u8(1, 3, 32, 32), real(D, 3, 16, 16))
+    assert "patch_embed" in mmfuse.explain("patch_embed", stem.pixels, stem.weight)
+    assert isinstance(stem, Stem)
