@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused.gather import gather_rows, require_equal_batches
-from mmfuse.fused.retrieval import OTHER_DIRECTION
-from mmfuse.kernels import queue_itc_loss
+from mmfuse.kernels.contrastive.queue import queue_itc_losses
 
 
 class MomentumQueueITC(nn.Module):
@@ -82,17 +81,21 @@ class MomentumQueueITC(nn.Module):
             ValueError: `ids` without `with_ids`; or as `mmfuse.queue_itc_loss`.
         """
         self._check(ids, required=False)
-        teacher = {"temp": temp, "alpha": alpha}
-        masks = {"ids": ids, "queue_ids": None if ids is None else self.idx_queue[0]}
-        draws = {"negatives": negatives, "mixture": mixture}
-        other = None if seed is None else seed ^ OTHER_DIRECTION
-        i2t = queue_itc_loss(
-            image, text_m, self.text_queue.t(), query_m=image_m, seed=seed, **teacher, **masks, **draws
+        queues = self.image_queue.t(), self.text_queue.t()
+        return queue_itc_losses(
+            image,
+            text,
+            image_m,
+            text_m,
+            *queues,
+            temp,
+            alpha=alpha,
+            ids=ids,
+            queue_ids=None if ids is None else self.idx_queue[0],
+            negatives=negatives,
+            mixture=mixture,
+            seed=seed,
         )
-        t2i = queue_itc_loss(
-            text, image_m, self.image_queue.t(), query_m=text_m, seed=other, **teacher, **masks, **draws
-        )
-        return (i2t[0], t2i[0], i2t[1], t2i[1]) if negatives else (i2t, t2i)
 
     @torch.no_grad()
     def enqueue(self, image_m: Tensor, text_m: Tensor, ids: Tensor | None = None) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse.kernels import hard_negatives, similarity_topk
+from mmfuse.kernels.contrastive.negatives.op import OTHER_DIRECTION
 
 # what differs between the papers' draws: whether pairs of equal ids are masked instead of the pairs themselves (None:
 # where ids are given), and what is added to the probabilities
@@ -26,8 +27,6 @@ _VARIANTS: dict[str, tuple[bool | None, float]] = {
     "vlmo": (False, 0.0),
     "blip2": (None, 0.0),
 }
-# far from any seed that a caller may count up to
-OTHER_DIRECTION = 0x1E3779B97F4A7C15
 
 
 class HardNegativeSampler(nn.Module):

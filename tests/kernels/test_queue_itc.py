@@ -14,7 +14,8 @@ from torch import Tensor
 from judge import assert_no_worse
 from mmfuse.kernels._runtime import UnsupportedError, explain
 from mmfuse.kernels.contrastive.negatives import hard_negatives
-from mmfuse.kernels.contrastive.queue import moco_loss, queue_itc_loss
+from mmfuse.kernels.contrastive.negatives.op import OTHER_DIRECTION
+from mmfuse.kernels.contrastive.queue import moco_loss, queue_itc_loss, queue_itc_losses
 from mmfuse.kernels.contrastive.queue.op import MOCO, QUEUE_ITC, moco_fwd, queue_itc_fwd
 
 GPU = torch.cuda.is_available()
@@ -238,8 +239,9 @@ def test_nothing_but_the_query_and_the_temperature_gets_a_gradient(backend: str)
     assert given["keys"].grad is given["queue"].grad is given["query_m"].grad is None
     with torch.no_grad():
         loss, dx, dt, _ = queue_itc_fwd(
-            *(given[k] for k in ("query", "query_m", "keys", "queue")), torch.tensor(0.07, device=DEVICE),
-            torch.tensor(0.4, device=DEVICE), None, None, None, 0, 0.0, None, False, backend,
+            *(given[k][None] for k in ("query", "query_m", "keys")), given["queue"], None,
+            torch.tensor(0.07, device=DEVICE), torch.tensor(0.4, device=DEVICE), None, None, None, 0, 0.0, None,
+            False, backend,
         )  # fmt: skip
     assert not loss.requires_grad and dx.numel() == dt.numel() == 0
 
@@ -279,8 +281,58 @@ def test_negatives_are_those_of_hard_negatives(backend: str, ids: bool, mixture:
     assert torch.equal(drawn, want)
 
 
+BOTH = ("image", "text", "image_m", "text_m", "image_queue", "text_queue")
+
+
+def both_directions(**options: Any) -> Case:
+    (i2t, t2i), shared = (case(**options) for _ in range(2)), {}
+    if options.get("ids"):
+        shared = {name: i2t[name] for name in ("ids", "queue_ids")}
+    features = (i2t["query"], t2i["query"], i2t["keys"], t2i["keys"], i2t["queue"], t2i["queue"])
+    return dict(zip(BOTH, features, strict=True)) | shared | {"alpha": options.get("alpha", 0.4)}
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.0, "m": 0}, {"ids": True}], ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_both_directions_are_two_losses(backend: str, options: Case) -> None:
+    given = both_directions(**options)
+    image, text, image_m, text_m, image_queue, text_queue = (given.pop(name) for name in BOTH)
+    image, text = image.t().contiguous().t().requires_grad_(), text.requires_grad_()
+    temp = torch.tensor(0.07, device=DEVICE, requires_grad=True)
+    shared = given | {"temp": temp, "negatives": 2, "mixture": 0.1, "backend": backend}
+    *got, texts, images = queue_itc_losses(image, text, image_m, text_m, image_queue, text_queue, seed=3, **shared)
+    ways = (
+        queue_itc_loss(image, text_m, text_queue, query_m=image_m, seed=3, **shared),
+        queue_itc_loss(text, image_m, image_queue, query_m=text_m, seed=3 ^ OTHER_DIRECTION, **shared),
+    )
+    assert torch.equal(texts, ways[0][1]) and torch.equal(images, ways[1][1])
+    want = [loss for loss, _ in ways]
+    grads = [torch.autograd.grad(2 * i2t + 3 * t2i, (image, text, temp)) for i2t, t2i in (got, want)]
+    torch.testing.assert_close([*got, *grads[0]], [*want, *grads[1]], atol=1e-6, rtol=1e-5)
+    # one of the two may not be used
+    alone = queue_itc_losses(image, text, image_m, text_m, image_queue, text_queue, seed=3, **shared)[1]
+    assert not torch.autograd.grad(alone, image)[0].any()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"text": torch.ones(9, 25)}, "text has shape|image_m has 24"),
+        ({"text_queue": torch.ones(35, 24)}, "text_queue is torch.float32"),
+        ({"text_queue": torch.ones(24, 36).t()}, "text_queue has strides"),
+        ({"image_m": None}, "alpha is 0.4 and image_m is None"),
+        ({"text": torch.ones(8, 24)}, "text_m has shape|text is"),
+        ({"ids": torch.arange(9)}, "queue_ids is NoneType"),
+    ],
+)
+def test_errors_of_both_directions(change: dict, words: str) -> None:
+    change = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in change.items()}
+    with pytest.raises((ValueError, TypeError), match=words):
+        queue_itc_losses(**{"temp": 0.07} | both_directions() | change)
+
+
 def test_registration() -> None:
-    given = case(b=4, m=20, ids=True)
+    given = {k: v[None] if k in ("query", "query_m", "keys") else v for k, v in case(b=4, m=20, ids=True).items()}
     query = given["query"].requires_grad_()
     t = torch.tensor(0.07, device=DEVICE, requires_grad=True)
     ids = [given[k] for k in ("ids", "key_ids", "queue_ids")]
@@ -289,19 +341,20 @@ def test_registration() -> None:
         given["query_m"],
         given["keys"],
         given["queue"],
+        None,
         t,
         torch.tensor(0.4, device=DEVICE),
         *ids,
         2,
         0.1,
-        torch.tensor(7, device=DEVICE),
+        torch.tensor([7], device=DEVICE),
         True,
         "chunked",
     )
     torch.library.opcheck(queue_itc_fwd.op, args)
-    torch.library.opcheck(moco_fwd.op, (query, given["keys"], given["queue"], t, True, "chunked"))
-    nothing = given["keys"][:0].requires_grad_()
-    empty = (nothing, given["keys"][:0], given["queue"], t, True, "chunked")
+    query, keys = query[0].detach().requires_grad_(), given["keys"][0]
+    torch.library.opcheck(moco_fwd.op, (query, keys, given["queue"], t, True, "chunked"))
+    empty = (query[:0].detach().requires_grad_(), keys[:0], given["queue"], t, True, "chunked")
     torch.library.opcheck(moco_fwd.op, empty, test_utils="test_faketensor")
 
 

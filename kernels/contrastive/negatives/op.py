@@ -21,6 +21,8 @@ from mmfuse.kernels.contrastive.negatives import draw, reference
 
 # draws per row that a tile of the GPU's kernel keeps
 _MOST = 16
+# a seed's other half, for the draws of the other direction: far from any seed that a caller may count up to
+OTHER_DIRECTION = 0x1E3779B97F4A7C15
 
 
 def _draw(

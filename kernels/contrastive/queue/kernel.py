@@ -41,12 +41,13 @@ def _softmax_step(s, k, m, l, o, GRAD: tl.constexpr, PRECISION: tl.constexpr, AC
 
 @triton.jit(do_not_specialize=["B", "K", "M", "tiles"])
 def _scan_kernel(
-    part_ptr,  # out [splits, 7, B]: m, l, m', l', c, t, n
-    o_ptr,  # out [splits, 3, B, D]: O, O', y; if GRAD
-    x_ptr,  # [B, D]
-    x_m_ptr,  # [B, D] if TEACHER
-    keys_ptr,  # [K, D]
+    part_ptr,  # out [W, splits, 7, B]: m, l, m', l', c, t, n
+    o_ptr,  # out [W, splits, 3, B, D]: O, O', y; if GRAD
+    x_ptr,  # [W, B, D]
+    x_m_ptr,  # [W, B, D] if TEACHER
+    keys_ptr,  # [W, K, D]
     queue_ptr,  # [M, D]
+    other_queue_ptr,  # [M, D] of direction 1
     temp_ptr,  # []
     ids_ptr,  # [B] if IDS
     key_ids_ptr,  # [K] if IDS
@@ -73,7 +74,11 @@ def _scan_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row0, split = tl.program_id(0) * BLOCK_B, tl.program_id(1)
+    row0, split, way = tl.program_id(0) * BLOCK_B, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    x_ptr += way * B * stride_x
+    x_m_ptr += way * B * stride_x_m
+    keys_ptr += way * K * stride_k
+    queue_ptr = tl.where(way == 0, queue_ptr, other_queue_ptr)
     rows, d = row0 + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
     inside = (rows < B)[:, None] & (d < D)[None, :]
     inv_temp = 1.0 / tl.load(temp_ptr)
@@ -118,7 +123,8 @@ def _scan_kernel(
             p, shrink, m_t, l_t, o_t = _softmax_step(s_t, k, m_t, l_t, o_t, GRAD, PRECISION, ACC)
             c = c * shrink + tl.sum(p * tl.where((cols < N)[None, :], s, 0.0), axis=1)
 
-    at = part_ptr + split.to(tl.int64) * 7 * B + rows
+    part = way * tl.num_programs(1) + split
+    at = part_ptr + part * 7 * B + rows
     tl.store(at, m, mask=rows < B)
     tl.store(at + B, l, mask=rows < B)
     tl.store(at + 2 * B, m_t, mask=rows < B)
@@ -127,7 +133,7 @@ def _scan_kernel(
     tl.store(at + 5 * B, t, mask=rows < B)
     tl.store(at + 6 * B, n, mask=rows < B)
     if GRAD:
-        at_o = o_ptr + (split.to(tl.int64) * 3 * B + rows)[:, None] * D + d[None, :]
+        at_o = o_ptr + (part * 3 * B + rows)[:, None] * D + d[None, :]
         tl.store(at_o, o, mask=inside)
         if TEACHER:
             tl.store(at_o + B.to(tl.int64) * D, o_t, mask=inside)
@@ -148,17 +154,18 @@ def _weighted(part_ptr, stat, w, split, B, row, splits):
     return tl.sum(w * tl.load(part_ptr + (split * 7 + stat) * B + row, mask=split < splits, other=0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["B", "splits"])
+@triton.jit(do_not_specialize=["B", "K", "splits"])
 def _merge_kernel(
-    row_ptr,  # out [B]
-    g_ptr,  # out [B, D] if GRAD
-    part_ptr,  # [splits, 7, B]
-    o_ptr,  # [splits, 3, B, D] if GRAD
-    keys_ptr,  # [K, D], key i of row i; if GRAD and PAIRED and not IDS
+    row_ptr,  # out [W, B]
+    g_ptr,  # out [W, B, D] if GRAD
+    part_ptr,  # [W, splits, 7, B]
+    o_ptr,  # [W, splits, 3, B, D] if GRAD
+    keys_ptr,  # [W, K, D], key i of row i; if GRAD and PAIRED and not IDS
     alpha_ptr,  # []
     stride_k,
     stride_kd,
     B,
+    K,
     D,
     splits,
     PAIRED: tl.constexpr,
@@ -169,7 +176,13 @@ def _merge_kernel(
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, way = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row_ptr += way * B
+    part_ptr += way * splits * 7 * B
+    if GRAD:
+        g_ptr += way * B * D
+        o_ptr += way * splits * 3 * B * D
+        keys_ptr += way * K * stride_k
     split = tl.arange(0, SPLITS)
     alpha = tl.load(alpha_ptr)
     m, w = _weights(part_ptr, 0, split, B, row, splits)
@@ -232,7 +245,7 @@ def scan(
     x: Tensor,
     x_m: Tensor | None,
     keys: Tensor,
-    queue: Tensor,
+    queues: list[Tensor],
     temp: Tensor,
     alpha: Tensor,
     ids: Tensor | None,
@@ -241,27 +254,29 @@ def scan(
     paired: bool,
     need: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(row [B], g [B, D]); see `blocked.scan`.
+    """(row [W, B], g [W, B, D]) of x [W, B, D], keys [W, K, D] and W queues alike, in one launch; see `blocked.scan`.
 
-    Extra memory: 12 B D bytes for each split of the keys; with one program per multiprocessor 26 MB at B = 64, D = 256
-    on 132 of them.
+    Extra memory: 12 W B D bytes for each split of the keys; with one program per multiprocessor 26 MB at B = 64,
+    D = 256 on 132 of them.
     """
-    (b, dim), n, acc = x.shape, len(keys) + len(queue), accumulation_dtype(x.dtype)
+    (ways, b, dim), k, m, acc = x.shape, keys.shape[1], len(queues[0]), accumulation_dtype(x.dtype)
     new = {"dtype": acc, "device": x.device}
-    row, g = torch.zeros(b, **new), torch.zeros(x.shape if need else 0, **new)
-    if not b or not n:
+    row, g = torch.zeros(ways, b, **new), torch.zeros(x.shape if need else 0, **new)
+    if not b or not k + m:
         return (row if paired else row.fill_(-torch.inf)), g
-    x, keys = _rows(x), keys.to(x.dtype).to(queue.dtype)
+    x, keys = _rows(x), keys.to(x.dtype).to(queues[0].dtype)
     block_d = max(16 if INTERPRET else 128, triton.next_power_of_2(dim))
-    bits = (8 * x.dtype.itemsize, 8 * queue.dtype.itemsize)
+    bits = (8 * x.dtype.itemsize, 8 * queues[0].dtype.itemsize)
     tile = _INTERPRETED if INTERPRET else _TILES[(*bits, ids is not None)][block_d]
     blocks = triton.cdiv(b, tile["BLOCK_B"])
-    total = triton.cdiv(len(keys), tile["BLOCK_N"]) + triton.cdiv(len(queue), tile["BLOCK_N"])
-    wanted = 3 if INTERPRET else max(1, torch.cuda.get_device_properties(x.device).multi_processor_count // blocks)
+    total = triton.cdiv(k, tile["BLOCK_N"]) + triton.cdiv(m, tile["BLOCK_N"])
+    wanted = 3
+    if not INTERPRET:
+        wanted = max(1, torch.cuda.get_device_properties(x.device).multi_processor_count // (blocks * ways))
     tiles = triton.cdiv(total, wanted)
     splits = triton.cdiv(total, tiles)
-    part = torch.empty(splits, 7, b, **new)
-    o = torch.empty((splits, 3, b, dim) if need else 1, **new)
+    part = torch.empty(ways, splits, 7, b, **new)
+    o = torch.empty((ways, splits, 3, b, dim) if need else 1, **new)
     flags = {
         "PAIRED": paired,
         "IDS": ids is not None,
@@ -272,20 +287,20 @@ def scan(
     x_m = x if x_m is None else _rows(x_m)
     precision = "tf32" if x.dtype == torch.float32 and not INTERPRET else "ieee"
     with torch.cuda.device_of(x):
-        _scan_kernel[(blocks, splits)](
-            part, o, x, x_m, keys, queue, temp, ids, key_ids, queue_ids, x.stride(0), x_m.stride(0), *keys.stride(),
-            *queue.stride(), b, len(keys), len(queue), dim, tiles, EVEN_D=dim == block_d,
+        _scan_kernel[(blocks, splits, ways)](
+            part, o, x, x_m, keys, queues[0], queues[-1], temp, ids, key_ids, queue_ids, x.stride(1), x_m.stride(1),
+            *keys.stride()[1:], *queues[0].stride(), b, k, m, dim, tiles, EVEN_D=dim == block_d,
             PRECISION=precision, BLOCK_D=block_d, **flags, **tile,
         )  # fmt: skip
-        _merge_kernel[(b,)](
-            row, g, part, o, keys, alpha, *keys.stride(), b, dim, splits, SPLITS=triton.next_power_of_2(splits),
+        _merge_kernel[(b, ways)](
+            row, g, part, o, keys, alpha, *keys.stride()[1:], b, k, dim, splits, SPLITS=triton.next_power_of_2(splits),
             BLOCK_D=block_d, **flags,
         )  # fmt: skip
     return row, g
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 # --- ahead-of-time compilation --------------------------------------------------------------------------------------
@@ -319,7 +334,7 @@ def _spec(name: str, dtype: torch.dtype, keys: torch.dtype, options: dict[str, A
     if not options["IDS"]:
         constants |= {n: None for n in _IDS if n in kernel.arg_names}
     pointers = dict.fromkeys(("x_ptr", "x_m_ptr"), "*" + _SHORT[dtype]) | dict.fromkeys(_IDS, "*i64")
-    pointers |= dict.fromkeys(("keys_ptr", "queue_ptr"), "*" + _SHORT[keys])
+    pointers |= dict.fromkeys(("keys_ptr", "queue_ptr", "other_queue_ptr"), "*" + _SHORT[keys])
     signature = {
         n: "i32" if n in _INTEGERS or n.startswith("stride_") else pointers.get(n, "*fp32")
         for n in kernel.arg_names

@@ -14,16 +14,25 @@ from mmfuse.kernels._runtime.device import INTERPRET, only_named_in_the_interpre
 from mmfuse.kernels.contrastive.arguments import autocast, check_features, integers, scalar
 from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
 from mmfuse.kernels.contrastive.negatives import Draw
-from mmfuse.kernels.contrastive.negatives.op import draw_op, seed_of
+from mmfuse.kernels.contrastive.negatives.op import OTHER_DIRECTION, draw_op, seed_of
 from mmfuse.kernels.contrastive.queue import blocked, reference
 
 
-def _scan(backend: str) -> Any:
+def _scan(
+    backend: str, x: Tensor, x_m: Tensor | None, keys: Tensor, queues: list[Tensor], *options: Any, see: Any = None
+) -> tuple[Tensor, Tensor]:
+    """(row [W, B], g [W, B, D]) of W directions, as `blocked.scan` has them of one; `see` also gets the direction."""
     if backend == "triton":
         from mmfuse.kernels.contrastive.queue import kernel
 
-        return kernel.scan
-    return blocked.scan
+        return kernel.scan(x, x_m, keys, queues, *options)
+    rows, grads = [], []
+    for way, queue in enumerate(queues):
+        teacher = None if x_m is None else x_m[way]
+        row, g = blocked.scan(x[way], teacher, keys[way], queue, *options, see and partial(see, way))
+        rows.append(row)
+        grads.append(g)
+    return torch.stack(rows), torch.stack(grads)
 
 
 def _reasons_against_triton(query: Tensor, *keys: Any) -> list[str]:
@@ -58,14 +67,16 @@ def _tf32() -> bool:
 
 def _loss_and_grads(x: Tensor, temp: Tensor, row: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dx, dtau) for g = tau d(row)/dx. S is homogeneous in x / tau: dtau = -<x, dx> / tau."""
-    dx = g / (max(1, len(x)) * temp)
-    dtemp = -(x * dx).sum(dtype=torch.float64).to(temp.dtype) / temp if g.dim() == 2 else temp.new_empty(0)
-    return row.mean(), dx, dtemp
+    loss = row.mean(-1)
+    if g.shape != x.shape:
+        return loss, temp.new_empty(0), temp.new_empty(0)
+    dx = g / (max(1, x.shape[-2]) * temp)
+    return loss, dx, -(x * dx).sum((-2, -1), dtype=torch.float64).to(temp.dtype) / temp
 
 
 def _fake_loss_and_grads(x: Tensor, temp: Tensor, need: bool) -> tuple[Tensor, Tensor, Tensor]:
     new = temp.new_empty
-    return new(()), new(x.shape if need else 0), new(() if need else 0)
+    return new(x.shape[:-2]), new(x.shape if need else 0), new(x.shape[:-2] if need else 0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -80,8 +91,8 @@ def _backward(inputs: int, at_temp: int, ctx: Any, g: Tensor | None, *_: None) -
     grads: list[Tensor | None] = [None] * inputs
     if g is not None:
         dx, dtemp = ctx.saved_tensors
-        grads[0] = (g * dx).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grads[at_temp] = g * dtemp if ctx.needs_input_grad[at_temp] else None
+        grads[0] = (g[..., None, None] * dx).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grads[at_temp] = (g * dtemp).sum() if ctx.needs_input_grad[at_temp] else None
     return tuple(grads)
 
 
@@ -93,6 +104,7 @@ def _itc_fwd(
     query_m: Tensor | None,
     keys: Tensor,
     queue: Tensor,
+    other_queue: Tensor | None,
     temp: Tensor,
     alpha: Tensor,
     ids: Tensor | None,
@@ -100,71 +112,82 @@ def _itc_fwd(
     queue_ids: Tensor | None,
     k: int,
     mixture: float,
-    seed: Tensor | None,
+    seeds: Tensor | None,
     need: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = (query, query_m, keys, queue, temp, alpha, ids, key_ids, queue_ids, True, need)
-    drawn = query.new_empty((len(query), k), dtype=torch.int64)
-    if seed is None:
-        row, g = _scan(backend)(*options)
+    """Of one direction or two, query [W, B, D] and keys [W, K, D]: losses [W], their gradients, draws [W, B, k]."""
+    queues = [queue] if other_queue is None else [queue, other_queue]
+    options = (query, query_m, keys, queues, temp, alpha, ids, key_ids, queue_ids, True, need)
+    drawn = query.new_empty((*query.shape[:2], k), dtype=torch.int64)
+    if seeds is None:
+        row, g = _scan(backend, *options)
     elif backend == "triton":
-        row, g = _scan(backend)(*options)
-        drawn = _draw_apart(backend, query, keys, temp, ids, key_ids, k, mixture, seed)
+        row, g = _scan(backend, *options)
+        drawn = _draw_apart(backend, query, keys, temp, ids, key_ids, k, mixture, seeds)
     else:
         own, other = _masked_ids(query, keys, ids, key_ids)
-        draw, one = Draw(len(query), k, seed, temp.dtype, mixture=mixture), torch.ones_like(temp)
+        one = torch.ones_like(temp)
+        draws = [Draw(len(own), k, seed, temp.dtype, mixture=mixture) for seed in seeds]
 
-        def see(s: Tensor, first: int) -> None:
-            draw.add(s[:, : len(keys)], one, own[first : first + len(s)], other, row=first)
+        def see(way: int, s: Tensor, first: int) -> None:
+            draws[way].add(s[:, : len(other)], one, own[first : first + len(s)], other, row=first)
 
-        row, g = blocked.scan(*options, see)
-        drawn = draw.result().clone()
+        row, g = _scan(backend, *options, see=see)
+        drawn = torch.stack([draw.result() for draw in draws])
     return *_loss_and_grads(query, temp, row, g), drawn
 
 
 def _masked_ids(query: Tensor, keys: Tensor, ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     if ids is not None and key_ids is not None:
         return ids, key_ids
-    return torch.arange(len(query), device=query.device), torch.arange(len(keys), device=query.device)
+    return torch.arange(query.shape[1], device=query.device), torch.arange(keys.shape[1], device=query.device)
 
 
 def _draw_apart(
     backend: str, query: Tensor, keys: Tensor, temp: Tensor, ids: Tensor | None, key_ids: Tensor | None, *draw: Any
 ) -> Tensor:
     """The same draws from a pass of their own over the K keys."""
-    k, mixture, seed = draw
+    k, mixture, seeds = draw
     masks = _masked_ids(query, keys, ids, key_ids)
-    return draw_op(query, keys.to(query.dtype), 1 / temp, *masks, seed, k, 0, mixture, False, backend)[0]
+    return torch.stack(
+        [
+            draw_op(x, y.to(x.dtype), 1 / temp, *masks, seed, k, 0, mixture, False, backend)[0]
+            for x, y, seed in zip(query, keys, seeds, strict=True)
+        ]
+    )
 
 
 def _itc_fwd_fake(  # type: ignore[no-untyped-def]
-    query, query_m, keys, queue, temp, alpha, ids, key_ids, queue_ids, k, mixture, seed, need, backend
+    query, query_m, keys, queue, other, temp, alpha, ids, key_ids, queue_ids, k, mixture, seeds, need, backend
 ):
-    drawn = query.new_empty((query.shape[0], k), dtype=torch.int64)
+    drawn = query.new_empty((*query.shape[:2], k), dtype=torch.int64)
     return *_fake_loss_and_grads(query, temp, need), drawn
 
 
 queue_itc_fwd = register(
-    "queue_itc_fwd", _itc_fwd, _itc_fwd_fake, setup_context=_setup, backward=partial(_backward, 14, 4)
+    "queue_itc_fwd", _itc_fwd, _itc_fwd_fake, setup_context=_setup, backward=partial(_backward, 15, 5)
 )
 
 
 def _fused_itc(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
-    query, query_m, keys, queue, temp, alpha, *options = args
+    query, query_m, keys, queues, temp, alpha, *options = args
+    queue, other = (*queues, None)[:2]
     need = torch.is_grad_enabled() and (query.requires_grad or temp.requires_grad)
     # as a number it would be compiled anew for each value, and it is warmed up step by step
     alpha = torch.ones_like(temp) * alpha if query_m is not None else torch.zeros_like(temp)
-    loss, _, _, drawn = queue_itc_fwd(query, query_m, keys, queue, temp, alpha, *options, need, backend)
+    loss, _, _, drawn = queue_itc_fwd(query, query_m, keys, queue, other, temp, alpha, *options, need, backend)
     return loss, drawn
 
 
 def _reference_itc(*args: Any) -> tuple[Tensor, Tensor | None]:
-    *options, k, mixture, seed = args
-    query, _, keys, _, temp, _, ids, key_ids, _ = options
-    loss = reference.queue_itc_loss(*options)
+    query, query_m, keys, queues, temp, alpha, ids, key_ids, queue_ids, k, mixture, seeds = args
+    teachers = [None] * len(query) if query_m is None else query_m
+    options = (temp, alpha, ids, key_ids, queue_ids)
+    ways = zip(query, teachers, keys, queues, strict=True)
+    loss = torch.stack([reference.queue_itc_loss(*way, *options) for way in ways])
     with torch.no_grad():
-        given = (query.detach(), keys.detach(), temp.detach(), ids, key_ids, k, mixture, seed)
+        given = (query.detach(), keys.detach(), temp.detach(), ids, key_ids, k, mixture, seeds)
         return loss, _draw_apart("torch", *given) if k else None
 
 
@@ -233,40 +256,128 @@ def queue_itc_loss(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
+    way = _way(alpha, ids, ("query_m", query_m), query=query, keys=keys, queue=queue)
+    at = seed_of(seed, query).reshape(1) if negatives else None
+    losses, drawn = _itc([way], temp, alpha, ids, key_ids, queue_ids, negatives, mixture, at, backend)
+    return (losses[0], drawn[0]) if negatives else losses[0]
+
+
+def queue_itc_losses(
+    image: Tensor,
+    text: Tensor,
+    image_m: Tensor,
+    text_m: Tensor,
+    image_queue: Tensor,
+    text_queue: Tensor,
+    temp: Tensor | float,
+    *,
+    alpha: float = 0.0,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    negatives: int = 0,
+    mixture: float = 0.0,
+    seed: Tensor | int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """`queue_itc_loss` of the images against the texts and of the texts against the images, in one launch on a GPU.
+
+    Args:
+        image, text: [B, D] with gradient, of the same dtype.
+        image_m, text_m: [B, D] of the momentum encoders: the teacher's queries and the other direction's keys.
+        image_queue, text_queue: [M, D], of the same dtype and strides.
+        ids, queue_ids: [B] and [M], of both directions.
+        seed: of the images' draws; the texts' have noise of their own, that of `seed ^ OTHER_DIRECTION`.
+        The others are as for `queue_itc_loss`.
+
+    Returns:
+        (image to text, text to image), and with `negatives` also (texts [B, k] of the images, images [B, k] of the
+        texts).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    ways = [
+        _way(alpha, ids, ("image_m", image_m), image=image, text_m=text_m, text_queue=text_queue),
+        _way(alpha, ids, ("text_m", text_m), text=text, image_m=image_m, image_queue=image_queue),
+    ]
+    for name, own, given, other in (
+        ("text", text, "image", image), ("text_m", text_m, "image_m", image_m),
+        ("text_queue", text_queue, "image_queue", image_queue),
+    ):  # fmt: skip
+        if (own.shape, own.dtype) != (other.shape, other.dtype):
+            raise ValueError(
+                f"{name} is {own.dtype} {tuple(own.shape)}, expected {other.dtype} {tuple(other.shape)} as {given}"
+            )
+    if text_queue.stride() != image_queue.stride():
+        raise ValueError(
+            f"text_queue has strides {text_queue.stride()}, expected {image_queue.stride()} as image_queue"
+        )
+    seeds = None
+    if negatives:
+        at = seed_of(seed, image)
+        seeds = torch.stack((at, at ^ OTHER_DIRECTION))
+    losses, drawn = _itc(ways, temp, alpha, ids, ids, queue_ids, negatives, mixture, seeds, backend)
+    return (*losses, *drawn) if negatives else tuple(losses)
+
+
+_Way = tuple[Tensor, Tensor | None, Tensor, Tensor]
+
+
+def _way(alpha: float, ids: Tensor | None, teacher: tuple[str, Tensor | None], **features: Tensor) -> _Way:
+    """(query, query_m, keys, queue) of one direction, from query, keys and queue under the caller's names."""
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}, expected a number in [0, 1]")
+    name, query_m = teacher
     if alpha and query_m is None:
-        raise ValueError(f"alpha is {alpha} and query_m is None, expected the teacher's queries [B, D]")
-    query, keys, queue = _features(query, keys=keys, queue=queue)
-    temp = scalar("temp", temp, query)
-    teacher = None
-    if alpha and query_m is not None:
-        (teacher,) = _features(query, query_m=query_m)[1:]
-        if teacher.shape != query.shape:
-            raise ValueError(f"query_m has shape {tuple(teacher.shape)}, expected {tuple(query.shape)} as query")
-        teacher = teacher.to(query.dtype)
+        raise ValueError(f"alpha is {alpha} and {name} is None, expected the teacher's queries [B, D]")
+    query, keys, queue = _features(**features)
+    first, second, _ = features
+    if ids is None and len(keys) < len(query):
+        raise ValueError(f"{second} has {len(keys)} rows, expected at least the {len(query)} of {first}, or ids")
+    if not alpha or query_m is None:
+        return query, None, keys, queue
+    query_m = _features(**{first: query, name: query_m})[1]
+    if query_m.shape != query.shape:
+        raise ValueError(f"{name} has shape {tuple(query_m.shape)}, expected {tuple(query.shape)} as {first}")
+    return query, query_m.to(query.dtype), keys, queue
+
+
+def _itc(
+    ways: list[_Way],
+    temp: Tensor | float,
+    alpha: float,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    queue_ids: Tensor | None,
+    negatives: int,
+    mixture: float,
+    seeds: Tensor | None,
+    backend: str | None,
+) -> Any:
+    """(losses [W], draws [W, B, k])"""
+    queries, teachers, keys, queues = zip(*ways, strict=True)
+    temp = scalar("temp", temp, queries[0])
     if ids is None:
         if key_ids is not None or queue_ids is not None:
             raise ValueError("key_ids and queue_ids are given and ids is not, expected all of them")
-        if len(keys) < len(query):
-            raise ValueError(f"keys has {len(keys)} rows, expected at least the {len(query)} of query, or ids")
     else:
-        key_ids = ids if key_ids is None else key_ids
-        ids = integers("ids", ids, query, "query")
-        key_ids, queue_ids = (
-            integers("key_ids", key_ids, keys, "keys"),
-            integers("queue_ids", queue_ids, queue, "queue"),
-        )
+        key_ids = integers("key_ids", ids if key_ids is None else key_ids, keys[0], "keys")
+        queue_ids = integers("queue_ids", queue_ids, queues[0], "queue")
+        ids = integers("ids", ids, queries[0], "query")
     if negatives < 0:
         raise ValueError(f"negatives is {negatives}, expected a number of draws per row")
     if not 0.0 <= mixture < math.inf:
         raise ValueError(f"mixture is {mixture}, expected a finite number >= 0")
-    at = seed_of(seed, query) if negatives else None
-    impl = QUEUE_ITC.select(query, keys, queue, backend=backend)
-    loss, drawn = impl.fn(
-        query, teacher, keys, queue, temp, float(alpha), ids, key_ids, queue_ids, negatives, float(mixture), at
-    )
-    return (loss, drawn) if negatives else loss
+    impl = QUEUE_ITC.select(queries[0], keys[0], queues[0], backend=backend)
+    query, keys = _stacked(queries), _stacked(keys)
+    teacher = None if teachers[0] is None else _stacked(teachers)
+    masks = (ids, key_ids, queue_ids)
+    return impl.fn(query, teacher, keys, list(queues), temp, float(alpha), *masks, negatives, float(mixture), seeds)
+
+
+def _stacked(ways: tuple[Tensor, ...]) -> Tensor:
+    return ways[0].unsqueeze(0) if len(ways) == 1 else torch.stack(ways)
 
 
 # --- MoCo -----------------------------------------------------------------------------------------------------------
@@ -275,7 +386,9 @@ def queue_itc_loss(
 def _moco_fwd(
     query: Tensor, key: Tensor, queue: Tensor, temp: Tensor, need: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rho, o = _scan(backend)(query, None, queue[:0], queue, temp, torch.zeros_like(temp), None, None, None, False, need)
+    unused = (torch.zeros_like(temp), None, None, None)  # alpha and ids
+    scanned = _scan(backend, query[None], None, queue[None, :0], [queue], temp, *unused, False, need)
+    rho, o = (t[0] if len(t) else t for t in scanned)
     own = (query.to(temp.dtype) * key).sum(1) / temp
     # log(e^rho + e^own) - own keeps its digits down to a loss of 0 as log(1 + e^(rho - own))
     row = torch.logaddexp(rho - own, rho.new_zeros(()))
@@ -328,7 +441,7 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor | float, *
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    query, key, queue = _features(query, key=key, queue=queue)
+    query, key, queue = _features(query=query, key=key, queue=queue)
     if key.shape != query.shape:
         raise ValueError(f"key has shape {tuple(key.shape)}, expected {tuple(query.shape)} as query")
     impl = MOCO.select(query, key, queue, backend=backend)
@@ -338,17 +451,20 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor | float, *
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _features(query: Tensor, **others: Tensor) -> tuple[Tensor, ...]:
-    for name, t in {"query": query, **others}.items():
+def _features(**named: Tensor) -> tuple[Tensor, ...]:
+    """The features, which go by the first of them."""
+    first, query = next(iter(named.items()))
+    for name, t in named.items():
         check_features(name, t)
         if t.shape[1] == 0:
             raise ValueError(f"{name} has shape {tuple(t.shape)}, expected at least one feature per row")
         if t.shape[1] != query.shape[1]:
-            raise ValueError(f"{name} has {t.shape[1]} features per row, expected {query.shape[1]} as in query")
+            raise ValueError(f"{name} has {t.shape[1]} features per row, expected {query.shape[1]} as in {first}")
         if t.device != query.device:
-            raise ValueError(f"{name} is on {t.device}, expected {query.device} as query")
+            raise ValueError(f"{name} is on {t.device}, expected {query.device} as {first}")
     (query,) = autocast(query)
-    for name, t in others.items():
+    others = list(named.items())[1:]
+    for name, t in others:
         if t.dtype != query.dtype and not (t.dtype == torch.float32 and query.dtype.itemsize == 2):
-            raise TypeError(f"{name} has dtype {t.dtype}, expected {query.dtype} as query, or float32 beside 16 bits")
-    return (query, *others.values())
+            raise TypeError(f"{name} has dtype {t.dtype}, expected {query.dtype} as {first}, or float32 beside 16 bits")
+    return query, *(t for _, t in others)
