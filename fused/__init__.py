@@ -7,6 +7,7 @@ from mmfuse.fused.imagebind import ImageBindLoss
 from mmfuse.fused.language import linear_cross_entropy
 from mmfuse.fused.losses import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from mmfuse.fused.momentum import MomentumQueueITC, momentum_update
+from mmfuse.fused.patch import PatchEmbed
 from mmfuse.fused.quantizer import NormEMAVectorQuantizer, VectorQuantizer
 from mmfuse.fused.queries import MaxQueryITC
 from mmfuse.fused.retrieval import HardNegativeSampler, Ranking, rerank
@@ -22,6 +23,7 @@ __all__ = [
     "MaxQueryITC",
     "MomentumQueueITC",
     "NormEMAVectorQuantizer",
+    "PatchEmbed",
     "Ranking",
     "Report",
     "SigLipLoss",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from torch import nn
@@ -13,11 +13,15 @@ from mmfuse.kernels._runtime import UnsupportedError
 
 
 def accelerate(
-    model: nn.Module, ops: Iterable[str] | None = None, strict: bool = False, dry_run: bool = False
+    model: nn.Module,
+    ops: Iterable[str] | None = None,
+    strict: bool = False,
+    dry_run: bool = False,
+    uint8: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Report:
     """Swap fused code into the modules of `model` that a rule matches, in place, and report it.
 
-    Only one method of matched instances changes, `forward` but for CoCa's `generate`: classes, parameters, buffers,
+    Only one method of matched instances changes, mostly `forward`: classes, parameters, buffers,
     state-dict keys, hooks and outputs stay; copies and pickles of the model stay accelerated. transformers' CLIPModel
     and SiglipModel return the logits, so there the fused loss is opt-in: with `return_loss=True` the logits are then
     computed only when read.
@@ -30,14 +34,19 @@ def accelerate(
         ops: operators to use, e.g. {"clip_loss"}; names those that are opt-in too. By default all that are not.
         strict: raise, and change nothing, unless every matched module can be replaced and there is one.
         dry_run: report only.
+        uint8: (mean, std) per channel, of pixels in [0, 1]. Stems then take the bytes of images as well, uint8
+            [B, C, H, W] as they were decoded, and normalise them within the operator.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `uint8` no pair.
         ValueError: `ops` names an unknown operator.
         UnsupportedError: `strict`, and a matched module has to be left or none is matched; the message is the report.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module")
+    if uint8 is not None and (len(uint8) != 2 or len(uint8[0]) != len(uint8[1])):
+        raise TypeError(f"uint8 is {uint8!r}, expected (mean, std) of as many channels each")
+    options = {} if uint8 is None else {"uint8": tuple(tuple(map(float, values)) for values in uint8)}
     rules = _rules(ops)
     entries, swaps, barriers = [], [], {}
     for path, module in model.named_modules():
@@ -45,6 +54,8 @@ def accelerate(
             barriers[path] = barrier
         for rule in _most_specific([r for r in rules if r.matches(module)]):
             outcome, why = _outcome(rule, module, path, barriers, opted_in=ops is not None)
+            if outcome == "replaced" and options and rule.op == "patch_embed" and not rule.takes_uint8:
+                outcome, why = "left", "the model casts its pixels before it gets them, so it cannot tell bytes"
             entries.append(Entry(path, type(module).__name__, rule.op, outcome, why))
             if outcome == "replaced":
                 swaps.append((rule, module))
@@ -54,7 +65,7 @@ def accelerate(
         raise UnsupportedError(f"strict, so the model is unchanged\n{report}")
     if not dry_run:
         for rule, module in swaps:
-            report.remember(rule.apply(module))
+            report.remember(rule.apply(module, **(options if rule.takes_uint8 else {})))
     return report
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from mmfuse.fused.acceleration import coca, vector_quantize
+from mmfuse.fused.acceleration import coca, stems, vector_quantize
 from mmfuse.fused.losses import unsupported
 
 
@@ -52,13 +52,19 @@ class Rule:
                 return f"{actual.__name__} overrides {method}"
         theirs, ours = getattr(actual, self.method), resolve_name(self.forward)
         found, known = (list(inspect.signature(f).parameters)[1:] for f in (theirs, ours))
+        known = [name for name in known if name != "uint8"]
         if found != known:
             return f"this version's {self.method} takes ({', '.join(found)}), expected ({', '.join(known)})"
         return self.reason_against(module)
 
-    def apply(self, module: nn.Module) -> Callable[[], None]:
+    @property
+    def takes_uint8(self) -> bool:
+        """Whether the replacement can normalise the bytes of images itself."""
+        return "uint8" in inspect.signature(resolve_name(self.forward)).parameters
+
+    def apply(self, module: nn.Module, **options: Any) -> Callable[[], None]:
         """Replace the method of `module`, and return the function that puts it back."""
-        fused = Fused(resolve_name(self.forward), module)
+        fused = Fused(resolve_name(self.forward), module, **options)
         setattr(module, self.method, fused)
 
         def undo() -> None:
@@ -141,5 +147,94 @@ RULES = (
         relies_on=("generate", "_generate_beamsearch", "forward", "_encode_text"),
         reason_against=coca.reason_against,
         method="generate",
+    ),
+    Rule(
+        op="patch_embed",
+        target="timm.layers.patch_embed:PatchEmbed",
+        forward="mmfuse.fused.acceleration.stems:timm_patch_embed",
+        relies_on=("forward", "dynamic_feat_size"),
+        reason_against=stems.against_timm_patch_embed,
+    ),
+    Rule(
+        op="patch_embed",
+        target="timm.layers.patch_embed:PatchEmbedWithSize",
+        forward="mmfuse.fused.acceleration.stems:timm_patch_embed_with_size",
+        reason_against=stems.against_timm_patch_embed,
+    ),
+    Rule(
+        op="patch_embed",
+        target="timm.models.vision_transformer:VisionTransformer",
+        forward="mmfuse.fused.acceleration.stems:timm_forward_features",
+        relies_on=("forward_features", "_pos_embed"),
+        reason_against=stems.against_timm_model,
+        method="forward_features",
+    ),
+    Rule(
+        op="patch_embed",
+        target="open_clip.transformer:VisionTransformer",
+        forward="mmfuse.fused.acceleration.stems:open_clip_embeds",
+        relies_on=("_embeds",),
+        reason_against=stems.against_open_clip,
+        method="_embeds",
+    ),
+    Rule(
+        op="patch_embed",
+        target="transformers.models.vit.modeling_vit:ViTEmbeddings",
+        forward="mmfuse.fused.acceleration.stems:vit_embeddings",
+        reason_against=stems.against_vit,
+    ),
+    Rule(
+        op="patch_embed",
+        target="transformers.models.beit.modeling_beit:BeitEmbeddings",
+        forward="mmfuse.fused.acceleration.stems:beit_embeddings",
+        reason_against=stems.against_vit,
+    ),
+    Rule(
+        op="patch_embed",
+        target="transformers.models.clip.modeling_clip:CLIPVisionEmbeddings",
+        forward="mmfuse.fused.acceleration.stems:clip_embeddings",
+        reason_against=stems.against_patch_embedding,
+    ),
+    Rule(
+        op="patch_embed",
+        target="transformers.models.siglip.modeling_siglip:SiglipVisionEmbeddings",
+        forward="mmfuse.fused.acceleration.stems:siglip_embeddings",
+        reason_against=stems.against_patch_embedding,
+    ),
+    Rule(
+        op="patch_embed",
+        target="transformers.models.blip.modeling_blip:BlipVisionEmbeddings",
+        forward="mmfuse.fused.acceleration.stems:blip_embeddings",
+        reason_against=stems.against_patch_embedding,
+    ),
+    Rule(
+        op="patch_embed",
+        target="transformers.models.blip_2.modeling_blip_2:Blip2VisionEmbeddings",
+        forward="mmfuse.fused.acceleration.stems:blip_embeddings",
+        reason_against=stems.against_patch_embedding,
+    ),
+    Rule(
+        op="patch_embed",
+        target="transformers.models.instructblip.modeling_instructblip:InstructBlipVisionEmbeddings",
+        forward="mmfuse.fused.acceleration.stems:blip_embeddings",
+        reason_against=stems.against_patch_embedding,
+    ),
+    Rule(
+        op="patch_embed",
+        target="transformers.models.qwen2_vl.modeling_qwen2_vl:PatchEmbed",
+        forward="mmfuse.fused.acceleration.stems:qwen_patch_embed",
+        reason_against=stems.against_qwen,
+    ),
+    Rule(
+        op="patch_embed",
+        target="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionPatchEmbed",
+        forward="mmfuse.fused.acceleration.stems:qwen_patch_embed",
+        reason_against=stems.against_qwen,
+    ),
+    Rule(
+        op="patch_embed",
+        target="transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionPatchEmbed",
+        forward="mmfuse.fused.acceleration.stems:qwen_patch_embed",
+        reason_against=stems.against_qwen,
     ),
 )

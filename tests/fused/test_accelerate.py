@@ -186,8 +186,8 @@ def test_parity(rule: tuple[str, str], dtype: torch.dtype, device: str) -> None:
 
 def test_every_rule_has_a_parity_test() -> None:
     assert RULES
-    elsewhere = {("coca_generate", "open_clip.coca_model:CoCa")}  # test_accelerate_coca.py
-    assert {(r.op, r.target) for r in RULES} == set(PARITY) | elsewhere
+    elsewhere = {"coca_generate", "patch_embed", "vector_quantize"}  # test_accelerate_coca, _stems, test_quantizer
+    assert {(r.op, r.target) for r in RULES if r.op not in elsewhere} == set(PARITY)
 
 
 # --- transformers: opt-in, and lazy logits ---------------------------------------------------------------------------
@@ -198,10 +198,11 @@ def test_transformers_is_opt_in(op: str) -> None:
     model = HF[op]()
     before = dict(vars(model))
     report = accelerate(model)
-    assert not report.replaced and vars(model) == before
+    assert {e.op for e in report.replaced} == {"patch_embed"} and vars(model) == before
+    report.undo()
     (entry,) = report.left
     assert (entry.path, entry.op) == ("", op) and f"with ops={{'{op}'}} they are computed only when read" in entry.why
-    with pytest.raises(mmfuse.UnsupportedError, match="nothing replaced, 1 left"):
+    with pytest.raises(mmfuse.UnsupportedError, match="1 replaced, 1 left"):
         accelerate(model, strict=True)
     assert vars(model) == before
 

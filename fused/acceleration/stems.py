@@ -1,0 +1,361 @@
+"""Stems of timm, open_clip and transformers: from pixels to the rows of the first block in one operator.
+
+Each function is the method of its library, arguments and outputs included; `uint8`, a (mean, std) per channel that
+`accelerate(model, uint8=...)` gives, lets it take the bytes of images as (x/255 - mean)/std. Tokens are rounded once,
+at the end; masked tokens are selected, so what lies under a mask never reaches the output, be it NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfuse.kernels import patch_embed
+
+Norm = tuple[Tensor, Tensor | None, float]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+# --- timm ---------------------------------------------------------------------------------------------------------
+
+
+def timm_patch_embed(module: Any, x: Tensor, uint8: Statistics | None = None) -> Tensor:
+    """timm's PatchEmbed: [B, C, H, W] to [B, N, D], or [B, gh, gw, D] where it does not flatten."""
+    tokens = _rows(module.proj, _timm_pixels(module, x), uint8, padding=_padding(module), stem_norm=_norm(module.norm))
+    return tokens if module.flatten else tokens.unflatten(1, module.dynamic_feat_size(x.shape[-2:]))
+
+
+def timm_patch_embed_with_size(module: Any, x: Tensor, uint8: Statistics | None = None) -> tuple[Tensor, list[int]]:
+    """timm's PatchEmbedWithSize: the tokens and their grid."""
+    grid = [s // p for s, p in zip(x.shape[-2:], module.patch_size, strict=True)]
+    tokens = _rows(module.proj, _timm_pixels(module, x), uint8, stem_norm=_norm(module.norm))
+    return tokens if module.flatten else tokens.unflatten(1, grid), grid
+
+
+def timm_forward_features(
+    model: Any,
+    x: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    uint8: Statistics | None = None,
+) -> Tensor:
+    """timm's VisionTransformer.forward_features: patches, class and register tokens and positions in one operator."""
+    x = _timm_stem(model, x, uint8)
+    if attn_mask is not None or is_causal:
+        for block in model.blocks:
+            x = block(x, attn_mask=attn_mask, is_causal=is_causal)
+    elif model.grad_checkpointing:
+        from timm.models import checkpoint_seq
+
+        x = checkpoint_seq(model.blocks, x)
+    else:
+        x = model.blocks(x)
+    return model.norm(x)
+
+
+def _timm_stem(model: Any, x: Tensor, uint8: Statistics | None) -> Tensor:
+    embed, drop = model.patch_embed, model.patch_drop
+    pixels = _timm_pixels(embed, x)
+    prefix = [t[0] for t in (model.cls_token, model.reg_token) if t is not None]
+    rows = 0 if model.no_embed_class else model.num_prefix_tokens
+    position, grid = model.pos_embed, embed.dynamic_feat_size(x.shape[-2:])
+    if position is not None and model.dynamic_img_size:
+        from timm.layers import resample_abs_pos_embed
+
+        position = resample_abs_pos_embed(position, grid, embed.grid_size, num_prefix_tokens=rows)
+    # positions are dropped before patches: only without the former can the latter be left out from the start
+    dropped = model.training and model.pos_drop.p > 0
+    keep = None
+    if not dropped and isinstance(drop, nn.Module) and model.training and getattr(drop, "prob", 0.0) > 0:
+        patches = grid[0] * grid[1]
+        keep = torch.randn(len(x), patches, device=x.device).argsort(-1)[:, : max(1, int(patches * (1.0 - drop.prob)))]
+        keep = keep.sort(-1)[0] if drop.ordered else keep
+    tokens = _rows(
+        embed.proj,
+        pixels,
+        uint8,
+        padding=_padding(embed),
+        stem_norm=_norm(embed.norm),
+        prefix=torch.cat(prefix) if prefix else None,
+        position=None if position is None else position[0, rows:],
+        prefix_position=position[0, :rows] if position is not None and rows else None,
+        ids_keep=keep,
+        pre_norm=None if dropped else _norm(model.norm_pre),
+    )
+    return model.norm_pre(drop(model.pos_drop(tokens))) if dropped else tokens
+
+
+def _timm_pixels(module: Any, x: Tensor) -> Tensor:
+    expected = module.img_size
+    if expected is not None and module.strict_img_size and tuple(x.shape[-2:]) != tuple(expected):
+        raise ValueError(f"x has images of {tuple(x.shape[-2:])}, expected {tuple(expected)}")
+    return x if module.dynamic_img_pad or expected is not None else _whole(x, module.patch_size)
+
+
+def _padding(module: Any) -> str:
+    return "zero" if module.dynamic_img_pad else "error"
+
+
+def against_timm_patch_embed(module: Any) -> str | None:
+    """Why timm's PatchEmbed stays, or None."""
+    from timm.layers import Format
+
+    if not module.flatten and module.output_fmt != Format.NHWC:
+        return f"its output is {module.output_fmt.value}, expected NLC or NHWC"
+    return _against_projection(module.proj) or _against_norm("norm", module.norm)
+
+
+def against_timm_model(model: Any) -> str | None:
+    """Why timm's VisionTransformer stays, or None."""
+    from timm.layers import PatchDropout, PatchEmbed
+
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"its patch_embed is {type(model.patch_embed).__name__}, expected timm's PatchEmbed"
+    if type(model.patch_drop) not in (nn.Identity, PatchDropout):
+        return f"its patch_drop is {type(model.patch_drop).__name__}, expected timm's PatchDropout"
+    return (
+        _hooked(model, "patch_embed", "patch_drop", "pos_drop", "norm_pre")
+        or against_timm_patch_embed(model.patch_embed)
+        or _against_norm("norm_pre", model.norm_pre)
+    )
+
+
+# --- open_clip ----------------------------------------------------------------------------------------------------
+
+
+def open_clip_embeds(model: Any, x: Tensor, uint8: Statistics | None = None) -> Tensor:
+    """open_clip's VisionTransformer._embeds: class token, positions, patch dropout and ln_pre in one operator."""
+    drop, keep = model.patch_dropout, None
+    if model.training and getattr(drop, "prob", 0.0) > 0:
+        patches = len(model.positional_embedding) - 1
+        keep = torch.randn(len(x), patches).topk(max(1, int(patches * (1 - drop.prob))), dim=-1).indices.to(x.device)
+    return _rows(
+        model.conv1,
+        _whole(x, model.conv1.kernel_size),
+        uint8,
+        dtype=_dtype(model.conv1),
+        prefix=model.class_embedding[None],
+        position=model.positional_embedding[1:],
+        prefix_position=model.positional_embedding[:1],
+        ids_keep=keep,
+        pre_norm=_norm(model.ln_pre),
+    )
+
+
+def against_open_clip(model: Any) -> str | None:
+    """Why open_clip's VisionTransformer stays, or None."""
+    from open_clip.transformer import PatchDropout
+
+    if type(model.patch_dropout) not in (nn.Identity, PatchDropout):
+        return f"its patch_dropout is {type(model.patch_dropout).__name__}, expected open_clip's"
+    if not getattr(model.patch_dropout, "exclude_first_token", True):
+        return "its patch_dropout may drop the class token"
+    return (
+        _hooked(model, "conv1", "patch_dropout", "ln_pre")
+        or _against_projection(model.conv1)
+        or _against_norm("ln_pre", model.ln_pre)
+    )
+
+
+# --- transformers -------------------------------------------------------------------------------------------------
+
+
+def vit_embeddings(
+    module: Any,
+    pixel_values: Tensor,
+    bool_masked_pos: Tensor | None = None,
+    interpolate_pos_encoding: bool = False,
+) -> Tensor:
+    """ViTEmbeddings: [B, C, H, W] to [B, 1 + N, D]."""
+    if not interpolate_pos_encoding:
+        _check_size(pixel_values, module.image_size)
+    position = module.position_embeddings
+    if interpolate_pos_encoding:
+        position = _interpolated(module, position, pixel_values, module.patch_embeddings.patch_size)
+    return module.dropout(_masked_rows(module, pixel_values, bool_masked_pos, position))
+
+
+def beit_embeddings(
+    module: Any, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, uint8: Statistics | None = None
+) -> Tensor:
+    """BeitEmbeddings: [B, C, H, W] to [B, 1 + N, D], masked tokens before positions."""
+    position = module.position_embeddings
+    if position is not None:
+        position = _interpolated(module, position, pixel_values, module.patch_embeddings.patch_size)
+    return module.dropout(_masked_rows(module, pixel_values, bool_masked_pos, position, uint8))
+
+
+def clip_embeddings(
+    module: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False, uint8: Statistics | None = None
+) -> Tensor:
+    """CLIPVisionEmbeddings: [B, C, H, W] to [B, 1 + N, D]."""
+    if not interpolate_pos_encoding:
+        _check_size(pixel_values, (module.image_size,) * 2)
+    position = module.position_embedding.weight
+    if interpolate_pos_encoding:
+        position = _interpolated(module, position, pixel_values, module.patch_embedding.kernel_size)[0]
+    return _classed(module.patch_embedding, pixel_values, module.class_embedding[None], position, uint8)
+
+
+def blip_embeddings(
+    module: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False, uint8: Statistics | None = None
+) -> Tensor:
+    """BlipVisionEmbeddings and those of BLIP-2 and InstructBLIP: [B, C, H, W] to [B, 1 + N, D]."""
+    proj = module.patch_embedding
+    position = module.position_embedding
+    if interpolate_pos_encoding:
+        position = _interpolated(module, position, pixel_values, proj.kernel_size)
+    gh, gw = _grid(pixel_values, proj.kernel_size)
+    dtype = torch.promote_types(_dtype(proj), proj.weight.dtype)
+    return _classed(proj, pixel_values, module.class_embedding[0], position[0, : 1 + gh * gw], uint8, dtype)
+
+
+def siglip_embeddings(
+    module: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False, uint8: Statistics | None = None
+) -> Tensor:
+    """SiglipVisionEmbeddings: [B, C, H, W] to [B, N, D]."""
+    proj, position = module.patch_embedding, module.position_embedding.weight
+    if interpolate_pos_encoding:
+        position = _interpolated(module, position, pixel_values, proj.kernel_size, prefix=0)[0]
+    pixels = _cast(proj, _whole(pixel_values, proj.kernel_size), uint8)
+    return _rows(proj, pixels, uint8, dtype=torch.promote_types(_dtype(proj), position.dtype), position=position)
+
+
+def qwen_patch_embed(module: Any, hidden_states: Tensor, uint8: Statistics | None = None) -> Tensor:
+    """The patch embedding of Qwen2-VL, 2.5 and 3: [T, C t P P] to [T, D], without a 3-D convolution."""
+    proj = module.proj
+    patches = _cast(proj, hidden_states.reshape(1, -1, proj.weight[0].numel()), uint8)
+    return _rows(proj, patches, uint8, layout="patches", dtype=_dtype(proj))[0]
+
+
+def against_vit(module: Any) -> str | None:
+    """Why ViTEmbeddings or BeitEmbeddings stay, or None."""
+    patches = module.patch_embeddings
+    # another forward would not be called any more
+    if "forward" in vars(patches) or type(patches).__module__ != type(module).__module__:
+        return f"its patch_embeddings is {type(patches).__name__}, expected a plain projection"
+    return _hooked(module, "patch_embeddings") or _against_projection(patches.projection)
+
+
+def against_patch_embedding(module: Any) -> str | None:
+    """Why the embeddings of CLIP, SigLIP and BLIP stay, or None."""
+    return _hooked(module, "patch_embedding") or _against_projection(module.patch_embedding)
+
+
+def against_qwen(module: Any) -> str | None:
+    """Why a patch embedding of Qwen stays, or None."""
+    return _hooked(module, "proj") or _against_projection(module.proj, nn.Conv3d)
+
+
+def _masked_rows(
+    module: Any, pixels: Tensor, mask: Tensor | None, position: Tensor | None, uint8: Statistics | None = None
+) -> Tensor:
+    patches = module.patch_embeddings
+    if pixels.shape[1] != patches.num_channels:
+        raise ValueError(f"pixel_values has {pixels.shape[1]} channels, expected {patches.num_channels}")
+    proj = patches.projection
+    return _rows(
+        proj,
+        _whole(pixels, proj.kernel_size),
+        uint8,
+        dtype=torch.promote_types(_dtype(proj), module.cls_token.dtype),
+        prefix=module.cls_token[0],
+        position=None if position is None else position[0, 1:],
+        prefix_position=None if position is None else position[0, :1],
+        mask=None if mask is None else mask.bool(),
+        mask_token=None if mask is None else module.mask_token[0, 0],
+    )
+
+
+def _classed(
+    proj: Any,
+    pixels: Tensor,
+    token: Tensor,
+    position: Tensor,
+    uint8: Statistics | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    if dtype is None:
+        dtype = torch.promote_types(_dtype(proj), torch.promote_types(token.dtype, position.dtype))
+    pixels = _cast(proj, _whole(pixels, proj.kernel_size), uint8)
+    return _rows(proj, pixels, uint8, dtype=dtype, prefix=token, position=position[1:], prefix_position=position[:1])
+
+
+def _interpolated(module: Any, table: Tensor, pixels: Tensor, patch: Any, prefix: int = 1) -> Tensor:
+    """The model's own interpolated positions [1, prefix + N, D]; of the tokens it reads the shape alone."""
+    gh, gw = _grid(pixels, patch)
+    tokens = table.new_empty((1, prefix + gh * gw, table.shape[-1]), device="meta")
+    return module.interpolate_pos_encoding(tokens, *pixels.shape[-2:])
+
+
+def _check_size(pixels: Tensor, expected: Any) -> None:
+    if tuple(pixels.shape[-2:]) != tuple(expected):
+        raise ValueError(f"pixel_values has images of {tuple(pixels.shape[-2:])}, expected {tuple(expected)}")
+
+
+def _cast(proj: Any, pixels: Tensor, uint8: Statistics | None) -> Tensor:
+    """In the dtype of the weights, as transformers does; bytes that are to be normalised stay bytes."""
+    return pixels if uint8 is not None and pixels.dtype == torch.uint8 else pixels.to(proj.weight.dtype)
+
+
+# --- common -------------------------------------------------------------------------------------------------------
+
+
+def _rows(proj: Any, pixels: Tensor, uint8: Statistics | None, **options: Any) -> Tensor:
+    if pixels.dtype == torch.uint8:
+        if uint8 is None:
+            raise TypeError(
+                "pixels have dtype uint8, expected floats; accelerate(model, uint8=(mean, std)) takes bytes"
+            )
+        options |= {"mean": uint8[0], "std": uint8[1]}
+    return patch_embed(pixels, proj.weight, proj.bias, **options)
+
+
+def _dtype(proj: Any) -> torch.dtype:
+    """What the projection gives: under autocast its dtype, else that of the weights."""
+    kind = proj.weight.device.type
+    on = torch.is_autocast_enabled(kind) and proj.weight.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if on else proj.weight.dtype
+
+
+def _grid(pixels: Tensor, patch: Any) -> tuple[int, int]:
+    ph, pw = (patch, patch) if isinstance(patch, int) else patch
+    return pixels.shape[-2] // ph, pixels.shape[-1] // pw
+
+
+def _whole(pixels: Tensor, patch: Any) -> Tensor:
+    """Without the rows and columns that fill no patch, which a convolution passes over: a view."""
+    ph, pw = (patch, patch) if isinstance(patch, int) else patch
+    gh, gw = _grid(pixels, patch)
+    return pixels[..., : gh * ph, : gw * pw]
+
+
+def _norm(norm: Any) -> Norm | None:
+    return None if isinstance(norm, nn.Identity) else (norm.weight, norm.bias, norm.eps)
+
+
+def _against_norm(name: str, norm: Any) -> str | None:
+    known = {"torch.nn.modules.normalization", "timm.layers.norm", "open_clip.transformer"}
+    if type(norm) is nn.Identity:
+        return None
+    if not isinstance(norm, nn.LayerNorm) or type(norm).__module__ not in known or norm.weight is None:
+        return f"its {name} is {type(norm).__name__}, expected a LayerNorm with weights"
+    return None
+
+
+def _against_projection(proj: Any, kind: type = nn.Conv2d) -> str | None:
+    if type(proj) is not kind:
+        return f"its projection is {type(proj).__name__}, expected torch's {kind.__name__}"
+    if proj.padding not in ("valid", (0,) * len(proj.kernel_size)) or set(proj.dilation) != {1} or proj.groups != 1:
+        return "its projection has padding, dilation or groups"
+    return None
+
+
+def _hooked(module: Any, *names: str) -> str | None:
+    for name in names:
+        for inner in getattr(module, name).modules():
+            if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks:
+                return f"its {name} has hooks, which would not be called"
+    return None
