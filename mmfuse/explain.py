@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     features = torch.empty(shape, dtype=dtype, device=args.device)
     names = [args.op] if args.op else list(known)
     if args.json:
-        print(json.dumps({name: known[name].explain(features, features) for name in names}, indent=1))
+        print(json.dumps({name: known[name].explain(*known[name].example(features)) for name in names}, indent=1))
     else:
-        print("\n".join(explain(name, features, features) for name in names))
+        print("\n".join(explain(name, *known[name].example(features)) for name in names))
     return 0

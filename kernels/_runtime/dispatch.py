@@ -36,10 +36,18 @@ class Impl:
 
 
 class Op:
-    """An operator: its implementations in order of preference. The first without a reason against it runs."""
+    """An operator: its implementations in order of preference. The first without a reason against it runs.
 
-    def __init__(self, name: str, implementations: Sequence[Impl]):
-        self.name, self.implementations = name, tuple(implementations)
+    `example` makes arguments for `explain` out of features [N, D], for those who ask without arguments of their own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        implementations: Sequence[Impl],
+        example: Callable[[torch.Tensor], tuple[Any, ...]] = lambda features: (features, features),
+    ):
+        self.name, self.implementations, self.example = name, tuple(implementations), example
         self._told: set[str] = set()
         _OPERATORS[name] = self
 
