@@ -54,7 +54,8 @@ struct Vector<16> {
 
 // one panel [1 + d, PANEL], biases first, against the rows of a block; R rows at a time stay in registers
 template <int LANES, int R>
-MMFUSE_INLINE void score_panel_of(const float* z, int64_t rows, int64_t d, const float* panel, int32_t number, Slots* slots) {
+MMFUSE_INLINE void score_panel_of(const float* z, int64_t rows, int64_t d, const float* panel, int32_t number,
+                                  Slots* slots) {
     using F = typename Vector<LANES>::f;
     using I = typename Vector<LANES>::i;
     for (int64_t i = 0; i < rows; i += R) {
@@ -134,6 +135,9 @@ double dot(const float* x, const float* y, int64_t d) {
     return sum;
 }
 
+// the larger; a NaN stays
+MMFUSE_INLINE double larger(double a, double b) { return a >= b || a != a ? a : b; }
+
 struct Codes {
     const float* w;       // [K, d]
     const double* scale;  // [K], or null: 1
@@ -161,15 +165,14 @@ struct Codes {
                     for (int64_t i = 0; i < d; ++i)
                         out[(1 + i) * PANEL + j] = k < K ? float(scale_of(k) * w[k * d + i]) : 0.0f;
                     if (k >= K) continue;
-                    const double a = scale_of(k), n = a * a * dot(w + k * d, w + k * d, d), b = std::abs(bias_of(k));
-                    // a NaN stays
-                    norm2[p] = n <= norm2[p] ? norm2[p] : n, offset[p] = b <= offset[p] ? offset[p] : b;
+                    const double a = scale_of(k);
+                    norm2[p] = larger(norm2[p], a * a * dot(w + k * d, w + k * d, d));
+                    offset[p] = larger(offset[p], std::abs(bias_of(k)));
                 }
             }
         });
         double n = 0, b = 0;
-        for (int64_t p = 0; p < panels; ++p)
-            n = norm2[p] <= n ? n : norm2[p], b = offset[p] <= b ? b : offset[p];
+        for (int64_t p = 0; p < panels; ++p) n = larger(n, norm2[p]), b = larger(b, offset[p]);
         largest_norm = std::sqrt(n), largest_offset = b;
     }
 
@@ -221,7 +224,8 @@ struct Codes {
 // ---------------------------------------------------------------------------------------------------------------
 
 void code_argmax(Tensor z, Tensor weight, Tensor scale, Tensor bias, Tensor mask, Tensor codes) {
-    STD_TORCH_CHECK(z.dim() == 2 && weight.dim() == 2 && z.size(1) == weight.size(1), "z, weight: expected [N, D], [K, D]");
+    STD_TORCH_CHECK(z.dim() == 2 && weight.dim() == 2 && z.size(1) == weight.size(1),
+                    "z, weight: expected [N, D], [K, D]");
     const int64_t n = z.size(0), d = z.size(1), K = weight.size(0);
     STD_TORCH_CHECK(K > 0 && K < (int64_t(1) << 31), "weight: expected at least one code");
     const float* rows = floats(z, "z", z, n * d);
@@ -301,8 +305,7 @@ void code_statistics(Tensor z, Tensor codes, Tensor counts, Tensor sums) {
 }  // namespace mmfuse
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmfuse_cpu, m) {
-    m.def(
-        "code_argmax(Tensor z, Tensor weight, Tensor scale, Tensor bias, Tensor mask, Tensor(a!) codes) -> ()");
+    m.def("code_argmax(Tensor z, Tensor weight, Tensor scale, Tensor bias, Tensor mask, Tensor(a!) codes) -> ()");
     m.def("code_statistics(Tensor z, Tensor codes, Tensor(a!) counts, Tensor(b!) sums) -> ()");
 }
 

@@ -68,9 +68,13 @@ def _argmax_fake(z, weight, scale, bias, mask, exact, backend):  # type: ignore[
 argmax_op = register("code_argmax", _argmax, _argmax_fake)
 
 
+def _reasons_against_triton(z: Tensor, *_: object) -> list[str]:
+    return reasons_against_triton(z) or (["dtype is torch.float64"] if z.dtype == torch.float64 else [])
+
+
 def _implementations(triton: Any, cpu: Any, chunked: Any, torch_: Any) -> list[Impl]:
     return [
-        Impl("triton", triton, reasons_against_triton, only_named_in_the_interpreter),
+        Impl("triton", triton, _reasons_against_triton, only_named_in_the_interpreter),
         Impl("cpu", cpu, reasons_against_cpu),
         Impl("chunked", chunked, reasons_against_chunked),
         Impl("torch", torch_, no_reason),
