@@ -103,7 +103,7 @@ void score_panel(const float* z, int64_t rows, int64_t d, const float* panel, in
 }
 MMFUSE_TARGET("avx2,fma")
 void score_panel(const float* z, int64_t rows, int64_t d, const float* panel, int32_t number, Slots* slots) {
-    score_panel_of<8, 2>(z, rows, d, panel, number, slots);
+    score_panel_of<8, 3>(z, rows, d, panel, number, slots);
 }
 #else
 #define MMFUSE_TARGET(x)
