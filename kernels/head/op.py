@@ -137,6 +137,7 @@ SELECT_HEAD = Op(
         Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked),
         Impl("torch", reference.select_head, no_reason),
     ],
+    example=lambda features: (features[:, None], None, None, None, features, None, 1e-6, True, 1),
 )
 
 

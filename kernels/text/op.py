@@ -120,6 +120,14 @@ EMBED_TEXT = Op(
         Impl("chunked", partial(_fused, "chunked"), _reasons_against_chunked),
         Impl("torch", reference.embed_text, no_reason),
     ],
+    example=lambda features: (
+        torch.zeros(1, len(features), dtype=torch.int64, device=features.device),
+        features,
+        *[None] * 5,
+        1.0,
+        None,
+        None,
+    ),
 )
 
 
