@@ -164,7 +164,7 @@ def _settings(width: int, like: Tensor) -> dict[str, Any]:
     """A row in one program."""
     block = triton.next_power_of_2(max(width, 16))
     acc = tl.float64 if like.dtype == torch.float64 else tl.float32
-    return {"ACC": acc, "BLOCK": block, "num_warps": 4 if block <= 2048 else 8}
+    return {"ACC": acc, "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
 
 
 def normalized(
@@ -255,5 +255,6 @@ def aot_specs() -> Iterator[Spec]:
             variant="bf16",
             signature={n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constants},
             constants=constants,
+            num_warps=8,
             aligned=tuple(n for n in ("D", "N", "stride_b", "stride_l", "stride_g") if n in kernel.arg_names),
         )

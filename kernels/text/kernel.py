@@ -223,7 +223,7 @@ _TOKENS = 3 if INTERPRET else 64  # of a program of the LayerNorm's backward
 def _settings(d: int, like: Tensor) -> dict[str, Any]:
     """A row in one program."""
     block = triton.next_power_of_2(max(d, 16))
-    return {"ACC": _acc(like), "BLOCK": block, "num_warps": 4 if block <= 2048 else 8}
+    return {"ACC": _acc(like), "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
 
 
 def _acc(like: Tensor) -> tl.dtype:
