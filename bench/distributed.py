@@ -181,7 +181,7 @@ def expected(loss: str, provider: str, size: int, b: int, d: int) -> tuple[int, 
     if size > 1 and local and not grad:
         return (4 if "store" in provider else 6) * one, 2 * features + header
     kept = "store" in provider
-    split = one if size > 1 and local and "true" not in provider and not kept else 0
+    split = one * (size - 1) // size if local and "true" not in provider and not kept else 0  # the others' columns
     numbers = ring * 4 * 3 * n  # a maximum and two sums of each column
     scalars: float = 4 * (size - 1)  # the upstream gradients
     scalars += ring * 4 * (size * ("true" not in provider) if local else 2)

@@ -258,6 +258,7 @@ def stats(
 
     The negatives' m and l (without a negative -inf and 0), U at the positives, and the logits if kept. The positives
     are read like the negatives, out of the same products and as they are kept: among equal features they cancel.
+    With row_offset >= N there are none, and `positive` is undefined.
 
     `save`: "" keeps nothing (logits is empty), "full" keeps U in the accumulation dtype, "int16" in fixed point.
     `same` (keys, centres c [b + N]): also the sums, over equal keys but the positive, of U_ij - c_i of every row [b]
@@ -279,7 +280,8 @@ def stats(
             q = logits[i:j] if save == "int16" else logits[:0]
             rows = step[i:j] if save == "int16" else step
             tile.logit_stats(u, scale, i + row_offset, rows, row_max[i:j], row_sum[i:j], col_max, col_sum, q)
-            positive[i:j] = q.diagonal(i + row_offset) * rows if save == "int16" else u.diagonal(i + row_offset)
+            if i + row_offset < n:
+                positive[i:j] = q.diagonal(i + row_offset) * rows if save == "int16" else u.diagonal(i + row_offset)
             if same is not None:
                 kept = q * rows[:, None] if save == "int16" else u
                 given = (t for k in same for t in (k[i:j], k[b:]))
@@ -307,14 +309,16 @@ def grad(
     need_y: bool,
     need_s: bool,
     targets: tuple[Tensor, Tensor, Tensor] | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, ds) for the external normalisers (a, rho, b, kappa), the positives' d and a constant shift.
 
     `targets` (keys [b + N], p [b], q [N]): G is less by p_i + q_j where the keys are equal (but for the positives' d).
+    `wide`: dx in the accumulation dtype, for a sum over parts of y.
     """
     blocks = Blocks(x, y)
     acc, device = blocks.acc, x.device
-    out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y)
+    out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y, wide)
     dot = torch.zeros(len(x) if need_s and not (need_x or need_y) else 0, dtype=acc, device=device)
     step = fixed_point_step(x, y) if logits.dtype == torch.int16 else dot[:0]
     if len(x) and len(y):
@@ -351,12 +355,13 @@ def sigmoid(
     y_inv: Tensor | None,
     need_x: bool,
     need_y: bool,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dx, dy, ds, db) of SigLIP's loss, sum over all pairs divided by the number of rows."""
+    """(loss, dx, dy, ds, db) of SigLIP's loss, sum over all pairs divided by the number of rows; `wide`: see `grad`."""
     blocks = Blocks(x, y)
     acc = blocks.acc
     alpha = torch.full((), 1 / max(1, len(x)), dtype=acc, device=x.device)
-    out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y)
+    out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y, wide)
     sums = torch.zeros(3, len(x), dtype=torch.float64, device=x.device)
     if len(x) and len(y):
         u_block = blocks.block(acc)
@@ -377,13 +382,13 @@ def sigmoid(
 class Gradients:
     """dx and dy, from blocks of G as they come."""
 
-    def __init__(self, blocks, x, y, factor, x_inv, y_inv, need_x, need_y):  # type: ignore[no-untyped-def]
+    def __init__(self, blocks, x, y, factor, x_inv, y_inv, need_x, need_y, wide=False):  # type: ignore[no-untyped-def]
         self.blocks, self.x, self.y, self.x_inv, self.y_inv = blocks, x, y, x_inv, y_inv
         self.need_x, self.need_y = need_x, need_y
         self.unscale = 1 / FP16_SCALE if blocks.dtype == torch.float16 else 1.0
         self.factor = factor * self.unscale
         new = {"dtype": blocks.acc, "device": x.device}
-        self.dx = torch.zeros(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
+        self.dx = torch.zeros(x.shape if need_x else 0, dtype=blocks.acc if wide else x.dtype, device=x.device)
         self.gx = torch.empty((min(blocks.rows, len(x)), x.shape[1]) if need_x else 0, **new)
         self.gy = torch.zeros(y.shape if need_y else 0, **new)
         self.xgy = torch.zeros((), dtype=torch.float64, device=x.device)

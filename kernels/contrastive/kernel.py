@@ -698,8 +698,9 @@ def grad(
     need_y: bool,
     need_s: bool,
     targets: tuple[Tensor, Tensor, Tensor] | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, ds) for the external normalisers (a, rho, b, kappa), the positives' d, a constant shift and `targets`.
+    """(dx, dy, ds) as `blocked.grad`.
 
     Extra memory: a square of G, and float32 accumulators of dy and of one square's rows of dx with what `finish` makes
     of them: 134 + 201 + 25 + 100 MB at b = N = 65536, D = 768 in 16 bits, beside the results.
@@ -731,7 +732,7 @@ def grad(
             dot.add_(part.sum(dtype=torch.float64))
 
     with torch.cuda.device_of(x):
-        dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill)
+        dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill, wide)
     ds = alpha * (dot if in_tiles else xgy).to(scale.dtype)
     return dx, dy, ds if need_s else scale.new_empty(0)
 
@@ -747,8 +748,9 @@ def sigmoid(
     y_inv: Tensor | None,
     need_x: bool,
     need_y: bool,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dx, dy, ds, db) of SigLIP's loss, sum over all pairs divided by the number of rows. Memory as `grad`."""
+    """(loss, dx, dy, ds, db) as `blocked.sigmoid`. Memory as `grad`."""
     left, right = _operand(x), _operand(y)
     store = need_x or need_y
     settings = _settings("sigmoid", left, wide=not store)
@@ -767,7 +769,7 @@ def sigmoid(
         sums.add_(part.sum(1, dtype=torch.float64))
 
     with torch.cuda.device_of(x):
-        dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill)
+        dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill, wide)
     loss, db, ds = (sums * alpha).to(scale.dtype)
     # <x, G y> costs nothing beside the products; where there are none, the tiles have summed G U
     return loss.clone(), dx, dy, (alpha * xgy).to(scale.dtype) if store else ds.clone(), db.clone()
@@ -788,6 +790,7 @@ def _gradients(
     need_x: bool,
     need_y: bool,
     fill: Callable[[int, int, int, int, Tensor], None],
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, <x, G y>): `fill(i, j, m, n, g)` writes the m x n block of G whose first element is (i, j)."""
     (b, dim), n, acc = x.shape, len(y), accumulation_dtype(x.dtype)
@@ -799,7 +802,7 @@ def _gradients(
     square = torch.empty((min(b, _SQUARE), side) if need_x or need_y else (1, 1), **empty)
     gx = torch.empty((len(square), dim) if need_x else 0, dtype=acc, device=x.device)
     gy = torch.zeros((n, dim) if need_y else 0, dtype=acc, device=x.device)
-    dx = torch.zeros(x.shape if need_x else 0, **empty)
+    dx = torch.zeros(x.shape if need_x else 0, dtype=acc if wide else x.dtype, device=x.device)
     xgy = torch.zeros((), dtype=torch.float64, device=x.device)
     for i in range(0, b, _SQUARE):
         m = min(b - i, _SQUARE)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mmfuse.kernels.contrastive.blocked import finite
+
+
+def merged(maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(m, l) of the union of sets, from those of each."""
+    parts = torch.stack(list(maxima))
+    m = parts.amax(0)
+    return m, (torch.stack(list(sums)) * torch.exp(parts - finite(m))).sum(0)
 
 
 def above(m: Tensor, l: Tensor, diag: Tensor) -> Tensor:  # noqa: E741

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 import mmfuse
 from mmfuse.fused import ClipLoss, CoCaLoss, DistillClipLoss, GradCache, SigLipLoss
+from mmfuse.kernels.contrastive.distributed import op, peers
 
 IMPLS = ("bidir", "shift", "reduce", "gather")
 MODES = [(local, grad) for local in (False, True) for grad in (False, True)]
@@ -265,15 +269,76 @@ def disagree(rank: int, size: int) -> dict[str, str]:
     return said
 
 
+def overlapped(rank: int, size: int, sizes: list[int]) -> list[list[str]]:
+    """What happens in which order, where one rank sends nothing before the others have computed their own blocks.
+
+    An exchange that were waited for first would never come to an end. The numbers are those of ranks that do not wait.
+    """
+    x, y = (rows(t, sizes, rank) for t in pairs(sizes, 6))
+    scale = torch.tensor(12.0, dtype=torch.float64)
+    clip = partial(mmfuse.distributed_clip_loss, backend="chunked", gather_with_grad=True, local_loss=True)
+    siglip = partial(mmfuse.distributed_siglip_loss, backend="chunked", dist_impl="gather")
+    told, happened = dist.new_group(), []
+    for loss in (clip, siglip):
+        expected = differentiate(loss, 1.0, x, y, scale)
+        for late in (0, size - 1):
+            with recorded(late, told) as events:
+                got = differentiate(loss, 1.0, x, y, scale)
+            assert all(map(torch.equal, got, expected))
+            happened.append(events)
+    return happened
+
+
+@contextmanager
+def recorded(late: int, told: Any) -> Iterator[list[str]]:
+    """Blocks computed, exchanges begun and waited for; rank `late` begins them after the other ranks' own blocks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    events: list[str] = []
+
+    def computes(kind: str, compute: Callable[..., Any], own: int) -> Callable[..., Any]:
+        def block(x: Tensor, y: Tensor, *args: Any, **options: Any) -> Any:
+            found = compute(x, y, *args, **options)
+            events.append(f"{kind} of {len(y)}")
+            if rank != late and sum(e.startswith(kind) for e in events) == own:
+                dist.send(torch.ones(1), late, told)
+            return found
+
+        return block
+
+    def exchanges(kind: str, begin: Callable[..., Any], after: str) -> Callable[..., Any]:
+        def collective(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            if not async_op:
+                return begin(*args, **kwargs)
+            if rank == late and kind not in events and any(e.startswith(after) for e in ["", *events]):
+                for other in set(range(size)) - {late}:
+                    dist.recv(torch.ones(1), other, told)
+            work = begin(*args, async_op=True, **kwargs)
+            events.append(kind)
+            return SimpleNamespace(wait=lambda: (work.wait(), events.append(f"{kind} waited for")))
+
+        return collective
+
+    real = op.template("chunked")
+    # the own block is the first of the forward, and the last of the backward
+    blocks = {k: computes(k, getattr(real, k), size if k == "grad" else 1) for k in ("stats", "grad", "sigmoid")}
+    with (
+        patch.object(op, "template", lambda _: SimpleNamespace(**blocks)),
+        patch.object(peers, "_gather_into", exchanges("gather", peers._gather_into, after="")),
+        patch.object(peers, "_scatter_into", exchanges("scatter", peers._scatter_into, after="grad")),
+    ):
+        yield events
+
+
 def die(rank: int, size: int, when: str) -> tuple[str, float]:
-    """The last rank ends before or between forward and backward: what do the others get, and how soon?"""
+    """The last rank ends before, while features are gathered, or before backward: what do the others get, how soon?"""
     x, y = (rows(t, [3] * size, rank).requires_grad_() for t in pairs([3] * size, 5))
     dead = rank == size - 1
     start = time.monotonic()
     try:
-        if dead and when == "before":
+        if dead and when != "between":
             os._exit(1)
-        loss = mmfuse.distributed_clip_loss(x, y, 10.0, gather_with_grad=True)
+        sizes = [3] * size if when == "gather" else None  # known: the first thing to wait for are the features
+        loss = mmfuse.distributed_clip_loss(x, y, 10.0, gather_with_grad=True, sizes=sizes, backend="chunked")
         if dead:
             os._exit(1)
         loss.backward()

@@ -83,10 +83,30 @@ def test_ranks_that_disagree() -> None:
         assert odd[name].startswith(own), odd[name]
 
 
-@pytest.mark.parametrize("when", ["before", "between"])
-def test_a_rank_that_dies(when: str) -> None:
+def test_the_own_block_is_computed_while_others_travel() -> None:
+    sizes = [4, 1, 3]
+    chunks = [[2, 1, 2], [2, 0, 1]]
+    for rank, happened in enumerate(worlds.run(3, programs.overlapped, sizes)):
+        own, *others = sizes[rank], *(sum(c) - c[rank] for c in chunks)
+        clip = ["gather", "gather", f"stats of {own}"]
+        clip += [e for n in others for e in ("gather waited for", f"stats of {n}")]
+        clip += [e for n in reversed(others) for e in (f"grad of {n}", "scatter")]
+        clip += [f"grad of {own}", "scatter waited for", "scatter waited for"]
+        siglip = ["gather", "gather", f"sigmoid of {own}"]
+        siglip += [e for n in others for e in ("gather waited for", f"sigmoid of {n}")]
+        siglip += ["scatter", "scatter", "scatter waited for", "scatter waited for"]
+        of_scale = [f"grad of {n}" for r, n in enumerate(sizes) if r != rank]
+        assert happened == [clip + of_scale] * 2 + [siglip] * 2
+
+
+@pytest.mark.parametrize(
+    "when, what",
+    [("before", "comparing the arguments"), ("gather", "gathering the features"), ("between", "gathering a number")],
+)
+def test_a_rank_that_dies(when: str, what: str) -> None:
     (said, seconds), gone = worlds.run(2, programs.die, when, timeout=5.0, may_end=True)
     assert gone is None
+    assert said.startswith(what)
     assert "rank 0 of 2 waited in vain; another process has died" in said
     assert seconds < 10
 

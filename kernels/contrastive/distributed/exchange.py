@@ -1,13 +1,15 @@
 """The four ways in which texts reach every rank, and their gradients come home.
 
 `blocks(text)` yields (texts, where this rank's positives begin in them, or None), the own texts first; `home(grads)`
-takes their gradients in the same order and returns the sum over ranks for the own texts.
+takes their gradients in reverse, the own texts' last, and returns the sum over ranks for the own texts. Both let texts
+and gradients travel while the caller computes: with the block before, and the gradient that `home` asks for next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,17 +18,59 @@ from mmfuse.kernels.contrastive.distributed.peers import Peers
 Block = tuple[Tensor, int | None]
 
 
+# the others' texts come in parts, each under way while what came before it is computed: none smaller than the own
+# texts, and no more than this, because a collective's latency grows with the number of ranks
+_CHUNKS = 4
+
+
 class Gather:
-    """All at once."""
+    """All at once, in a few chunks, each of some rows of every other rank.
+
+    [N] numbers, one of each text, stand by chunk and in a chunk by rank: the same on all ranks, unlike the blocks.
+    """
 
     def __init__(self, peers: Peers) -> None:
         self.peers = peers
+        self.chunks = peers.chunks(max(1, min(_CHUNKS, peers.size - 1, max(peers.sizes))))
 
     def blocks(self, text: Tensor) -> Iterator[Block]:
-        yield self.peers.gather(text), self.peers.own.start
+        coming = [c.gathering(part, own=False) for c, part in zip(self.chunks, self._parts(text), strict=True)]
+        yield text, 0
+        for arrived in coming:
+            yield arrived(), None
 
-    def home(self, grads: list[Tensor]) -> Tensor:
-        return self.peers.scatter_sum(grads[0])
+    def home(self, grads: Iterable[Tensor]) -> Tensor:
+        grads = iter(grads)
+        coming = []
+        for chunk in reversed(self.chunks):
+            g = next(grads)
+            nothing = g.new_zeros(chunk.sizes[chunk.rank], *g.shape[1:])
+            coming.append(chunk.scattering(chunk.among(nothing, g)))
+        own = next(grads)
+        return own + torch.cat([arrived() for arrived in reversed(coming)])
+
+    def whole(self, own: Tensor, *others: Tensor) -> Tensor:
+        """[N], from a number of each text of every block."""
+        return torch.cat([c.among(*parts) for c, *parts in zip(self.chunks, self._parts(own), others, strict=True)])
+
+    def by_block(self, t: Tensor) -> list[Tensor]:
+        """`whole` undone."""
+        parts = t.split([c.total for c in self.chunks])
+        own, others = zip(*(c.apart(part) for c, part in zip(self.chunks, parts, strict=True)), strict=True)
+        return [torch.cat(own), *others]
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """A number of each rank [W] as one of each text [N]."""
+        return torch.cat([c.spread(numbers) for c in self.chunks])
+
+    def by_rank(self, others: Sequence[Tensor], dim: int = 0) -> Iterator[Tensor]:
+        """For each other rank, what all blocks but the own have of its texts, which lie along `dim`."""
+        sizes = [[*c.sizes[: c.rank], *c.sizes[c.rank + 1 :]] for c in self.chunks]
+        parts = (t.split(s, dim) for t, s in zip(others, sizes, strict=True))
+        return (torch.cat(of_rank, dim) for of_rank in zip(*parts, strict=True))
+
+    def _parts(self, own: Tensor) -> tuple[Tensor, ...]:
+        return own.tensor_split(len(self.chunks))
 
 
 class Reduce:
@@ -59,9 +103,9 @@ class Reduce:
         with peers.waiting("sending the texts around"):
             return y, dist.broadcast(y, _global(peers, rank), group=peers.group, async_op=True)
 
-    def home(self, grads: list[Tensor]) -> Tensor:
+    def home(self, grads: Iterable[Tensor]) -> Tensor:
         peers = self.peers
-        by_rank = dict(zip([peers.rank, *self.others], grads, strict=True))
+        by_rank = dict(zip([*reversed(self.others), peers.rank], grads, strict=True))
         for r in range(peers.size) if self.others else ():
             with peers.waiting("summing the texts' gradients"):
                 dist.reduce(by_rank[r], _global(peers, r), group=peers.group)
@@ -90,15 +134,17 @@ class Ring:
             for y in held.values():
                 yield y, None
 
-    def home(self, grads: list[Tensor]) -> Tensor:
-        own, *rest = grads
-        by_hop = iter(rest)
-        kept = {(s, h): next(by_hop) for h in range(1, max(self.chains.values(), default=0) + 1) for s in self._at(h)}
+    def home(self, grads: Iterable[Tensor]) -> Tensor:
+        grads = iter(grads)
+        arriving: tuple[dict[int, Tensor], list[dist.Work]] = ({}, [])
         for hop in range(max(self.chains.values(), default=0), 0, -1):
-            sent = {step: kept[step, hop] for step in self._at(hop)}
-            for step, g in self._arrived(self._move(sent, hop - 1, back=True)).items():
-                target = own if hop == 1 else kept[step, hop - 1]
-                target += g
+            sent = {step: next(grads) for step in reversed(self._at(hop))}
+            for step, g in self._arrived(arriving).items():
+                sent[step] += g
+            arriving = self._move(sent, hop - 1, back=True)
+        own = next(grads)
+        for g in self._arrived(arriving).values():
+            own += g
         return own
 
     def _at(self, hop: int) -> list[int]:

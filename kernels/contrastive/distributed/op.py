@@ -24,9 +24,10 @@ from mmfuse.kernels.contrastive.backends import (
     template,
 )
 from mmfuse.kernels.contrastive.distributed import reference
-from mmfuse.kernels.contrastive.distributed.exchange import EXCHANGES
+from mmfuse.kernels.contrastive.distributed.exchange import EXCHANGES, Gather
 from mmfuse.kernels.contrastive.distributed.peers import Peers, meet, members, refuse
-from mmfuse.kernels.contrastive.normalisers import above, normaliser
+from mmfuse.kernels.contrastive.distributed.reference import Mode
+from mmfuse.kernels.contrastive.normalisers import above, merged, normaliser
 
 GradScale = Literal["open_clip", "true"]
 DistImpl = Literal["bidir", "shift", "reduce", "gather"]
@@ -79,138 +80,117 @@ class _Clip(torch.autograd.Function):
     """Each rank's own rows against all texts, once. Columns are whole after an exchange of O(N) numbers."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        peers: Peers,
-        local_loss: bool,
-        own_grad: bool,
-        split_scale: bool,
-        divisor: float,
-        w_image: float,
-        w_text: float,
-        save: str,
-        backend: str,
-    ) -> Tensor:
-        pairs = peers.own
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode, backend: str) -> Tensor:
+        exchange = Gather(peers)
+        stats = template(backend).stats
         with _no_autocast(image):
-            y = peers.gather(text)
-            row_max, row_sum, col_max, col_sum, positive, logits = template(backend).stats(
-                image, y, scale, pairs.start, save
-            )
+            # the own texts first; a block without positives has its diagonal beside it
+            blocks = exchange.blocks(text)
+            found = [(y, *stats(image, y, scale, len(y) if at is None else at, mode.save)) for y, at in blocks]
+            ys, row_maxima, row_sums, col_maxima, col_sums, (positive, *_), logits = zip(*found, strict=True)
+            row_max, row_sum = merged(row_maxima, row_sums)
             diag = scale * positive
             # the columns of all ranks: their largest logit, then the negatives' and the positive's share of the sum
-            kappa = col_max.clone()
-            kappa[pairs] = torch.maximum(kappa[pairs], diag)
-            peers.max_(kappa)
-            shares = torch.stack([col_sum * torch.exp(col_max - kappa), torch.zeros_like(col_sum)])
-            shares[1, pairs] = torch.exp(diag - kappa[pairs])
-            negatives, positives = peers.sum_(shares)
-            row, column = above(row_max, row_sum, diag), above(kappa[pairs], negatives[pairs], diag)
-            loss = (w_image * row + w_text * column).sum() / divisor
-            if not local_loss:
+            col_max, col_sum = exchange.whole(*col_maxima), exchange.whole(*col_sums)
+            own = exchange.whole(diag, *(diag.new_full((len(y),), -torch.inf) for y in ys[1:]))
+            kappa = peers.max_(torch.maximum(col_max, own))
+            negatives, positives = peers.sum_(
+                torch.stack([col_sum * torch.exp(col_max - kappa), torch.exp(own - kappa)])
+            )
+            row = above(row_max, row_sum, diag)
+            column = above(exchange.by_block(kappa)[0], exchange.by_block(negatives)[0], diag)
+            loss = (mode.w_image * row + mode.w_text * column).sum() / mode.divisor
+            if not mode.local_loss:
                 peers.sum_(loss)
-        ctx.settings = peers, local_loss, own_grad, split_scale, divisor, w_image, w_text, backend
-        ctx.save_for_backward(image, y, scale, row_max, row_sum, diag, kappa, negatives, positives, logits)
+        ctx.settings = exchange, mode, backend
+        ctx.save_for_backward(image, scale, row_max, row_sum, diag, kappa, negatives, positives, *ys, *logits)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        peers, local_loss, own_grad, split_scale, divisor, w_image, w_text, backend = ctx.settings
-        x, y, scale, row_max, row_sum, diag, kappa, negatives, positives, logits = ctx.saved_tensors
+        exchange, mode, backend = ctx.settings
+        x, scale, row_max, row_sum, diag, kappa, negatives, positives, *kept = ctx.saved_tensors
+        ys, logits = kept[: len(kept) // 2], kept[len(kept) // 2 :]
         need_x, need_y, need_s = ctx.needs_input_grad[:3]
-        pairs = peers.own
+        peers = exchange.peers
         with _no_autocast(x):
             z = negatives + positives
             rho, a, miss = normaliser(row_max, row_sum, diag)
-            a, b = w_image * a, w_text / z
-            column_miss = w_text * (negatives / z)[pairs]
-            d = -w_image * miss - column_miss  # P_ii - 1 without cancellation, likewise the columns
+            a, b = mode.w_image * a, mode.w_text / z
+            # P_ii - 1 without cancellation, likewise the columns
+            d = -mode.w_image * miss - mode.w_text * exchange.by_block(negatives / z)[0]
 
             # the ranks' upstream gradients may differ: row i and column j belong to a rank each
-            ranks = peers.each(g.to(scale.dtype) / divisor)
-            if local_loss:
+            ranks = peers.each(g.to(scale.dtype) / mode.divisor)
+            if mode.local_loss:
                 alpha = _nonzero(ranks.abs().max())
                 share = ranks / alpha
                 own = share[peers.rank]
-                a, b, d = a * own, b * peers.spread(share), d * own
+                a, b, d = a * own, b * exchange.spread(share), d * own
             else:
-                unit = ranks.abs().max() if own_grad else ranks.sum()
-                alpha = _nonzero(unit)
+                alpha = _nonzero(ranks.sum() if mode.gather_with_grad else ranks.abs().max())
 
-            def grad(y: Tensor, a: Tensor, cols: slice, d: Tensor, at: int, kept: Tensor, *needs: bool) -> Any:
-                args = (x, y[cols], scale, alpha, a, rho, b[cols], kappa[cols], d, 0.0, at, kept, None, None, *needs)
-                return template(backend).grad(*args)
+            def grad(y: Tensor, a: Tensor, b: Tensor, kappa: Tensor, at: int, u: Tensor, *needs: bool) -> Any:
+                args = (x, y, scale, alpha, a, rho, b, kappa, d, 0.0, at, u, None, None, *needs)
+                return template(backend).grad(*args, wide=True)
 
-            def columns_of(r: int) -> Tensor:
-                """What this rank's rows add to the scale's gradient in the columns of rank r."""
-                cols = peers.rows_of(r)
-                at, diagonal = (0, -column_miss * own) if r == peers.rank else (peers.sizes[r], d)
-                floats = logits.dim() == 2 and logits.is_floating_point()
-                kept = logits[:, cols].contiguous() if floats else scale.new_empty(0)
-                return grad(y, torch.zeros_like(a), cols, diagonal, at, kept, False, False, True)[2]
+            bs, kappas = exchange.by_block(b), exchange.by_block(kappa)
+            blocks = list(zip(ys, bs, kappas, [0, *map(len, ys[1:])], logits, strict=True))
+            dx = torch.zeros(x.shape if need_x else 0, dtype=scale.dtype, device=x.device)
+            ds = torch.zeros_like(scale)
 
-            dx, dy, ds = grad(y, a, slice(None), d, pairs.start, logits, need_x, need_y, need_s)
-            dy = peers.scatter_sum(dy) if need_y else dy
-            if not local_loss and own_grad:
+            def of_texts() -> Iterator[Tensor]:
+                """The texts' gradients, the own block's last: those of others are under way meanwhile."""
+                for y, *block in reversed(blocks):
+                    dx_part, dy, ds_part = grad(y, a, *block, need_x, need_y, need_s)
+                    if need_x:
+                        dx.add_(dx_part)
+                    if need_s:
+                        ds.add_(ds_part)
+                    yield dy
+
+            dy = exchange.home(of_texts()) if need_y else list(of_texts())[-1]
+            if not mode.local_loss and not mode.gather_with_grad:
                 factor = ranks[peers.rank] / alpha
                 dx, dy = (t * factor if need else t for t, need in ((dx, need_x), (dy, need_y)))
-            if need_s and not local_loss:
+            if need_s and not mode.local_loss:
                 ds = peers.sum_(ds / alpha) * ranks[peers.rank]
-            elif need_s and split_scale:
-                others = torch.stack([columns_of(r) for r in range(peers.size)])
+            elif need_s and mode.split_scale:
                 # open_clip's scale gets the rows and the columns of this rank's positives, not the rows of all columns
+                columns = (exchange.by_rank(t[1:]) for t in (ys, bs, kappas))
+                floats = logits[0].dim() == 2 and logits[0].is_floating_point()
+                us = exchange.by_rank(logits[1:], 1) if floats else [scale.new_empty(0)] * (peers.size - 1)
+                no_rows = torch.zeros_like(a)
+                given = [
+                    grad(y, no_rows, b, kappa, len(y), u, False, False, True)[2]
+                    for y, b, kappa, u in zip(*columns, us, strict=True)
+                ]
+                given.insert(peers.rank, torch.zeros_like(ds))
+                others = torch.stack(given)
                 ds = ds - others.sum() + peers.sum_(others)[peers.rank]
-        grads = ((t if need else None) for t, need in ((dx, need_x), (dy, need_y), (ds, need_s)))
-        return (*grads, *[None] * 9)
+        grads = ((t if need else None) for t, need in ((dx.to(x.dtype), need_x), (dy, need_y), (ds, need_s)))
+        return (*grads, None, None, None)
 
 
-def _fused_clip(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    peers: Peers,
-    local_loss: bool,
-    gather_with_grad: bool,
-    split_scale: bool,
-    divisor: float,
-    weights: tuple[float, float],
-    save: str,
-    backend: str,
-) -> Tensor:
-    if local_loss and not gather_with_grad:
-        # the other ranks' features are constants: two losses of one direction
-        x, y = (peers.gather(t.detach()) for t in (image, text))
-        if not len(image):
-            return (image.sum() + text.sum()).to(scale.dtype) * scale
-        kept = {"save": "store", "store_budget": 0 if save == "int16" else 1 << 62} if save else {"save": "recompute"}
-        options = {"row_offset": peers.own.start, "backend": backend, **kept}
-        to_text = op.clip_loss(image, y, scale, weights=(weights[0], 0.0), **options)
-        return to_text + op.clip_loss(text, x, scale, weights=(weights[1], 0.0), **options)
-    return _Clip.apply(
-        image, text, scale, peers, local_loss, not gather_with_grad, split_scale, divisor, *weights, save, backend
-    )
+def _fused_clip(image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode, backend: str) -> Tensor:
+    if mode.gather_with_grad or not mode.local_loss:
+        return _Clip.apply(image, text, scale, peers, mode, backend)
+    # the other ranks' features are constants: two losses of one direction, the images under way during the first
+    texts, images = (peers.gathering(t.detach()) for t in (text, image))
+    kept: dict[str, Any] = {"save": "recompute"}
+    if mode.save:
+        kept = {"save": "store", "store_budget": 0 if mode.save == "int16" else 1 << 62}
+    losses = []
+    for own, others, w in ((image, texts, mode.w_image), (text, images, mode.w_text)):
+        all_ranks = others()
+        if len(own):
+            at = peers.own.start
+            losses.append(op.clip_loss(own, all_ranks, scale, weights=(w, 0.0), row_offset=at, backend=backend, **kept))
+    return losses[0] + losses[1] if losses else (image.sum() + text.sum()).to(scale.dtype) * scale
 
 
-def _plain_clip(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    peers: Peers,
-    local_loss: bool,
-    gather_with_grad: bool,
-    split_scale: bool,
-    divisor: float,
-    weights: tuple[float, float],
-    save: str,
-) -> Tensor:
-    return reference.clip_loss(image, text, scale, peers, local_loss, gather_with_grad, divisor, *weights)
-
-
-DISTRIBUTED_CLIP = Op("distributed_clip_loss", _implementations("clip", _fused_clip, _plain_clip))
+DISTRIBUTED_CLIP = Op("distributed_clip_loss", _implementations("clip", _fused_clip, reference.clip_loss))
 
 
 @torch.compiler.disable
@@ -289,7 +269,8 @@ def distributed_clip_loss(
     needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
     kept = op._kept_logits(save, store_budget, image, peers.total) if needs else ""
     split_scale = not true and peers.size > 1
-    return impl.fn(image, text, scale, peers, local_loss, gather_with_grad, split_scale, float(divisor), w, kept)
+    mode = Mode(local_loss, gather_with_grad, split_scale, float(divisor), *w, kept)
+    return impl.fn(image, text, scale, peers, mode)
 
 
 def _same_rows(image: Tensor, text: Tensor) -> None:
@@ -347,7 +328,7 @@ class _Siglip(torch.autograd.Function):
             for y, positives_at in exchange.blocks(text):
                 paired = positives_at is not None
                 loss, dx_part, dy, ds, db = template(backend).sigmoid(
-                    image, y, scale, bias, positives_at or 0, not paired, None, None, need_x, need_y
+                    image, y, scale, bias, positives_at or 0, not paired, None, None, need_x, need_y, wide=True
                 )
                 sums += torch.stack([loss, ds, db])
                 if need_x:
@@ -362,7 +343,7 @@ class _Siglip(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         dx, ds, db, *dys = ctx.saved_tensors
-        dy = ctx.exchange.home([(g * dy).to(dy.dtype) for dy in dys]) if ctx.text_grad else None
+        dy = ctx.exchange.home((g * dy).to(dy.dtype) for dy in reversed(dys)) if ctx.text_grad else None
         x, _, s, b = ctx.needs_input_grad[:4]
         return (g * dx).to(dx.dtype) if x else None, dy, g * ds if s else None, g * db if b else None, *[None] * 4
 

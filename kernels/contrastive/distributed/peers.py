@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,33 +41,69 @@ class Peers:
     def _even(self) -> bool:
         return len(set(self.sizes)) == 1
 
+    def chunks(self, k: int) -> list[Peers]:
+        """Every rank's rows in k parts, those of `Tensor.tensor_split`."""
+        return [replace(self, sizes=tuple((n + k - 1 - i) // k for n in self.sizes)) for i in range(k)]
+
+    def among(self, own: Tensor, others: Tensor) -> Tensor:
+        """The rows of all ranks, from this rank's and the others'."""
+        before, after = others.tensor_split([self.own.start])
+        return torch.cat([before, own, after])
+
+    def apart(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's rows and the others', of the rows of all ranks."""
+        before, own, after = t.tensor_split([self.own.start, self.own.stop])
+        return own, torch.cat([before, after])
+
     def gather(self, t: Tensor) -> Tensor:
         """The rows of all ranks [N, ...]: t [b, ...] is this rank's part."""
+        return self.gathering(t)()
+
+    def gathering(self, t: Tensor, own: bool = True) -> Callable[[], Tensor]:
+        """Begin to gather the rows of all ranks, or of the others; the call of what is returned waits for them."""
         if self.size == 1:
-            return t
+            return lambda: t if own else t[:0]
         longest = max(self.sizes)
         part = t.contiguous()
         if len(part) < longest:  # equal parts are what every backend can gather
             part = torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
         out = part.new_empty(self.size * longest, *part.shape[1:])
         with self.waiting("gathering the features"):
-            _gather_into(out, part, group=self.group)
-        if self._even:
-            return out
-        return torch.cat([out[r * longest : r * longest + n] for r, n in enumerate(self.sizes)])
+            work = _gather_into(out, part, group=self.group, async_op=True)
+
+        def arrived() -> Tensor:
+            with self.waiting("gathering the features"):
+                work.wait()
+            if own and self._even:
+                return out
+            starts = range(0, len(out), max(1, longest))
+            rows = [out[i : i + n] for i, n in zip(starts, self.sizes, strict=True)]
+            return torch.cat(rows if own else rows[: self.rank] + rows[self.rank + 1 :])
+
+        return arrived
 
     def scatter_sum(self, t: Tensor) -> Tensor:
         """This rank's rows [b, ...] of the sum over ranks of t [N, ...]."""
+        return self.scattering(t)()
+
+    def scattering(self, t: Tensor) -> Callable[[], Tensor]:
+        """Begin `scatter_sum`; the call of what is returned waits for it."""
         if self.size == 1:
-            return t
+            return lambda: t
         longest, (own, rest) = max(self.sizes), (self.sizes[self.rank], t.shape[1:])
         if not self._even:
             parts = t.split(self.sizes)
             t = torch.cat([torch.cat([p, p.new_zeros(longest - len(p), *rest)]) for p in parts])
         out = t.new_empty(longest, *rest)
         with self.waiting("summing the gradients"):
-            _scatter_into(out, t.contiguous(), group=self.group)
-        return out[:own]
+            work = _scatter_into(out, t.contiguous(), group=self.group, async_op=True)
+
+        def arrived() -> Tensor:
+            with self.waiting("summing the gradients"):
+                work.wait()
+            return out[:own]
+
+        return arrived
 
     def sum_(self, t: Tensor) -> Tensor:
         return self._reduce(t, dist.ReduceOp.SUM, "summing over the ranks")

@@ -6,7 +6,7 @@ siglip_loss   one block of logits per rank's texts, all of them kept for the bac
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,24 +38,27 @@ def gathered(t: Tensor, peers: Peers, with_grad: bool, own_grad: bool) -> Tensor
     return torch.cat([rows[: peers.own.start], t, rows[peers.own.stop :]])
 
 
-def clip_loss(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    peers: Peers,
-    local_loss: bool,
-    gather_with_grad: bool,
-    divisor: float,
-    w_image: float,
-    w_text: float,
-) -> Tensor:
-    x, y = (gathered(t, peers, gather_with_grad, not local_loss) for t in (image, text))
+class Mode(NamedTuple):
+    """How CLIP's loss is divided among the ranks, and what its fused forms keep."""
+
+    local_loss: bool
+    gather_with_grad: bool
+    split_scale: bool  # the scale's gradient of a rank is that of its own positives' rows and columns
+    divisor: float  # of the sum over pairs
+    w_image: float
+    w_text: float
+    save: str
+
+
+def clip_loss(image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode) -> Tensor:
+    local = mode.local_loss
+    x, y = (gathered(t, peers, mode.gather_with_grad, not local) for t in (image, text))
     s = scale.to(image.dtype)
-    per_image = (s * (image if local_loss else x)) @ y.t()
-    per_text = (s * text) @ x.t() if local_loss else per_image.t()
-    label = torch.arange(len(per_image), device=image.device) + (peers.own.start if local_loss else 0)
+    per_image = (s * (image if local else x)) @ y.t()
+    per_text = (s * text) @ x.t() if local else per_image.t()
+    label = torch.arange(len(per_image), device=image.device) + (peers.own.start if local else 0)
     rows, columns = (F.cross_entropy(z.to(scale.dtype), label, reduction="sum") for z in (per_image, per_text))
-    return (w_image * rows + w_text * columns) / divisor
+    return (mode.w_image * rows + mode.w_text * columns) / mode.divisor
 
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, peers: Peers, *_: object) -> Tensor:
