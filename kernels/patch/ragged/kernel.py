@@ -1,0 +1,178 @@
+"""A ragged batch in Triton: one product, whose tiles add the positions of their tokens before they are stored.
+
+token_r = q (V x_source(r)) + c + sum_yx w_h(i_r, y) w_w(j_r, x) P[y, x]     V [D, K]: folded weights, q: their scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels.contrastive.kernel import _precision, _tile_of
+from mmfuse.kernels.patch.positions.kernel import accumulator, bounds, mode_number, position_rows
+from mmfuse.kernels.patch.ragged.stem import Folded
+
+# --- device code ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["R"])
+def _packed_kernel(
+    out_ptr,  # [R, D]
+    x_ptr,  # [T, K]
+    v_ptr,  # [D, K]
+    c_ptr,  # [D]
+    q_ptr,  # [D]
+    table_ptr,  # [S, D]
+    place_ptr,  # [R, 4]
+    source_ptr,  # [R]
+    bounds_y,
+    bounds_x,
+    R,
+    D,
+    K,
+    stride_x,
+    GH,
+    GW,
+    TABLE: tl.constexpr,
+    MODE: tl.constexpr,
+    FACTORED: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(R, BLOCK_M), tl.cdiv(D, BLOCK_N), GROUP_M)
+    r = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    inside = r < R
+    row = r.to(tl.int64)
+    if SOURCE:
+        row = tl.load(source_ptr + r, mask=inside, other=-1)
+    some = inside & (row >= 0)
+    at_x = x_ptr + row[:, None] * stride_x + k[None, :]
+    at_v = v_ptr + d.to(tl.int64)[None, :] * K + k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for k0 in range(0, K, BLOCK_K):
+        x = tl.load(at_x, mask=some[:, None] & (k[None, :] < K - k0), other=0).to(OPERAND)
+        v = tl.load(at_v, mask=(d[None, :] < D) & (k[:, None] < K - k0), other=0)
+        acc = tl.dot(x, v, acc, input_precision=PRECISION, out_dtype=ACC)
+        at_x += BLOCK_K
+        at_v += BLOCK_K
+    if SCALED:
+        acc = acc * tl.load(q_ptr + d, mask=d < D, other=0)[None, :]
+    acc += tl.load(c_ptr + d, mask=d < D, other=0).to(ACC)[None, :]
+    if TABLE:
+        i = tl.load(place_ptr + r * 4, mask=inside, other=0)
+        j = tl.load(place_ptr + r * 4 + 1, mask=inside, other=0)
+        height = tl.load(place_ptr + r * 4 + 2, mask=inside, other=0)
+        width = tl.load(place_ptr + r * 4 + 3, mask=inside, other=0)
+        acc += position_rows(
+            table_ptr, bounds_y, bounds_x, i, j, height, width, d, GH, GW, D,
+            MODE, FACTORED, ACC, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if SOURCE:
+        acc = tl.where(some[:, None], acc, 0)
+    at = out_ptr + r.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(at, acc, mask=inside[:, None] & (d < D)[None, :])
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+# chosen to compile without spills, not measured
+_TILES: dict[str, dict[str, int]] = {
+    "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
+    "ieee": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "num_warps": 4, "num_stages": 2},
+}
+_OPERANDS = {
+    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64
+}  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    f: Folded,
+    table: Tensor | None,
+    place: Tensor,
+    source: Tensor | None,
+    shape: tuple[int, int],
+    mode: str,
+    factored: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x [T, K] to [R, D]."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, d, k = len(place), len(f.bias), x.shape[1]
+    v, q = f.weight, None
+    if v.dtype.itemsize == 2 and x.dtype == torch.uint8:
+        v, q = scaled(f)
+    elif x.dtype != v.dtype and x.dtype != torch.uint8:
+        x = x.to(v.dtype)
+    v = v.contiguous()
+    out = torch.empty(rows, d, dtype=dtype, device=x.device)
+    if not out.numel():
+        return out
+    precision = _precision(v.dtype)
+    tile = _TILES["half" if v.dtype.itemsize == 2 else precision]
+    table = None if table is None else table.contiguous()
+    edges = [bounds(mode if table is not None else "", n, x.device) for n in shape]
+    grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(d, tile["BLOCK_N"]),)
+    with torch.cuda.device_of(x):
+        _packed_kernel[grid](
+            out, x, v, f.bias, f.bias if q is None else q, f.bias if table is None else table, place,
+            place if source is None else source, *edges, rows, d, k, x.stride(0), *shape,
+            TABLE=table is not None, MODE=mode_number(mode), FACTORED=factored, SOURCE=source is not None,
+            SCALED=q is not None, ACC=accumulator(f.bias.dtype), OPERAND=_OPERANDS[v.dtype], PRECISION=precision,
+            **tile,
+        )  # fmt: skip
+    return out
+
+
+def scaled(f: Folded) -> tuple[Tensor, Tensor]:
+    """(V in float16 over a power of two for each row, which is q): pixels are integers, weights not subnormal."""
+    v = f.weight.float()
+    top = v.abs().amax(1).clamp(min=1e-30)
+    q = torch.exp2(torch.floor(torch.log2(top)) - 12)
+    return (v / q[:, None]).to(torch.float16), q
+
+
+# --- ahead-of-time compilation --------------------------------------------------------------------------------------
+
+
+def aot_specs() -> Iterator[Spec]:
+    """Pixels of 8 and of 16 bits, and float32, for `mmfuse compile-report`."""
+    yield _spec("u8", torch.float16, torch.bfloat16, 4, "half")
+    yield _spec("bf16", torch.bfloat16, torch.bfloat16, 5, "half")
+    yield _spec("fp32", torch.float32, torch.float32, 1, "tf32")
+
+
+def _spec(pixels: str, operand: torch.dtype, out: torch.dtype, mode: int, kind: str) -> Spec:
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    constants: dict[str, Any] = {n: v for n, v in _TILES[kind].items() if n in _packed_kernel.arg_names}
+    constants |= {"TABLE": True, "MODE": mode, "FACTORED": False, "SOURCE": pixels == "u8", "SCALED": pixels == "u8"}
+    constants |= {"ACC": tl.float32, "OPERAND": _OPERANDS[operand], "PRECISION": "tf32" if kind == "tf32" else "ieee"}
+    pointers = {"out_ptr": "*" + short[out], "x_ptr": "*" + pixels, "v_ptr": "*" + short[operand], "c_ptr": "*fp32"}
+    pointers |= {"q_ptr": "*fp32", "table_ptr": "*" + short[out], "place_ptr": "*i32", "source_ptr": "*i64"}
+    pointers |= {"bounds_y": "*fp32", "bounds_x": "*fp32"}
+    return Spec(
+        kernel=f"{__name__}:_packed_kernel",
+        variant=f"{pixels} pixels, mode {mode}",
+        signature={n: pointers.get(n, "i32") for n in _packed_kernel.arg_names if n not in constants},
+        constants=constants,
+        num_warps=_TILES[kind]["num_warps"],
+        num_stages=_TILES[kind]["num_stages"],
+        aligned=("D", "K", "stride_x"),
+        dot=kind,
+    )

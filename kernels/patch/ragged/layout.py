@@ -1,0 +1,73 @@
+"""Where every token of a ragged batch comes from, computed on the device: nothing waits for the grids."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    cu_seqlens: Tensor  # [B + 1] int32
+    ids: Tensor  # [R, 2 | 3] int64: ([frame,] row, column)
+    place: Tensor  # [R, 4] int32: row, column, height and width that the table is resampled to; height 0: no position
+    source: Tensor | None  # [R] int64: the patch of each token, -1 for none; None: in order
+    start: Tensor  # [B] int64: the first patch of each image
+
+
+def layout(
+    grids: Tensor,
+    patches: int,
+    *,
+    padded_in: int = 0,
+    padded_out: int = 0,
+    merge: int = 1,
+    keep_aspect: bool = False,
+    pad_first: bool = False,
+    ids_keep: Tensor | None = None,
+) -> Layout:
+    """grids [B, 2 | 3] int64 of images whose `patches` lie one after the other, or every `padded_in` rows."""
+    b, device = len(grids), grids.device
+    # one more image without patches: rows past the end are its
+    thw = F.pad(F.pad(grids, (3 - grids.shape[1], 0), value=1), (0, 0, 0, 1))
+    count = thw.prod(1)
+    begin = F.pad(count.cumsum(0)[:-1], (1, 0))  # [B + 1]
+    start = torch.arange(b, device=device) * padded_in if padded_in else begin[:b]
+    cu_seqlens, source = begin, None
+    if ids_keep is not None:
+        row = source = ids_keep
+        image = torch.searchsorted(begin[1:], row, right=True)
+        kept = torch.zeros_like(begin).scatter_add_(0, image, torch.ones_like(image))
+        cu_seqlens = F.pad(kept[:b].cumsum(0), (1, 0))
+    elif padded_out:
+        image, at = (t.flatten() for t in _both(b, padded_out, device))
+        source = row = torch.where(at < count[image], begin[image] + at, -1)
+    else:
+        row = torch.arange(patches, device=device)
+        image = torch.searchsorted(begin[1:], row, right=True)
+        if padded_in:
+            image = row.div(padded_in, rounding_mode="floor")
+    first = torch.cat([start, begin[-1:]])
+    within = torch.where(row < 0, patches, row) - first[image]
+    inside = within < count[image]
+    within = torch.where(inside, within, 0)
+
+    h, w = thw[:, 1][image], thw[:, 2][image]
+    area = (h * w).clamp(min=1)
+    frame, r = within // area, within % area
+    blocks = (w // merge).clamp(min=1)
+    y = r // (merge * merge * blocks) * merge + r // merge % merge
+    x = r // (merge * merge) % blocks * merge + r % merge
+    ids = torch.stack([frame, y, x], 1)[:, 3 - grids.shape[1] :]
+    height, width = (torch.maximum(h, w),) * 2 if keep_aspect else (h, w)
+    if not pad_first:
+        height = torch.where(inside, height, 0)
+    place = torch.stack([y, x, height, width], 1).to(torch.int32)
+    return Layout(cu_seqlens.to(torch.int32), ids, place, source, start)
+
+
+def _both(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    ones = torch.ones(rows, columns, dtype=torch.int64, device=device)
+    return torch.arange(rows, device=device)[:, None] * ones, torch.arange(columns, device=device) * ones

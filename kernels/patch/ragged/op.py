@@ -1,0 +1,445 @@
+"""The public functions of ragged batches: argument checks, autograd, choice of implementation, packing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_triton
+from mmfuse.kernels.patch.arguments import vector
+from mmfuse.kernels.patch.positions.op import check_factors, check_table
+from mmfuse.kernels.patch.ragged import blocked, reference
+from mmfuse.kernels.patch.ragged.layout import layout
+from mmfuse.kernels.patch.ragged.stem import fold, weight_grad
+
+
+class PackedTokens(NamedTuple):
+    """What `patch_embed_packed` returns."""
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    ids: Tensor
+
+
+class _Options(NamedTuple):
+    """What an operator is told beside tensors."""
+
+    padded: int  # rows of each image among the patches, 0: one after the other
+    pads: bool  # rows past an image's patches take its first position
+    merge: int
+    keep_aspect: bool
+    height: int  # of the table
+    width: int
+    factored: bool
+    mode: str
+    compute: torch.dtype
+    dtype: torch.dtype
+    backend: str
+
+    def positions(self, grids: Tensor) -> blocked.Positions:
+        shape = (self.height, self.width)
+        return blocked.Positions(grids, shape, self.mode, self.factored, self.keep_aspect, self.merge)
+
+
+def _fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    grids: Tensor,
+    place: Tensor,
+    source: Tensor | None,
+    start: Tensor,
+    padded: int,
+    pads: bool,
+    merge: int,
+    keep_aspect: bool,
+    height: int,
+    width: int,
+    factored: bool,
+    mode: str,
+    compute: torch.dtype,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    o = _Options(
+        padded, pads, merge, keep_aspect, height, width, factored, mode, compute, dtype, backend
+    )  # fmt: skip
+    f = fold(x, weight, bias, mean, std, compute)
+    if backend == "triton":
+        from mmfuse.kernels.patch.ragged import kernel
+
+        return kernel.forward(x, f, table, place, source, (height, width), mode, factored, dtype)
+    return blocked.forward(x, f, table, o.positions(grids), source, start, padded, pads, dtype)
+
+
+def _fwd_fake(x, weight, bias, table, mean, std, grids, place, *options):  # type: ignore[no-untyped-def]
+    return x.new_empty((place.shape[0], weight.shape[0]), dtype=options[-2])
+
+
+def _bwd(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    grids: Tensor,
+    place: Tensor,
+    source: Tensor | None,
+    start: Tensor,
+    padded: int,
+    pads: bool,
+    merge: int,
+    keep_aspect: bool,
+    height: int,
+    width: int,
+    factored: bool,
+    mode: str,
+    compute: torch.dtype,
+    dtype: torch.dtype,
+    backend: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_table: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    o = _Options(padded, pads, merge, keep_aspect, height, width, factored, mode, compute, dtype, backend)
+    f = fold(x, weight, bias, mean, std, compute)
+    acc, none = f.bias.dtype, g.new_empty(0)
+    dx = dweight = dbias = dtable = none
+    if need_weight or need_bias:
+        product, total = blocked.backward(g, x, source, compute, need_weight)
+        dweight = weight_grad(f, product, total).to(weight.dtype) if need_weight else none
+        dbias = total.to(weight.dtype if bias is None else bias.dtype) if need_bias else none
+    if need_x:
+        dy = g.to(compute) if source is None else blocked.of_patches(g.to(compute), source, len(x))
+        dx = dy @ weight.to(compute)
+        dx = (dx if f.scale is None else dx * f.scale).to(x.dtype)
+    if need_table and table is not None:
+        if backend == "triton":
+            dtable = _table_grad_triton(g, len(x), grids, source, start, o)
+        else:
+            positions = o.positions(grids)
+            dtable = blocked.table_grad(g, len(x), positions, source, start, padded, pads, acc)
+        dtable = dtable.to(table.dtype)
+    return dx, dweight, dbias, dtable
+
+
+def _table_grad_triton(
+    g: Tensor, patches: int, grids: Tensor, source: Tensor | None, start: Tensor, o: _Options
+) -> Tensor:
+    from mmfuse.kernels.patch.positions import kernel
+
+    t, h, w = grids.unbind(1)
+    height, width = (torch.maximum(h, w),) * 2 if o.keep_aspect else (h, w)
+    table = torch.stack([t, h, w, height, width], 1).to(torch.int32)
+    rows = extra = None
+    if source is not None:
+        rows = torch.full((patches + 1,), -1, dtype=torch.int64, device=g.device)
+        rows[source] = torch.arange(len(source), device=g.device)
+        rows = rows[:-1]
+    if o.pads:
+        past = torch.arange(o.padded, device=g.device) >= (t * h * w)[:, None]
+        acc = torch.promote_types(g.dtype, torch.float32)
+        extra = (past.to(acc)[:, None] @ g.view(len(grids), o.padded, -1).to(acc))[:, 0]
+    shape = (o.height, o.width)
+    return kernel.adjoint(g, table, start, shape, o.mode, o.factored, o.merge, rows, extra)
+
+
+def _bwd_fake(g, x, weight, bias, table, *rest):  # type: ignore[no-untyped-def]
+    needs = rest[-4:]
+    given = (x, weight, weight.new_empty(weight.shape[0]) if bias is None else bias, table)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else g.new_empty(0)
+        for t, need in zip(given, needs, strict=True)
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[10:]
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:4]
+    grads = packed_bwd(g, *ctx.saved_tensors, *ctx.options, *needs)
+    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * (6 + len(ctx.options)))
+
+
+packed_bwd = register("patch_embed_packed_bwd", _bwd, _bwd_fake)
+packed_fwd = register("patch_embed_packed", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
+
+
+def _fused(backend: str, *args: Any) -> Tensor:
+    return packed_fwd(*args, backend)
+
+
+def _reference(*args: Any) -> Tensor:
+    x, weight, bias, table, mean, std, _, place, source, _, *options = args
+    _, _, _, _, height, width, factored, mode, compute, dtype = options
+    return reference.patch_embed_packed(
+        x, weight, bias, table, mean, std, place, source, (height, width), mode, factored, compute, dtype
+    )
+
+
+def _reasons_against_chunked(x: Tensor, *_: object) -> list[str]:
+    return [] if x.device.type == "cpu" else [f"device is {x.device.type}: it reads the grids on the host"]
+
+
+def _reasons_against_triton(x: Tensor, weight: Tensor) -> list[str]:
+    return reasons_against_triton(weight)
+
+
+PACKED = Op(
+    "patch_embed_packed",
+    [
+        Impl("triton", partial(_fused, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
+        Impl("chunked", partial(_fused, "chunked"), _reasons_against_chunked),
+        Impl("torch", _reference, no_reason),
+    ],
+)
+
+
+def patch_embed_packed(
+    patches: Tensor,
+    grids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    table: Tensor | tuple[Tensor, Tensor] | None = None,
+    mode: str = "bilinear_aa",
+    keep_aspect: bool = False,
+    order: Literal["raster", "merge2"] = "raster",
+    mean: Any = None,
+    std: Any = None,
+    channels_last: bool = True,
+    ids_keep: Tensor | None = None,
+    pad_position: Literal["first", "none"] = "first",
+    padded_length: int | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> PackedTokens:
+    """Patches of images of any sizes to tokens, each image with positions of its own grid, without reading the grids.
+
+    token = W . patch + bias + P'[row, column],  P' = `table` resampled to (h, w) as `interpolate_position` does
+    (NaViT, Dehghani et al. 2023; SigLIP2, NaFlex, Qwen2-VL and Qwen3-VL, Idefics2 by their modes and orders).
+
+    Args:
+        patches: [T, K], the images' patches one after the other, or [B, L, K] with each image's in the first rows of
+            its L; uint8, float16, bfloat16, float32 or float64, any strides. T may exceed what the grids hold: rows
+            past the end get no position.
+        grids: [B, 2] (h, w) or [B, 3] (frames, h, w), integers on the patches' device. 0 is an empty image.
+        weight: [D, K], in the order of the patches' elements. bias: [D] or None.
+        table: the learned positions, [gh, gw, D] or [g * g, D]; or a pair ([gh, D], [gw, D]), whose resampled rows are
+            summed. None: no positions (Qwen2-VL's are rotary, from `ids`). Every frame has the same.
+        mode, keep_aspect: as for `interpolate_position`; with `lookup` a grid beyond the table's repeats its last row.
+        order: of the patches of an image, "raster" or "merge2": 2 x 2 blocks, each four after one another (Qwen's
+            spatial merge; h and w are even).
+        mean, std: [C] numbers or tensors, or [K]. uint8 pixels enter as (x / 255 - mean) / std, others as
+            (x - mean) / std; uint8 with neither as x.
+        channels_last: whether K is (py, px, c), as SigLIP2 and NaFlex have it, or (c, py, px), (c, t, py, px). Only
+            mean and std need it.
+        ids_keep: int64 [T'] rows of `patches` [T, K] to compute, image by image, each at most once: what is left of an
+            image after dropping patches.
+        pad_position: of the rows past an image's patches in [B, L, K]: its first position (SigLIP2), or none (NaFlex).
+        padded_length: with patches [T, K]: give [B, padded_length, D] instead, zeros past each image's tokens. It is at
+            least the longest image.
+        dtype: of the tokens; by default the weight's, or that of autocast where it is on.
+        backend: "triton", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        tokens [T, D], [T', D] or [B, L, D]; cu_seqlens [B + 1] int32, where each image's tokens begin when packed; ids
+        [..., 2] (row, column) or [..., 3] (frame, row, column) int64 of each token, 0 past the end.
+
+    The weights of an interpolation are computed in float32 (float64 for float64), no tensor of them per token is held
+    ("torch" holds those of some thousand tokens). 16-bit operands accumulate in float32 and are rounded once.
+    Deterministic: two runs are equal bitwise. Differentiable once in weight, bias, table and floating-point patches.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it. What depends on the values of `grids` is
+            checked on a CPU only.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    k, d = _check(patches, grids, weight)
+    merge = {"raster": 1, "merge2": 2}.get(order)
+    if merge is None:
+        raise ValueError(f'order is {order!r}, expected "raster" or "merge2"')
+    if pad_position not in ("first", "none"):
+        raise ValueError(f'pad_position is {pad_position!r}, expected "first" or "none"')
+    bias = vector("bias", bias, (d,), patches, "[D]")
+    mean, std = (_channel_values(n, v, k, channels_last, patches) for n, v in (("mean", mean), ("std", std)))
+    joined, shape, factored, mode = _table(table, mode, d, patches, keep_aspect)
+    padded_in = patches.shape[1] if patches.dim() == 3 else 0
+    if padded_in and (ids_keep is not None or padded_length is not None):
+        raise ValueError("patches is [B, L, K], expected [T, K] with ids_keep or padded_length")
+    if ids_keep is not None and padded_length is not None:
+        raise ValueError("ids_keep and padded_length are given, expected one of them")
+    if ids_keep is not None and (ids_keep.dim() != 1 or ids_keep.dtype != torch.int64):
+        raise ValueError(f"ids_keep is {ids_keep.dtype} {tuple(ids_keep.shape)}, expected int64 [T']")
+    x = patches.reshape(-1, k)
+    if grids.device.type == "cpu" and not torch.compiler.is_compiling() and type(grids) is Tensor:
+        _check_grids(grids, merge, padded_in or padded_length, len(x), ids_keep)
+    grids = grids.to(torch.int64)
+    pads = bool(padded_in) and pad_position == "first"
+    at = layout(
+        grids, len(x), padded_in=padded_in, padded_out=padded_length or 0, merge=merge, keep_aspect=keep_aspect,
+        pad_first=pads, ids_keep=ids_keep,
+    )  # fmt: skip
+    source = at.source
+    if padded_length == 0:
+        source = torch.zeros(0, dtype=torch.int64, device=x.device)
+
+    compute = weight.dtype
+    if torch.is_autocast_enabled(x.device.type) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(x.device.type)
+    thw = torch.nn.functional.pad(grids, (3 - grids.shape[1], 0), value=1)
+    impl = PACKED.select(x, weight, backend=backend)
+    tokens = impl.fn(
+        x, weight, bias, joined, mean, std, thw, at.place, source, at.start,
+        padded_in, pads, merge, keep_aspect, *shape, factored, mode, compute, dtype or compute,
+    )  # fmt: skip
+    ids, length = at.ids, padded_in or padded_length
+    if length:
+        tokens, ids = tokens.view(len(grids), length, d), ids.view(len(grids), length, -1)
+    return PackedTokens(tokens, at.cu_seqlens, ids)
+
+
+def _check(patches: Tensor, grids: Tensor, weight: Tensor) -> tuple[int, int]:
+    for name, t in (("patches", patches), ("grids", grids), ("weight", weight)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor")
+        if t.device != patches.device:
+            raise ValueError(f"{name} is on {t.device}, expected {patches.device} as patches")
+    if patches.dtype != torch.uint8 and not patches.is_floating_point():
+        raise TypeError(f"patches has dtype {patches.dtype}, expected uint8 or a floating-point dtype")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight has dtype {weight.dtype}, expected a floating-point dtype")
+    if weight.dim() < 2 or weight.numel() == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D, K], not empty")
+    if weight.dim() > 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D, K]: flatten a convolution's")
+    d, k = weight.shape
+    if patches.dim() not in (2, 3) or patches.shape[-1] != k:
+        raise ValueError(f"patches has shape {tuple(patches.shape)}, expected [T, {k}] or [B, L, {k}] as weight")
+    if grids.dim() != 2 or grids.shape[1] not in (2, 3):
+        raise ValueError(f"grids has shape {tuple(grids.shape)}, expected [B, 2] (h, w) or [B, 3] (frames, h, w)")
+    if grids.is_floating_point() or grids.is_complex() or grids.dtype == torch.bool:
+        raise TypeError(f"grids has dtype {grids.dtype}, expected integers")
+    if patches.dim() == 3 and len(patches) != len(grids):
+        raise ValueError(f"grids has {len(grids)} rows, expected {len(patches)} as patches has images")
+    return k, d
+
+
+def _check_grids(grids: Tensor, merge: int, length: int | None, patches: int, ids_keep: Tensor | None) -> None:
+    if (grids < 0).any():
+        raise ValueError("grids has a negative number, expected (h, w) >= 0")
+    if merge > 1 and (grids[:, -2:] % merge).any():
+        raise ValueError(f"grids has a size that is not a multiple of {merge}, expected even ones for order merge2")
+    count = grids.prod(1)
+    if length is not None and len(count) and count.max() > length:
+        raise ValueError(f"grids has an image of {count.max()} patches, expected at most {length}")
+    if length is None and count.sum() > patches:
+        raise ValueError(f"grids add up to {count.sum()} patches, expected at most the {patches} of patches")
+    if ids_keep is not None and len(ids_keep) and not 0 <= ids_keep.min() <= ids_keep.max() < patches:
+        raise ValueError(f"ids_keep has values from {ids_keep.min()} to {ids_keep.max()}, expected 0 to {patches - 1}")
+
+
+def _table(
+    table: Any, mode: str, d: int, like: Tensor, keep_aspect: bool
+) -> tuple[Tensor | None, tuple[int, int], bool, str]:
+    """(table [S, D], (gh, gw), whether it is two tables, mode)."""
+    if table is None:
+        return None, (1, 1), False, "lookup"
+    if isinstance(table, (tuple, list)):
+        y, x = check_factors(table, mode)
+        joined, shape, mode = torch.cat([y, x]), (len(y), len(x)), "bilinear" if mode == "linear_1d" else mode
+    else:
+        given = check_table(table, mode)
+        joined, shape = given.flatten(0, 1), (given.shape[0], given.shape[1])
+    if joined.shape[1] != d:
+        raise ValueError(f"table has {joined.shape[1]} columns, expected {d} as weight has rows")
+    if joined.device != like.device:
+        raise ValueError(f"table is on {joined.device}, expected {like.device} as patches")
+    return joined, shape, isinstance(table, (tuple, list)), mode
+
+
+def _channel_values(name: str, given: Any, k: int, channels_last: bool, like: Tensor) -> Tensor | None:
+    """[K] values from one for each channel."""
+    if given is None:
+        return None
+    v = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64, device=like.device)
+    v = v.reshape(-1)
+    if v.device != like.device:
+        raise ValueError(f"{name} is on {v.device}, expected {like.device} as patches")
+    if len(v) == 0 or k % len(v):
+        raise ValueError(f"{name} has {len(v)} values, expected [C] with K = {k} a multiple of C, or [K]")
+    return v.repeat(k // len(v)) if channels_last else v.repeat_interleave(k // len(v))
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+def pack_first_fit(lengths: Sequence[int], capacity: int, *, sort: bool = False) -> list[list[int]]:
+    """Which images share a sequence of `capacity` tokens: each goes into the first that has room for it.
+
+    NaViT's greedy packing (Dehghani et al. 2023, appendix A). On the host, before the batch is made.
+
+    Args:
+        lengths: tokens of each image.
+        capacity: of a sequence.
+        sort: longest first (first-fit decreasing), which leaves less empty; otherwise in the order of arrival.
+
+    Returns:
+        the indices of the images of each sequence.
+
+    Raises:
+        ValueError: an image is longer than a sequence.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]) if sort else range(len(lengths)):
+        if not 0 <= lengths[i] <= capacity:
+            raise ValueError(f"lengths[{i}] is {lengths[i]}, expected 0 to the capacity, {capacity}")
+        at = next((g for g, left in enumerate(room) if left >= lengths[i]), len(groups))
+        if at == len(groups):
+            groups.append([])
+            room.append(capacity)
+        groups[at].append(i)
+        room[at] -= lengths[i]
+    return groups
+
+
+def drop_patches(noise: Tensor, grids: Tensor, keep: Tensor, total: int) -> Tensor:
+    """ids_keep [total] of packed images: of image b the `keep[b]` patches with the least noise, in the images' order.
+
+    Args:
+        noise: [T] floating-point, one for each patch.
+        grids: [B, 2 | 3] as for `patch_embed_packed`.
+        keep: [B] int64, how many to keep of each image: NaViT draws a rate for each.
+        total: sum of `keep`, which the host knows; nothing is read from the device.
+
+    Deterministic: two runs are equal bitwise.
+    """
+    if noise.dim() != 1 or not noise.is_floating_point():
+        raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}, expected a floating-point [T]")
+    if keep.shape != grids.shape[:1]:
+        raise ValueError(f"keep has shape {tuple(keep.shape)}, expected [{len(grids)}] as grids")
+    end = grids.prod(1).cumsum(0)
+    image = torch.searchsorted(end, torch.arange(len(noise), device=noise.device), right=True)
+    by_noise = noise.argsort(stable=True)
+    shuffled = by_noise[image[by_noise].argsort(stable=True)]  # image by image, least noise first
+    begin = torch.cat([end.new_zeros(1), end])
+    rank = torch.arange(len(noise), device=noise.device) - begin[image]
+    kept = rank < torch.cat([keep, keep.new_zeros(1)])[image]
+    # those to keep first, in order: a sort, for a selection would wait for their number
+    return shuffled[(~kept).to(torch.int8).argsort(stable=True)[:total]]

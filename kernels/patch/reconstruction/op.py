@@ -1,0 +1,211 @@
+"""The public loss of masked autoencoders: argument checks, autograd, choice of implementation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
+from mmfuse.kernels.patch.reconstruction import blocked, reference
+from mmfuse.kernels.patch.reconstruction.target import Patches
+
+
+def _rows(backend: str) -> Any:
+    if backend == "triton":
+        from mmfuse.kernels.patch.reconstruction import kernel
+
+        return kernel.rows
+    return blocked.rows
+
+
+def _weights(prediction: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(ids of the patches that are predicted, None for all; 1 / count for each of them that is masked, else 0)."""
+    acc = torch.promote_types(prediction.dtype, torch.float32)
+    ids = None if prediction.shape[1] == mask.shape[1] else reference.masked_ids(mask, prediction.shape[1])
+    weight = (mask if ids is None else mask.gather(1, ids)).to(acc)
+    return ids, weight / weight.sum()
+
+
+def _fwd(
+    prediction: Tensor,
+    video: Tensor,
+    mask: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    t: int,
+    p: int,
+    q: int,
+    norm: str,
+    backend: str,
+) -> Tensor:
+    ids, weight = _weights(prediction, mask)
+    # no mask: the mean of nothing
+    none = weight.isnan().any()
+    rows = _rows(backend)(prediction, video, ids, weight.nan_to_num(0), mean, std, Patches(t, p, q), norm, None)
+    return torch.where(none, torch.nan, rows.sum())
+
+
+def _fwd_fake(prediction, *_):  # type: ignore[no-untyped-def]
+    return prediction.new_empty((), dtype=torch.promote_types(prediction.dtype, torch.float32))
+
+
+def _bwd(
+    g: Tensor,
+    prediction: Tensor,
+    video: Tensor,
+    mask: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    t: int,
+    p: int,
+    q: int,
+    norm: str,
+    backend: str,
+) -> Tensor:
+    ids, weight = _weights(prediction, mask)
+    grad = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    weight = weight.nan_to_num(0) * g.to(weight.dtype)
+    _rows(backend)(prediction, video, ids, weight, mean, std, Patches(t, p, q), norm, grad)
+    return grad
+
+
+def _bwd_fake(g, prediction, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(prediction, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    return loss_bwd(g, *ctx.saved_tensors, *ctx.options), *[None] * 9
+
+
+loss_bwd = register("masked_patch_loss_bwd", _bwd, _bwd_fake)
+loss_fwd = register("masked_patch_loss", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
+
+
+def _fused(backend: str, *args: Any) -> Tensor:
+    return loss_fwd(*args, backend)
+
+
+def _reference(*args: Any) -> Tensor:
+    prediction, video, mask, mean, std, t, p, q, norm = args
+    return reference.masked_patch_loss(prediction, video, mask, mean, std, Patches(t, p, q), norm)
+
+
+def _reasons_against_triton(prediction: Tensor, *_: object) -> list[str]:
+    why = reasons_against_triton(prediction)
+    if prediction.shape[2] > 8192:
+        why.append(f"a patch has {prediction.shape[2]} elements, above 8192: a program holds one")
+    return why
+
+
+LOSS = Op(
+    "masked_patch_loss",
+    [
+        Impl("triton", partial(_fused, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
+        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked),
+        Impl("torch", _reference, no_reason),
+    ],
+)
+
+
+def masked_patch_loss(
+    prediction: Tensor,
+    pixels: Tensor,
+    mask: Tensor,
+    *,
+    patch: int | tuple[int, ...],
+    norm_pix: bool | Literal["patch", "channel"] = True,
+    layout: Literal["nchw", "nhwc", "ntchw"] = "nchw",
+    mean: Any = None,
+    std: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean squared error of predicted patches where they are masked, against targets made of the pixels as they come.
+
+    L = sum_bj m_bj mean_k (prediction_bjk - target_bjk)^2 / sum_bj m_bj, with the targets of MAE (He et al. 2022,
+    `norm_pix_loss`) or VideoMAE (Tong et al. 2022). Neither the targets nor a float copy of the pixels is held, nothing
+    is saved for the backward but the arguments.
+
+    Args:
+        prediction: [B, N, K], or [B, M, K] with M < N: the masked patches only, in order, of which every row of the
+            mask has M. float16, bfloat16, float32 or float64, any strides. K is (py, px, c), or (t, py, px, c).
+        pixels: uint8, float16, bfloat16, float32 or float64; "nchw" is [B, C, H, W] or [B, C, T, H, W], "nhwc"
+            [B, H, W, C] or [B, T, H, W, C], "ntchw" [B, T, C, H, W]. Any strides. No gradient goes there.
+        mask: [B, N], bool, or numbers 0 and 1 as MAE has it: 1 is masked.
+        patch: P, (P, P') or (t, P, P'). The pixels are a multiple of it.
+        norm_pix: "patch" (MAE): (x - mean) / sqrt(var + 1e-6) over all of a patch; "channel" (VideoMAE):
+            (x - mean) / (sqrt(var) + 1e-6) over each channel of it; both with the unbiased variance. False: x. True is
+            "channel" for a (t, P, P') patch, else "patch".
+        mean, std: [C] numbers or tensors. uint8 pixels enter as (x / 255 - mean) / std, others as (x - mean) / std;
+            uint8 with neither as x. VideoMAE's targets are of pixels in [0, 1]: mean=0 with uint8; with frames
+            normalised by (m, s), mean=-m/s and std=1/s.
+        backend: "triton", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        the loss, a scalar in float32 (float64 for float64); NaN where nothing is masked, as a mean of nothing.
+
+    Deterministic: two runs are equal bitwise. Differentiable once, in `prediction`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    size = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    if len(size) not in (2, 3) or min(size) < 1:
+        raise ValueError(f"patch is {patch!r}, expected P, (P, P') or (t, P, P')")
+    video, patches = _video(pixels, layout), Patches(*((1,) * (3 - len(size)) + size))
+    norm = ("channel" if len(size) == 3 else "patch") if norm_pix is True else norm_pix or "none"
+    if norm not in ("patch", "channel", "none"):
+        raise ValueError(f'norm_pix is {norm_pix!r}, expected True, False, "patch" or "channel"')
+    for name, n, one in zip(("frames", "rows", "columns"), video.shape[1:4], patches, strict=True):
+        if n % one:
+            raise ValueError(f"pixels has {n} {name}, expected a multiple of {one}")
+    gt, gh, gw = patches.grid(video)
+    b, c = video.shape[0], video.shape[4]
+    n, k = gt * gh * gw, patches.t * patches.p * patches.q * c
+    if not prediction.is_floating_point():
+        raise TypeError(f"prediction has dtype {prediction.dtype}, expected a floating-point dtype")
+    if prediction.dim() != 3 or prediction.shape[0] != b or prediction.shape[1] > n or prediction.shape[2] != k:
+        raise ValueError(f"prediction has shape {tuple(prediction.shape)}, expected [{b}, {n} or fewer, {k}]")
+    if mask.shape != (b, n):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected [{b}, {n}], one for each patch")
+    for name, t in (("pixels", pixels), ("mask", mask)):
+        if t.device != prediction.device:
+            raise ValueError(f"{name} is on {t.device}, expected {prediction.device} as prediction")
+    if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+        raise TypeError(f"pixels has dtype {pixels.dtype}, expected uint8 or a floating-point dtype")
+    mask = mask if mask.dtype == torch.bool else mask != 0
+    mean, std = (_per_channel(name, v, c, pixels) for name, v in (("mean", mean), ("std", std)))
+    impl = LOSS.select(prediction, video, mask, backend=backend)
+    return impl.fn(prediction, video.detach(), mask, mean, std, *patches, norm)
+
+
+def _video(pixels: Tensor, layout: str) -> Tensor:
+    """Pixels as a view [B, T, H, W, C]."""
+    order = {"nchw": "channels first", "nhwc": "channels last", "ntchw": "frames first"}
+    if layout not in order:
+        raise ValueError(f"layout is {layout!r}, expected one of {', '.join(order)}")
+    if pixels.dim() not in ((5,) if layout == "ntchw" else (4, 5)):
+        raise ValueError(f"pixels has shape {tuple(pixels.shape)}, expected an image or a clip as layout {layout}")
+    if layout == "ntchw":
+        return pixels.movedim(2, 4)
+    x = pixels.movedim(1, -1) if layout == "nchw" else pixels
+    return x if x.dim() == 5 else x[:, None]
+
+
+def _per_channel(name: str, given: Any, channels: int, like: Tensor) -> Tensor | None:
+    if given is None:
+        return None
+    v = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64, device=like.device)
+    if v.numel() not in (1, channels):
+        raise ValueError(f"{name} has {v.numel()} values, expected {channels}, one for each channel")
+    return v.reshape(-1).expand(channels).contiguous()
