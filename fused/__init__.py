@@ -1,6 +1,7 @@
 """Modules and losses that replace the field's own, and `accelerate()`, which swaps them into a live model."""
 
 from mmfuse.fused.acceleration import Report, accelerate
+from mmfuse.fused.data2seq import Data2Seq
 from mmfuse.fused.global_contrastive import GlobalContrastiveLoss
 from mmfuse.fused.grad_cache import GradCache
 from mmfuse.fused.imagebind import ImageBindLoss
@@ -15,6 +16,7 @@ from mmfuse.fused.retrieval import HardNegativeSampler, Ranking, rerank
 __all__ = [
     "ClipLoss",
     "CoCaLoss",
+    "Data2Seq",
     "DistillClipLoss",
     "GlobalContrastiveLoss",
     "GradCache",
