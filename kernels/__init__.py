@@ -42,7 +42,7 @@ else:
         nearest_neighbors,
         pointnet_statistics,
     )
-    from mmfuse.kernels.text import embed_text
+    from mmfuse.kernels.text import embed_text, multiway_tokens
 
     __all__ = [
         "ball_query",
@@ -63,6 +63,7 @@ else:
         "max_query_similarity",
         "mini_pointnet",
         "moco_loss",
+        "multiway_tokens",
         "nearest_code",
         "nearest_neighbors",
         "patch_embed",

@@ -44,6 +44,7 @@ _LAZY = {
     "max_query_similarity": "mmfuse.kernels",
     "select_head": "mmfuse.kernels",
     "embed_text": "mmfuse.kernels",
+    "multiway_tokens": "mmfuse.kernels",
 }
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
         max_query_similarity,
         mini_pointnet,
         moco_loss,
+        multiway_tokens,
         nearest_code,
         nearest_neighbors,
         patch_embed,
@@ -102,6 +104,7 @@ __all__ = [
     "max_query_similarity",
     "mini_pointnet",
     "moco_loss",
+    "multiway_tokens",
     "nearest_code",
     "nearest_neighbors",
     "patch_embed",

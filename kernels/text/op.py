@@ -109,7 +109,7 @@ def reasons_against_triton(ids: Tensor, table: Tensor, *_: Any) -> list[str]:
     return triton_reasons(table, DTYPES) + why
 
 
-def _reasons_against_chunked(ids: Tensor, table: Tensor, *_: Any) -> list[str]:
+def reasons_against_chunked(ids: Tensor, table: Tensor, *_: Any) -> list[str]:
     return [] if table.device.type in ("cpu", "cuda") else [f"device is {table.device.type}"]
 
 
@@ -117,7 +117,7 @@ EMBED_TEXT = Op(
     "embed_text",
     [
         Impl("triton", partial(_fused, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("chunked", partial(_fused, "chunked"), _reasons_against_chunked),
+        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked),
         Impl("torch", reference.embed_text, no_reason),
     ],
     example=lambda features: (
