@@ -282,7 +282,7 @@ def _group_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 def _group_bwd(g: Tensor, index: Tensor, points: int, backend: str) -> Tensor:
     """[B, N, C]: the sums of the rows that were copied from each point, in a fixed order."""
     b, channels, acc = len(g), g.shape[-1], accumulation_dtype(g.dtype)
-    rows, at = g.to(acc).reshape(b, -1, channels), index.reshape(b, -1)
+    rows, at = g.to(acc).flatten(1, 2), index.flatten(1)
     d = torch.zeros(b, points, channels, dtype=acc, device=g.device)
     if backend == "cpu":
         torch.ops.mmfuse_cpu.group_grad(rows.contiguous(), at.contiguous(), d)
