@@ -68,6 +68,7 @@ def _search_kernel(
     D,
     LISTED: tl.constexpr,
     EXACT: tl.constexpr,
+    EVEN_K: tl.constexpr,
     ONE: tl.constexpr,  # a row fits into BLOCK_D
     TAGS: tl.constexpr,  # bits that hold the number of a tile
     BLOCK_M: tl.constexpr,
@@ -103,8 +104,11 @@ def _search_kernel(
                 left = tl.load(x_ptrs + d0, mask=inside[:, None] & (d < DX - d0)[None, :], other=0.0)
                 s = tl.dot(left, tl.load(y_ptrs + d0, mask=(d < DX - d0)[:, None], other=0.0), s)
         a = tl.load(a_ptr + cols, mask=cols < K, other=0.0)
-        b = tl.load(b_ptr + cols, mask=cols < K, other=float("-inf"))
+        b = tl.load(b_ptr + cols, mask=cols < K, other=0.0)
         s = s * a[None, :] + v[:, None] * b[None, :]
+        if not EVEN_K:
+            # a number: -inf with a tag is none
+            s = tl.where((cols < K)[None, :], s, -3e38)
         tagged = (s.to(tl.int32, bitcast=True) & -(1 << TAGS)) | tile
         s = tagged.to(tl.float32, bitcast=True)
         second = tl.maximum(second, tl.minimum(s, best))
@@ -221,17 +225,18 @@ def code_argmax(
     length = torch.linalg.vector_norm(weight.double(), dim=1).mul_(scale).amax()
     size = torch.linalg.vector_norm(z, dim=1, dtype=torch.float64) * length + bias.abs().amax()
     wrong = rounding + (2 * d + 16) * 2.0**-24 + 2.0 ** (tags - 23)
-    slack = (2 * wrong * size * v).float() + 1e-30
+    # none is sure where a score might overflow
+    slack = torch.where(size * v < 1e37, 2 * wrong * size * v, torch.inf).float() + 1e-30
     unsure = torch.zeros(n, dtype=torch.int8, device=device)
     rows, count = (codes, codes) if mask is None else _listed(mask)
     dx = x.shape[1]
-    one = dx <= _SEARCH["BLOCK_D"]
+    one, even = dx <= _SEARCH["BLOCK_D"], k % _SEARCH["BLOCK_N"] == 0
     block_d = {"BLOCK_D": triton.next_power_of_2(dx)} if one else {}
     with torch.cuda.device_of(z):
         _search_kernel[(triton.cdiv(n, _SEARCH["BLOCK_M"]),)](
             codes, unsure, x, y, a, bias.float(), v, slack, z, weight, scale, bias, rows, count,
             x.stride(0), y.stride(0), z.stride(0), weight.stride(0), dx, n, k, d,
-            LISTED=mask is not None, EXACT=exact, ONE=one, TAGS=tags, **_SEARCH | block_d, **_SEARCH_OPTIONS,
+            LISTED=mask is not None, EXACT=exact, EVEN_K=even, ONE=one, TAGS=tags, **_SEARCH | block_d, **_SEARCH_OPTIONS,
         )  # fmt: skip
         if exact:
             rows, count = _listed(unsure.bool())
@@ -299,7 +304,7 @@ def _search_spec(
     variant: str, given: torch.dtype, operand: torch.dtype, dx: int, tags: int, listed: bool = False
 ) -> Spec:
     one = dx <= _SEARCH["BLOCK_D"]
-    constants = _SEARCH | {"LISTED": listed, "EXACT": True, "ONE": one, "TAGS": tags}
+    constants = _SEARCH | {"LISTED": listed, "EXACT": True, "EVEN_K": not listed, "ONE": one, "TAGS": tags}
     constants |= {"BLOCK_D": dx} if one else {}
     pointers = dict.fromkeys(("x_ptr", "y_ptr"), "*" + _SHORT[operand]) | {"codes_ptr": "*i64", "unsure_ptr": "*i8"}
     pointers |= dict.fromkeys(("z_ptr", "w_ptr"), "*" + _SHORT[given])

@@ -1,0 +1,390 @@
+"""Codebooks: every implementation against float64's distances, a loop over the codes, and autograd of the formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmfuse
+from judge import assert_no_worse
+from mmfuse.kernels.codebook import assign_code, code_statistics, linear_argmax, nearest_code, vector_quantize
+from mmfuse.kernels.codebook.op import NEAREST, QUANTIZE, STATISTICS, argmax_op, assign_op, statistics_op
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PROBE = torch.ones(8, 16, device=DEVICE)
+ALL = NEAREST.available(PROBE, PROBE)
+OURS = [n for n in ALL if n != "torch"]
+METRICS = ("euclidean", "cosine")
+GRADIENTS = ("straight_through", "rotation", "none")
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def pairs(backends: list[str], dtypes: tuple[torch.dtype, ...] = DTYPES) -> pytest.MarkDecorator:
+    """Each implementation with the dtypes that it takes; the interpreter's bfloat16 is not a GPU's."""
+    found = [
+        (b, t)
+        for b in backends
+        for t in dtypes
+        if b in NEAREST.available(PROBE.to(t)) and (b != "triton" or t != torch.bfloat16 or GPU)
+    ]
+    return pytest.mark.parametrize("backend, dtype", found, ids=[f"{b}-{t}" for b, t in found])
+
+
+def random(n: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, d, device=DEVICE).to(dtype), torch.randn(k, d, device=DEVICE).to(dtype)
+
+
+def by_distance(z: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
+    z, e = z.double(), codebook.double()
+    if metric == "cosine":
+        return (F.normalize(z, dim=1) @ F.normalize(e, dim=1).t()).argmax(1)
+    return (z[:, None] - e).square().sum(2).argmin(1)
+
+
+# --- the nearest code -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, k, d", [(70, 517, 24), (1, 1, 1), (200, 40, 100), (5, 3, 8)])
+@pytest.mark.parametrize("metric", METRICS)
+@pairs(ALL)
+def test_the_nearest_by_float64(backend: str, metric: str, n: int, k: int, d: int, dtype: torch.dtype) -> None:
+    z, codebook = random(n, k, d, dtype)
+    codes = nearest_code(z, codebook, metric=metric, backend=backend)
+    assert codes.dtype == torch.int64 and torch.equal(codes, by_distance(z, codebook, metric))
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_what_float32_cannot_tell_apart(backend: str) -> None:
+    # two codes in the same direction from each row, nearer to one another than float32 scores are exact
+    z = F.normalize(torch.randn(96, 32, device=DEVICE), dim=1)
+    codebook = torch.cat([z + 1e-3 * torch.randn_like(z), z]) + 0.0
+    codebook[:96] = z * (1 + 3e-7)
+    expected = by_distance(z, codebook)
+    assert torch.equal(nearest_code(z, codebook, backend=backend), expected)
+    rounded = torch.addmm(-0.5 * codebook.square().sum(1), z, codebook.t()).argmax(1)
+    assert not torch.equal(rounded, expected), "the case is too easy: float32 finds the codes as well"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("backend", ALL)
+def test_the_first_of_equal_codes(backend: str, metric: str) -> None:
+    z, codebook = random(40, 300, 12)
+    # in one slot of the search, in several, and next to one another
+    for first, copies in ((5, (69, 133, 261)), (17, (18, 19, 290)), (64, (192, 256))):
+        codebook[list(copies)] = codebook[first].clone()
+    z[:30] = codebook[torch.tensor([5, 17, 64], device=DEVICE)].repeat(10, 1)
+    codes = nearest_code(z, codebook, metric=metric, backend=backend)
+    assert codes[:30].tolist() == [5, 17, 64] * 10
+    assert torch.equal(codes, by_distance(z, codebook, metric))
+
+
+@pytest.mark.skipif("triton" not in ALL, reason="no triton")
+def test_few_rows_need_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmfuse.kernels.codebook import kernel
+
+    listed, unsure = kernel._listed, []
+    monkeypatch.setattr(kernel, "_listed", lambda flag: unsure.append(flag) or listed(flag))
+    z, codebook = (F.normalize(t, dim=1) for t in random(100, 600, 32))
+    for dtype in (torch.float32, torch.float16):
+        nearest_code(z.to(dtype), codebook.to(dtype), backend="triton")
+        assert unsure.pop().float().mean() <= 0.02
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_codes_that_are_all_equal(backend: str) -> None:
+    z, codebook = random(9, 150, 4)
+    assert nearest_code(z, torch.zeros_like(codebook), backend=backend).tolist() == [0] * 9
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_codes_and_rows_of_norm_zero(backend: str) -> None:
+    z, codebook = random(20, 90, 6)
+    codebook[33], z[4] = 0, 0
+    assert nearest_code(z, codebook, backend=backend)[4] == 33
+    # its cosine with every row is 0, and a row of zeros has the cosine 0 with every code
+    codebook[:, 0], z[:, 0] = -1 - codebook[:, 0].abs(), 1 + z[:, 0].abs()
+    codebook[33], codebook[:, 1:], z[4] = 0, 0, 0
+    codes = nearest_code(z, codebook, metric="cosine", backend=backend)
+    assert codes[4] == 0 and (codes[:4] == 33).all() and (codes[5:] == 33).all()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_what_is_not_a_number_is_the_largest_as_in_argmax(backend: str) -> None:
+    z, codebook = random(12, 80, 6)
+    z[3], z[5, 2] = torch.nan, torch.inf
+    s = z.double() @ codebook.double().t() - codebook.double().square().sum(1) / 2
+    assert torch.equal(nearest_code(z, codebook, backend=backend), s.argmax(1))
+    codebook[44, 1] = torch.nan
+    codes = nearest_code(z, codebook, backend=backend)
+    assert codes[3] == 0 and (codes[[0, 1, 2, 4, 6]] == 44).all()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e4, 1e15])
+@pytest.mark.parametrize("backend", OURS)
+def test_any_size_of_numbers(backend: str, scale: float) -> None:
+    z, codebook = random(12, 130, 16)
+    z, codebook = z * scale, codebook * scale
+    codebook[7] *= 100
+    for metric in METRICS:
+        assert torch.equal(nearest_code(z, codebook, metric=metric, backend=backend), by_distance(z, codebook, metric))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_masked_rows_and_strides(backend: str) -> None:
+    z, codebook = random(150, 70, 20)
+    mask = torch.rand(150, device=DEVICE) < 0.4
+    expected = by_distance(z, codebook)
+    masked = nearest_code(z, codebook, mask=mask, backend=backend)
+    assert torch.equal(masked, torch.where(mask, expected, -1))
+    none = nearest_code(z, codebook, mask=torch.zeros_like(mask), backend=backend)
+    assert (none == -1).all()
+    strided = nearest_code(z.t().contiguous().t(), codebook.repeat(1, 2)[:, :20], backend=backend)
+    assert torch.equal(strided, expected)
+    assert nearest_code(z[:0], codebook, backend=backend).shape == (0,)
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_not_exact_is_nearest_up_to_rounding(backend: str) -> None:
+    z, codebook = random(100, 300, 16)
+    codes = nearest_code(z, codebook, exact=False, backend=backend)
+    found, best = ((z - codebook[c]).norm(dim=1) for c in (codes, by_distance(z, codebook)))
+    assert (found - best).max() < 2e-2
+
+
+def test_blocks_do_not_change_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, codebook = random(50, 30, 8)
+    monkeypatch.setattr("mmfuse.kernels.codebook.blocked._BLOCK_BYTES", dict.fromkeys(("cpu", "cuda"), 30 * 8 * 7))
+    assert torch.equal(nearest_code(z, codebook, backend="chunked"), by_distance(z, codebook))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("backend", ALL)
+def test_the_largest_output_of_a_linear_layer(backend: str, bias: bool) -> None:
+    x, weight = random(60, 210, 40)
+    b = 5 * torch.randn(210, device=DEVICE) if bias else None
+    expected = F.linear(x.double(), weight.double(), b.double() if bias else None).argmax(1)
+    assert torch.equal(linear_argmax(x, weight, b, backend=backend), expected)
+
+
+def test_dtypes_that_differ_meet_in_the_wider_one() -> None:
+    z, codebook = random(30, 60, 8)
+    assert torch.equal(nearest_code(z.half(), codebook), by_distance(z.half(), codebook))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(nearest_code(z, codebook), by_distance(z, codebook))
+
+
+def test_errors() -> None:
+    z, codebook = random(7, 6, 4)
+    with pytest.raises(ValueError, match="codebook has 3 features per row, expected 4 as in z"):
+        nearest_code(z, codebook[:, :3])
+    with pytest.raises(ValueError, match=r"codebook has shape \(0, 4\), expected at least one code"):
+        nearest_code(z, codebook[:0])
+    with pytest.raises(ValueError, match="metric is 'dot', expected one of euclidean, cosine"):
+        nearest_code(z, codebook, metric="dot")
+    with pytest.raises(TypeError, match=r"mask has dtype torch.int64, expected torch.bool"):
+        nearest_code(z, codebook, mask=torch.ones(7, dtype=torch.int64, device=DEVICE))
+    with pytest.raises(ValueError, match=r"mask has shape \(6,\)"):
+        nearest_code(z, codebook, mask=torch.ones(6, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match=r"bias has shape \(7,\), expected \[6\]"):
+        linear_argmax(z, codebook, torch.ones(7, device=DEVICE))
+    with pytest.raises(ValueError, match="gradient is 'ste', expected one of"):
+        vector_quantize(z, codebook, gradient="ste")
+    with pytest.raises(TypeError, match="codes has dtype torch.float32, expected integers"):
+        code_statistics(z, z[:, 0], 6)
+    with pytest.raises(mmfuse.UnsupportedError, match="cuda: not an implementation of nearest_code"):
+        nearest_code(z, codebook, backend="cuda")
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+@pairs(OURS)
+def test_statistics(backend: str, dtype: torch.dtype) -> None:
+    got, eager, exact = [], [], []
+    for _ in range(3):
+        z = torch.randn(300, 21, device=DEVICE).to(dtype)
+        # codes that nobody has, one that many have, and what counts for none
+        codes = torch.where(torch.rand(300, device=DEVICE) < 0.3, 7, torch.randint(-1, 44, (300,), device=DEVICE))
+        counts, sums = code_statistics(z, codes, 40, backend=backend)
+        chosen = (codes[:, None] == torch.arange(40, device=DEVICE)).double()
+        assert torch.equal(counts.double(), chosen.sum(0)) and counts.dtype == sums.dtype
+        assert sums.dtype == torch.promote_types(dtype, torch.float32)
+        got.append(sums)
+        eager.append(chosen.t().to(sums.dtype) @ z.to(sums.dtype))
+        exact.append(chosen.t() @ z.double())
+        again = code_statistics(z, codes, 40, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip((counts, sums), again, strict=True))
+    assert_no_worse(*(torch.stack(t) for t in (got, eager, exact)))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_statistics_of_nothing(backend: str) -> None:
+    z = torch.randn(5, 3, device=DEVICE)
+    for rows, codes in ((z[:0], torch.zeros(0, dtype=torch.int64)), (z, torch.full((5,), -1))):
+        counts, sums = code_statistics(rows, codes.to(DEVICE), 4, backend=backend)
+        assert counts.shape == (4,) and sums.shape == (4, 3) and not counts.any() and not sums.any()
+
+
+# --- quantization ---------------------------------------------------------------------------------------------------
+
+
+def quantized(z: Tensor, codebook: Tensor, backend: str, **options: object) -> list[Tensor]:
+    """z_q, loss and both gradients of a sum in which every element counts differently."""
+    z, codebook = (t.detach().clone().requires_grad_() for t in (z, codebook))
+    z_q, codes, loss = vector_quantize(z, codebook, beta=0.25, backend=backend, **options)
+    weight = torch.linspace(-1, 1, z_q.numel(), dtype=torch.float64, device=z.device).view_as(z_q)
+    ((z_q * weight.to(z_q.dtype)).sum() + 3 * loss).backward()
+    return [z_q.detach(), loss.detach(), z.grad, codebook.grad]
+
+
+# in the interpreter triton is slow, and differs by search and statistics alone, which are tested above
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("metric", METRICS)
+@pairs([n for n in OURS if n != "triton" or GPU], (torch.float32, torch.float64, torch.bfloat16))
+def test_quantization_matches_autograd(backend: str, metric: str, gradient: str, dtype: torch.dtype) -> None:
+    options = {"metric": metric, "gradient": gradient}
+    rounds: list[list[list[Tensor]]] = [[], [], []]
+    for _ in range(2):
+        z, codebook = random(60, 25, 12, dtype)
+        mask = torch.arange(60, device=DEVICE) % 4 > 0
+        for results, b, wide in ((rounds[0], backend, dtype), (rounds[1], "torch", dtype), (rounds[2], "torch", None)):
+            inputs = (t.double() if wide is None else t for t in (z, codebook))
+            results.append(quantized(*inputs, b, mask=mask, **options))
+    for name, *results in zip(
+        ("z_q", "loss", "dz", "dcodebook"),
+        *([torch.stack(t) for t in zip(*r, strict=True)] for r in rounds),
+        strict=True,
+    ):
+        if dtype == torch.float64:
+            torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-12)
+        else:
+            assert_no_worse(*results, name=name)
+
+
+def test_the_formulas_of_the_gradients() -> None:
+    """Straight through, the rotation trick's matrix, and the codebook's gradient from counts and sums, by hand."""
+    z, codebook = (t.double() for t in random(30, 8, 5))
+    codes = by_distance(z, codebook)
+    e, g = codebook[codes], torch.randn(30, 5, dtype=torch.float64, device=DEVICE)
+    for gradient in ("straight_through", "rotation"):
+        x, w = z.clone().requires_grad_(), codebook.clone().requires_grad_()
+        z_q, _, loss = vector_quantize(x, w, gradient=gradient, beta=0.3)
+        dz, de = torch.autograd.grad((z_q * g).sum() + loss, (x, w))
+        assert torch.equal(z_q, e)
+        torch.testing.assert_close(loss.detach(), 1.3 * (z - e).square().mean())
+        if gradient == "rotation":
+            a, b = F.normalize(z, dim=1), F.normalize(e, dim=1)
+            c = F.normalize(a + b, dim=1)
+            eye = torch.eye(5, dtype=torch.float64, device=DEVICE)
+            turn = eye - 2 * c[:, :, None] * c[:, None] + 2 * b[:, :, None] * a[:, None]
+            turn = turn * (e.norm(dim=1) / z.norm(dim=1))[:, None, None]
+            # it turns the row onto its code
+            torch.testing.assert_close((turn @ z[:, :, None])[..., 0], e)
+            routed = (g[:, None] @ turn)[:, 0]
+        else:
+            routed = g
+        torch.testing.assert_close(dz, routed + 0.6 * (z - e) / z.numel())
+        counts = torch.bincount(codes, minlength=8)[:, None]
+        sums = torch.zeros_like(codebook).index_add_(0, codes, z)
+        torch.testing.assert_close(de, 2 * (counts * codebook - sums) / z.numel())
+
+
+def test_gradcheck() -> None:
+    z, codebook = (t.double().requires_grad_() for t in random(6, 4, 3))
+    codes = nearest_code(z, codebook)
+    # the loss is a function; what z_q passes on is not its derivative
+    assert torch.autograd.gradcheck(
+        lambda z: assign_code(z, codebook.detach(), codes, codebook_weight=0.0, gradient="none")[1], (z,)
+    )
+    assert torch.autograd.gradcheck(
+        lambda e: assign_code(z.detach(), e, codes, beta=0.0, codebook_weight=1.0, gradient="none"), (codebook,)
+    )
+
+
+@pytest.mark.parametrize("backend", ["chunked", "torch"])
+def test_no_rows(backend: str) -> None:
+    z, codebook = random(4, 6, 3)
+    z.requires_grad_()
+    z_q, codes, loss = vector_quantize(
+        z, codebook, mask=torch.zeros(4, dtype=torch.bool, device=DEVICE), backend=backend
+    )
+    assert loss == 0 and not z_q.any() and (codes == -1).all()
+    (z_q.sum() + loss).backward()
+    assert not z.grad.any()
+    assert vector_quantize(z[:0], codebook, backend=backend)[2] == 0
+
+
+def test_only_what_is_asked_for() -> None:
+    z, codebook = random(20, 6, 3)
+    z.requires_grad_()
+    z_q, _, loss = vector_quantize(z, codebook)
+    before = z.detach().clone(), codebook.clone()
+    loss.backward(retain_graph=True)
+    first = z.grad.clone()
+    z.grad = None
+    loss.backward()
+    assert torch.equal(z.grad, first) and codebook.grad is None
+    assert torch.equal(z, before[0]) and torch.equal(codebook, before[1])
+    grad = torch.autograd.grad(vector_quantize(z, codebook)[2], z, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+# --- torch.library --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["chunked", *(["cpu"] if "cpu" in ALL else [])])
+def test_opcheck(backend: str) -> None:
+    z, codebook = random(9, 7, 4)
+    bias = codebook.double().square().sum(1)
+    mask = torch.arange(9, device=DEVICE) > 2
+    torch.library.opcheck(argmax_op.op, (z, codebook, None, bias, mask, True, backend))
+    torch.library.opcheck(statistics_op.op, (z, nearest_code(z, codebook), 7, backend))
+    codes = nearest_code(z, codebook, mask=mask)
+    leaves = z.requires_grad_(), codebook.requires_grad_()
+    for gradient in GRADIENTS:
+        torch.library.opcheck(assign_op.op, (*leaves, codes, 0.3, 1.0, gradient, backend))
+
+
+def test_compile() -> None:
+    z, codebook = random(33, 20, 6)
+
+    def step(z: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+        z_q, codes, loss = vector_quantize(z, codebook, metric="cosine")
+        return z_q, codes, loss, *code_statistics(z, codes, 20), linear_argmax(z, codebook)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(z, codebook), step(z, codebook), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_explain_names_the_choice() -> None:
+    assert "->" in mmfuse.explain("nearest_code", PROBE, PROBE)
+    assert {n for op in (NEAREST, STATISTICS, QUANTIZE) for n in op.available(PROBE)} == set(ALL)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation() -> None:
+    z, codebook = random(500, 300, 32)
+    z.requires_grad_()
+    mask = torch.rand(500, device=DEVICE) < 0.5
+
+    def step(backend: str) -> None:
+        _, codes, loss = vector_quantize(z, codebook, mask=mask, gradient="rotation", backend=backend)
+        code_statistics(z, codes, 300, backend=backend)
+        loss.backward()
+
+    for backend in OURS:
+        step(backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for backend in OURS:
+            step(backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
