@@ -16,7 +16,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PatchEmbed(nn.Module):
-    """timm's `PatchEmbed`: same constructor, state dict and outputs; `embed_layer=PatchEmbed` builds a timm model on it.
+    """timm's `PatchEmbed`: same constructor, state dict and outputs. `embed_layer=PatchEmbed` builds timm models on it.
 
     Args:
         img_size: int, (H, W), or None for any.

@@ -54,7 +54,7 @@ def accelerate(
             barriers[path] = barrier
         for rule in _most_specific([r for r in rules if r.matches(module)]):
             outcome, why = _outcome(rule, module, path, barriers, opted_in=ops is not None)
-            if outcome == "replaced" and options and rule.op == "patch_embed" and not rule.takes_uint8:
+            if outcome == "replaced" and options and rule.op.startswith("patch_embed") and not rule.takes_uint8:
                 outcome, why = "left", "the model casts its pixels before it gets them, so it cannot tell bytes"
             entries.append(Entry(path, type(module).__name__, rule.op, outcome, why))
             if outcome == "replaced":

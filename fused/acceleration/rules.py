@@ -237,4 +237,17 @@ RULES = (
         forward="mmfuse.fused.acceleration.stems:qwen_patch_embed",
         reason_against=stems.against_qwen,
     ),
+    Rule(
+        op="patch_embed_packed",
+        target="timm.models.naflexvit:NaFlexEmbeds",
+        forward="mmfuse.fused.acceleration.stems:naflex_embeds",
+        reason_against=stems.against_naflex,
+    ),
+    Rule(
+        op="patch_embed_packed",
+        target="transformers.models.siglip2.modeling_siglip2:Siglip2VisionEmbeddings",
+        forward="mmfuse.fused.acceleration.stems:siglip2_embeddings",
+        relies_on=("forward", "resize_positional_embeddings"),
+        reason_against=stems.against_siglip2,
+    ),
 )

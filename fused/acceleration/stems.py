@@ -7,12 +7,13 @@ at the end; masked tokens are selected, so what lies under a mask never reaches 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmfuse.kernels import patch_embed
+from mmfuse.kernels import patch_embed, patch_embed_packed
 
 Norm = tuple[Tensor, Tensor | None, float]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -122,6 +123,100 @@ def against_timm_model(model: Any) -> str | None:
     )
 
 
+def naflex_embeds(
+    module: Any,
+    x: Tensor,
+    patch_coord: Tensor | None = None,
+    patch_valid: Tensor | None = None,
+    uint8: Statistics | None = None,
+) -> tuple[Tensor, tuple[int, int] | None]:
+    """timm's NaFlexEmbeds: patches [B, L, K] of images of any sizes, or [B, C, H, W], with positions of each grid.
+
+    The library reads the grids of a batch back to the host, and resamples the positions of each on its own.
+    """
+    if x.dim() == 5:  # patches of another size than the weight's, which it resamples
+        return type(module).forward(module, x, patch_coord, patch_valid)
+    prefix = [t[0] for t in (module.cls_token, module.reg_token) if t is not None]
+    if patch_coord is None:
+        ph, pw = module.patch_size
+        pixels = x if module.dynamic_img_pad or module.is_linear else _whole(x, module.patch_size)
+        grid = tuple(-(-s // p) for s, p in zip(pixels.shape[-2:], (ph, pw), strict=True))
+        weight = module.proj.weight
+        if module.is_linear and module.channels_last:
+            weight = weight.unflatten(1, (ph, pw, -1)).permute(0, 3, 1, 2)
+        elif module.is_linear:
+            weight = weight.unflatten(1, (-1, ph, pw))
+        tokens = patch_embed(
+            pixels,
+            weight,
+            module.proj.bias,
+            padding=_padding(module),
+            prefix=torch.cat(prefix) if prefix else None,
+            position=_naflex_positions(module, grid),
+            dtype=_naflex_dtype(module),
+            **_statistics(pixels, uint8),
+        )
+        return module.pos_drop(tokens), grid
+    table, mode = None, "lookup"
+    if module.pos_embed_type == "learned":
+        table, mode = module.pos_embed[0], _naflex_mode(module)
+    elif module.pos_embed_type == "factorized":
+        table, mode = (module.pos_embed_y[0], module.pos_embed_x[0]), "linear_1d"
+    tokens = patch_embed_packed(
+        x,
+        patch_coord.amax(1) + 1,
+        module.proj.weight,
+        module.proj.bias,
+        table=table,
+        mode=mode,
+        keep_aspect=module.pos_embed_ar_preserving,
+        channels_last=module.channels_last,
+        pad_position="none",
+        dtype=_naflex_dtype(module),
+        **_statistics(x, uint8),
+    ).tokens
+    if prefix:
+        tokens = torch.cat([torch.cat(prefix).expand(len(x), -1, -1), tokens], 1)
+    return module.pos_drop(tokens), None
+
+
+def _naflex_positions(module: Any, grid: tuple[int, ...]) -> Tensor | None:
+    """[N, D] of one grid, as the library resamples them."""
+    if module.pos_embed_type == "none":
+        return None
+    table = module.pos_embed if module.pos_embed is not None else module.pos_embed_y
+    position = table.new_zeros(1, grid[0] * grid[1], table.shape[-1])
+    apply = module._apply_learned_pos_embed if module.pos_embed is not None else module._apply_factorized_pos_embed
+    apply(position, grid_size=grid)
+    return position[0]
+
+
+def _naflex_mode(module: Any) -> str:
+    if module.pos_embed_use_grid_sample:
+        return "grid_sample"
+    return module.pos_embed_interp_mode + ("_aa" if module.pos_embed_antialias else "")
+
+
+def _naflex_dtype(module: Any) -> torch.dtype:
+    """Positions are added in place, so only class and register tokens can widen the projection's dtype."""
+    prefix = [t.dtype for t in (module.cls_token, module.reg_token) if t is not None]
+    return functools.reduce(torch.promote_types, prefix, _dtype(module.proj))
+
+
+def against_naflex(module: Any) -> str | None:
+    """Why timm's NaFlexEmbeds stays, or None."""
+    if not isinstance(module.norm, nn.Identity) or module.norm_input is not None:
+        return "it normalises its patches"
+    if module.pos_embed_type == "factorized" and module.pos_embed_use_grid_sample:
+        return "it samples factorised positions with grid_sample"
+    if module.pos_embed_align_corners:
+        return "it aligns the corners of its positions"
+    known = {"bicubic"} if module.pos_embed_use_grid_sample else {"bicubic", "bilinear"}
+    if module.pos_embed_type == "learned" and module.pos_embed_interp_mode not in known:
+        return f"it interpolates its positions by {module.pos_embed_interp_mode}"
+    return _hooked(module, "proj") or _against_projection(module.proj, nn.Linear if module.is_linear else nn.Conv2d)
+
+
 # --- open_clip ----------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +318,19 @@ def siglip_embeddings(
     return _rows(proj, pixels, uint8, dtype=torch.promote_types(_dtype(proj), position.dtype), position=position)
 
 
+def siglip2_embeddings(
+    module: Any, pixel_values: Tensor, spatial_shapes: Tensor, uint8: Statistics | None = None
+) -> Tensor:
+    """Siglip2VisionEmbeddings: patches [B, L, P P C] of images of any sizes to [B, L, D], positions of each grid."""
+    proj, table = module.patch_embedding, module.position_embedding.weight
+    pixels = _cast(proj, pixel_values, uint8)
+    dtype = torch.promote_types(_dtype(proj), table.dtype)
+    packed = patch_embed_packed(
+        pixels, spatial_shapes, proj.weight, proj.bias, table=table, dtype=dtype, **_statistics(pixels, uint8)
+    )
+    return packed.tokens
+
+
 def qwen_patch_embed(module: Any, hidden_states: Tensor, uint8: Statistics | None = None) -> Tensor:
     """The patch embedding of Qwen2-VL, 2.5 and 3: [T, C t P P] to [T, D], without a 3-D convolution."""
     proj = module.proj
@@ -242,6 +350,11 @@ def against_vit(module: Any) -> str | None:
 def against_patch_embedding(module: Any) -> str | None:
     """Why the embeddings of CLIP, SigLIP and BLIP stay, or None."""
     return _hooked(module, "patch_embedding") or _against_projection(module.patch_embedding)
+
+
+def against_siglip2(module: Any) -> str | None:
+    """Why Siglip2VisionEmbeddings stays, or None."""
+    return _hooked(module, "patch_embedding") or _against_projection(module.patch_embedding, nn.Linear)
 
 
 def against_qwen(module: Any) -> str | None:
@@ -304,13 +417,15 @@ def _cast(proj: Any, pixels: Tensor, uint8: Statistics | None) -> Tensor:
 
 
 def _rows(proj: Any, pixels: Tensor, uint8: Statistics | None, **options: Any) -> Tensor:
-    if pixels.dtype == torch.uint8:
-        if uint8 is None:
-            raise TypeError(
-                "pixels have dtype uint8, expected floats; accelerate(model, uint8=(mean, std)) takes bytes"
-            )
-        options |= {"mean": uint8[0], "std": uint8[1]}
-    return patch_embed(pixels, proj.weight, proj.bias, **options)
+    return patch_embed(pixels, proj.weight, proj.bias, **options, **_statistics(pixels, uint8))
+
+
+def _statistics(pixels: Tensor, uint8: Statistics | None) -> dict[str, Any]:
+    if pixels.dtype != torch.uint8:
+        return {}
+    if uint8 is None:
+        raise TypeError("pixels have dtype uint8, expected floats; accelerate(model, uint8=(mean, std)) takes bytes")
+    return {"mean": uint8[0], "std": uint8[1]}
 
 
 def _dtype(proj: Any) -> torch.dtype:
@@ -348,6 +463,8 @@ def _against_norm(name: str, norm: Any) -> str | None:
 def _against_projection(proj: Any, kind: type = nn.Conv2d) -> str | None:
     if type(proj) is not kind:
         return f"its projection is {type(proj).__name__}, expected torch's {kind.__name__}"
+    if kind is nn.Linear:
+        return None
     if proj.padding not in ("valid", (0,) * len(proj.kernel_size)) or set(proj.dilation) != {1} or proj.groups != 1:
         return "its projection has padding, dilation or groups"
     return None

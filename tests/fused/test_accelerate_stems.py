@@ -192,9 +192,7 @@ def test_parity(name: str, dtype: torch.dtype, device: str) -> None:
     assert results[0].keys() == results[2].keys()
     units = {k: t.abs().max() for k, t in results[2].items()}
     largest = max(u for k, u in units.items() if k != "output")
-    flat = [
-        torch.cat([(r[k].double() / units[k].clamp(min=1e-3 * largest)).flatten() for k in units]) for r in results
-    ]
+    flat = [torch.cat([(r[k].double() / units[k].clamp(min=1e-3 * largest)).flatten() for k in units]) for r in results]
     if dtype == torch.float64:
         torch.testing.assert_close(flat[0], flat[2], rtol=0, atol=1e-11)
     else:
@@ -349,6 +347,93 @@ def test_reasons_to_leave() -> None:
     accelerate(model)
     with pytest.raises(TypeError, match="uint8"):
         model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+# --- images of any sizes ------------------------------------------------------------------------------------------
+
+
+def naflex(**options: Any) -> nn.Module:
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+    small = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "pos_embed_grid_size": (4, 4)}
+    return NaFlexVit(NaFlexVitCfg(**small | options), num_classes=5)
+
+
+ANY_SIZE: dict[str, Callable[[], nn.Module]] = {
+    "naflex": naflex,
+    "naflex registers": partial(naflex, class_token=True, reg_tokens=2),
+    "naflex bilinear": partial(naflex, pos_embed_interp_mode="bilinear", pos_embed_antialias=False),
+    "naflex aspect": partial(naflex, pos_embed_ar_preserving=True),
+    "naflex grid_sample": partial(naflex, pos_embed_use_grid_sample=True),
+    "naflex factorized": partial(naflex, pos_embed="factorized", pos_embed_ar_preserving=True),
+    "naflex without positions": partial(naflex, pos_embed="none"),
+    "naflex channels first": partial(naflex, patchify_channels_last=False),
+    "siglip2": lambda: transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(**TOWER | {"patch_size": 4, "num_patches": 16})
+    ),
+}
+
+
+def sizes(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bytes of the patches of images of 3 x 4, 5 x 2 and 4 x 4 patches, padded to 16, and what tells their grids."""
+    grids = torch.tensor([[3, 4], [5, 2], [4, 4]])
+    patches = torch.randint(0, 256, (3, 16, 48), dtype=torch.uint8)
+    row = torch.arange(16).expand(3, 16)
+    valid = row < grids.prod(1, keepdim=True)
+    if isinstance(model, transformers.Siglip2VisionModel):
+        return patches, {"pixel_attention_mask": valid.long(), "spatial_shapes": grids}
+    coord = torch.stack([row // grids[:, 1:], row % grids[:, 1:]], -1) * valid[..., None]
+    return patches, {"patch_coord": coord, "patch_valid": valid}
+
+
+def normalised_patches(patches: Tensor, channels_last: bool) -> Tensor:
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (MEAN, STD))
+    mean, std = (v.repeat(16) if channels_last else v.repeat_interleave(16) for v in (mean, std))
+    return (patches.double() / 255 - mean) / std
+
+
+@pytest.mark.parametrize("name", ANY_SIZE)
+def test_images_of_any_size(name: str) -> None:
+    model = ANY_SIZE[name]()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    model = model.double()
+    patches, options = sizes(model)
+    floats = normalised_patches(patches, "channels first" not in name)
+    results = []
+    for pixels in (floats, floats, patches):
+        if results:
+            accelerate(model, ops={"patch_embed_packed"}, strict=len(results) == 1, uint8=(MEAN, STD))
+        model.zero_grad()
+        output = model(pixels, **options)
+        output = (
+            output if isinstance(output, Tensor) else output.last_hidden_state[options["pixel_attention_mask"].bool()]
+        )
+        output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
+        results.append([output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) > 5
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            # the libraries resample positions in float32, of float64 models too
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in ANY_SIZE if n.startswith("naflex")])
+def test_naflex_takes_images(name: str) -> None:
+    model = ANY_SIZE[name]()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    model = model.double().eval()
+    pixels = torch.randint(0, 256, (2, 3, 12, 16), dtype=torch.uint8)
+    want = model(normalised(pixels))
+    accelerate(model, strict=True, uint8=(MEAN, STD))
+    torch.testing.assert_close(model(normalised(pixels)), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(pixels), want, rtol=0, atol=1e-6)
+
+
+def test_every_rule_for_any_size_has_a_parity_test() -> None:
+    tested = {type(m).__module__ + ":" + type(m).__name__ for make in ANY_SIZE.values() for m in make().modules()}
+    assert {r.target for r in RULES if r.op == "patch_embed_packed"} <= tested
 
 
 # --- the module ---------------------------------------------------------------------------------------------------
