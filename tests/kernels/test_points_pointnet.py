@@ -1,0 +1,216 @@
+"""The mini-PointNet: every implementation against its meaning in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from judge import assert_no_worse
+from mmfuse.kernels.points import mini_pointnet, pointnet_statistics
+from mmfuse.kernels.points.pointnet.op import POINTNET, STATISTICS, pointnet_fwd, statistics_op
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PROBE = torch.zeros(2, 4, 3, device=DEVICE)
+ALL = POINTNET.available(PROBE)
+OURS = [b for b in ALL if b != "torch"]
+STATS = STATISTICS.available(PROBE)
+Layers = list[tuple[Tensor, Tensor]]
+
+
+def drawn(groups: int = 11, k: int = 5, widths: tuple[int, ...] = (3, 8, 6, 10, 9)) -> tuple[Tensor, Layers]:
+    c, c1, c2, c3, d = widths
+    shapes = ((c1, c), (c2, c1), (c3, 2 * c2), (d, c3))
+    layers = [(torch.randn(s, device=DEVICE) / s[1] ** 0.5, torch.randn(s[0], device=DEVICE)) for s in shapes]
+    return torch.randn(groups, k, c, device=DEVICE), layers
+
+
+def results(x: Tensor, layers: Layers, dtype: torch.dtype, backend: str, g: Tensor) -> dict[str, Tensor]:
+    """The tokens and every gradient."""
+    leaves = [t.to(dtype).requires_grad_() for t in (x, *(t for pair in layers for t in pair))]
+    x, *rest = leaves
+    y = mini_pointnet(x, list(zip(rest[::2], rest[1::2], strict=True)), backend=backend)
+    grads = torch.autograd.grad(y, leaves, g.to(dtype))
+    names = ("x", "w1", "b1", "w2", "b2", "w3", "b3", "w4", "b4")
+    return {"y": y.detach()} | {f"d {n}": d for n, d in zip(names, grads, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", OURS)
+def test_tokens_and_gradients(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "triton" and dtype == torch.bfloat16 and not GPU:
+        pytest.skip("the interpreter's bfloat16 is not a GPU's")
+    # several blocks of groups
+    monkeypatch.setattr("mmfuse.kernels.points.pointnet.blocked._BLOCK_BYTES", {"cpu": 800, "cuda": 800})
+    kept: dict[str, list[dict[str, Tensor]]] = {"got": [], "eager": [], "exact": []}
+    for _ in range(2 if backend == "triton" else 6):
+        x, layers = drawn()
+        x, layers = x.to(dtype).float(), [(w.to(dtype).float(), b.to(dtype).float()) for w, b in layers]
+        g = torch.randn(11, 9, device=DEVICE).to(dtype)
+        for name, kind, by in (("got", dtype, backend), ("eager", dtype, "torch"), ("exact", torch.float64, "torch")):
+            kept[name].append(results(x, layers, kind, by, g))
+    for name in kept["got"][0]:
+        got, eager, exact = (torch.stack([draw[name] for draw in kept[n]]) for n in kept)
+        assert got.dtype == dtype
+        assert_no_worse(got, eager, exact, name)
+
+
+@pytest.mark.parametrize("backend", [b for b in OURS if b != "cpu"])
+def test_gradcheck(backend: str) -> None:
+    x, layers = drawn(2, 3, (2, 3, 2, 3, 2))
+    tensors = [t.double().requires_grad_() for t in (x, *(t for pair in layers for t in pair))]
+
+    def tokens(x: Tensor, *rest: Tensor) -> Tensor:
+        return mini_pointnet(x, list(zip(rest[::2], rest[1::2], strict=True)), backend=backend)
+
+    assert torch.autograd.gradcheck(tokens, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_only_the_argmax_is_kept(backend: str) -> None:
+    x, layers = drawn(6, 4)
+    for w, b in layers:
+        w.requires_grad_(), b.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        mini_pointnet(x, layers, backend=backend)
+    given = {t.data_ptr() for t in (x, *(t for pair in layers for t in pair))}
+    new = [t for t in kept if t.data_ptr() not in given]
+    assert [(t.dtype, tuple(t.shape)) for t in new] == [(torch.uint8, (6, 9))]
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_a_second_backward_repeats_bitwise_and_asks_only_for_what_is_needed(backend: str) -> None:
+    x, layers = drawn()
+    layers[2][0].requires_grad_()
+    y = mini_pointnet(x, layers, backend=backend)
+    grads = [torch.autograd.grad(y.sum(), layers[2][0], retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*grads)
+    assert x.grad is None and layers[0][0].grad is None
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_equal_points_and_nan(backend: str) -> None:
+    # whole numbers: equal points have equal features, bit for bit
+    x, layers = drawn(3, 4)
+    x, layers = x.round(), [((3 * w).round(), b.round()) for w, b in layers]
+    x[0] = x[0, :1]
+    x[1, 2, 0] = torch.nan
+    x.requires_grad_()
+    y = mini_pointnet(x, layers, backend=backend)
+    assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
+    dx = torch.autograd.grad(y[0].sum(), x)[0]
+    # the first of equal points takes the gradient
+    assert (dx[0, 0] != 0).any() and (dx[0, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_leading_dimensions_strides_and_no_groups(backend: str) -> None:
+    x, layers = drawn(12, 5)
+    expected = mini_pointnet(x, layers, backend="torch")
+    shaped = mini_pointnet(
+        x.view(3, 4, 5, 3).permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0), layers, backend=backend
+    )
+    torch.testing.assert_close(shaped.view(12, 9), expected)
+    none = x[:0].clone().requires_grad_()
+    layers[0][0].requires_grad_()
+    y = mini_pointnet(none, layers, backend=backend)
+    dx, dw = torch.autograd.grad(y.sum(), (none, layers[0][0]))
+    assert y.shape == (0, 9) and dx.shape == none.shape and (dw == 0).all()
+
+
+def test_autocast() -> None:
+    x, layers = drawn()
+    low = [(w.bfloat16(), b.bfloat16()) for w, b in layers]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = mini_pointnet(x, layers, backend="chunked")
+    assert torch.equal(y, mini_pointnet(x.bfloat16(), low, backend="chunked"))
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def statistics(x: Tensor, layers: Layers, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
+    leaves = [t.to(dtype).requires_grad_() for t in (x, *layers[0], *layers[1], layers[2][0])]
+    x, w1, b1, w2, b2, w3 = leaves
+    mean, var = pointnet_statistics(x, [(w1, b1), (w2, b2)], w3, backend=backend)
+    slope = torch.arange(1, len(mean) + 1, device=DEVICE)
+    grads = torch.autograd.grad((mean * slope).sum() + (var / slope).sum(), leaves)
+    names = ("x", "w1", "b1", "w2", "b2", "w3")
+    return {"mean": mean.detach(), "var": var.detach()} | {f"d {n}": d for n, d in zip(names, grads, strict=True)}
+
+
+def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmfuse.kernels.points.pointnet.blocked._BLOCK_BYTES", {"cpu": 800, "cuda": 800})
+    kept: dict[str, list[dict[str, Tensor]]] = {"got": [], "eager": [], "exact": []}
+    for _ in range(6):
+        x, layers = drawn()
+        layers[1][1].add_(3)
+        for name, dtype, by in (
+            ("got", torch.float32, "chunked"), ("eager", torch.float32, "torch"), ("exact", torch.float64, "torch")
+        ):  # fmt: skip
+            kept[name].append(statistics(x, layers, dtype, by))
+    for name in kept["got"][0]:
+        got, eager, exact = (torch.stack([draw[name] for draw in kept[n]]) for n in kept)
+        assert_no_worse(got, eager, exact, name)
+
+
+def test_gradcheck_of_the_statistics() -> None:
+    x, layers = drawn(2, 3, (2, 3, 2, 3, 2))
+    tensors = [t.double().requires_grad_() for t in (x, *layers[0], *layers[1], layers[2][0])]
+    assert torch.autograd.gradcheck(
+        lambda x, w1, b1, w2, b2, w3: pointnet_statistics(x, [(w1, b1), (w2, b2)], w3, backend="chunked"),
+        tensors,
+        fast_mode=True,
+    )
+
+
+# --- all ------------------------------------------------------------------------------------------------------------
+
+
+def test_opcheck() -> None:
+    x, layers = drawn(4, 3)
+    tensors: list[Any] = [t.requires_grad_() for pair in layers for t in pair]
+    torch.library.opcheck(pointnet_fwd.op, (x, *tensors, "chunked"))
+    torch.library.opcheck(statistics_op.op, (x, *tensors[:5]))
+
+
+def test_compile() -> None:
+    x, layers = drawn(4, 3)
+    x.requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        mean, var = pointnet_statistics(x, layers[:2], layers[2][0])
+        return mini_pointnet(x, layers).square().sum() + (mean * var).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(x), x)[0] for f in (compiled, loss)]
+    torch.testing.assert_close(*grads)
+
+
+def test_errors() -> None:
+    x, layers = drawn()
+    with pytest.raises(ValueError, match=r"layers\[2\] weight has shape \(10, 6\), expected \[out, 12\]"):
+        mini_pointnet(x, [*layers[:2], (layers[2][0][:, :6], layers[2][1]), layers[3]])
+    with pytest.raises(ValueError, match=r"layers\[1\] bias has shape \(5,\), expected \[6\]"):
+        mini_pointnet(x, [layers[0], (layers[1][0], layers[1][1][:5]), *layers[2:]])
+    with pytest.raises(ValueError, match="layers has 3 pairs, expected 4"):
+        mini_pointnet(x, layers[:3])
+    with pytest.raises(TypeError, match=r"layers\[0\] weight has dtype torch.float64"):
+        mini_pointnet(x, [(layers[0][0].double(), layers[0][1]), *layers[1:]])
+    with pytest.raises(ValueError, match="at least one point in a group"):
+        mini_pointnet(x[:, :0], layers)
+    with pytest.raises(ValueError, match="at least one point"):
+        pointnet_statistics(x[:0], layers[:2], layers[2][0])
+    with pytest.raises(TypeError, match="groups has dtype torch.int64"):
+        mini_pointnet(x.long(), layers)
+
+
+def test_large_groups_run_in_plain_torch() -> None:
+    x, layers = drawn(2, 300)
+    assert POINTNET.select(x).name == "torch"
+    assert mini_pointnet(x, layers).shape == (2, 9)
