@@ -236,7 +236,8 @@ def code_argmax(
         _search_kernel[(triton.cdiv(n, _SEARCH["BLOCK_M"]),)](
             codes, unsure, x, y, a, bias.float(), v, slack, z, weight, scale, bias, rows, count,
             x.stride(0), y.stride(0), z.stride(0), weight.stride(0), dx, n, k, d,
-            LISTED=mask is not None, EXACT=exact, EVEN_K=even, ONE=one, TAGS=tags, **_SEARCH | block_d, **_SEARCH_OPTIONS,
+            LISTED=mask is not None, EXACT=exact, EVEN_K=even, ONE=one, TAGS=tags,
+            **_SEARCH | block_d, **_SEARCH_OPTIONS,
         )  # fmt: skip
         if exact:
             rows, count = _listed(unsure.bool())

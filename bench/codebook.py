@@ -1,0 +1,263 @@
+"""Codebooks: the nearest code, and a training step of BEiT-v2's quantizer, against the published lines.
+
+N unit rows of D dimensions, or B feature maps of 14 x 14, against K unit codes. The scores take 2 N K D floating-point
+operations; everything else is one pass over the rows.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse.bench.cases import Anchor, Case, Check, differentiated
+from mmfuse.bench.providers import chosen, compiled, eager, ours
+from mmfuse.fused.quantizer import NormEMAVectorQuantizer
+from mmfuse.kernels import code_statistics, linear_argmax, nearest_code, vector_quantize
+from mmfuse.kernels._runtime import use_backend
+from mmfuse.kernels.codebook.op import NEAREST
+
+_BETA, _DECAY = 1.0, 0.99
+_SIDE = 14
+
+
+def _unit(device: torch.device, dtype: torch.dtype, n: int, d: int) -> Tensor:
+    return F.normalize(torch.randn(n, d, device=device), dim=-1).to(dtype)
+
+
+def _differing(got: Tensor, want: Tensor) -> float:
+    """The share of rows with another code: the published lines take the code of a rounded distance."""
+    return (got != want).double().mean().item()
+
+
+# --- the nearest code -----------------------------------------------------------------------------------------------
+
+
+def distances(z: Tensor, codebook: Tensor) -> Tensor:
+    """BEiT-v2 and taming-transformers: the matrix of distances and its argmin."""
+    d = z.pow(2).sum(1, keepdim=True) + codebook.pow(2).sum(1) - 2 * torch.einsum("bd,nd->bn", z, codebook)
+    return torch.argmin(d, 1).double()
+
+
+def beit2_codes(z: Tensor, codebook: Tensor) -> Tensor:
+    """BEiT-v2's quantizer in evaluation: the codes and how often each was used, from a one-hot matrix."""
+    codes = distances(z, codebook).long()
+    F.embedding(codes, codebook)
+    F.one_hot(codes, len(codebook)).type(z.dtype).sum(0)
+    return codes.double()
+
+
+def loop(z: Tensor, codebook: Tensor) -> Tensor:
+    """What one would write by hand: an argmax for each block of rows."""
+    bias = -0.5 * codebook.pow(2).sum(1)
+    return torch.cat([torch.addmm(bias, block, codebook.t()).argmax(1) for block in z.split(512)]).double()
+
+
+def _vector_quantize_pytorch(device: torch.device, dtype: torch.dtype) -> Any:
+    """vector-quantize-pytorch's codebook in evaluation."""
+    from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
+
+    @cache
+    def module(k: int, d: int) -> Any:
+        return Codebook(d, k).to(device).eval()
+
+    def run(z: Tensor, codebook: Tensor) -> Tensor:
+        book = module(*codebook.shape)
+        book.embed.copy_(codebook)
+        return book(z[None])[1][0].double()
+
+    return run
+
+
+def _faiss(device: torch.device, dtype: torch.dtype) -> Any:
+    """faiss's exact index on the CPU, filled in the same call."""
+    if device.type != "cpu" or dtype != torch.float32:
+        raise NotImplementedError("needs float32 on a CPU")
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def run(z: Tensor, codebook: Tensor) -> Tensor:
+        index = faiss.IndexFlatL2(codebook.shape[1])
+        index.add(codebook.numpy())
+        return torch.from_numpy(index.search(z.numpy(), 1)[1][:, 0]).double()
+
+    return run
+
+
+def _nearest(z: Tensor, codebook: Tensor, **options: Any) -> Tensor:
+    return nearest_code(z, codebook, **options).double()
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> Any:
+    kept: list[Tensor] = []
+
+    def run(z: Tensor, codebook: Tensor, *_: Tensor) -> Tensor:
+        if not kept:  # fresh memory costs page faults, which are no part of a product
+            kept.append(codebook.new_empty(z.numel() // codebook.shape[1], len(codebook)))
+        return torch.mm(z.detach().reshape(-1, codebook.shape[1]), codebook.T, out=kept[0])
+
+    return run
+
+
+# --- a training step of BEiT-v2's quantizer -------------------------------------------------------------------------
+
+
+def beit2(z: Tensor, codebook: Tensor, sizes: Tensor, moved: Tensor) -> Tensor:
+    """norm_ema_quantizer.py in training; the codes that its moving average leaves are written to `moved`."""
+    k, d = codebook.shape
+    z = F.normalize(z.permute(0, 2, 3, 1), p=2, dim=-1)
+    flat = z.reshape(-1, d)
+    codes = distances(flat, codebook).long()
+    z_q = F.embedding(codes, codebook).view(z.shape)
+    one_hot = F.one_hot(codes, k).type(flat.dtype)
+    with torch.no_grad():
+        bins = one_hot.sum(0)
+        sizes.mul_(_DECAY).add_(bins, alpha=1 - _DECAY)
+        empty = bins == 0
+        means = F.normalize((flat.t() @ one_hot / bins.masked_fill(empty, 1.0)).t(), p=2, dim=-1)
+        means = torch.where(empty[:, None], codebook, means.to(codebook.dtype))
+        moved.copy_(F.normalize(codebook * _DECAY + means * (1 - _DECAY), p=2, dim=-1))
+    loss = _BETA * F.mse_loss(z_q.detach(), z)
+    return loss + (z + (z_q - z).detach()).float().mean()
+
+
+def _step(z: Tensor, codebook: Tensor, sizes: Tensor, moved: Tensor, backend: str | None = None) -> Tensor:
+    quantizer = _module(*codebook.shape)
+    moved.copy_(codebook)
+    quantizer.embedding.weight.data, quantizer.cluster_size = moved, sizes
+    with use_backend(backend) if backend else nullcontext():
+        z_q, loss, _ = quantizer(z)
+    return loss + z_q.float().mean()
+
+
+@cache
+def _module(k: int, d: int) -> NormEMAVectorQuantizer:
+    return NormEMAVectorQuantizer(k, d, _BETA, _DECAY)
+
+
+def _maps(device: torch.device, dtype: torch.dtype, B: int, K: int, D: int) -> tuple[Tensor, ...]:
+    z = torch.randn(B, D, _SIDE, _SIDE, device=device).to(dtype).requires_grad_()
+    return z, _unit(device, dtype, K, D), torch.zeros(K, device=device), torch.empty(K, D, device=device, dtype=dtype)
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+def _probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows = torch.empty(16, 1, device=device, dtype=dtype)
+    return rows, rows
+
+
+def _default(baselines: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
+    first = chosen(NEAREST, 2, _probe(device, dtype))
+    named = ["mmfuse-triton"] if device.type == "cuda" and first != "triton" else []
+    return [*baselines, "mmfuse", *named, "mmfuse-chunked"]
+
+
+_BASELINES = ["beit2", "eager", "compile", "loop", "vector-quantize-pytorch"]
+
+CASES = [
+    Case(
+        name="nearest_code",
+        inputs=lambda device, dtype, N, K, D: (_unit(device, dtype, N, D), _unit(device, dtype, K, D)),
+        outputs=("codes",),
+        providers={
+            "beit2": eager(beit2_codes),
+            "eager": eager(distances),
+            "compile": compiled(eager(distances)),
+            "loop": eager(loop),
+            "vector-quantize-pytorch": _vector_quantize_pytorch,
+            "faiss": _faiss,
+            **ours(NEAREST, _nearest, _probe),
+        },
+        definitions=("eager", "beit2"),
+        chosen=partial(chosen, NEAREST, 2),
+        default=lambda device, dtype: _default(
+            [*_BASELINES, *(["faiss"] if device.type == "cpu" else [])], device, dtype
+        ),
+        dims=("N", "K", "D"),
+        shapes={
+            "cpu": [{"N": n, "K": 8192, "D": 32} for n in (3136, 12544, 50176)],
+            "cuda": [{"N": n, "K": 8192, "D": 32} for n in (12544, 50176, 200704)],
+        },
+        growth="N",
+        small={"N": 70, "K": 50, "D": 16},
+        flops=lambda mode, N, K, D: 2 * N * K * D,
+        bytes=lambda mode, itemsize, N, K, D: (N + K) * D * itemsize + 8 * N,
+        anchors={"product": Anchor(_product, lambda N, K, D: 2 * N * K * D)},
+        anchor=lambda provider, mode: "product",
+        modes=("fwd",),
+        distance=_differing,
+    ),
+    Case(
+        name="quantizer",
+        inputs=_maps,
+        outputs=("loss", "d z"),
+        providers={
+            "eager": eager(beit2),
+            "compile": compiled(eager(beit2)),
+            **ours(NEAREST, _step, _probe),
+        },
+        definitions=("eager",),
+        chosen=partial(chosen, NEAREST, 2),
+        default=partial(_default, ["eager", "compile"]),
+        dims=("B", "K", "D"),
+        shapes={
+            "cpu": [{"B": b, "K": 8192, "D": 32} for b in (16, 64, 256)],
+            "cuda": [{"B": b, "K": 8192, "D": 32} for b in (64, 256, 1024)],
+        },
+        growth="B",
+        small={"B": 2, "K": 40, "D": 16},
+        # the rows are read twice and written twice: z_q and dz
+        flops=lambda mode, B, K, D: 2 * B * _SIDE**2 * K * D,
+        bytes=lambda mode, itemsize, B, K, D: (4 * B * _SIDE**2 + 2 * K) * D * itemsize,
+        anchors={"product": Anchor(_product, lambda B, K, D: 2 * B * _SIDE**2 * K * D)},
+        anchor=lambda provider, mode: "product",
+    ),
+]
+
+
+def _check_inputs(device: torch.device) -> dict[str, Tensor]:
+    z, codebook = (torch.randn(n, 24).to(device) for n in (45, 140))
+    return {"z": z, "codebook": codebook}
+
+
+def _check_statistics(inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    counts, sums = code_statistics(inputs["z"], inputs["codes"], 20, backend=backend)
+    return {"counts": counts, "sums": sums}
+
+
+def _statistics_inputs(device: torch.device) -> dict[str, Tensor]:
+    return {"z": torch.randn(200, 24).to(device), "codes": torch.randint(0, 20, (200,)).to(device)}
+
+
+def _quantize(z: Tensor, codebook: Tensor, backend: str) -> Tensor:
+    # weights that differ, so that a gradient in the wrong place shows
+    z_q, _, loss = vector_quantize(z, codebook, beta=0.25, gradient="rotation", backend=backend)
+    return loss + (z_q * torch.linspace(-1, 1, z_q.numel(), dtype=z.dtype, device=z.device).view_as(z_q)).mean()
+
+
+CHECKS = [
+    Check(
+        "nearest_code",
+        "N=45 K=140 D=24",
+        _check_inputs,
+        lambda inputs, backend: {
+            metric: nearest_code(*inputs.values(), metric=metric, backend=backend).double()
+            for metric in ("euclidean", "cosine")
+        },
+    ),
+    Check(
+        "linear_argmax",
+        "N=45 K=140 D=24",
+        _check_inputs,
+        lambda inputs, backend: {"codes": linear_argmax(*inputs.values(), backend=backend).double()},
+    ),
+    Check("code_statistics", "N=200 K=20 D=24", _statistics_inputs, _check_statistics),
+    Check("vector_quantize", "N=45 K=140 D=24", _check_inputs, differentiated(_quantize)),
+]
