@@ -23,6 +23,7 @@ SUITES = {
     "queue": "mmfuse.bench.queue",
     "language": "mmfuse.bench.language",
     "selection": "mmfuse.bench.selection",
+    "codebook": "mmfuse.bench.codebook",
     "contrastive-dist": "mmfuse.bench.distributed",
     "variants": "mmfuse.bench.variants",
     "targets": "mmfuse.bench.targets",
