@@ -15,6 +15,7 @@ The gather of the patches is `tile`: plain torch (`TorchTile`) or the compiled p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +57,7 @@ class TorchTile:
         for n in reversed(f.g.grid):
             at.append(index % n)
             index = torch.div(index, n, rounding_mode="floor")
-        patches = windows[(index, *reversed(at))]
+        patches = windows[tuple(reversed([*at, index]))]
         rows.copy_((patches if padded else enter(patches, 1)).permute(0, *(1 + i for i in order)).flatten(1))
 
 
@@ -177,15 +178,15 @@ def forward_into(tile: Any, out: Tensor, offset: int, stem: Stem) -> None:
         added = torch.cat([added[:r], added[r:] + f.bias])  # the rows may be the caller's position
     spans = list(blocks(stem, f, acc.itemsize))
     most = max(j - i for i, j in spans)
-    k, new = f.weight.shape[1], {"dtype": acc, "device": out.device}
+    k, new = f.weight.shape[1], partial(torch.empty, dtype=acc, device=out.device)
     # one product for the rows of all images in a row, with zeros under the prefix
     joined = plain and stem.ids_keep is None and r <= n // 16
-    scratch = torch.zeros(most, r + n, k, **new) if joined else torch.empty(most * n, k, **new)
+    scratch = new(most, r + n, k).zero_() if joined else new(most * n, k)
     for i, j in spans:
         block = Block(stem, f, i, j)
         target = out[i:j, offset : offset + r + n]
         direct = target.dtype == acc and target.is_contiguous() and stem.pre_weight is None
-        rows = target if direct else torch.empty(target.shape, **new)
+        rows = target if direct else new(target.shape)
         block.preload(rows, added)
         if joined:
             tile.patch_rows(block.x, f, None, scratch[: j - i, r:])
@@ -203,24 +204,32 @@ def forward_into(tile: Any, out: Tensor, offset: int, stem: Stem) -> None:
             target.copy_(rows)
 
 
-def backward_from(tile: Any, grad: Tensor, stem: Stem, needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of the stem's first DIFFERENTIABLE tensors that are needed, from that of its rows [B, R + N, D]."""
+def backward_from(
+    tile: Any, grad: Tensor, stem: Stem, needs: Sequence[bool], operand: torch.dtype | None = None
+) -> list[Tensor | None]:
+    """The gradients of the stem's first DIFFERENTIABLE tensors that are needed, from that of its rows [B, R + N, D].
+
+    Products are of `operand`, by default the accumulation dtype.
+    """
     b, r, n = stem.shape()
     acc, d = stem.acc, stem.weight.shape[0]
-    f = fold(stem, acc)
+    operand = operand or acc
+    f = fold(stem, operand)
     k, patches = f.weight.shape[1], f.g.patches
     need = dict(zip(Stem._fields, needs, strict=False))
-    new = {"dtype": acc, "device": grad.device}
-    product = torch.zeros(d, k, **new)
-    front, tokens = torch.zeros(r, d, **new), torch.zeros(1 if stem.position is None else patches, d, **new)
-    sums = {name: torch.zeros(d, **new) for name in Stem._fields[:DIFFERENTIABLE]}
-    pixel_grad = torch.empty(f.x.shape if need["pixels"] else 0, **new)
+    zeros = partial(torch.zeros, dtype=acc, device=grad.device)
+    product = zeros(d, k)
+    front, tokens = zeros(r, d), zeros(1 if stem.position is None else patches, d)
+    sums = {name: zeros(d) for name in Stem._fields[:DIFFERENTIABLE]}
+    pixel_grads = zeros(f.x.shape if need["pixels"] else 0)
     plain = stem.mask is None and stem.stem_weight is None
     below = any(need[name] for name in ("pixels", "weight", "bias", "stem_weight", "stem_bias"))
     normed = stem.stem_weight is not None or stem.pre_weight is not None
     gather = need["weight"] or normed
     spans = list(blocks(stem, f, acc.itemsize)) if b * (r + n) else []
-    scratch = torch.empty(max((j - i for i, j in spans), default=0) * n if gather else 0, k, **new)
+    scratch = torch.empty(
+        max((j - i for i, j in spans), default=0) * n if gather else 0, k, dtype=operand, device=grad.device
+    )
     added = rows_added(stem, patches) if stem.pre_weight is not None else None
     for i, j in spans:
         block = Block(stem, f, i, j)
@@ -231,7 +240,7 @@ def backward_from(tile: Any, grad: Tensor, stem: Stem, needs: Sequence[bool]) ->
             if stem.stem_weight is not None:
                 z, *stem_stats = norm(y, stem.stem_weight, stem.stem_bias, stem.stem_eps)
         if stem.pre_weight is not None and added is not None:
-            rows = torch.empty(g.shape, **new)
+            rows = torch.empty(g.shape, dtype=acc, device=g.device)
             block.preload(rows, added)
             block.add(rows[:, r:], z)
             _, *stats = norm(rows, stem.pre_weight, stem.pre_bias, stem.pre_eps)
@@ -252,26 +261,47 @@ def backward_from(tile: Any, grad: Tensor, stem: Stem, needs: Sequence[bool]) ->
         if not plain:
             sums["bias"] += dy.sum(0)
         if need["weight"]:
-            product.addmm_(dy.t(), a)
+            if operand == acc:
+                product.addmm_(dy.t(), a)
+            else:
+                product += matmul(dy.to(operand).t(), a)
         if need["pixels"]:
-            pixel_grad[i:j] = fold_back(block, dy @ f.weight)
+            pixel_grads[i:j] = fold_back(block, pixels_of(dy, f))
     if plain:
         sums["bias"] = tokens.sum(0)
     sums["type_embed"] = front.sum(0) + tokens.sum(0)
-    grads = {**sums, "prefix": front, "prefix_position": front, "position": tokens}
+    grads = sums | {"prefix": front, "prefix_position": front, "position": tokens}
     if need["weight"]:
         grads["weight"] = f.weight_grad(product, sums["bias"], stem.weight)
     if need["pixels"]:
-        grads["pixels"] = unview(pixel_grad, stem.pixels, stem.layout)
+        grads["pixels"] = unview(pixel_grads, stem.pixels, stem.layout)
+    return needed(grads, stem, needs)
+
+
+def needed(grads: dict[str, Tensor], stem: Stem, needs: Sequence[bool]) -> list[Tensor | None]:
+    """In the order of the stem, in the dtypes of its tensors."""
     return [
         grads[name].to(given.dtype, copy=name == "prefix_position") if wanted and isinstance(given, Tensor) else None
         for name, given, wanted in zip(Stem._fields, stem, needs, strict=False)
     ]
 
 
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b, in float32 for operands of 16 bits."""
+    if a.dtype.itemsize >= 4:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
 def product_of(a: Tensor, f: Folded) -> Tensor:
-    y = a @ f.weight.t()
+    y = matmul(a, f.weight.t())
+    y = y if f.unscale is None else y.mul_(f.unscale)
     return y if f.bias is None else y.add_(f.bias)
+
+
+def pixels_of(dy: Tensor, f: Folded) -> Tensor:
+    """The gradient of A; that of pixels is needed where V is the weight itself."""
+    return matmul(dy if f.unscale is None else dy * f.unscale, f.weight.to(dy.dtype))
 
 
 def fold_back(block: Block, rows: Tensor) -> Tensor:
@@ -285,6 +315,16 @@ def fold_back(block: Block, rows: Tensor) -> Tensor:
     if f.channels_last:
         rows = rows.unflatten(1, (-1, f.x.shape[1])).transpose(1, 2)
     return fold_patches(rows.flatten(1).unflatten(0, (block.images, f.g.patches)), f.g, block.x.shape)
+
+
+def pixel_grad(grad: Tensor, stem: Stem) -> Tensor:
+    """The gradient of the pixels from that of the tokens [B, N, D], without a norm."""
+    f = fold(stem, stem.acc)
+    dx = torch.zeros(f.x.shape, dtype=stem.acc, device=grad.device)
+    for i, j in blocks(stem, f, stem.acc.itemsize) if grad.numel() else ():
+        block = Block(stem, f, i, j)
+        dx[i:j] = fold_back(block, pixels_of(block.select(grad[i:j].to(stem.acc)), f))
+    return unview(dx, stem.pixels, stem.layout)
 
 
 def add_rows(total: Tensor, ids: Tensor | None, g: Tensor) -> None:

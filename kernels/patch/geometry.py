@@ -5,6 +5,7 @@ A signal has T = H = 1, a picture T = 1, and rows of patches [B, N, K] are K cha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -54,7 +55,8 @@ def kernel_of(weight: Tensor, layout: str, still: bool) -> Tensor:
     """The weight as [D, C, kt, kh, kw]; a still image sees the sum of the temporal slices."""
     if layout == "patches":
         return weight.reshape(weight.shape[0], -1, 1, 1, 1)
-    w = weight[(slice(None), slice(None), *[None] * (5 - weight.dim()))]
+    ones = (1,) * (5 - weight.dim())
+    w = weight.reshape(*weight.shape[:2], *ones, *weight.shape[2:])
     return w.sum(2, keepdim=True) if still else w
 
 
@@ -62,7 +64,7 @@ def is_still(pixels: Tensor, weight: Tensor, layout: str) -> bool:
     return layout in ("nchw", "nhwc") and weight.dim() == 5 and pixels.dim() == 4
 
 
-def geometry(size: Three, kernel: Three, stride: Three, padding: str) -> Geometry:
+def geometry(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: str) -> Geometry:
     """The grid of patches over `size`.
 
     Raises:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels.contrastive.backends import compiled_reasons, no_reason, reasons_against_chunked
+from mmfuse.kernels._runtime.device import only_named_in_the_interpreter, triton_missing
+from mmfuse.kernels.contrastive.backends import (
+    compiled_reasons,
+    no_reason,
+    reasons_against_chunked,
+    reasons_against_triton,
+)
 from mmfuse.kernels.patch import blocked, reference
 from mmfuse.kernels.patch.arguments import Norm, channel_values, check_source, norm, vector
 from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Stem
@@ -57,15 +63,7 @@ def _fwd(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    stem = Stem(*tensors_of(locals()), tuple(stride), layout, padding, stem_eps, pre_eps, compute, dtype)
-    return _run(stem, backend)
-
-
-def tensors_of(values: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(values[name] for name in Stem._fields[:16])
-
-
-def _run(stem: Stem, backend: str) -> Tensor:
+    stem = Stem.of(locals())
     b, r, n = stem.shape()
     out = torch.empty(b, r + n, stem.weight.shape[0], dtype=stem.dtype, device=stem.pixels.device)
     passes(backend).forward_into(out, 0, stem)
@@ -73,7 +71,7 @@ def _run(stem: Stem, backend: str) -> Tensor:
 
 
 def _fwd_fake(*args):  # type: ignore[no-untyped-def]
-    stem = Stem(*args[:-1])
+    stem = Stem.of(dict(zip(Stem._fields, args, strict=False)))
     b, r, n = stem.shape()
     return stem.weight.new_empty((b, r + n, stem.weight.shape[0]), dtype=stem.dtype)
 
@@ -117,7 +115,7 @@ def _bwd(
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    stem = Stem(*tensors_of(locals()), tuple(stride), layout, padding, stem_eps, pre_eps, compute, dtype)
+    stem = Stem.of(locals())
     grads = passes(backend).backward_from(g, stem, needs)
     return [g.new_empty(0) if d is None else d for d in grads]
 
@@ -143,6 +141,19 @@ def _arguments(*args: Any) -> Stem:
     return args[0] if isinstance(args[0], Stem) else stem_of(*args)
 
 
+def _reasons_against_cuda(*args: Any) -> list[str]:
+    """The compiled part gathers the patches, of bytes; the rest is as in triton."""
+    stem = _arguments(*args)
+    why = compiled_reasons("cuda", stem.weight)
+    if stem.pixels.dtype != torch.uint8:
+        why.append(f"pixels has dtype {stem.pixels.dtype}, the compiled part gathers uint8")
+    return why + ([missing] if (missing := triton_missing()) else [])
+
+
+def _reasons_against_triton(*args: Any) -> list[str]:
+    return reasons_against_triton(_arguments(*args).weight)
+
+
 def _reasons_against_cpu(*args: Any) -> list[str]:
     return compiled_reasons("cpu", _arguments(*args).weight)
 
@@ -154,10 +165,17 @@ def _reasons_against_chunked(*args: Any) -> list[str]:
 PATCH_EMBED = Op(
     "patch_embed",
     [
+        Impl("cuda", partial(_fused, "cuda"), _reasons_against_cuda),
+        Impl("triton", partial(_fused, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
         Impl("cpu", partial(_fused, "cpu"), _reasons_against_cpu),
         Impl("chunked", partial(_fused, "chunked"), _reasons_against_chunked),
         Impl("torch", reference.patch_embed, no_reason),
     ],
+    # images of 16 x 16 patches, one patch for each row of features
+    example=lambda features: (
+        torch.empty(1, 3, 16, 16 * len(features), dtype=torch.uint8, device=features.device),
+        features.new_empty(features.shape[1], 3, 16, 16),
+    ),
 )
 
 
@@ -314,9 +332,9 @@ def stem_of(
     compute = weight.dtype
     if torch.is_autocast_enabled(kind) and compute != torch.float64:
         compute = torch.get_autocast_dtype(kind)
-    steps = None if stride is None else (stride,) * (weight.dim() - 2) if isinstance(stride, int) else tuple(stride)
-    options = (steps, layout, padding, stem_eps, pre_eps, compute, dtype or compute)
-    return Stem(*tensors_of(locals()), *options)
+    stride = (stride,) * (weight.dim() - 2) if isinstance(stride, int) else stride
+    dtype = dtype or compute
+    return Stem.of(locals())
 
 
 # --- for operators that write into a larger buffer ------------------------------------------------------------------

@@ -11,8 +11,8 @@ The bias is that of the rounded V: the image's mean does not multiply the roundi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,9 +48,15 @@ class Stem(NamedTuple):
     compute: torch.dtype  # of the product: the weight's, or that of autocast
     dtype: torch.dtype  # of the tokens
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Stem:
+        """From local variables of these names."""
+        stride = values["stride"]
+        return cls(**{name: values[name] for name in cls._fields} | {"stride": tuple(stride) if stride else None})
+
     def source(self) -> tuple[Geometry, bool]:
         """(geometry, whether a still image meets a temporal kernel)."""
-        g, _, still = check_source(self.pixels, self.weight, self.stride or None, self.layout, self.padding)
+        g, _, still = check_source(self.pixels, self.weight, self.stride, self.layout, self.padding)
         return g, still
 
     def shape(self) -> tuple[int, int, int]:
@@ -103,12 +109,10 @@ class Folded:
         return grad.reshape(like.shape)
 
 
-def fold(stem: Stem, operand: torch.dtype) -> Folded:
-    """The operands of the product, the weight rounded to `operand`."""
+def entering(stem: Stem) -> Folded:
+    """How pixels enter the product; the weight is still to come."""
     g, still = stem.source()
-    acc = stem.acc
     x = view(stem.pixels, stem.weight.dim(), stem.layout)
-    channels_last = x.shape[1] > 1 and x.stride(1) < x.stride(4)
     mean, std = stem.mean, stem.std
     subtract = multiply = scale = rest = None
     if stem.pixels.dtype != torch.uint8:
@@ -118,26 +122,41 @@ def fold(stem: Stem, operand: torch.dtype) -> Folded:
         if mean is not None:
             subtract = torch.round(255 * mean)
             rest = 255 * mean - subtract
-    subtract, multiply, scale, rest = (None if v is None else v.to(acc) for v in (subtract, multiply, scale, rest))
+    return Folded(
+        x=x,
+        g=g,
+        still=still,
+        channels_last=x.shape[1] > 1 and x.stride(1) < x.stride(4),
+        subtract=None if subtract is None else subtract.to(stem.acc),
+        multiply=None if multiply is None else multiply.to(stem.acc),
+        scale=None if scale is None else scale.to(stem.acc),
+        rest=None if rest is None else rest.to(stem.acc),
+        weight=stem.weight,
+        unscale=None,
+        bias=stem.bias,
+    )
 
-    w = kernel_of(stem.weight.to(acc), stem.layout, still)
-    if scale is not None:
-        w = w * scale[:, None, None, None]
-    w = (w.movedim(1, -1) if channels_last else w).flatten(1)
+
+def fold(stem: Stem, operand: torch.dtype) -> Folded:
+    """The operands of the product, the weight rounded to `operand`."""
+    f, acc = entering(stem), stem.acc
+    w = kernel_of(stem.weight.to(acc), stem.layout, f.still)
+    if f.scale is not None:
+        w = w * f.scale[:, None, None, None]
+    w = (w.movedim(1, -1) if f.channels_last else w).flatten(1)
     unscale = None
     if operand == torch.float16:
-        # the largest of a row into [2^13, 2^14): float16 neither overflows nor loses what matters, on the device
+        # the largest of a row into [2^13, 2^14): float16 neither overflows nor loses what matters
         exponent = 14 - torch.frexp(w.abs().amax(1)).exponent
         w = torch.ldexp(w, exponent[:, None])
         unscale = torch.ldexp(torch.ones_like(w[:, 0]), -exponent)
     w = w.to(operand).contiguous()
-    folded = Folded(x, g, still, channels_last, subtract, multiply, scale, rest, w, unscale, None)
     bias = None if stem.bias is None else stem.bias.to(acc)
-    if rest is not None:
-        shift = w.to(acc) @ folded.over_k(rest)
+    if f.rest is not None:
+        shift = w.to(acc) @ f.over_k(f.rest)
         shift = shift if unscale is None else shift * unscale
         bias = -shift if bias is None else bias - shift
-    return Folded(x, g, still, channels_last, subtract, multiply, scale, rest, w, unscale, bias)
+    return replace(f, weight=w, unscale=unscale, bias=bias)
 
 
 def rows_added(stem: Stem, n: int) -> Tensor:

@@ -267,7 +267,7 @@ def test_range_of_a_checkpoint(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_equal_bitwise(backend: str) -> None:
-    for case in ("everything", "mae"):
+    for case in ("everything", "mae") if backend in FAST else ("mae",):
         pixels, shape, options = CASES[case]()
         weight = real(*shape)
         first, second = (tokens_and_grads(pixels, weight, options, torch.float32, backend) for _ in range(2))
@@ -343,7 +343,7 @@ def test_into_a_larger_buffer(backend: str | None) -> None:
     torch.testing.assert_close((found["weight"], found["prefix"]), want, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("backend", FAST)
 def test_opcheck(backend: str) -> None:
     for case in ("everything", "mae"):
         pixels, shape, options = CASES[case]()
@@ -360,7 +360,7 @@ def test_opcheck(backend: str) -> None:
         torch.library.opcheck(patch_bwd.op, (torch.ones_like(y), *plain, *rest, needs))
 
 
-@pytest.mark.parametrize("backend", [n for n in FUSED if n != "triton"])
+@pytest.mark.parametrize("backend", FAST[-1:])
 def test_compile(backend: str) -> None:
     pixels, shape, options = CASES["everything"]()
     weight = real(*shape)
