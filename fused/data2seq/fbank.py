@@ -39,8 +39,8 @@ def mel_triangles(mels: int, padded: int, sample_rate: int, low: float = 20.0) -
     def mel(frequency: Tensor) -> Tensor:
         return 1127 * (1 + frequency / 700).log()
 
-    ends = mel(torch.tensor([low, sample_rate / 2], dtype=torch.float64))
-    edges = torch.linspace(*ends.tolist(), mels + 2, dtype=torch.float64)
+    first, last = mel(torch.tensor([low, sample_rate / 2], dtype=torch.float64))
+    edges = torch.linspace(0, 1, mels + 2, dtype=torch.float64) * (last - first) + first
     left, centre, right = (edges[i : i + mels, None] for i in range(3))
     bins = mel(torch.arange(padded // 2, dtype=torch.float64) * sample_rate / padded)
     return torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ class GraphFeatureTokenizer(nn.Module):
 
     def forward(
         self,
-        graph: Mapping[str, Tensor | Sequence[int]],
+        graph: Mapping[str, Any],
         perturb: Tensor | None = None,
         *,
         rand_node_id: Tensor | None = None,
@@ -90,7 +91,7 @@ class GraphFeatureTokenizer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`perturb` [B, most nodes, D] is added to the nodes. Drawn where not given: `rand_node_id` uniform
         [sum of nodes, rand_node_id_dim], `orf_gaussian` normal [B, most nodes, most nodes], `signs` +-1 [B, k]."""
-        nodes, edges = (_counts(graph[name]) for name in ("node_num", "edge_num"))
+        nodes, edges = _counts(graph["node_num"]), _counts(graph["edge_num"])
         edge_index = graph["edge_index"]
         device, dtype = edge_index.device, self.atom_encoder.weight.dtype
         graphs, most = torch.arange(len(nodes), device=device), max(nodes)

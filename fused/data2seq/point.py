@@ -21,8 +21,8 @@ from mmfuse.kernels.points import (
     farthest_points,
     group_points,
     mini_pointnet,
+    mini_pointnet_training,
     nearest_neighbors,
-    pointnet_statistics,
 )
 
 Layer = tuple[Any, nn.Module | None, nn.Module | None]  # a 1x1 convolution, its normalisation, its activation
@@ -412,11 +412,24 @@ def _fused(layers: Sequence[Layer], x: Tensor) -> Tensor:
     """[B, G, D] of groups x [B, G, k, C]."""
     (conv1, norm1, _), (conv2, _, _), (conv3, norm3, _), (conv4, norm4, act4) = layers
     count = x.numel() // max(1, x.shape[-1])
-    first = [_folded(conv1, norm1, partial(_product_statistics, x), count), _folded(conv2, None, None, count)]
-    first = [_as(x, pair) for pair in first]
-    third = _as(x, _folded(conv3, norm3, partial(pointnet_statistics, x, first), count))
-    last = _as(x, _folded(conv4, norm4, None, count))
-    y = mini_pointnet(x, [*first, third, last])
+    if norm1 is not None and _uses_batch(norm1):
+        w1 = conv1.weight.flatten(1)
+        mean, var = _product_statistics(x, w1)
+        _update(norm1, mean, var, conv1.bias, count)
+        scale = (var + norm1.eps).rsqrt() * _or(norm1.weight, 1)
+        first = (w1 * scale[:, None], _or(norm1.bias, 0) - mean * scale)
+    else:
+        first = _folded(conv1, norm1)
+    if norm3 is not None and _uses_batch(norm3):
+        w3 = conv3.weight.flatten(1)
+        scale = w3.new_ones(len(w3)) if norm3.weight is None else norm3.weight
+        third = (w3, torch.zeros_like(scale) if norm3.bias is None else norm3.bias)
+        pairs = [_as(x, pair) for pair in (first, _folded(conv2, None), third, _folded(conv4, norm4))]
+        y, mean, var = mini_pointnet_training(x, pairs, scale, norm3.eps)
+        _update(norm3, mean, var, conv3.bias, count)
+    else:
+        pairs = (first, _folded(conv2, None), _folded(conv3, norm3), _folded(conv4, norm4))
+        y = mini_pointnet(x, [_as(x, pair) for pair in pairs])
     # a rising function of the maximum is the maximum of the function
     return y if act4 is None else act4(y)
 
@@ -429,35 +442,33 @@ def _uses_batch(norm: Any) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _folded(conv: Any, norm: Any, statistics: Any, count: int) -> tuple[Tensor, Tensor]:
-    """(weight [out, in], bias [out]) of a 1x1 convolution with the batch normalisation after it."""
+def _folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """(weight [out, in], bias [out]) of a 1x1 convolution and the normalisation after it, by running statistics."""
     w = conv.weight.flatten(1)
     b = w.new_zeros(len(w)) if conv.bias is None else conv.bias
     if norm is None:
         return w, b
-    if _uses_batch(norm):
-        if count <= 1:
-            raise ValueError(f"groups have {count} points in all, expected more than 1 for batch normalisation")
-        mean, var = statistics(w.to(torch.promote_types(w.dtype, torch.float32)))
-        if norm.training and norm.running_mean is not None:
-            _update(norm, (mean + b).detach(), (var * (count / (count - 1))).detach())
-        centre = -mean
-    else:
-        mean, var = norm.running_mean, norm.running_var
-        centre = b - mean
-    scale = (var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = centre * scale
-    return w * scale[:, None], shift if norm.bias is None else shift + norm.bias
+    scale = (norm.running_var + norm.eps).rsqrt() * _or(norm.weight, 1)
+    return w * scale[:, None], (b - norm.running_mean) * scale + _or(norm.bias, 0)
+
+
+def _or(t: Tensor | None, value: float) -> Tensor | float:
+    return value if t is None else t
 
 
 @torch.no_grad()
-def _update(norm: Any, mean: Tensor, var: Tensor) -> None:
+def _update(norm: Any, mean: Tensor, var: Tensor, bias: Tensor | None, count: int) -> None:
+    """The running statistics, after a batch of `count` products with this mean and biased variance without the bias."""
+    if count <= 1:
+        raise ValueError(f"groups have {count} points in all, expected more than 1 for batch normalisation")
+    if not norm.training or norm.running_mean is None:
+        return
     norm.num_batches_tracked.add_(1)
     share: Any = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, var)):
-        running.copy_(torch.lerp(running, batch.to(running.dtype), share))
+    for running, batch in (
+        (norm.running_mean, mean + _or(bias, 0)), (norm.running_var, var * (count / (count - 1)))
+    ):  # fmt: skip
+        running.copy_(running * (1 - share) + batch * share)
 
 
 def _product_statistics(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,8 @@ def sinusoids(rows: int, width: int) -> Tensor:
 class PositionalEmbedding(nn.Module):
     """x [B, L, ...] -> [1, L, d_model], the first L rows of a fixed table."""
 
+    pe: Tensor
+
     def __init__(self, d_model: int, max_len: int = 5000):
         super().__init__()
         self.register_buffer("pe", sinusoids(max_len, d_model)[None])

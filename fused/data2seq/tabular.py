@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,11 @@ class TabularEmbed(nn.Module):
         super().__init__()
         if not cat_embed_input and not embed_continuous:
             raise ValueError("embed_continuous is False and there are no categorical columns: no column is a token")
-        norms = {"batchnorm": nn.BatchNorm1d, "layernorm": nn.LayerNorm, None: lambda _: nn.Identity()}
+        norms: dict[str | None, Callable[[int], nn.Module]] = {
+            "batchnorm": nn.BatchNorm1d,
+            "layernorm": nn.LayerNorm,
+            None: lambda _: nn.Identity(),
+        }
         if cont_norm_layer not in norms:
             raise ValueError(f"cont_norm_layer is {cont_norm_layer!r}, expected 'batchnorm', 'layernorm' or None")
         categorical = norm = continuous = None

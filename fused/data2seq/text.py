@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.kernels.text import embed_text
+
 
 def zero_padding(text_tensor: Tensor, tar_dim: int) -> Tensor:
     """Sentence vectors [B, E] (the published code takes CLIP's) -> [B, tar_dim], zeros appended.
@@ -41,4 +43,4 @@ class TextEmbed(nn.Module):
             raise ValueError(
                 f"text has shape {tuple(text.shape)}, expected ids [B, at most {len(self.positional_embedding)}]"
             )
-        return self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        return embed_text(text, self.token_embedding.weight, position=self.positional_embedding)

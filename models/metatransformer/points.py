@@ -128,8 +128,8 @@ class PointCloud(nn.Module):
                 parts.append(groups.amax(1))
             else:
                 parts.append(groups.mean(1))
-        parts = torch.cat(parts, dim=1)
-        return (parts, x[:, 1]) if self.dist_token is not None and self.training else parts
+        joined = torch.cat(parts, dim=1)
+        return (joined, x[:, 1]) if self.dist_token is not None and self.training else joined
 
 
 def _embed(in_channels: int, embed_dim: int, embed_args: Mapping[str, Any]) -> nn.Module:
