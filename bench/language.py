@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.bench.cases import Anchor, Case, Check
+from mmfuse.bench.cases import Anchor, Case, Check, differentiated
 from mmfuse.bench.providers import compiled, eager, peer
 from mmfuse.fused.language import chosen, linear_cross_entropy
 
@@ -90,5 +90,25 @@ CASES = [
         anchor=lambda provider, mode: "product",
     ),
 ]
-# no operator of `mmfuse verify`: the kernels are other packages'
-CHECKS: list[Check] = []
+
+
+def _check_inputs(device: torch.device) -> dict[str, Tensor]:
+    hidden, weight, bias = torch.randn(70, 48), 48**-0.5 * torch.randn(130, 48), 0.1 * torch.randn(130)
+    given = {"hidden": hidden, "weight": weight, "bias": bias, "labels": torch.randint(130, (70,))}
+    given["labels"][::5] = -100
+    return {name: t.to(device) for name, t in given.items()}
+
+
+def _mean(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return linear_cross_entropy(hidden, weight, labels, bias=bias, chunk=16, **options)
+
+
+def _distilled(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    teacher = (hidden.roll(1, 0), weight, bias)
+    return _mean(hidden, weight, bias, labels, teacher=teacher, alpha=0.4, label_smoothing=0.1, **options)
+
+
+CHECKS = [
+    Check("linear_cross_entropy", "N=70 D=48 V=130", _check_inputs, differentiated(_mean)),
+    Check("linear_cross_entropy", "N=70 D=48 V=130, teacher, smoothing", _check_inputs, differentiated(_distilled)),
+]

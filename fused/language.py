@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfuse.kernels._runtime.dispatch import forced_backend
+from mmfuse.kernels._runtime.dispatch import Impl, Op, forced_backend
 
 Teacher = tuple[Tensor, Tensor, "Tensor | None"]
 
@@ -95,14 +95,13 @@ def chosen(
     backend: str | None = None,
 ) -> str:
     """Which of `BACKENDS` computes `linear_cross_entropy` of these arguments."""
+    asked = {"bias": bias, "label_smoothing": label_smoothing, "reduction": reduction, "teacher": teacher}
     forced = forced_backend()
     if name := backend or (forced if forced in BACKENDS else None):
-        if name in _PEERS and (why := _reasons_against(name, hidden, bias, label_smoothing, reduction, teacher)):
-            raise ValueError(f"backend is {name!r}, but {why}")
+        if why := _reasons_against(name, hidden, **asked):
+            raise ValueError(f"backend is {name!r}, but {why[0]}")
         return name
-    return next(
-        (p for p in _PEERS if not _reasons_against(p, hidden, bias, label_smoothing, reduction, teacher)), "chunked"
-    )
+    return next(name for name in BACKENDS if not _reasons_against(name, hidden, **asked))
 
 
 def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha):  # type: ignore[no-untyped-def]
@@ -294,25 +293,41 @@ _MODULES = {"liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
 
 
 def _reasons_against(
-    peer: str, hidden: Tensor, bias: Tensor | None, label_smoothing: float, reduction: str, teacher: Teacher | None
-) -> str | None:
+    name: str,
+    hidden: Tensor,
+    *_: object,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    teacher: Teacher | None = None,
+) -> list[str]:
+    if name not in _PEERS:
+        return []
     if not hidden.is_cuda:
-        return f"hidden is on {hidden.device}, expected a CUDA device"
+        return [f"hidden is on {hidden.device}, expected a CUDA device"]
+    why = []
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
-        return "it is called inside torch.compile or autocast"
-    if find_spec(_MODULES[peer]) is None:
-        return f"{_MODULES[peer]} is not installed"
+        why.append("it is called inside torch.compile or autocast")
+    if find_spec(_MODULES[name]) is None:
+        why.append(f"{_MODULES[name]} is not installed")
     if hidden.dtype == torch.float64:
-        return "hidden has dtype torch.float64"
+        why.append("hidden has dtype torch.float64")
     if teacher is not None:
-        return "there is a teacher"
-    if peer == "liger" and reduction == "none":
-        return "reduction is 'none'"
-    if peer == "cut_cross_entropy" and bias is not None:
-        return "there is a bias"
-    if peer == "cut_cross_entropy" and (label_smoothing or hidden.dtype == torch.float32):
-        return "label_smoothing is not 0, or hidden has dtype torch.float32"
-    return None
+        why.append("there is a teacher")
+    if name == "liger" and reduction == "none":
+        why.append("reduction is 'none'")
+    if name == "cut_cross_entropy" and bias is not None:
+        why.append("there is a bias")
+    if name == "cut_cross_entropy" and (label_smoothing or hidden.dtype == torch.float32):
+        why.append("label_smoothing is not 0, or hidden has dtype torch.float32")
+    return why
+
+
+# by name for `explain` and `mmfuse verify`
+LINEAR_CROSS_ENTROPY = Op(
+    "linear_cross_entropy",
+    [Impl(name, partial(linear_cross_entropy, backend=name), partial(_reasons_against, name)) for name in BACKENDS],
+)
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

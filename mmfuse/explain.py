@@ -7,6 +7,7 @@ import json
 
 import torch
 
+import mmfuse.fused.language  # noqa: F401  (registers its operator)
 from mmfuse.kernels._runtime import explain, operators
 
 

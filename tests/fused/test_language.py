@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from judge import assert_no_worse
-from mmfuse import use_backend
+from mmfuse import explain, use_backend
 from mmfuse.fused import language, linear_cross_entropy
 from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 
@@ -272,7 +272,7 @@ def test_what_the_packages_are_called_with(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace(functional=functional))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", SimpleNamespace(linear_cross_entropy=cut))
-    monkeypatch.setattr(language, "_reasons_against", lambda *args: None)
+    monkeypatch.setattr(language, "_reasons_against", lambda *args, **kwargs: [])
     hidden, weight, bias, labels = _inputs(torch.float32)
     options = {"bias": bias, "label_smoothing": 0.1, "reduction": "sum"}
     for backend, kw in (("liger", options), ("cut_cross_entropy", {"reduction": "none"})):
@@ -285,6 +285,13 @@ def test_a_named_package_that_cannot_says_why(peer: str) -> None:
     hidden, weight, _, labels = _inputs(torch.float32)
     with pytest.raises(ValueError, match=f"backend is '{peer}', but hidden is on cpu"):
         linear_cross_entropy(hidden, weight, labels, backend=peer)
+
+
+def test_explain() -> None:
+    hidden, weight, _, labels = _inputs(torch.float32)
+    for op in (linear_cross_entropy, "linear_cross_entropy"):
+        lines = explain(op, hidden, weight, labels).splitlines()
+        assert "hidden is on cpu" in lines[1] and lines[3].split()[:2] == ["->", "chunked"]
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
