@@ -34,13 +34,16 @@ else:
     )
     from mmfuse.kernels.head import select_head
     from mmfuse.kernels.patch import patch_embed
+    from mmfuse.kernels.patch.positions import interpolate_position, resample_weight
+    from mmfuse.kernels.patch.ragged import patch_embed_packed
+    from mmfuse.kernels.patch.reconstruction import masked_patch_loss, random_masking
     from mmfuse.kernels.points import (
         ball_query,
         farthest_points,
         group_points,
         mini_pointnet,
+        mini_pointnet_training,
         nearest_neighbors,
-        pointnet_statistics,
     )
     from mmfuse.kernels.text import embed_text, multiway_tokens
 
@@ -57,18 +60,23 @@ else:
         "group_points",
         "grouped_clip_loss",
         "hard_negatives",
+        "interpolate_position",
         "linear_argmax",
+        "masked_patch_loss",
         "matryoshka_clip_loss",
         "max_query_loss",
         "max_query_similarity",
         "mini_pointnet",
+        "mini_pointnet_training",
         "moco_loss",
         "multiway_tokens",
         "nearest_code",
         "nearest_neighbors",
         "patch_embed",
-        "pointnet_statistics",
+        "patch_embed_packed",
         "queue_itc_loss",
+        "random_masking",
+        "resample_weight",
         "select_head",
         "siglip_loss",
         "similarity_topk",

@@ -12,39 +12,12 @@ if not Path(__file__).with_name("kernels").exists():
     # a checkout on sys.path: the sub-packages lie beside this folder
     __path__.append(str(Path(__file__).parents[1]))
 
-_LAZY = {
+# the others are operators
+_ELSEWHERE = {
     "accelerate": "mmfuse.fused",
     "explain": "mmfuse.kernels._runtime",
     "use_backend": "mmfuse.kernels._runtime",
     "UnsupportedError": "mmfuse.kernels._runtime",
-    "clip_loss": "mmfuse.kernels",
-    "code_statistics": "mmfuse.kernels",
-    "linear_argmax": "mmfuse.kernels",
-    "nearest_code": "mmfuse.kernels",
-    "vector_quantize": "mmfuse.kernels",
-    "distill_clip_loss": "mmfuse.kernels",
-    "grouped_clip_loss": "mmfuse.kernels",
-    "distributed_clip_loss": "mmfuse.kernels",
-    "distributed_siglip_loss": "mmfuse.kernels",
-    "global_contrastive_loss": "mmfuse.kernels",
-    "hard_negatives": "mmfuse.kernels",
-    "matryoshka_clip_loss": "mmfuse.kernels",
-    "moco_loss": "mmfuse.kernels",
-    "patch_embed": "mmfuse.kernels",
-    "queue_itc_loss": "mmfuse.kernels",
-    "siglip_loss": "mmfuse.kernels",
-    "similarity_topk": "mmfuse.kernels",
-    "ball_query": "mmfuse.kernels",
-    "farthest_points": "mmfuse.kernels",
-    "group_points": "mmfuse.kernels",
-    "mini_pointnet": "mmfuse.kernels",
-    "nearest_neighbors": "mmfuse.kernels",
-    "pointnet_statistics": "mmfuse.kernels",
-    "max_query_loss": "mmfuse.kernels",
-    "max_query_similarity": "mmfuse.kernels",
-    "select_head": "mmfuse.kernels",
-    "embed_text": "mmfuse.kernels",
-    "multiway_tokens": "mmfuse.kernels",
 }
 
 if TYPE_CHECKING:
@@ -62,18 +35,23 @@ if TYPE_CHECKING:
         group_points,
         grouped_clip_loss,
         hard_negatives,
+        interpolate_position,
         linear_argmax,
+        masked_patch_loss,
         matryoshka_clip_loss,
         max_query_loss,
         max_query_similarity,
         mini_pointnet,
+        mini_pointnet_training,
         moco_loss,
         multiway_tokens,
         nearest_code,
         nearest_neighbors,
         patch_embed,
-        pointnet_statistics,
+        patch_embed_packed,
         queue_itc_loss,
+        random_masking,
+        resample_weight,
         select_head,
         siglip_loss,
         similarity_topk,
@@ -98,18 +76,23 @@ __all__ = [
     "group_points",
     "grouped_clip_loss",
     "hard_negatives",
+    "interpolate_position",
     "linear_argmax",
+    "masked_patch_loss",
     "matryoshka_clip_loss",
     "max_query_loss",
     "max_query_similarity",
     "mini_pointnet",
+    "mini_pointnet_training",
     "moco_loss",
     "multiway_tokens",
     "nearest_code",
     "nearest_neighbors",
     "patch_embed",
-    "pointnet_statistics",
+    "patch_embed_packed",
     "queue_itc_loss",
+    "random_masking",
+    "resample_weight",
     "select_head",
     "siglip_loss",
     "similarity_topk",
@@ -119,8 +102,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in __all__:
+        return getattr(import_module(_ELSEWHERE.get(name, "mmfuse.kernels")), name)
     raise AttributeError(f"module 'mmfuse' has no attribute {name!r}")
 
 
