@@ -121,8 +121,9 @@ class CoCaLoss(ClipLoss):
 
     forward(image_features [b, D], text_features [b, D], logits [b, T, V], labels [b, T], logit_scale,
     output_dict=False) returns (contrastive, caption), each times its weight, or a dict of "contrastive_loss" and
-    "caption_loss". The caption loss is the cross-entropy of the logits, the mean over labels other than `pad_id`. A
-    `clip_loss_weight` of 0 leaves the contrastive loss out: an integer 0, and nothing is gathered.
+    "caption_loss". The caption loss is the cross-entropy of the logits, the mean over labels other than `pad_id`, and 0
+    on a rank without rows. A `clip_loss_weight` of 0 leaves the contrastive loss out: an integer 0, and nothing is
+    gathered.
     """
 
     def __init__(
@@ -155,7 +156,10 @@ class CoCaLoss(ClipLoss):
         if self.clip_loss_weight:
             clip = self.clip_loss_weight * _contrastive(self, image_features, text_features, logit_scale)
         # one token per row: the same mean as over the permuted [b, V, T], whose softmax would run across rows
-        caption = self.caption_loss(logits.flatten(0, 1), labels.flatten()) * self.caption_loss_weight
+        tokens = logits.flatten(0, 1)
+        # the mean over no rows at all would be NaN
+        caption = self.caption_loss(tokens, labels.flatten()) if len(tokens) else tokens.sum()
+        caption = caption * self.caption_loss_weight
         return {"contrastive_loss": clip, "caption_loss": caption} if output_dict else (clip, caption)
 
 

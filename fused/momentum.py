@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,6 +129,13 @@ class MomentumQueueITC(nn.Module):
         if ids is not None:
             self.idx_queue[0].index_copy_(0, at, self._gather(ids.to(self.idx_queue.dtype)))
         self.queue_ptr.add_(len(image_m)).remainder_(size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MomentumQueueITC:
+        # a process group cannot be copied: it is shared
+        memo[id(self.process_group)] = self.process_group
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     def _check(self, ids: Tensor | None, required: bool) -> None:
         with_ids = hasattr(self, "idx_queue")

@@ -45,7 +45,8 @@ class HardNegativeSampler(nn.Module):
         variant: whose draw it is. "albef", "blip" (1e-4 added to the probabilities) and "vlmo" mask the own pair;
             "albef_retrieval" and "blip_retrieval" mask equal ids; "blip2" equal ids where they are given.
         k: negatives per row, without replacement.
-        generator: where seeds come from, on the features' device; None is torch's own.
+        generator: where seeds come from, on the features' device; None is torch's own. `torch.compile` does not trace a
+            generator: inside of it give `seed`, a tensor drawn outside.
 
     Raises:
         ValueError: an unknown variant; ids that are missing or not used; or as `mmfuse.hard_negatives`.

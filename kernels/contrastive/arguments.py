@@ -69,10 +69,18 @@ def integers(name: str, ids: Tensor | None, rows: Tensor, of: str) -> Tensor:
     return ids.to(torch.int64).contiguous()
 
 
+def require_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+
+
 def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """`value` as a 0-d tensor in the accumulation dtype of `like`, keeping its graph."""
     acc = accumulation_dtype(like.dtype)
     if not isinstance(value, Tensor):
+        if torch.compiler.is_compiling():
+            # as a factor a number stays a variable of the graph; any other use compiles it anew for each value
+            return torch.ones((), dtype=acc, device=like.device) * value
         if not abs(value) < math.inf:
             raise ValueError(f"{name} is {value}, expected a finite number")
         return torch.full((), value, dtype=acc, device=like.device)

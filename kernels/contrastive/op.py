@@ -252,12 +252,17 @@ def _reference_clip(image: Tensor, text: Tensor, scale: Tensor, *options: Any) -
     return loss, reference.statistics(s.detach(), given[-1]) if total else ()
 
 
-def _clip_steps_aside(kind: str, x: Tensor, y: Tensor, keys: Tensor | None = None) -> list[str]:
-    return steps_aside("clip_loss" if keys is None else f"clip_loss, ids{kind}", x, y)
+def _clip_steps_aside(kind: str, x: Tensor, y: Tensor, *rest: object) -> list[str]:
+    return steps_aside(f"clip_loss, ids{kind}" if _with_ids(rest) else "clip_loss", x, y)
 
 
-def _clip_reasons_against_cuda(x: Tensor, y: Tensor, keys: Tensor | None = None) -> list[str]:
-    return reasons_against_cuda(x) + ([] if keys is None else ["ids are given"])
+def _clip_reasons_against_cuda(x: Tensor, y: Tensor, *rest: object) -> list[str]:
+    return reasons_against_cuda(x) + (["ids are given"] if _with_ids(rest) else [])
+
+
+def _with_ids(rest: tuple[object, ...]) -> bool:
+    # a scale and a bias, which a call may also have, are floating-point
+    return any(isinstance(t, Tensor) and not t.is_floating_point() for t in rest)
 
 
 CLIP = Op(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -102,5 +104,8 @@ def momentum_queue(rank: int, size: int) -> None:
     queue.enqueue(torch.full((3, 4), rank + 1.0), torch.full((3, 4), rank + 5.0), torch.arange(3) + 10 * rank)
     assert queue.idx_queue[0, :7].tolist() == [0, 1, 2, 10, 11, 12, -100] and queue.queue_ptr.item() == 6
     assert queue.image_queue[0, :6].tolist() == [1, 1, 1, 2, 2, 2] and queue.text_queue[3, 5] == 6
+    other = copy.deepcopy(queue)
+    assert other.process_group is queue.process_group and other.image_queue.data_ptr() != queue.image_queue.data_ptr()
+    assert torch.equal(other.image_queue, queue.image_queue) and other.image_queue.t().is_contiguous()
     with pytest.raises(RuntimeError, match="differ in size"):
         queue.enqueue(torch.ones(2 + rank, 4), torch.ones(2 + rank, 4), torch.arange(2 + rank))

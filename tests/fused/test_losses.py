@@ -216,6 +216,13 @@ def test_trains_a_clip_of_open_clip(cls, nonscalar: bool) -> None:
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
 
 
+def test_a_caption_loss_without_rows_is_zero() -> None:
+    x, logits = torch.ones(0, 8, requires_grad=True), torch.ones(0, 5, 11, requires_grad=True)
+    _, caption = mmfuse.fused.CoCaLoss(2.0, 0.0)(x, x, logits, torch.ones(0, 5, dtype=torch.long), 10.0)
+    caption.backward()
+    assert caption == 0 and logits.grad is not None
+
+
 @pytest.mark.parametrize("name", ["CoCaLoss", "DistillClipLoss"])
 def test_interface_of_two_losses(name: str) -> None:
     mine, theirs = (getattr(m, name) for m in (mmfuse.fused, open_clip.loss))

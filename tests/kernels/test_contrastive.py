@@ -465,6 +465,8 @@ def test_choice_of_implementation() -> None:
         (g,) = torch.autograd.grad(clip_loss(x, text, 1.0), x, create_graph=True)
         g.sum().backward()
     assert "-> " in mmfuse.explain(mmfuse.clip_loss, image, text)
+    scale = torch.tensor(14.0, device=DEVICE)
+    assert mmfuse.explain(mmfuse.clip_loss, image, text, scale) == mmfuse.explain("clip_loss", image, text)
     assert set(SIGLIP.explain(image, text)) == {"cuda", "triton", "cpu", "chunked", "torch"}
 
 
@@ -517,3 +519,15 @@ def test_bad_options_of_clip() -> None:
             clip_loss(image[:3], text, 1.0, **options)
     with pytest.raises(TypeError, match="unexpected keyword"):
         clip_loss(image, text, 1.0, nope=1)
+
+
+def test_a_number_as_scale_is_not_compiled_anew_for_each_value() -> None:
+    torch._dynamo.reset()
+    image, text = torch.randn(4, 8, device=DEVICE), torch.randn(4, 8, device=DEVICE)
+
+    def losses(scale: float) -> torch.Tensor:
+        return clip_loss(image, text, scale, backend="chunked") + siglip_loss(image, text, scale, backend="chunked")
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    for step in range(12):
+        torch.testing.assert_close(compiled(1 + step / 4), losses(1 + step / 4))

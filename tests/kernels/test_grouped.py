@@ -191,4 +191,5 @@ def test_errors() -> None:
             grouped_clip_loss(*args[:3], **({"weights": args[3]} if len(args) > 3 else {}))
     large = torch.empty(9000, 1, device=DEVICE)
     assert "triton" not in ALL or "9000 rows, more than 8192" in GROUPED.explain(large, large)["triton"][0]
-    assert "-> " in mmfuse.explain(mmfuse.grouped_clip_loss, PROBE, PROBE)
+    assert "triton" not in ALL or "9000 rows" in GROUPED.explain([PROBE, large], [PROBE, large])["triton"][0]
+    assert "-> " in mmfuse.explain(mmfuse.grouped_clip_loss, [PROBE, PROBE], [PROBE, PROBE], [1.0, 2.0])

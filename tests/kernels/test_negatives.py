@@ -292,6 +292,8 @@ def test_errors() -> None:
     ids = torch.arange(4, device=DEVICE)
     for kind, message, kwargs in (
         (ValueError, "k is 0", {"k": 0}),
+        (TypeError, "k is 1.5, expected an integer", {"k": 1.5}),
+        (TypeError, "seed is 1.5, expected an integer", {"seed": 1.5}),
         (ValueError, "mixture is -1", {"mixture": -1}),
         (ValueError, "query has 4 rows at row_offset 3", {"row_offset": 3}),
         (ValueError, "key_ids is given without ids", {"key_ids": ids}),

@@ -111,6 +111,8 @@ def test_errors() -> None:
     for k in (0, 61):
         with pytest.raises(ValueError, match=f"k is {k}, expected at least 1 and at most the 60 rows of gallery"):
             similarity_topk(queries, gallery, k)
+    with pytest.raises(TypeError, match="k is 1.5, expected an integer"):
+        similarity_topk(queries, gallery, 1.5)
     with pytest.raises(ValueError, match="gallery has 5 features per row, expected 6 as in queries"):
         similarity_topk(queries, gallery[:, :5], 3)
     with pytest.raises(TypeError, match="gallery has dtype torch.float64"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -146,13 +146,27 @@ def _reasons_against_triton(image: Tensor, text: Tensor) -> list[str]:
     return reasons_against_triton(image) + ([f"a group has {len(image)} rows, more than {_LARGEST}"] if large else [])
 
 
+def _largest(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """`reasons` of the group with the most rows."""
+
+    def of(images: Sequence[Tensor] | Tensor, texts: Sequence[Tensor] | Tensor, *_: object) -> list[str]:
+        if isinstance(images, Tensor):
+            return reasons(images, texts)
+        sizes = [len(image) for image in images]
+        at = sizes.index(max(sizes))
+        return reasons(images[at], texts[at])
+
+    return of
+
+
+_aside = _largest(partial(steps_aside, "clip_loss"))
 GROUPED = Op(
     "grouped_clip_loss",
     [
-        Impl("triton", _one_launch, _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cuda", partial(_one_by_one, "cuda"), reasons_against_cuda),
-        Impl("cpu", partial(_one_by_one, "cpu"), reasons_against_cpu, partial(steps_aside, "clip_loss")),
-        Impl("chunked", partial(_one_by_one, "chunked"), reasons_against_chunked, partial(steps_aside, "clip_loss")),
+        Impl("triton", _one_launch, _largest(_reasons_against_triton), _largest(only_named_in_the_interpreter)),
+        Impl("cuda", partial(_one_by_one, "cuda"), _largest(reasons_against_cuda)),
+        Impl("cpu", partial(_one_by_one, "cpu"), _largest(reasons_against_cpu), _aside),
+        Impl("chunked", partial(_one_by_one, "chunked"), _largest(reasons_against_chunked), _aside),
         Impl("torch", partial(_one_by_one, "torch"), no_reason),
     ],
 )
@@ -208,7 +222,6 @@ def grouped_clip_loss(
         if x.device != found[0][0].device:
             raise ValueError(f"images[{i}] is on {x.device}, expected {found[0][0].device} as images[0]")
     w_image, w_text = weights_of(weights)
-    sizes = [len(group[0]) for group in found]
-    impl = GROUPED.select(*found[sizes.index(max(sizes))][:2], backend=backend)
-    sides = (list(side) for side in zip(*found, strict=True))
+    sides = [list(side) for side in zip(*found, strict=True)]
+    impl = GROUPED.select(*sides, backend=backend)
     return impl.fn(*sides, w_image, w_text, normalize)

@@ -120,6 +120,7 @@ def hard_negatives(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     query, keys, scale = arguments.features(query, keys, logit_scale, row_offset, ids is None, ("query", "keys"))
+    arguments.require_integer("k", k)
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
     if not 0.0 <= mixture < float("inf"):
@@ -149,6 +150,7 @@ def seed_of(seed: Tensor | int | None, query: Tensor) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (), device=query.device)
     if not isinstance(seed, Tensor):
+        arguments.require_integer("seed", seed)
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed is {seed}, expected an integer of 64 bits")
         return torch.full((), seed, dtype=torch.int64, device=query.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.device import INTERPRET, only_named_in_the_interpreter
-from mmfuse.kernels.contrastive.arguments import autocast, check_features, integers, scalar
+from mmfuse.kernels.contrastive.arguments import autocast, check_features, integers, require_integer, scalar
 from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
 from mmfuse.kernels.contrastive.negatives import Draw
 from mmfuse.kernels.contrastive.negatives.op import OTHER_DIRECTION, draw_op, seed_of
@@ -29,7 +29,7 @@ def _scan(
     rows, grads = [], []
     for way, queue in enumerate(queues):
         teacher = None if x_m is None else x_m[way]
-        row, g = blocked.scan(x[way], teacher, keys[way], queue, *options, see and partial(see, way))
+        row, g = blocked.scan(x[way], teacher, keys[way], queue, *options, see=see and partial(see, way))
         rows.append(row)
         grads.append(g)
     return torch.stack(rows), torch.stack(grads)
@@ -365,15 +365,15 @@ def _itc(
         key_ids = integers("key_ids", ids if key_ids is None else key_ids, keys[0], "keys")
         queue_ids = integers("queue_ids", queue_ids, queues[0], "queue")
         ids = integers("ids", ids, queries[0], "query")
+    require_integer("negatives", negatives)
     if negatives < 0:
         raise ValueError(f"negatives is {negatives}, expected a number of draws per row")
     if not 0.0 <= mixture < math.inf:
         raise ValueError(f"mixture is {mixture}, expected a finite number >= 0")
     impl = QUEUE_ITC.select(queries[0], keys[0], queues[0], backend=backend)
-    query, keys = _stacked(queries), _stacked(keys)
     teacher = None if teachers[0] is None else _stacked(teachers)
-    masks = (ids, key_ids, queue_ids)
-    return impl.fn(query, teacher, keys, list(queues), temp, float(alpha), *masks, negatives, float(mixture), seeds)
+    features, masks = (_stacked(queries), teacher, _stacked(keys), list(queues)), (ids, key_ids, queue_ids)
+    return impl.fn(*features, temp, float(alpha), *masks, negatives, float(mixture), seeds)
 
 
 def _stacked(ways: tuple[Tensor, ...]) -> Tensor:

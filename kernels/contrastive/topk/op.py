@@ -85,6 +85,7 @@ def similarity_topk(queries: Tensor, gallery: Tensor, k: int, *, backend: str | 
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     queries, gallery, _ = arguments.features(queries, gallery, 1.0, 0, False, ("queries", "gallery"))
+    arguments.require_integer("k", k)
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"k is {k}, expected at least 1 and at most the {gallery.shape[0]} rows of gallery")
     impl = TOPK.select(queries, gallery, k, backend=backend)
