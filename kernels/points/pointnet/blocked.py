@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,14 +85,35 @@ class _Gradients:
         self.x[block] = (da @ w1).view(-1, k, w1.shape[1])
 
 
-def forward(passes: Any, x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
+class Norm(NamedTuple):
+    """Batch normalisation of the third product v: scale (v - mean) / std + shift."""
+
+    mean: Tensor
+    rstd: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def unit(self, v: Tensor) -> Tensor:
+        return (v - self.mean).mul_(self.rstd)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, self.unit(v), self.scale)
+
+
+def _hidden(s: _Block, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    """h of a block [m k, C3]."""
+    return (s.third if norm is None else norm(s.third).to(dtype)).relu_()
+
+
+def forward(passes: Any, x: Tensor, *layers: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     """(y [M, D], the neighbours that it comes from [M, D])."""
-    *first, w4, b4 = layers
+    *first, b3, w4, b4 = layers
     m, k, _ = x.shape
     y = torch.empty(m, len(w4), dtype=x.dtype, device=x.device)
     peak = torch.empty(m, len(w4), dtype=torch.uint8, device=x.device)
-    for block, s in _blocks(x, *first):
-        largest, peak[block] = passes.maximum(s.third.relu_().view(-1, k, w4.shape[1]), w4)
+    for block, s in _blocks(x, *first, b3 if norm is None else None):
+        h = _hidden(s, norm, w4.dtype)
+        largest, peak[block] = passes.maximum(h.view(-1, k, w4.shape[1]), w4)
         y[block] = largest.add_(b4)
     return y, peak
 
@@ -101,17 +122,26 @@ def backward(passes: Any, dy: Tensor, peak: Tensor, x: Tensor, *layers: Tensor) 
     """The gradients of x and of the layers."""
     w1, b1, w2, b2, w3, b3, w4, _ = layers
     acc = accumulation_dtype(x.dtype)
-    k = x.shape[1]
     sums = _Gradients(x, w1, w2, w3, acc)
     dw4 = torch.zeros(w4.shape, dtype=acc, device=x.device)
     dy = dy.to(acc).contiguous()
     for block, s in _blocks(x, w1, b1, w2, b2, w3, b3):
-        h = s.third.relu_()
-        dh, part = passes.gradient(dy[block], peak[block], h.view(-1, k, w4.shape[1]), w4, True, True)
+        dh, part = _through_maximum(passes, dy[block], peak[block], _hidden(s, None, w4.dtype), w4, True)
         dw4 += part
-        sums.add(block, s, torch.ops.aten.threshold_backward(dh.view(h.shape), h, 0))
+        sums.add(block, s, dh)
     pairs = (t for pair in zip(sums.w, sums.b, strict=True) for t in pair)
     return sums.x, *pairs, dw4, dy.sum(0)
+
+
+def _through_maximum(
+    passes: Any, dy: Tensor, peak: Tensor, h: Tensor, w4: Tensor, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """(the gradient before the activation [m k, C3], that of W4)."""
+    dh, dw4 = passes.gradient(dy, peak, h.view(len(dy), -1, w4.shape[1]), w4, True, need_weight)
+    return torch.ops.aten.threshold_backward(dh.view(h.shape), h, 0), dw4
+
+
+# --- batch normalisation of the third product, with the statistics of all groups -------------------------------------
 
 
 def statistics(x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,14 +159,28 @@ def statistics(x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
     return mean, squares / count
 
 
-def statistics_backward(
-    dmean: Tensor, dvar: Tensor, mean: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor
+def training_backward(
+    passes: Any, dy: Tensor, peak: Tensor, norm: Norm, x: Tensor, *layers: Tensor
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, w1, b1, w2, b2 and w3."""
-    count = x.shape[0] * x.shape[1]
-    sums = _Gradients(x, w1, w2, w3, accumulation_dtype(x.dtype))
-    slope = dvar * (2 / count)
-    offset = dmean / count - slope * mean
+    """The gradients of x, of the layers and of the scale.
+
+    With n = scale u + shift, u = (v - mean) / std and R rows: dv = scale / std (dn - (sum dn + u sum dn u) / R).
+    """
+    w1, b1, w2, b2, w3, _, w4, _ = layers
+    acc = accumulation_dtype(x.dtype)
+    sums = _Gradients(x, w1, w2, w3, acc)
+    dw4 = torch.zeros(w4.shape, dtype=acc, device=x.device)
+    dshift, dscale = torch.zeros_like(norm.shift), torch.zeros_like(norm.scale)
+    dy = dy.to(acc).contiguous()
     for block, s in _blocks(x, w1, b1, w2, b2, w3, None):
-        sums.add(block, s, (s.third * slope + offset).to(s.third.dtype))
-    return sums.x, sums.w[0], sums.b[0], sums.w[1], sums.b[1], sums.w[2]
+        dn, part = _through_maximum(passes, dy[block], peak[block], _hidden(s, norm, w4.dtype), w4, True)
+        dw4 += part
+        dshift += dn.sum(0, dtype=acc)
+        dscale += (dn * norm.unit(s.third)).sum(0, dtype=acc)
+    rows = x.shape[0] * x.shape[1]
+    for block, s in _blocks(x, w1, b1, w2, b2, w3, None):
+        dn, _ = _through_maximum(passes, dy[block], peak[block], _hidden(s, norm, w4.dtype), w4, False)
+        dv = dn - norm.unit(s.third).mul_(dscale / rows).add_(dshift / rows)
+        sums.add(block, s, (dv * (norm.scale * norm.rstd)).to(w3.dtype))
+    (dw1, dw2, dw3), (db1, db2, _) = sums.w, sums.b
+    return sums.x, dw1, db1, dw2, db2, dw3, dshift, dw4, dy.sum(0), dscale

@@ -92,43 +92,64 @@ def _fused(backend: str, x: Tensor, *layers: Tensor) -> Tensor:
     return pointnet_fwd(x, *layers, backend)[0]
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------------------------
 
 
-def _stats(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor) -> tuple[Tensor, Tensor]:
-    return blocked.statistics(x, *_operands(x, w1, b1, w2, b2, w3))
+def _norm(mean: Tensor, var: Tensor, scale: Tensor, shift: Tensor, eps: float) -> blocked.Norm:
+    return blocked.Norm(mean, (var + eps).rsqrt(), scale.to(mean.dtype), shift.to(mean.dtype))
 
 
-def _stats_fake(x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
-    mean = x.new_empty(layers[-1].shape[0], dtype=accumulation_dtype(x.dtype))
-    return mean, torch.empty_like(mean)
+def _train(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, w4: Tensor, b4: Tensor,
+    scale: Tensor, eps: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    layers = _operands(x, w1, b1, w2, b2, w3, b3, w4, b4)
+    mean, var = blocked.statistics(x, *layers[:5])
+    y, peak = blocked.forward(_passes(backend), x, *layers, norm=_norm(mean, var, scale, b3, eps))
+    return y, mean, var, peak
 
 
-def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[0], *inputs)
+def _train_fake(x: Tensor, *layers: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean = x.new_empty(layers[4].shape[0], dtype=accumulation_dtype(x.dtype))
+    y, peak = _fwd_fake(x, *layers)
+    return y, mean, torch.empty_like(mean), peak
 
 
-def _stats_backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
-    grads = statistics_bwd(dmean, dvar, *ctx.saved_tensors)
-    return tuple(d if need else None for d, need in zip(grads, ctx.needs_input_grad, strict=True))
+def _train_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _stats_bwd(
-    dmean: Tensor, dvar: Tensor, mean: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layers = (w1, b1, w2, b2, w3)
-    dx, *rest = blocked.statistics_backward(dmean, dvar, mean, x, *_operands(x, *layers))
-    return (dx, *(d.to(t.dtype) for d, t in zip(rest, layers, strict=True)))  # type: ignore[return-value]
+def _train_backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * len(ctx.needs_input_grad)
+    grads = train_bwd(dy, *ctx.saved_tensors, ctx.eps, ctx.backend)
+    return (*(d if need else None for d, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None)
 
 
-def _stats_bwd_fake(dmean: Tensor, dvar: Tensor, mean: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in inputs)
+def _train_bwd(
+    dy: Tensor, mean: Tensor, var: Tensor, peak: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+    w3: Tensor, b3: Tensor, w4: Tensor, b4: Tensor, scale: Tensor, eps: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    layers = (w1, b1, w2, b2, w3, b3, w4, b4)
+    norm = _norm(mean, var, scale, b3, eps)
+    dx, *rest = blocked.training_backward(_passes(backend), dy, peak, norm, x, *_operands(x, *layers))
+    return (dx, *(d.to(t.dtype) for d, t in zip(rest, (*layers, scale), strict=True)))  # type: ignore[return-value]
 
 
-statistics_bwd = register("pointnet_statistics_bwd", _stats_bwd, _stats_bwd_fake)
-statistics_op = register(
-    "pointnet_statistics", _stats, _stats_fake, setup_context=_stats_setup, backward=_stats_backward
-)
+def _train_bwd_fake(dy: Tensor, mean: Tensor, var: Tensor, peak: Tensor, x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (x, *layers[:9]))
+
+
+train_bwd = register("mini_pointnet_training_bwd", _train_bwd, _train_bwd_fake)
+train_op = register("mini_pointnet_training", _train, _train_fake, setup_context=_train_setup, backward=_train_backward)
+
+
+def _trained(backend: str, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, var, _ = train_op(*inputs, backend)
+    return y, mean, var
 
 
 # --- choice ---------------------------------------------------------------------------------------------------------
@@ -159,9 +180,14 @@ POINTNET = Op(
         Impl("torch", reference.mini_pointnet, no_reason),
     ],
 )
-STATISTICS = Op(
-    "pointnet_statistics",
-    [Impl("chunked", statistics_op, reasons_against_chunked), Impl("torch", reference.statistics, no_reason)],
+TRAINING = Op(
+    "mini_pointnet_training",
+    [
+        Impl("triton", partial(_trained, "triton"), _against_triton, only_named_in_the_interpreter),
+        Impl("cpu", partial(_trained, "cpu"), _against_cpu),
+        Impl("chunked", partial(_trained, "chunked"), _against_chunked),
+        Impl("torch", reference.training, no_reason),
+    ],
 )
 
 
@@ -194,31 +220,41 @@ def mini_pointnet(groups: Tensor, layers: Sequence[Layer], *, backend: str | Non
     return y.view(*groups.shape[:-2], y.shape[1])
 
 
-def pointnet_statistics(
-    groups: Tensor, layers: Sequence[Layer], weight: Tensor, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance over all points of W3 [max_j f; f], for batch normalisation of the mini-PointNet in training.
+def mini_pointnet_training(
+    groups: Tensor, layers: Sequence[Layer], scale: Tensor, eps: float = 1e-5, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mini_pointnet` with batch normalisation of the third product v = W3 [max_j f; f], by statistics of all points.
+
+    h = relu(scale (v - mean) / sqrt(var + eps) + b3); the rest is as in `mini_pointnet`.
 
     Args:
-        groups: [..., k, C], as for `mini_pointnet`, at least one point.
-        layers: the first two pairs (weight, bias): [C1, C], [C2, C1].
-        weight: W3 [C3, 2 C2].
-        backend: "chunked" or "torch"; by default the first that accepts the arguments.
+        groups: [..., k, C], at least one point.
+        layers: four pairs, as for `mini_pointnet`; b3 is the bias of the normalisation.
+        scale: [C3], its weight.
+        eps: of the normalisation.
+        backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
 
     Returns:
-        (mean [C3], biased variance [C3]) in float32 (float64 for float64).
+        tokens [..., D] in the dtype of `groups`; mean [C3] and biased variance [C3] of v in float32 (float64 for
+        float64), which have no gradient.
 
-    Deterministic. Differentiable once in groups, layers and weight; nothing but the means is kept for that.
+    Deterministic. Differentiable once in groups, layers and scale; kept for that are one byte for each output, mean and
+    variance.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    x, tensors = _arguments(groups, [*(t for pair in layers for t in pair), weight], 5)
+    x, tensors = _arguments(groups, [t for pair in layers for t in pair], 8)
     if x.numel() == 0:
         raise ValueError(f"groups has shape {tuple(groups.shape)}, expected at least one point")
-    mean, var = STATISTICS.select(x, *tensors, backend=backend).fn(x, *tensors)
-    return mean, var
+    if scale.shape != tensors[5].shape or scale.device != x.device:
+        raise ValueError(
+            f"scale is {tuple(scale.shape)} on {scale.device}, expected {tuple(tensors[5].shape)} on {x.device}"
+        )
+    impl = TRAINING.select(x, *tensors, scale, eps, backend=backend)
+    y, mean, var = impl.fn(x, *tensors, scale, eps)
+    return y.view(*groups.shape[:-2], y.shape[1]), mean, var
 
 
 _NAMES = ("layers[0] weight", "layers[0] bias", "layers[1] weight", "layers[1] bias", "layers[2] weight",

@@ -14,11 +14,15 @@ def mini_pointnet(
     return (h.relu() @ w4.t() + b4).max(1).values
 
 
-def statistics(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean [C3], biased variance [C3]) of the third product over all neighbours."""
-    h = _third(x, w1, b1, w2, b2, w3).flatten(0, 1)
-    var, mean = torch.var_mean(h.to(torch.promote_types(h.dtype, torch.float32)), 0, correction=0)
-    return mean, var
+def training(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, w4: Tensor, b4: Tensor,
+    scale: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same with batch normalisation of the third product, and its mean [C3] and biased variance [C3]."""
+    v = _third(x, w1, b1, w2, b2, w3)
+    var, mean = torch.var_mean(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), correction=0)
+    h = ((v - mean) * (var + eps).rsqrt() * scale + b3).to(x.dtype)
+    return (h.relu() @ w4.t() + b4).max(1).values, mean.detach(), var.detach()
 
 
 def _third(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor) -> Tensor:
