@@ -26,10 +26,11 @@ def _scan(
         from mmfuse.kernels.contrastive.queue import kernel
 
         return kernel.scan(x, x_m, keys, queues, *options)
+    scan: Any = blocked.scan
     rows, grads = [], []
     for way, queue in enumerate(queues):
         teacher = None if x_m is None else x_m[way]
-        row, g = blocked.scan(x[way], teacher, keys[way], queue, *options, see=see and partial(see, way))
+        row, g = scan(x[way], teacher, keys[way], queue, *options, see and partial(see, way))
         rows.append(row)
         grads.append(g)
     return torch.stack(rows), torch.stack(grads)
