@@ -28,7 +28,7 @@ def _weights(prediction: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor]:
     acc = torch.promote_types(prediction.dtype, torch.float32)
     ids = None if prediction.shape[1] == mask.shape[1] else reference.masked_ids(mask, prediction.shape[1])
     weight = (mask if ids is None else mask.gather(1, ids)).to(acc)
-    return ids, weight / weight.sum()
+    return ids, (weight / weight.sum()).contiguous()
 
 
 def _fwd(
@@ -114,6 +114,7 @@ LOSS = Op(
         Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked),
         Impl("torch", _reference, no_reason),
     ],
+    example=lambda features: (features[None], features[None]),
 )
 
 

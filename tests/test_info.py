@@ -1,0 +1,24 @@
+"""`mmfuse info` and `mmfuse explain` answer for every operator, with arguments of its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mmfuse.cli import main
+from mmfuse.kernels._runtime import operators
+
+
+def test_info_knows_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["operators"].keys() == operators().keys()
+    for name, implementations in facts["operators"].items():
+        assert not all(implementations.values()), f"{name}: {implementations}"
+
+
+def test_explain_takes_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--shape", "64x32"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name}\n" in printed for name in operators()) and printed.count("->") == len(operators())
