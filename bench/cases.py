@@ -24,6 +24,7 @@ SUITES = {
     "language": "mmfuse.bench.language",
     "selection": "mmfuse.bench.selection",
     "codebook": "mmfuse.bench.codebook",
+    "patch": "mmfuse.bench.patch",
     "contrastive-dist": "mmfuse.bench.distributed",
     "variants": "mmfuse.bench.variants",
     "targets": "mmfuse.bench.targets",
