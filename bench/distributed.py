@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmfuse._compat import allow_torchvision
+from mmfuse.bench import store
 from mmfuse.bench.cases import Case, Check, differentiated
 from mmfuse.kernels import distributed_clip_loss, distributed_siglip_loss
 from mmfuse.kernels.contrastive.distributed import peers
@@ -113,6 +114,7 @@ def _losses(rank: int, size: int) -> dict[tuple[str, str], Callable[..., Tensor]
             losses[name, f"mmfuse[{save}]"] = partial(_clip, save=save, **mode)
         if local and grad:
             losses[name, "mmfuse[recompute, true]"] = partial(_clip, save="recompute", grad_scale="true", **mode)
+            losses[name, "mmfuse[ring, true]"] = partial(_clip, dist_impl="ring", grad_scale="true", **mode)
     for impl in _IMPLS:
         losses[f"siglip {impl}", "mmfuse"] = partial(distributed_siglip_loss, dist_impl=impl, backend="chunked")
     try:
@@ -167,7 +169,7 @@ def expected(loss: str, provider: str, size: int, b: int, d: int) -> tuple[int, 
     ring = 2 * (size - 1) / size  # an all_reduce's share
     if loss.startswith("siglip"):
         if provider == "mmfuse":
-            return 3 * one, 2 * features + 48 * 2 * (size - 1)
+            return 3 * one, 2 * features + 104 * (size - 1)
         factor = 2 if loss.endswith("reduce") else 1
         # the block of the own texts, multiplied by 0, is computed again
         more = 3 * 2 * b * b * d if size > 1 and loss.endswith(("reduce", "gather")) else 0
@@ -177,7 +179,7 @@ def expected(loss: str, provider: str, size: int, b: int, d: int) -> tuple[int, 
         if size == 1:
             return 6 * one, 0
         return (6 if grad else 4) * one if local else 3 * size * one, (4 if grad else 2) * features
-    header = 96 * (size - 1)
+    header = 104 * (size - 1)
     if size > 1 and local and not grad:
         return (4 if "store" in provider else 6) * one, 2 * features + header
     kept = "store" in provider
@@ -185,7 +187,8 @@ def expected(loss: str, provider: str, size: int, b: int, d: int) -> tuple[int, 
     numbers = ring * 4 * 3 * n  # a maximum and two sums of each column
     scalars: float = 4 * (size - 1)  # the upstream gradients
     scalars += ring * 4 * (size * ("true" not in provider) if local else 2)
-    return (3 if kept else 4) * one + split, 2 * features + numbers + header + scalars
+    travels = 3 if "ring" in provider else 2  # texts, their gradients, and around a ring texts again
+    return (3 if kept else 4) * one + split, travels * features + numbers + header + scalars
 
 
 # --- for `mmfuse verify` ---------------------------------------------------------------------------------------------
@@ -255,6 +258,12 @@ def run(args: argparse.Namespace) -> int:
             want = expected(loss, provider, size, b, d)
             row = {"loss": loss, "provider": provider, "ranks": size, "b": b, "D": d, "flops": flops, "bytes": sends}
             rows.append(row | {"formula_flops": want[0], "formula_bytes": want[1]})
+    if args.out is not None:  # not among the records of measurements: nothing here is one
+        environment = store.environment(torch.device("cpu"))
+        path = args.out / store.slug(environment["device"]) / "contrastive-dist.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(map(json.dumps, rows))
+        path.write_text(f'{{"environment": {json.dumps(environment)}, "counts": [\n{lines}\n]}}\n')
     wrong = [r for r in rows if r["flops"] != r["formula_flops"] or abs(r["bytes"] - r["formula_bytes"]) > 0.5]
     if args.json:
         print("\n".join(map(json.dumps, rows)))

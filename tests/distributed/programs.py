@@ -62,6 +62,8 @@ def as_open_clip(rank: int, size: int, b: int, d: int) -> None:
         for g in upstream:
             want = differentiate(theirs.ClipLoss(**mode, **world), g, x, y, scale)
             others = ({"save": "recompute"}, {"backend": "torch"}, {"sizes": [b] * size}) if g == upstream[1] else ()
+            if others and (grad or not local):
+                others += ({"dist_impl": "ring"}, {"dist_impl": "ring", "save": "store"})
             for options in ({}, *others):
                 got = differentiate(partial(mmfuse.distributed_clip_loss, **mode, **options), g, x, y, scale)
                 close(got, want, (mode, g, options))
@@ -143,7 +145,7 @@ def of_the_global_batch(rank: int, size: int, sizes: list[int]) -> None:
         return mmfuse.clip_loss(x, y, s, backend="torch")
 
     value, dx, dy, ds = differentiate(one_process, 1.0, all_x, all_y, scale)
-    for options in ({}, {"save": "recompute"}, {"backend": "torch"}, {"sizes": sizes}):
+    for options in ({}, {"save": "recompute"}, {"backend": "torch"}, {"sizes": sizes}, {"dist_impl": "ring"}):
         for local, grad in MODES:
             mode = {"local_loss": local, "gather_with_grad": grad, "group": group, **options}
             got = differentiate(partial(mmfuse.distributed_clip_loss, grad_scale="true", **mode), 1.0, x, y, scale)
@@ -220,7 +222,12 @@ def every_backend(rank: int, size: int, backends: list[str]) -> None:
 def only_what_is_asked(rank: int, size: int) -> None:
     """A locked tower, no gradient at all, a scale that is a number, double backward."""
     x, y = (rows(t, [3] * size, rank) for t in pairs([3] * size, 5))
-    for options in ({"local_loss": True, "gather_with_grad": True}, {"gather_with_grad": True}, {}):
+    for options in (
+        {"local_loss": True, "gather_with_grad": True},
+        {"gather_with_grad": True},
+        {},
+        {"dist_impl": "ring"},
+    ):
         leaf = x.clone().requires_grad_()
         mmfuse.distributed_clip_loss(leaf, y, 10.0, **options).backward()
         full = differentiate(partial(mmfuse.distributed_clip_loss, logit_scale=10.0, **options), 1.0, x, y)
@@ -243,6 +250,13 @@ def only_what_is_asked(rank: int, size: int) -> None:
     close([compiled(x, y)], [2 * mmfuse.distributed_clip_loss(x, y, 10.0)], "compiled")
 
 
+def kept_by_a_ring(rank: int, size: int, sizes: list[int], d: int) -> int:
+    """The most numbers in one of the tensors that wait for the backward."""
+    x, y = (rows(t, sizes, rank).requires_grad_() for t in pairs(sizes, d))
+    loss = mmfuse.distributed_clip_loss(x, y, 10.0, gather_with_grad=True, dist_impl="ring", backend="chunked")
+    return max(t.numel() for t in loss.grad_fn.saved_tensors)
+
+
 def disagree(rank: int, size: int) -> dict[str, str]:
     """What a rank is told where another one's arguments are different, or wrong."""
     x, y = pairs([3], 5)
@@ -252,6 +266,7 @@ def disagree(rank: int, size: int) -> dict[str, str]:
         "dtype": lambda: mmfuse.distributed_clip_loss(*((x.float(), y.float()) if odd else (x, y)), 10.0),
         "mode": lambda: mmfuse.distributed_clip_loss(x, y, 10.0, local_loss=odd),
         "impl": lambda: mmfuse.distributed_siglip_loss(x, y, 10.0, dist_impl="gather" if odd else "shift"),
+        "clip impl": lambda: mmfuse.distributed_clip_loss(x, y, 10.0, dist_impl="ring" if odd else "gather"),
         "loss": lambda: (mmfuse.distributed_siglip_loss if odd else mmfuse.distributed_clip_loss)(x, y, 10.0),
         "gradient": lambda: mmfuse.distributed_clip_loss(x, y.clone().requires_grad_(odd), 10.0),
         "rows": lambda: mmfuse.distributed_clip_loss(x, y[:2] if odd else y, 10.0),
@@ -276,7 +291,7 @@ def overlapped(rank: int, size: int, sizes: list[int]) -> list[list[str]]:
     """
     x, y = (rows(t, sizes, rank) for t in pairs(sizes, 6))
     scale = torch.tensor(12.0, dtype=torch.float64)
-    clip = partial(mmfuse.distributed_clip_loss, backend="chunked", gather_with_grad=True, local_loss=True)
+    clip = partial(mmfuse.distributed_clip_loss, backend="chunked", local_loss=True, grad_scale="true")
     siglip = partial(mmfuse.distributed_siglip_loss, backend="chunked", dist_impl="gather")
     told, happened = dist.new_group(), []
     for loss in (clip, siglip):

@@ -1,8 +1,12 @@
-"""The four ways in which texts reach every rank, and their gradients come home.
+"""The ways in which texts reach every rank, and their gradients come home.
 
 `blocks(text)` yields (texts, where this rank's positives begin in them, or None), the own texts first; `home(grads)`
 takes their gradients in reverse, the own texts' last, and returns the sum over ranks for the own texts. Both let texts
 and gradients travel while the caller computes: with the block before, and the gradient that `home` asks for next.
+
+CLIP has statistics of all texts in its forward, and gradients only then: `gradients(ys, of_block, send)` calls
+`of_block(i, texts)` for every block in a fixed order and returns the sum over ranks for the own texts, if it is to be
+sent. `ys` are the texts of the blocks that the forward keeps: of all, if `keeps`, or the own.
 """
 
 from __future__ import annotations
@@ -63,11 +67,19 @@ class Gather:
         """A number of each rank [W] as one of each text [N]."""
         return torch.cat([c.spread(numbers) for c in self.chunks])
 
-    def by_rank(self, others: Sequence[Tensor], dim: int = 0) -> Iterator[Tensor]:
-        """For each other rank, what all blocks but the own have of its texts, which lie along `dim`."""
-        sizes = [[*c.sizes[: c.rank], *c.sizes[c.rank + 1 :]] for c in self.chunks]
-        parts = (t.split(s, dim) for t, s in zip(others, sizes, strict=True))
-        return (torch.cat(of_rank, dim) for of_rank in zip(*parts, strict=True))
+    def columns(self, i: int) -> Iterator[tuple[int, slice]]:
+        """Each rank with texts in block i, and where they are."""
+        chunk, start = self.chunks[i - 1], 0
+        for r, n in enumerate(chunk.sizes):
+            if r != chunk.rank:
+                yield r, slice(start, start + n)
+                start += n
+
+    keeps = True
+
+    def gradients(self, ys: Sequence[Tensor], of_block: Callable[[int, Tensor], Tensor], send: bool) -> Tensor:
+        grads = (of_block(i, ys[i]) for i in reversed(range(len(ys))))
+        return self.home(grads) if send else list(grads)[-1]
 
     def _parts(self, own: Tensor) -> tuple[Tensor, ...]:
         return own.tensor_split(len(self.chunks))
@@ -173,6 +185,48 @@ class Ring:
             for work in works:
                 work.wait()
         return received
+
+
+class Around(Ring):
+    """CLIP's texts once around a ring in the forward, and once more with their gradients: none but the own are kept.
+
+    [N] numbers, one of each text, stand by rank.
+    """
+
+    keeps = False
+
+    def __init__(self, peers: Peers) -> None:
+        super().__init__(peers, {1: peers.size - 1})
+        self.sources = [self.source(1, hop) for hop in range(peers.size)]
+
+    def whole(self, *blocks: Tensor) -> Tensor:
+        return torch.cat([blocks[i] for i in sorted(range(len(blocks)), key=self.sources.__getitem__)])
+
+    def by_block(self, t: Tensor) -> list[Tensor]:
+        by_rank = t.split(self.peers.sizes)
+        return [by_rank[r] for r in self.sources]
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        return self.peers.spread(numbers)
+
+    def columns(self, i: int) -> Iterator[tuple[int, slice]]:
+        yield self.sources[i], slice(None)
+
+    def gradients(self, ys: Sequence[Tensor], of_block: Callable[[int, Tensor], Tensor], send: bool) -> Tensor:
+        held = {1: ys[0].contiguous()}
+        texts, sums = self._hop(held, 1), self._move({}, 0)
+        own = of_block(0, held[1])
+        for hop in range(1, self.peers.size):
+            held = self._arrived(texts)
+            texts = self._hop(held, hop + 1)
+            g = of_block(hop, held[1])
+            if send:  # on to the rank that has these texts next, or, at the last, whose they are
+                for so_far in self._arrived(sums).values():
+                    g += so_far
+                sums = self._move({1: g}, hop + 1)
+        for total in self._arrived(sums).values():
+            own += total
+        return own
 
 
 def _global(peers: Peers, rank: int) -> int:

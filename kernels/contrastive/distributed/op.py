@@ -24,7 +24,7 @@ from mmfuse.kernels.contrastive.backends import (
     template,
 )
 from mmfuse.kernels.contrastive.distributed import reference
-from mmfuse.kernels.contrastive.distributed.exchange import EXCHANGES, Gather
+from mmfuse.kernels.contrastive.distributed.exchange import EXCHANGES, Around, Gather
 from mmfuse.kernels.contrastive.distributed.peers import Peers, meet, members, refuse
 from mmfuse.kernels.contrastive.distributed.reference import Mode
 from mmfuse.kernels.contrastive.normalisers import above, merged, normaliser
@@ -81,18 +81,23 @@ class _Clip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode, backend: str) -> Tensor:
-        exchange = Gather(peers)
+        exchange = (Around if mode.ring else Gather)(peers)
         stats = template(backend).stats
         with _no_autocast(image):
-            # the own texts first; a block without positives has its diagonal beside it
-            blocks = exchange.blocks(text)
-            found = [(y, *stats(image, y, scale, len(y) if at is None else at, mode.save)) for y, at in blocks]
-            ys, row_maxima, row_sums, col_maxima, col_sums, (positive, *_), logits = zip(*found, strict=True)
+            ys: list[Tensor] = []
+            found = []
+            for y, at in exchange.blocks(
+                text
+            ):  # the own texts first; without positives the diagonal is beside the block
+                found.append(stats(image, y, scale, len(y) if at is None else at, mode.save))
+                if exchange.keeps or not ys:
+                    ys.append(y)
+            row_maxima, row_sums, col_maxima, col_sums, (positive, *_), logits = zip(*found, strict=True)
             row_max, row_sum = merged(row_maxima, row_sums)
             diag = scale * positive
             # the columns of all ranks: their largest logit, then the negatives' and the positive's share of the sum
             col_max, col_sum = exchange.whole(*col_maxima), exchange.whole(*col_sums)
-            own = exchange.whole(diag, *(diag.new_full((len(y),), -torch.inf) for y in ys[1:]))
+            own = exchange.whole(diag, *(torch.full_like(m, -torch.inf) for m in col_maxima[1:]))
             kappa = peers.max_(torch.maximum(col_max, own))
             negatives, positives = peers.sum_(
                 torch.stack([col_sum * torch.exp(col_max - kappa), torch.exp(own - kappa)])
@@ -103,7 +108,7 @@ class _Clip(torch.autograd.Function):
             if not mode.local_loss:
                 peers.sum_(loss)
         ctx.settings = exchange, mode, backend
-        ctx.save_for_backward(image, scale, row_max, row_sum, diag, kappa, negatives, positives, *ys, *logits)
+        ctx.save_for_backward(image, scale, row_max, row_sum, diag, kappa, negatives, positives, *logits, *ys)
         return loss
 
     @staticmethod
@@ -111,7 +116,6 @@ class _Clip(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         exchange, mode, backend = ctx.settings
         x, scale, row_max, row_sum, diag, kappa, negatives, positives, *kept = ctx.saved_tensors
-        ys, logits = kept[: len(kept) // 2], kept[len(kept) // 2 :]
         need_x, need_y, need_s = ctx.needs_input_grad[:3]
         peers = exchange.peers
         with _no_autocast(x):
@@ -136,39 +140,36 @@ class _Clip(torch.autograd.Function):
                 return template(backend).grad(*args, wide=True)
 
             bs, kappas = exchange.by_block(b), exchange.by_block(kappa)
-            blocks = list(zip(ys, bs, kappas, [0, *map(len, ys[1:])], logits, strict=True))
+            logits, ys = kept[: len(bs)], kept[len(bs) :]
             dx = torch.zeros(x.shape if need_x else 0, dtype=scale.dtype, device=x.device)
-            ds = torch.zeros_like(scale)
+            ds, no_rows = torch.zeros_like(scale), torch.zeros_like(a)
+            split = need_s and mode.local_loss and mode.split_scale
+            of_columns = scale.new_zeros(peers.size)
 
-            def of_texts() -> Iterator[Tensor]:
-                """The texts' gradients, the own block's last: those of others are under way meanwhile."""
-                for y, *block in reversed(blocks):
-                    dx_part, dy, ds_part = grad(y, a, *block, need_x, need_y, need_s)
-                    if need_x:
-                        dx.add_(dx_part)
-                    if need_s:
-                        ds.add_(ds_part)
-                    yield dy
+            def of_block(i: int, y: Tensor) -> Tensor:
+                b, kappa, u = bs[i], kappas[i], logits[i]
+                dx_part, dy, ds_part = grad(y, a, b, kappa, len(y) if i else 0, u, need_x, need_y, need_s)
+                if need_x:
+                    dx.add_(dx_part)
+                if need_s:
+                    ds.add_(ds_part)
+                for r, cols in exchange.columns(i) if split and i else ():
+                    # int16 logits are in steps of the whole block's
+                    floats = u.dim() == 2 and u.is_floating_point()
+                    part = u[:, cols].contiguous() if floats else scale.new_empty(0)
+                    at = len(bs[i][cols])
+                    of_columns[r] += grad(y[cols], no_rows, b[cols], kappa[cols], at, part, False, False, True)[2]
+                return dy
 
-            dy = exchange.home(of_texts()) if need_y else list(of_texts())[-1]
+            dy = exchange.gradients(ys, of_block, need_y)
             if not mode.local_loss and not mode.gather_with_grad:
                 factor = ranks[peers.rank] / alpha
                 dx, dy = (t * factor if need else t for t, need in ((dx, need_x), (dy, need_y)))
             if need_s and not mode.local_loss:
                 ds = peers.sum_(ds / alpha) * ranks[peers.rank]
-            elif need_s and mode.split_scale:
+            elif split:
                 # open_clip's scale gets the rows and the columns of this rank's positives, not the rows of all columns
-                columns = (exchange.by_rank(t[1:]) for t in (ys, bs, kappas))
-                floats = logits[0].dim() == 2 and logits[0].is_floating_point()
-                us = exchange.by_rank(logits[1:], 1) if floats else [scale.new_empty(0)] * (peers.size - 1)
-                no_rows = torch.zeros_like(a)
-                given = [
-                    grad(y, no_rows, b, kappa, len(y), u, False, False, True)[2]
-                    for y, b, kappa, u in zip(*columns, us, strict=True)
-                ]
-                given.insert(peers.rank, torch.zeros_like(ds))
-                others = torch.stack(given)
-                ds = ds - others.sum() + peers.sum_(others)[peers.rank]
+                ds = ds - of_columns.sum() + peers.sum_(of_columns.clone())[peers.rank]
         grads = ((t if need else None) for t, need in ((dx.to(x.dtype), need_x), (dy, need_y), (ds, need_s)))
         return (*grads, None, None, None)
 
@@ -205,6 +206,7 @@ def distributed_clip_loss(
     grad_scale: GradScale = "open_clip",
     weights: tuple[float, float] = (0.5, 0.5),
     sizes: Sequence[int] | None = None,
+    dist_impl: Literal["gather", "ring"] = "gather",
     save: op.Save = "auto",
     store_budget: int | None = None,
     backend: str | None = None,
@@ -228,7 +230,10 @@ def distributed_clip_loss(
             gradients (what DistributedDataParallel makes) is the gradient of the global batch's loss.
         weights: (w_r, w_c) of the image-to-text and the text-to-image direction.
         sizes: every rank's b, where it is known: nothing is exchanged to learn it, and nothing compared.
-        save, store_budget: as in `mmfuse.clip_loss`, for the b x N logits.
+        dist_impl: "gather": every rank has all texts, N D elements, and all gradients of them on their way. "ring": the
+            texts go around in the forward, and once more with their gradients, 2 blocks of either at a time: half as
+            many bytes more. Not for `local_loss` alone, whose two losses need all features.
+        save, store_budget: as in `mmfuse.clip_loss`, for the b x N logits; "auto" keeps none with "ring".
         backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
 
     Returns:
@@ -255,21 +260,27 @@ def distributed_clip_loss(
             raise ValueError(f"grad_scale is {grad_scale!r}, expected 'open_clip' or 'true'")
         if save not in ("auto", "recompute", "store"):
             raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
+        if dist_impl not in ("gather", "ring"):
+            raise ValueError(f"dist_impl is {dist_impl!r}, expected 'gather' or 'ring'")
+        true = grad_scale == "true"
+        local_loss = bool(local_loss)
+        gather_with_grad = bool(gather_with_grad) or true or members(group)[1] == 1  # alone, there is nothing to gather
+        ring = dist_impl == "ring"
+        if ring and local_loss and not gather_with_grad:
+            raise ValueError("dist_impl is 'ring', expected 'gather' for local_loss without gather_with_grad")
         DISTRIBUTED_CLIP.select(image, backend=backend)
-    true = grad_scale == "true"
-    local_loss = bool(local_loss)
-    gather_with_grad = bool(gather_with_grad) or true or members(group)[1] == 1  # alone, there is nothing to gather
     settings = _wanted(image, text, scale, backend) | {"loss": "clip_loss", "grad_scale": grad_scale}
-    settings |= {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    settings |= {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "dist_impl": dist_impl}
     peers = meet(group, image, sizes, settings)
     impl = DISTRIBUTED_CLIP.select(image, peers, backend=backend)  # the same on all ranks, now that they are known
     divisor: float = max(1, peers.total)
     if local_loss:
         divisor = divisor / peers.size if true else max(1, len(image))
     needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
+    save = "recompute" if ring and save == "auto" else save
     kept = op._kept_logits(save, store_budget, image, peers.total) if needs else ""
     split_scale = not true and peers.size > 1
-    mode = Mode(local_loss, gather_with_grad, split_scale, float(divisor), *w, kept)
+    mode = Mode(local_loss, gather_with_grad, split_scale, float(divisor), *w, kept, ring)
     return impl.fn(image, text, scale, peers, mode)
 
 

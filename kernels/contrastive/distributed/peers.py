@@ -150,10 +150,10 @@ def _waiting(what: str, rank: int, size: int) -> Iterator[None]:
 # what the ranks tell each other travels as an index into this
 _WORDS: tuple[bool | str, ...] = (
     *(False, True, "float16", "bfloat16", "float32", "float64", "clip_loss", "siglip_loss"),
-    *("open_clip", "true", "bidir", "shift", "reduce", "gather"),
+    *("open_clip", "true", "bidir", "shift", "reduce", "gather", "ring"),
     *("", "cuda", "triton", "cpu", "chunked", "torch"),
 )
-_HEADER = 12  # integers: whether the arguments fit, rows, features per row, and settings
+_HEADER = 13  # integers: whether the arguments fit, rows, features per row, and settings
 
 
 def members(group: Any) -> tuple[int, int]:

@@ -48,6 +48,7 @@ class Mode(NamedTuple):
     w_image: float
     w_text: float
     save: str
+    ring: bool
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode) -> Tensor:
