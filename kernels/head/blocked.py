@@ -126,8 +126,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """(dx, dgamma, dbeta, dweight, dscale), an empty one where `needs` says no."""
     need_x, need_gamma, need_beta, need_weight, need_scale = needs
-    nothing = rows.new_empty(0)
-    dx = dgamma = dbeta = dweight = dscale = nothing
+    dx, dgamma, dbeta, dweight, dscale = (rows.new_empty(0) for _ in needs)
     dy, along = passes.unit_grad(g, y, inverse, scale, normalize, clips)
     if need_scale and scale is not None:
         dscale = along.sum().to(scale.dtype)

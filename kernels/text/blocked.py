@@ -143,14 +143,13 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """(dtable, dposition, dtype_embed, dgamma, dbeta), an empty one where `needs` says no."""
     need_table, need_position, need_type, need_gamma, need_beta = needs
-    nothing = table.new_empty(0)
-    dtable = dposition = dtype = dgamma = dbeta = nothing
+    dtable, dposition, dtype, dgamma, dbeta = (table.new_empty(0) for _ in needs)
     dx = g
     if normed:
         shift = shift_of(position, type_embed, table)
         dx, sum_gamma, sum_beta = passes.norm_grad(g, ids, table, shift, gamma, pad, scale, mean, rstd)
-        dgamma = sum_gamma.to(gamma.dtype) if need_gamma and gamma is not None else nothing
-        dbeta = sum_beta.to(beta.dtype) if need_beta and beta is not None else nothing
+        dgamma = sum_gamma.to(gamma.dtype) if need_gamma and gamma is not None else dgamma
+        dbeta = sum_beta.to(beta.dtype) if need_beta and beta is not None else dbeta
     elif pad is not None:
         dx = g.masked_fill(pad[..., None], 0)
     if need_table:

@@ -290,7 +290,7 @@ def norm_grad(
                 *g.stride(), *table.stride(), stride_s, length, v, d, tokens, _TOKENS, scale,
                 SHIFT=shift is not None, GAMMA=gamma is not None, PAD=pad is not None, **_settings(d, mean),
             )  # fmt: skip
-    return dx, *sums.sum(0)
+    return dx, sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
 def rows_summed(dx: Tensor, ids: Tensor, rows: int, padding_idx: int | None) -> Tensor:

@@ -124,15 +124,18 @@ def _bwd(
     names = {"pixels": needs[0], "weight": needs[1], "bias": needs[2], "prefix": needs[3], "position": needs[4]}
     names |= {"prefix_position": needs[4] and cls_token is not None, "mask_token": needs[5] and mask is not None}
     wanted = [name for name, need in names.items() if need]
-    seen, nothing = position.shape[0], g.new_empty(0)
+    seen = position.shape[0]
     found = backward_from(g[:, :seen], stem, wanted, backend=backend) if wanted else {}
-    grads = [found.get(name, nothing) for name in ("pixels", "weight", "bias")]
-    grads.append(found["prefix"][0] if needs[3] else nothing)
     rows = [found[name] for name in ("prefix_position", "position") if name in found]
-    grads.append(torch.cat(rows) if rows else nothing)
-    unused = nothing if mask_token is None else torch.zeros_like(mask_token)  # without a mask
-    grads.append(found.get("mask_token", unused) if needs[5] else nothing)
-    words = (ids, table, text_position, None, None, None, pad_mask, nothing, nothing)
+    of_mask = found.get("mask_token")
+    if needs[5] and of_mask is None and mask_token is not None:  # without a mask
+        of_mask = torch.zeros_like(mask_token)
+    of_cls = found["prefix"][0].clone() if needs[3] else None
+    of_rows = torch.cat(rows) if rows else None
+    of_vision = (*map(found.get, ("pixels", "weight", "bias")), of_cls, of_rows, of_mask)
+    grads = [g.new_empty(0) if t is None else t for t in of_vision]
+    unused = table.new_empty(0)
+    words = (ids, table, text_position, None, None, None, pad_mask, unused, unused)
     needed = [needs[6], needs[7], False, False, False]
     grads += blocked.backward(_words(backend), g[:, seen:], *words, 1.0, False, padding_idx, needed)[:2]
     return grads
@@ -245,7 +248,8 @@ def multiway_tokens(
         raise ValueError(f"cls_token has shape {tuple(cls_token.shape)}, expected [{weight.shape[0]}]")
     if weight.shape[0] != table.shape[1]:
         raise ValueError(f"weight has {weight.shape[0]} features, expected {table.shape[1]} as table")
-    stem = stem_of(pixels, weight, bias, mean=mean, std=std, dtype=table.dtype, mask=mask, mask_token=mask_token)
+    masking = {} if mask is None else {"mask": mask, "mask_token": mask_token}
+    stem = stem_of(pixels, weight, bias, mean=mean, std=std, dtype=table.dtype, **masking)
     rows = (cls_token is not None) + stem.shape()[2]
     if position.dim() != 2 or position_offset < 0 or position.shape[0] < position_offset + rows:
         least = f"expected at least {rows} rows + position_offset {position_offset}"
