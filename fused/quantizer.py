@@ -88,6 +88,8 @@ def kmeans(
 class EmbeddingEMA(nn.Module):
     """The codes of `NormEMAVectorQuantizer`, under the original's names."""
 
+    initted: Tensor
+
     def __init__(
         self,
         num_tokens: int,
@@ -141,6 +143,8 @@ class NormEMAVectorQuantizer(nn.Module):
 
     Deterministic but for the k-means draws.
     """
+
+    cluster_size: Tensor
 
     def __init__(
         self,
@@ -232,6 +236,7 @@ class Codebook(nn.Module):
         num_codebooks: int,
         kmeans_init: bool,
         kmeans_iters: int,
+        sync_kmeans: bool,
         decay: float,
         eps: float,
         threshold_ema_dead_code: float,
@@ -244,6 +249,7 @@ class Codebook(nn.Module):
         super().__init__()
         self.codebook_size, self.num_codebooks, self.kmeans_iters = codebook_size, num_codebooks, kmeans_iters
         self.decay, self.eps, self.use_ddp = decay, eps, use_ddp
+        self.kmeans_all_reduce_fn = dist.all_reduce if use_ddp and sync_kmeans else None
         self.threshold_ema_dead_code = self.reset_cluster_size = threshold_ema_dead_code
         self.learnable_codebook, self.use_cosine_sim = learnable_codebook, use_cosine_sim
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
@@ -354,6 +360,7 @@ class VectorQuantizer(nn.Module):
             heads if separate_codebook_per_head else 1,
             kmeans_init,
             kmeans_iters,
+            sync_kmeans,
             decay,
             eps,
             threshold_ema_dead_code,
@@ -363,7 +370,6 @@ class VectorQuantizer(nn.Module):
             manual_ema_update,
             use_cosine_sim,
         )
-        self._codebook.sync_kmeans = sync_kmeans
 
     @property
     def codebook(self) -> Tensor:
@@ -527,7 +533,7 @@ def _nearest(book: Any, z: Tensor, embed: Tensor, wanted: Tensor | None) -> Tens
 
 @torch.no_grad()
 def _take_kmeans(book: Any, rows: Tensor, wanted: Tensor | None) -> None:
-    reduce = book.use_ddp and getattr(book, "sync_kmeans", True)
+    reduce = book.kmeans_all_reduce_fn is dist.all_reduce
     found = []
     for x in rows:
         x = x if wanted is None else x[wanted]
@@ -574,12 +580,11 @@ def _replace_dead(book: Any, rows: Tensor, wanted: Tensor | None) -> None:
         return
     for h, x in enumerate(rows):
         if wanted is None:
-            order, many = torch.randperm(n, device=x.device), n
-        else:
+            order = torch.randperm(n, device=x.device)
+        else:  # those that count come first
             order = torch.where(wanted, torch.rand(n, device=x.device), 2).argsort()
-            many = wanted.sum()
         rank = dead[h].cumsum(0) - 1
-        taken = (dead[h] & (rank < many))[:, None]
+        taken = (dead[h] & (rank < (n if wanted is None else wanted.sum())))[:, None]
         fresh = x[order[rank.clamp(0, n - 1)]].to(book.embed)
         if book.use_cosine_sim:
             fresh = F.normalize(fresh, dim=-1, eps=_EPS)

@@ -314,7 +314,7 @@ def _fused(
 
 QUANTIZE = Op(
     "vector_quantize",
-    _implementations(*[partial(_fused, name) for name in ("triton", "cpu", "chunked")], reference.assign),
+    _implementations(partial(_fused, "triton"), partial(_fused, "cpu"), partial(_fused, "chunked"), reference.assign),
 )
 
 
