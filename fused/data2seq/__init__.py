@@ -108,7 +108,7 @@ class Data2Seq(nn.Module):
     features = encoder(tokens)
 
     Args:
-        modality: one of MODALITIES (the table above).
+        modality: one of MODALITIES (the table above); "hyper" is the published name of "hyperspectral".
         dim: the width of a token.
         options: of the modality's tokenizer, `self.embed`.
 
@@ -118,6 +118,7 @@ class Data2Seq(nn.Module):
 
     def __init__(self, modality: str, dim: int, **options: Any):
         super().__init__()
+        modality = "hyperspectral" if modality == "hyper" else modality
         if modality not in MODALITIES:
             raise ValueError(f"modality is {modality!r}, expected one of {', '.join(MODALITIES)}")
         self.modality, self.embed_dim = modality, dim

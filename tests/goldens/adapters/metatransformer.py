@@ -48,8 +48,14 @@ def run(given: Given) -> dict[str, Tensor]:
     if "text_encoding" in given.inputs:
         outputs["text.tokens"] = zero_padding(given.inputs["text_encoding"], model.embed_dim)
     outputs["loss"] = torch.stack(losses).sum()
-    outputs |= gradients(outputs["loss"], model, given.grads)
+    if given.grads:
+        outputs |= gradients(outputs["loss"], model, given.grads)
     return {name: t.detach() for name, t in outputs.items()}
+
+
+def _input(given: Given, *names: str) -> Tensor | None:
+    """The first of these inputs that the case has."""
+    return next((given.inputs[name] for name in names if name in given.inputs), None)
 
 
 def _power(t: Tensor) -> Tensor:
@@ -85,36 +91,37 @@ def _graph(model: MetaTransformer, name: str, given: Given) -> tuple[dict[str, T
 
 def _hyperspectral(model: MetaTransformer, name: str, given: Given) -> tuple[dict[str, Tensor], Tensor]:
     near_band = given.config["components"][name]["near_band"]
-    bands = neighbouring_bands(given.inputs[f"{name}_cube"], near_band)
+    bands = neighbouring_bands(_input(given, f"{name}_cube", "hyper_cube"), near_band)
     outputs = {"band_input": bands, "tokens": model.tokens(name, bands), "logits": model(name, bands)}
-    outputs["loss"] = F.cross_entropy(outputs["logits"], given.inputs[f"{name}_label"])
+    outputs["loss"] = F.cross_entropy(outputs["logits"], _input(given, f"{name}_label", "hyper_label"))
     return outputs, outputs["loss"]
 
 
 def _xray(model: MetaTransformer, name: str, given: Given) -> tuple[dict[str, Tensor], Tensor]:
-    pixels = given.inputs["xray_image"]
+    pixels = _input(given, f"{name}_image", "xray_image")
     outputs = {"tokens": model.tokens(name, pixels), "logits": model(name, pixels)}
-    outputs["loss"] = F.cross_entropy(outputs["logits"], given.inputs["xray_label"])
+    outputs["loss"] = F.cross_entropy(outputs["logits"], _input(given, f"{name}_label", "xray_label"))
     return outputs, outputs["loss"]
 
 
 def _audio(model: MetaTransformer, name: str, given: Given) -> tuple[dict[str, Tensor], Tensor]:
-    sound, component = given.inputs["audio_fbank"], model.get_submodule(name)
+    sound, component = _input(given, f"{name}_fbank", "audio_fbank"), model.get_submodule(name)
     outputs = {"tokens": model.tokens(name, sound), "logits": model(name, sound)}
     outputs["pooled"] = component.pooled(model.encoder, sound)
-    outputs["loss"] = F.binary_cross_entropy_with_logits(outputs["logits"], given.inputs["audio_label"])
+    label = _input(given, f"{name}_label", "audio_label")
+    outputs["loss"] = F.binary_cross_entropy_with_logits(outputs["logits"], label)
     return outputs, outputs["loss"]
 
 
 def _forecast(model: MetaTransformer, name: str, given: Given) -> tuple[dict[str, Tensor], Tensor]:
     x_enc, x_mark_enc, x_dec, x_mark_dec = (
-        given.inputs.get(f"ts_{part}") for part in ("x_enc", "x_mark_enc", "x_dec", "x_mark_dec")
+        _input(given, f"{name}_{part}", f"ts_{part}") for part in ("x_enc", "x_mark_enc", "x_dec", "x_mark_dec")
     )
     component = model.get_submodule(name)
     outputs = {"tokens": model.tokens(name, x_enc, x_mark_enc)}
     outputs["decoder_tokens"] = component.dec_embedding(x_dec, x_mark_dec)
     outputs["output"] = model(name, x_enc, x_mark_enc, x_dec, x_mark_dec)
-    outputs["loss"] = F.mse_loss(outputs["output"], given.inputs["ts_target"])
+    outputs["loss"] = F.mse_loss(outputs["output"], _input(given, f"{name}_target", "ts_target"))
     return outputs, outputs["loss"]
 
 
@@ -126,19 +133,19 @@ def _graph_encoder(model: MetaTransformer, name: str, given: Given) -> tuple[dic
 
 
 def _tabular(model: MetaTransformer, name: str, given: Given) -> tuple[dict[str, Tensor], Tensor]:
-    table = given.inputs[name]
+    table = _input(given, name, "tabular")
     outputs = {"tokens": model.tokens(name, table), "output": model(name, table)}
     return outputs, _power(outputs["output"])
 
 
 def _video(model: MetaTransformer, name: str, given: Given) -> tuple[dict[str, Tensor], Tensor]:
-    clip = given.inputs["video_clip"]
+    clip = _input(given, f"{name}_clip", "video_clip")
     outputs = {"tokens": model.tokens(name, clip), "logits": model(name, clip)}
-    return outputs, F.cross_entropy(outputs["logits"], given.inputs["video_label"])
+    return outputs, F.cross_entropy(outputs["logits"], _input(given, f"{name}_label", "video_label"))
 
 
 def _points(model: MetaTransformer, name: str, given: Given) -> tuple[dict[str, Tensor], Tensor]:
-    points, features = given.inputs[name], given.inputs.get(f"{name}.x", given.inputs.get(f"{name}_x"))
+    points, features = given.inputs[name], _input(given, f"{name}.x", f"{name}_x")
     component = model.get_submodule(name)
     centres, groups, x = component.features(model.encoder, points, features)
     outputs = {"center_p": centres[-1], "embed_features": groups[-1], "features": x}
