@@ -25,6 +25,8 @@ SUITES = {
     "selection": "mmfuse.bench.selection",
     "codebook": "mmfuse.bench.codebook",
     "patch": "mmfuse.bench.patch",
+    "points": "mmfuse.bench.points",
+    "tokens": "mmfuse.bench.tokens",
     "contrastive-dist": "mmfuse.bench.distributed",
     "variants": "mmfuse.bench.variants",
     "targets": "mmfuse.bench.targets",

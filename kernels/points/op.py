@@ -37,6 +37,8 @@ def _compiled(backend: str) -> Any:
 def _farthest(points: Tensor, k: int, start: Tensor, backend: str) -> Tensor:
     if backend == "torch":
         return reference.farthest_points(points, k, start)
+    if backend == "chunked":
+        return blocked.farthest_points(points, k, start)
     index = torch.empty(len(points), k, dtype=torch.int64, device=points.device)
     _compiled(backend).farthest_points(_coordinates(points), start.contiguous(), index)
     return index
@@ -64,6 +66,7 @@ FARTHEST = Op(
     [
         Impl("cuda", farthest_op, _many_points),
         Impl("cpu", farthest_op, reasons_against_cpu),
+        Impl("chunked", farthest_op, reasons_against_chunked),
         Impl("torch", farthest_op, no_reason),
     ],
 )
@@ -80,7 +83,7 @@ def farthest_points(points: Tensor, k: int, *, start: int | Tensor = 0, backend:
         points: [B, N, 3], float16, bfloat16, float32 or float64; any strides.
         k: 1 <= k <= N.
         start: the first index: one for all clouds, or int64 [B].
-        backend: "cuda", "cpu" or "torch"; by default the first that accepts the arguments.
+        backend: "cuda", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         [B, k] int64. Once every point has been taken or equals one that has, index 0 or the lowest of the equals
