@@ -17,7 +17,18 @@ from mmfuse.kernels._runtime import UnsupportedError, operators, use_backend
 if TYPE_CHECKING:
     from mmfuse.demo.page import Page
 
-_NEEDED = ("PIL", "matplotlib", "sklearn", "skimage", "transformers", "open_clip", "onnx", "onnxruntime", "onnxscript")
+_NEEDED = (
+    "PIL",
+    "matplotlib",
+    "sklearn",
+    "skimage",
+    "transformers",
+    "open_clip",
+    "timm",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     _require(*_NEEDED)
-    from mmfuse.demo import captions, export, numerics, speed, swap, training
+    from mmfuse.demo import captions, export, numerics, speed, stems, swap, training
     from mmfuse.demo.page import Page
 
     try:
@@ -55,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         swap.show(page, settings)
         trained = training.show(page, settings)
     captions.show(page, settings)
+    stems.show(page, settings)
     numerics.show(page, settings)
     speed.show(page, settings)
     export.show(page, trained)
