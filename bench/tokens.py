@@ -1,0 +1,341 @@
+"""Tokens beside the patches: embedded text, BEiT-3's pictures and text in one buffer, the head that reads one token.
+
+`embed_text` is BERT's: B texts of L ids of V words, width D, position, type and LayerNorm. `multiway` is BEiT-3's: B
+pictures of S x S in patches of 16 and texts of L of 64,010 words, both position tables, padded words to zero; against
+torchscale's modules. `select_head` is ImageBind's image head on B x L tokens of width D: officially LayerNorm of every
+token, of which one is projected to O. All of them are bound by memory, but for the patches' product.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse.bench.cases import Anchor, Case, Check, differentiated
+from mmfuse.bench.providers import chosen, compiled, eager, ours
+from mmfuse.kernels.head.op import SELECT_HEAD, select_head
+from mmfuse.kernels.text.multiway import MULTIWAY_TOKENS, multiway_tokens
+from mmfuse.kernels.text.op import EMBED_TEXT, embed_text
+
+_P, _V, _OFFSET = 16, 64010, 2  # BEiT-3's
+_EPS = 1e-6
+
+
+def _leaf(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    return (0.5 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+
+
+def _ramp(y: Tensor) -> Tensor:
+    """A scalar whose gradient is another number for every feature and every token."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    features = torch.linspace(-1, 1, y.shape[-1], dtype=wide, device=y.device)
+    return (y.to(wide).flatten(0, -2) @ features).mean()
+
+
+def _loss(fn: Any, *args: Tensor, **options: Any) -> Tensor:
+    return _ramp(fn(*args, **options))
+
+
+def _default(op: Any, probe: Any, baselines: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
+    first = op.select(*probe(device, dtype)).name
+    named = ["mmfuse-triton"] if device.type == "cuda" and first != "triton" else []
+    return [*baselines, "mmfuse", *named, "mmfuse-chunked"]
+
+
+def _written(device: torch.device, dtype: torch.dtype) -> Any:
+    """A copy of as many elements as the result has."""
+    kept: list[Tensor] = []
+
+    def run(*args: Tensor) -> Tensor:
+        if not kept:
+            d, ids = args[0].shape[-1], args[-1]
+            n = ids.numel() if not ids.is_floating_point() else args[0].numel() // d
+            kept[:] = (torch.ones(n, d, dtype=dtype, device=device) for _ in range(2))
+        return kept[0].copy_(kept[1])
+
+    return run
+
+
+# --- embed_text -----------------------------------------------------------------------------------------------------
+
+
+def _text_inputs(device: torch.device, dtype: torch.dtype, B: int, L: int, V: int, D: int) -> tuple[Tensor, ...]:
+    leaf = partial(_leaf, device, dtype)
+    ids = torch.randint(0, V, (B, L), device=device)
+    return leaf(V, D), leaf(512 if L <= 512 else L, D), leaf(D), leaf(D), leaf(D), ids
+
+
+def bert(table: Tensor, position: Tensor, kind: Tensor, gamma: Tensor, beta: Tensor, ids: Tensor) -> Tensor:
+    """transformers, BertEmbeddings: three lookups, two sums, a LayerNorm."""
+    x = F.embedding(ids, table) + kind
+    x = x + F.embedding(torch.arange(ids.shape[1], device=ids.device), position)
+    return F.layer_norm(x, x.shape[-1:], gamma, beta, _EPS)
+
+
+def _bert(
+    table: Tensor, position: Tensor, kind: Tensor, gamma: Tensor, beta: Tensor, ids: Tensor, **options: Any
+) -> Tensor:
+    return embed_text(ids, table, position=position, type_embed=kind, norm=(gamma, beta, _EPS), **options)
+
+
+def _text_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
+    return ids, torch.empty(4, 64, device=device, dtype=dtype)
+
+
+# --- multiway_tokens ------------------------------------------------------------------------------------------------
+
+
+def _multiway_inputs(
+    device: torch.device, dtype: torch.dtype, B: int, S: int, L: int, D: int, V: int = _V
+) -> tuple[Tensor, ...]:
+    leaf, n = partial(_leaf, device, dtype), (S // _P) ** 2
+    vision = ((D, 3, _P, _P), (D,), (D,), (_OFFSET + 1 + n, D))
+    pixels = torch.randn(B, 3, S, S, device=device).to(dtype)
+    tensors = (*(leaf(*shape) for shape in vision), leaf(V, D), leaf(_OFFSET + L, D))
+    return (*tensors, pixels, torch.randint(0, V, (B, L), device=device))
+
+
+def _padded(ids: Tensor) -> Tensor:
+    """The last quarter of a text."""
+    return (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] * 3 // 4).expand_as(ids)
+
+
+def beit3(
+    weight: Tensor, bias: Tensor, cls: Tensor, a: Tensor, table: Tensor, b: Tensor, pixels: Tensor, ids: Tensor
+) -> Tensor:
+    """torchscale's steps: two concatenations, a split of the sequence, a product with the padding mask."""
+    x = F.conv2d(pixels, weight, bias, stride=_P).flatten(2).transpose(1, 2)
+    x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+    x = torch.cat([x, F.embedding(ids, table)], dim=1)
+    seen, words = x.split([x.shape[1] - ids.shape[1], ids.shape[1]], dim=1)
+    indices = [torch.arange(_OFFSET, t.shape[1] + _OFFSET, device=x.device)[None] for t in (seen, words)]
+    x = x + torch.cat([F.embedding(i, t) for i, t in zip(indices, (a, b), strict=True)], dim=1)
+    padded = torch.cat([ids.new_zeros(seen.shape[:2], dtype=torch.bool), _padded(ids)], dim=1)
+    return x * (1 - padded[..., None].type_as(x))
+
+
+def _torchscale(device: torch.device, dtype: torch.dtype) -> Any:
+    """torchscale's own modules, with the given tensors as their parameters."""
+    from torchscale.component import embedding, multiway_network
+
+    def run(
+        weight: Tensor, bias: Tensor, cls: Tensor, a: Tensor, table: Tensor, b: Tensor, pixels: Tensor, ids: Tensor
+    ) -> Tensor:
+        with torch.device("meta"):
+            side, d = pixels.shape[-1], len(weight)
+            vision = embedding.VisionEmbedding(side, _P, 3, d, prepend_cls_token=True)
+            text = embedding.TextEmbedding(*table.shape)
+            positions = [embedding.PositionalEmbedding(*t.shape) for t in (a, b)]
+            position = multiway_network.MutliwayEmbedding(positions)
+        call = torch.func.functional_call
+        of_vision = {"proj.weight": weight, "proj.bias": bias, "cls_token": cls[None, None]}
+        x = torch.cat([call(vision, of_vision, pixels), call(text, {"weight": table}, ids)], dim=1)
+        position.split_position = x.shape[1] - ids.shape[1]
+        x = x + call(position, {"A.weight": a, "B.weight": b}, x)
+        seen = ids.new_zeros(len(ids), position.split_position, dtype=torch.bool)
+        return x * (1 - torch.cat([seen, _padded(ids)], dim=1)[..., None].type_as(x))
+
+    return eager(run)(device, dtype)
+
+
+def _multiway(
+    weight: Tensor,
+    bias: Tensor,
+    cls: Tensor,
+    a: Tensor,
+    table: Tensor,
+    b: Tensor,
+    pixels: Tensor,
+    ids: Tensor,
+    **options: Any,
+) -> Tensor:
+    return multiway_tokens(
+        pixels, ids, weight=weight, bias=bias, cls_token=cls, position=a, table=table, text_position=b,
+        pad_mask=_padded(ids), **options,
+    )  # fmt: skip
+
+
+def _multiway_arguments(weight: Tensor, *others: Tensor) -> tuple[Any, ...]:
+    *_, table, _, pixels, ids = (weight, *others)
+    return (pixels, weight, *[None] * 7, ids, table)
+
+
+def _multiway_probe(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    return _multiway_arguments(*_multiway_inputs(device, dtype, 1, 16, 4, 64, 8))
+
+
+# --- select_head ----------------------------------------------------------------------------------------------------
+
+
+def _head_inputs(device: torch.device, dtype: torch.dtype, B: int, L: int, D: int, O: int) -> tuple[Tensor, ...]:  # noqa: E741
+    leaf = partial(_leaf, device, dtype)
+    return leaf(B, L, D), leaf(D), leaf(D), leaf(O, D)
+
+
+def imagebind(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
+    """imagebind_model.py: LayerNorm, SelectElement(0), Linear, Normalize and the scale of audio."""
+    y = F.layer_norm(x, x.shape[-1:], gamma, beta, _EPS)[:, 0]
+    return 20.0 * F.normalize(F.linear(y, weight), dim=-1)
+
+
+def selected_first(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
+    """The same with the LayerNorm after the selection."""
+    return 20.0 * F.normalize(F.linear(F.layer_norm(x[:, 0], x.shape[-1:], gamma, beta, _EPS), weight), dim=-1)
+
+
+def _head(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    return select_head(x, 0, (gamma, beta, _EPS), weight, scale=20.0, **options)
+
+
+def _head_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor]:
+    return (torch.empty(4, 2, 64, device=device, dtype=dtype),)
+
+
+def _selected_rows(device: torch.device, dtype: torch.dtype) -> Any:
+    """The product of the rows that are read."""
+
+    def run(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(x[:, 0], weight.T)
+
+    return run
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+def _case(name: str, op: Any, official: Any, function: Any, probe: Any, others: dict[str, Any], **facts: Any) -> Case:
+    loss = partial(_loss, official)
+    baselines = ["eager", "compile", *others]
+    return Case(
+        name=name,
+        providers={
+            "eager": eager(loss),
+            "compile": compiled(eager(loss)),
+            **{n: (lambda device, dtype, load=load: partial(_loss, load(device, dtype))) for n, load in others.items()},
+            **ours(op, partial(_loss, function), probe),
+        },
+        definitions=("eager", *others),
+        default=partial(_default, op, probe, baselines),
+        **facts,
+    )
+
+
+CASES = [
+    _case(
+        "embed_text",
+        EMBED_TEXT,
+        bert,
+        _bert,
+        _text_probe,
+        {},
+        inputs=_text_inputs,
+        outputs=("loss", "d table", "d position", "d type", "d gamma", "d beta"),
+        chosen=lambda inputs, backend=None: chosen(EMBED_TEXT, 2, (inputs[-1], inputs[0]), backend),
+        dims=("B", "L", "V", "D"),
+        shapes={
+            "cpu": [{"B": b, "L": 128, "V": 30522, "D": 768} for b in (8, 32, 128)],
+            "cuda": [{"B": b, "L": 128, "V": 30522, "D": 768} for b in (64, 256, 1024)],
+        },
+        growth="B",
+        small={"B": 3, "L": 6, "V": 50, "D": 32},
+        flops=lambda mode, B, L, V, D: (10 if mode == "fwd" else 30) * B * L * D,
+        bytes=lambda mode, size, B, L, V, D: (2 * B * L * D if mode == "fwd" else (4 * B * L + V) * D) * size,
+        anchors={"copy": Anchor(_written, lambda B, L, V, D: B * L * D)},
+        anchor=lambda provider, mode: "copy",
+    ),
+    _case(
+        "multiway",
+        MULTIWAY_TOKENS,
+        beit3,
+        _multiway,
+        _multiway_probe,
+        {"torchscale": _torchscale},
+        inputs=_multiway_inputs,
+        outputs=("loss", "d weight", "d bias", "d cls", "d A", "d table", "d B"),
+        chosen=lambda inputs, backend=None: chosen(MULTIWAY_TOKENS, 11, _multiway_arguments(*inputs), backend),
+        dims=("B", "S", "L", "D"),
+        shapes={
+            "cpu": [{"B": b, "S": 224, "L": 64, "D": 768} for b in (4, 16, 32)],
+            "cuda": [{"B": b, "S": 224, "L": 64, "D": 768} for b in (32, 256, 1024)],
+        },
+        growth="B",
+        small={"B": 2, "S": 32, "L": 5, "D": 16},
+        flops=lambda mode, B, S, L, D: (2 if mode == "fwd" else 4) * B * (S // _P) ** 2 * 3 * _P * _P * D,
+        bytes=lambda mode, size, B, S, L, D: B * ((S // _P) ** 2 + 1 + 2 * L) * D * size + 3 * B * S * S * size,
+        anchors={"copy": Anchor(_written, lambda B, S, L, D: B * L * D)},
+        anchor=lambda provider, mode: "copy",
+    ),
+    _case(
+        "select_head",
+        SELECT_HEAD,
+        imagebind,
+        _head,
+        _head_probe,
+        {"selected-first": eager(selected_first)},
+        inputs=_head_inputs,
+        outputs=("loss", "d x", "d gamma", "d beta", "d weight"),
+        chosen=partial(chosen, SELECT_HEAD, 1),
+        dims=("B", "L", "D", "O"),
+        shapes={
+            "cpu": [{"B": b, "L": 257, "D": 1280, "O": 1024} for b in (8, 32, 64)],
+            "cuda": [{"B": b, "L": 257, "D": 1280, "O": 1024} for b in (64, 256, 1024)],
+        },
+        growth="B",
+        small={"B": 4, "L": 5, "D": 32, "O": 16},
+        flops=lambda mode, B, L, D, O: (2 if mode == "fwd" else 6) * B * D * O,  # noqa: E741
+        bytes=lambda mode, size, B, L, D, O: (  # noqa: E741
+            ((2 if mode == "fwd" else 4) * B * D + D * O + B * O + (0 if mode == "fwd" else B * L * D)) * size
+        ),
+        anchors={"product": Anchor(_selected_rows, lambda B, L, D, O: 2 * B * D * O)},  # noqa: E741
+        anchor=lambda provider, mode: "product",
+    ),
+]
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _head_check(device: torch.device) -> dict[str, Tensor]:
+    names = ("x", "gamma", "beta", "weight")
+    return dict(zip(names, (t.detach() for t in _head_inputs(device, torch.float32, 9, 5, 48, 40)), strict=True))
+
+
+def _text_check(device: torch.device) -> dict[str, Tensor]:
+    names = ("table", "position", "type", "gamma", "beta", "ids")
+    return dict(zip(names, (t.detach() for t in _text_inputs(device, torch.float32, 5, 9, 30, 48)), strict=True))
+
+
+def _multiway_check(device: torch.device) -> dict[str, Tensor]:
+    names = ("weight", "bias", "cls", "A", "table", "B", "pixels", "ids")
+    given = _multiway_inputs(device, torch.float32, 3, 32, 6, 48, 30)
+    return dict(zip(names, (t.detach() for t in given), strict=True))
+
+
+CHECKS = [
+    Check(
+        "embed_text",
+        "B=5 L=9 V=30 D=48",
+        _text_check,
+        differentiated(partial(_loss, _bert)),
+        lambda inputs: (inputs["ids"], inputs["table"]),
+    ),
+    Check(
+        "multiway_tokens",
+        "B=3 S=32 L=6 D=48",
+        _multiway_check,
+        differentiated(partial(_loss, _multiway)),
+        lambda inputs: _multiway_arguments(*inputs.values()),
+    ),
+    Check(
+        "select_head",
+        "B=9 L=5 D=48 O=40",
+        _head_check,
+        differentiated(partial(_loss, _head)),
+        lambda inputs: (inputs["x"],),
+    ),
+]
