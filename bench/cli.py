@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         budget = _MINUTE if args.suite is None and args.budget is None else args.budget
         records = []
         with _progress(len(jobs)) as tick:
-            for found in runner.run(jobs, device, dtype, args.mode, tick, budget):
+            for found in runner.run(jobs, device, dtype, args.mode, tick, budget, share=args.suite is None):
                 found = store.stamped(found, device)
                 records += found
                 if args.out is not None:  # at once: what was measured stays, whatever comes after it

@@ -7,6 +7,7 @@ compared with the operation's definition at the size itself. Timing interleaves 
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import os
 import time
@@ -94,15 +95,25 @@ def _rounds(seconds: float, limit: float) -> int:
 
 
 def measure(
-    row: Row, names: Sequence[str], probes: Isolated | InProcess, tick: Tick, limit: float = _SECONDS
+    row: Row,
+    names: Sequence[str],
+    probes: Isolated | InProcess,
+    tick: Tick,
+    limit: float = _SECONDS,
+    until: float = math.inf,
 ) -> list[Record]:
-    """The records of the named providers at one size, and of the anchors that they are compared with."""
+    """The records of the named providers at one size, and of the anchors that they are compared with.
+
+    After the time `until` only what a row needs is measured: the baselines, the first of ours, and one round of them.
+    """
     case = row.case
     common = {"case": case.name, "shape": row.shape, "dtype": str(row.dtype)[6:], "mode": row.mode}
     records: dict[str, Record] = {}
     for i, name in enumerate(names):
         tick(f"checking {name}", i / len(names) / 2)
-        records[name] = {**common, "provider": name, "role": "provider", **probes.probe(row, name)}
+        late = time.perf_counter() > until and any(is_ours(n) for n in records)
+        found = {"status": "skipped", "reason": "no time is left"} if late else probes.probe(row, name)
+        records[name] = {**common, "provider": name, "role": "provider", **found}
     timed = [name for name in names if records[name]["status"] == "ok"]
     anchors = list(dict.fromkeys(case.anchor(name, row.mode) for name in timed))
     peak_flops, peak_bytes = clock.ceilings(row.device, row.dtype)
@@ -120,6 +131,8 @@ def measure(
             records[name] |= failure(error)
     rounds = _rounds(sum(first.values()), limit)
     for i in range(rounds):
+        if i and time.perf_counter() > until:
+            break
         for name in list(samples):
             tick(f"round {i + 1} of {rounds}: {name}", 0.5 + i / rounds / 2)
             try:
@@ -173,8 +186,12 @@ def run(
     mode: str,
     tick: Tick,
     budget: float | None = None,
+    share: bool = False,
 ) -> Iterator[list[Record]]:
-    """Measure (case, shape, providers) one after another; with a budget of seconds, skip what does not fit."""
+    """Measure (case, shape, providers) one after another; with a budget of seconds, skip what does not fit.
+
+    With `share`, each gets an equal part of what is left of the budget, and makes do with it.
+    """
     start = time.perf_counter()
     tick("measuring the ceilings", 0)
     clock.ceilings(device, dtype)
@@ -182,7 +199,10 @@ def run(
     past: dict[str, tuple[float, float, float]] = {}  # case: seconds besides the rounds, seconds per round, its flops
     with prober(device) as probes:
         for i, (case, shape, names) in enumerate(jobs):
-            begun = time.perf_counter()
+            begun, until = time.perf_counter(), math.inf
+            if share and budget is not None:
+                part = max(0.0, budget - (begun - start)) / (len(jobs) - i)
+                limit, until = min(_SECONDS, part / 3), begun + part
             of_case = mode if mode in case.modes else case.modes[0]
             flops = case.flops(of_case, **shape)
             if budget is not None and past:
@@ -196,7 +216,7 @@ def run(
                     continue
             row = Row(case, shape, device, dtype, of_case)
             step = functools.partial(_step, tick, f"{case.name} {label(shape)}", i)
-            records = measure(row, names, probes, step, limit)
+            records = measure(row, names, probes, step, limit, until)
             per_round = sum(r["p50"] / 1e3 for r in records if "p50" in r)
             count = max((r.get("samples", 0) for r in records), default=0)
             wall = time.perf_counter() - begun

@@ -134,6 +134,21 @@ def test_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "are left" in second[0]["reason"]
 
 
+def test_a_case_keeps_to_its_share_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "prober", lambda device: InProcess())
+    case = _with(ours_a=_eager, ours_b=_eager)
+    jobs = [(case, {"N": n, "D": 32}, list(case.providers)) for n in (32, 48)]
+    monkeypatch.setattr(clock, "ceilings", lambda device, dtype: (1.0, 1.0))
+    now = iter(range(10**6))  # every look at the clock takes a second
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: float(next(now)))
+    found = list(runner.run(jobs, CPU, torch.float32, "fwd", lambda *_: None, budget=4.0, share=True))
+    records = {r["provider"]: r for r in found[0]}
+    # late, and yet a baseline and ours are there
+    assert records["mmfuse-b"]["status"] == "skipped" and records["mmfuse-b"]["reason"] == "no time is left"
+    assert records["eager"]["samples"] == records["mmfuse-a"]["samples"] == 1
+    assert holds(found[0])
+
+
 def test_peak_memory() -> None:
     kept, peak = memory.peak(lambda: torch.ones(32 << 18), CPU)
     if peak is None:
