@@ -106,15 +106,17 @@ def _total(first, taps, x, stretch, SOURCE, MODE: tl.constexpr):
         total = tl.zeros_like(x)
         for k in range(taps):
             total += _weight(first + k, x, stretch, SOURCE, MODE)
+        # rows past the end lie nowhere
+        total = tl.where(total == 0, 1, total)
     return total
 
 
 @triton.jit
-def position_rows(
-    table_ptr, bounds_y, bounds_x, row, column, height, width, d, GH, GW, D,
-    MODE: tl.constexpr, FACTORED: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+def add_positions(
+    acc, table_ptr, bounds_y, bounds_x, row, column, height, width, d, GH, GW, D,
+    MODE: tl.constexpr, FACTORED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_D]: columns `d` of the table resampled to height x width at (row, column); 0 for height 0."""
+    """acc += columns `d` of the table resampled to height x width at (row, column); nothing for height 0."""
     y, sy = _place(row, height, GH, bounds_y, MODE, ACC)
     x, sx = _place(column, width, GW, bounds_x, MODE, ACC)
     y0, x0 = _first(y, sy, MODE), _first(x, sx, MODE)
@@ -126,7 +128,6 @@ def position_rows(
     y_scale = tl.where(some, 1 / _total(y0, ny, y, sy, GH, MODE), 0)
     x_scale = tl.where(some, 1 / _total(x0, nx, x, sx, GW, MODE), 0)
     inside = (d < D)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     for a in range(ny):
         wy = _weight(y0 + a, y, sy, GH, MODE) * y_scale
         at_y = tl.minimum(tl.maximum(y0 + a, 0), GH - 1)
@@ -172,9 +173,9 @@ def _interpolate_kernel(
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sizes = tl.zeros((BLOCK_M,), tl.int32)
-    acc = position_rows(
-        table_ptr, bounds_y, bounds_x, r // w, r % w, sizes + height, sizes + width, d, GH, GW, D,
-        MODE, False, ACC, BLOCK_M, BLOCK_D,
+    acc = add_positions(
+        tl.zeros((BLOCK_M, BLOCK_D), ACC), table_ptr, bounds_y, bounds_x, r // w, r % w, sizes + height, sizes + width,
+        d, GH, GW, D, MODE, False, ACC,
     )  # fmt: skip
     tl.store(out_ptr + r.to(tl.int64)[:, None] * D + d[None, :], acc, mask=(r < N)[:, None] & (d < D)[None, :])
 

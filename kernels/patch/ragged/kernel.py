@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels.contrastive.kernel import _precision, _tile_of
-from mmfuse.kernels.patch.positions.kernel import accumulator, bounds, mode_number, position_rows
+from mmfuse.kernels.patch.positions.kernel import accumulator, add_positions, bounds, mode_number
 from mmfuse.kernels.patch.ragged.stem import Folded
 
 # --- device code ----------------------------------------------------------------------------------------------------
@@ -78,10 +78,7 @@ def _packed_kernel(
         j = tl.load(place_ptr + r * 4 + 1, mask=inside, other=0)
         height = tl.load(place_ptr + r * 4 + 2, mask=inside, other=0)
         width = tl.load(place_ptr + r * 4 + 3, mask=inside, other=0)
-        acc += position_rows(
-            table_ptr, bounds_y, bounds_x, i, j, height, width, d, GH, GW, D,
-            MODE, FACTORED, ACC, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        acc = add_positions(acc, table_ptr, bounds_y, bounds_x, i, j, height, width, d, GH, GW, D, MODE, FACTORED, ACC)
     if SOURCE:
         acc = tl.where(some[:, None], acc, 0)
     at = out_ptr + r.to(tl.int64)[:, None] * D + d[None, :]
@@ -92,6 +89,7 @@ def _packed_kernel(
 
 # chosen to compile without spills, not measured
 _TILES: dict[str, dict[str, int]] = {
+    "uint8": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
     "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
     "ieee": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "num_warps": 4, "num_stages": 2},
@@ -125,7 +123,7 @@ def forward(
     if not out.numel():
         return out
     precision = _precision(v.dtype)
-    tile = _TILES["half" if v.dtype.itemsize == 2 else precision]
+    tile = _TILES["uint8" if q is not None else "half" if v.dtype.itemsize == 2 else precision]
     table = None if table is None else table.contiguous()
     edges = [bounds(mode if table is not None else "", n, x.device) for n in shape]
     grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(d, tile["BLOCK_N"]),)
@@ -159,8 +157,9 @@ def aot_specs() -> Iterator[Spec]:
 
 
 def _spec(pixels: str, operand: torch.dtype, out: torch.dtype, mode: int, kind: str) -> Spec:
+    tile = _TILES["uint8" if pixels == "u8" else kind]
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    constants: dict[str, Any] = {n: v for n, v in _TILES[kind].items() if n in _packed_kernel.arg_names}
+    constants: dict[str, Any] = {n: v for n, v in tile.items() if n in _packed_kernel.arg_names}
     constants |= {"TABLE": True, "MODE": mode, "FACTORED": False, "SOURCE": pixels == "u8", "SCALED": pixels == "u8"}
     constants |= {"ACC": tl.float32, "OPERAND": _OPERANDS[operand], "PRECISION": "tf32" if kind == "tf32" else "ieee"}
     pointers = {"out_ptr": "*" + short[out], "x_ptr": "*" + pixels, "v_ptr": "*" + short[operand], "c_ptr": "*fp32"}
@@ -171,8 +170,8 @@ def _spec(pixels: str, operand: torch.dtype, out: torch.dtype, mode: int, kind: 
         variant=f"{pixels} pixels, mode {mode}",
         signature={n: pointers.get(n, "i32") for n in _packed_kernel.arg_names if n not in constants},
         constants=constants,
-        num_warps=_TILES[kind]["num_warps"],
-        num_stages=_TILES[kind]["num_stages"],
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
         aligned=("D", "K", "stride_x"),
         dot=kind,
     )

@@ -58,7 +58,7 @@ def _rows_kernel(
     if IDS:
         j = tl.load(ids_ptr + b * M + m).to(tl.int32)
     k = tl.arange(0, BLOCK)
-    inside = (k < K) & (weight != 0)
+    inside = k < tl.where(weight != 0, K, 0)
     c, q, p, t = k % C, k // C % Q, k // (C * Q) % P, k // (C * Q * P)
     at = (j // (GH * GW) * T + t).to(tl.int64) * stride_t + (j // GW % GH * P + p).to(tl.int64) * stride_y
     at += (j % GW * Q + q).to(tl.int64) * stride_x + c.to(tl.int64) * stride_c

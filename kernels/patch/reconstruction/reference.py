@@ -38,4 +38,4 @@ def masked_patch_loss(
 
 def masked_ids(mask: Tensor, count: int) -> Tensor:
     """[B, count]: the masked patches of each row, in order. A sort: a selection would wait for their number."""
-    return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count].contiguous()
