@@ -27,7 +27,7 @@ from mmfuse.kernels.patch.geometry import fold as fold_patches
 from mmfuse.kernels.patch.geometry import pad, unfold, unview
 from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Folded, Stem, fold, rows_added
 
-_BLOCK_BYTES = {"cpu": 5 << 20, "cuda": 256 << 20}  # of A
+_BLOCK_BYTES = {"cpu": 5 << 19, "cuda": 256 << 20}  # of A
 
 
 class TorchTile:

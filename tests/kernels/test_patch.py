@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -18,11 +19,8 @@ from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Stem
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-FUSED = [
-    n
-    for n in PATCH_EMBED.available(stem_of(*(torch.ones(1, 1, 1, 1, device=DEVICE) for _ in range(2))))
-    if n != "torch"
-]
+PROBE = torch.ones(1, 1, 1, 1, dtype=torch.uint8, device=DEVICE), torch.ones(1, 1, 1, 1, device=DEVICE)
+FUSED = [n for n in PATCH_EMBED.available(*PROBE) if n != "torch"]
 # the interpreter runs a Triton program in Python: it takes the small cases
 FAST = [n for n in FUSED if GPU or n != "triton"]
 RGB = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -139,7 +137,7 @@ CASES: dict[str, Any] = {
         RGB | rows("bias", "mask_token", "position", n=4) | {"mask": torch.ones(2, 4, dtype=torch.bool, device=DEVICE)},
     ),
 }
-SMALL = ["vit", "everything", "mae", "beit", "imagebind audio", "still", "padded", "nhwc", "patches", "odd stride"]
+SMALL = ["everything", "mae", "imagebind audio", "still", "padded", "nhwc", "patches"]
 
 
 def tokens_and_grads(
@@ -168,7 +166,9 @@ def tokens_and_grads(
 
 def judge(make: Any, backend: str, dtype: torch.dtype) -> None:
     pixels, shape, options = make()
-    weight = real(*shape).to(dtype) / weight_scale(shape)
+    weight = (real(*shape) / prod(shape[1:]) ** 0.5).to(dtype)
+    if backend not in PATCH_EMBED.available(pixels, weight):  # bytes alone, on a GPU
+        pytest.skip(f"{backend} does not take {pixels.dtype}")
     pixels = pixels.to(dtype) if pixels.is_floating_point() and dtype != torch.float32 else pixels
     options = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
     got, eager, exact = (
@@ -177,10 +177,6 @@ def judge(make: Any, backend: str, dtype: torch.dtype) -> None:
     )
     for name, result in got.items():
         assert_no_worse(result, eager[name], exact[name], name)
-
-
-def weight_scale(shape: tuple[int, ...]) -> float:
-    return float(torch.tensor(shape[1:]).prod()) ** 0.5
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -199,8 +195,8 @@ def test_in_the_interpreter(case: str, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["vit", "everything", "beit"])
 def test_16_bits(case: str, dtype: torch.dtype, backend: str) -> None:
-    if backend == "triton" and not GPU and dtype == torch.bfloat16:
-        pytest.skip("the interpreter's bfloat16 is not a GPU's")
+    if backend not in FAST and (dtype == torch.bfloat16 or case == "vit"):
+        pytest.skip("the interpreter's bfloat16 is not a GPU's, and it is slow")
     judge(CASES[case], backend, dtype)
 
 
@@ -235,6 +231,8 @@ def test_is_the_convolution() -> None:
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_what_is_masked_is_not_seen(backend: str) -> None:
+    if backend == "cuda":
+        pytest.skip("bytes have no NaN")
     pixels = real(2, 3, 16, 24)
     pixels[0, :, :8, 8:16] = torch.nan  # patch 1 of 6
     mask = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)
@@ -385,7 +383,7 @@ def test_export() -> None:
             self.weight = torch.nn.Parameter(real(*shape))
 
         def forward(self, pixels: Tensor) -> Tensor:
-            return patch_embed(pixels, self.weight, **options)
+            return patch_embed(pixels, self.weight, backend=FAST[-1], **options)
 
     module = Stem()
     batch = torch.export.Dim("batch", min=1, max=64)
