@@ -181,7 +181,7 @@ def tabular() -> Task:
         "continuous_cols": names[1:],
         "cont_norm_layer": "batchnorm",
     }
-    return Task(options, table, label, 60)
+    return Task(options, table, label, 150)
 
 
 def graph() -> Task:
