@@ -1,6 +1,6 @@
 """Codebooks: the nearest code, and a training step of BEiT-v2's quantizer, against the published lines.
 
-N unit rows of D dimensions, or B feature maps of 14 x 14, against K unit codes. The scores take 2 N K D floating-point
+N rows of D dimensions against K unit codes. The scores take 2 N K D floating-point
 operations; everything else is one pass over the rows.
 """
 
@@ -22,7 +22,6 @@ from mmfuse.kernels._runtime import use_backend
 from mmfuse.kernels.codebook.op import NEAREST
 
 _BETA, _DECAY = 1.0, 0.99
-_SIDE = 14
 
 
 def _unit(device: torch.device, dtype: torch.dtype, n: int, d: int) -> Tensor:
@@ -140,8 +139,8 @@ def _module(k: int, d: int) -> NormEMAVectorQuantizer:
     return NormEMAVectorQuantizer(k, d, _BETA, _DECAY)
 
 
-def _maps(device: torch.device, dtype: torch.dtype, B: int, K: int, D: int) -> tuple[Tensor, ...]:
-    z = torch.randn(B, D, _SIDE, _SIDE, device=device).to(dtype).requires_grad_()
+def _maps(device: torch.device, dtype: torch.dtype, N: int, K: int, D: int) -> tuple[Tensor, ...]:
+    z = torch.randn(1, D, N, 1, device=device).to(dtype).requires_grad_()
     return z, _unit(device, dtype, K, D), torch.zeros(K, device=device), torch.empty(K, D, device=device, dtype=dtype)
 
 
@@ -159,6 +158,15 @@ def _default(baselines: list[str], device: torch.device, dtype: torch.dtype) -> 
     return [*baselines, "mmfuse", *named, "mmfuse-chunked"]
 
 
+def _flops(mode: str, N: int, K: int, D: int) -> float:
+    return 2 * N * K * D
+
+
+# BEiT-v2: 196 patches of 16 to 1024 images
+_SHAPES = {
+    "cpu": [{"N": n, "K": 8192, "D": 32} for n in (3136, 12544, 50176)],
+    "cuda": [{"N": n, "K": 8192, "D": 32} for n in (12544, 50176, 200704)],
+}
 _BASELINES = ["beit2", "eager", "compile", "loop", "vector-quantize-pytorch"]
 
 CASES = [
@@ -181,15 +189,12 @@ CASES = [
             [*_BASELINES, *(["faiss"] if device.type == "cpu" else [])], device, dtype
         ),
         dims=("N", "K", "D"),
-        shapes={
-            "cpu": [{"N": n, "K": 8192, "D": 32} for n in (3136, 12544, 50176)],
-            "cuda": [{"N": n, "K": 8192, "D": 32} for n in (12544, 50176, 200704)],
-        },
+        shapes=_SHAPES,
         growth="N",
         small={"N": 70, "K": 50, "D": 16},
-        flops=lambda mode, N, K, D: 2 * N * K * D,
+        flops=_flops,
         bytes=lambda mode, itemsize, N, K, D: (N + K) * D * itemsize + 8 * N,
-        anchors={"product": Anchor(_product, lambda N, K, D: 2 * N * K * D)},
+        anchors={"product": Anchor(_product, partial(_flops, "fwd"))},
         anchor=lambda provider, mode: "product",
         modes=("fwd",),
         distance=_differing,
@@ -206,17 +211,14 @@ CASES = [
         definitions=("eager",),
         chosen=partial(chosen, NEAREST, 2),
         default=partial(_default, ["eager", "compile"]),
-        dims=("B", "K", "D"),
-        shapes={
-            "cpu": [{"B": b, "K": 8192, "D": 32} for b in (16, 64, 256)],
-            "cuda": [{"B": b, "K": 8192, "D": 32} for b in (64, 256, 1024)],
-        },
-        growth="B",
-        small={"B": 2, "K": 40, "D": 16},
-        # the rows are read twice and written twice: z_q and dz
-        flops=lambda mode, B, K, D: 2 * B * _SIDE**2 * K * D,
-        bytes=lambda mode, itemsize, B, K, D: (4 * B * _SIDE**2 + 2 * K) * D * itemsize,
-        anchors={"product": Anchor(_product, lambda B, K, D: 2 * B * _SIDE**2 * K * D)},
+        dims=("N", "K", "D"),
+        shapes=_SHAPES,
+        growth="N",
+        small={"N": 390, "K": 40, "D": 16},
+        flops=_flops,
+        # z is read, z_q and dz are written, with what comes back for z_q
+        bytes=lambda mode, itemsize, N, K, D: ((2 if mode == "fwd" else 4) * N + 2 * K) * D * itemsize,
+        anchors={"product": Anchor(_product, partial(_flops, "fwd"))},
         anchor=lambda provider, mode: "product",
     ),
 ]
