@@ -164,7 +164,7 @@ def _flops(mode: str, N: int, K: int, D: int) -> float:
 
 # BEiT-v2: 196 patches of 16 to 1024 images
 _SHAPES = {
-    "cpu": [{"N": n, "K": 8192, "D": 32} for n in (3136, 12544, 50176)],
+    "cpu": [{"N": n, "K": 8192, "D": 32} for n in (784, 3136, 12544, 50176)],
     "cuda": [{"N": n, "K": 8192, "D": 32} for n in (12544, 50176, 200704)],
 }
 _BASELINES = ["beit2", "eager", "compile", "loop", "vector-quantize-pytorch"]

@@ -78,8 +78,8 @@ CASES = [
         default=_default,
         dims=("N", "D", "V"),
         shapes={
-            # BERT's masked words of a batch of 64, CoCa's captions
-            "cpu": [{"N": 288, "D": 768, "V": 30522}, {"N": 1024, "D": 768, "V": 49408}],
+            # a small one, BERT's masked words of a batch of 64, CoCa's captions
+            "cpu": [{"N": n, "D": d, "V": v} for n, d, v in ((128, 256, 8192), (288, 768, 30522), (1024, 768, 49408))],
             "cuda": [{"N": n, "D": 768, "V": v} for n, v in ((2048, 30522), (19456, 49408), (65536, 49408))],
         },
         growth="N",

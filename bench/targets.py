@@ -227,7 +227,7 @@ CASES = [
         eager_grouped,
         _grouped_inputs,
         lambda *t: [t[:2], t[3:5]],
-        {kind: [{"N": 1024, "D": 768}] for kind in ("cpu", "cuda")},
+        {"cpu": [{"N": n, "D": 768} for n in (384, 1024)], "cuda": [{"N": 1024, "D": 768}]},
         outputs=("loss", *(f"d {t}{i}" for i in (1, 2) for t in ("image", "text", "logit_scale"))),
         problems=2,
     ),

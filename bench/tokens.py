@@ -238,7 +238,10 @@ CASES = [
         chosen=lambda inputs, backend=None: chosen(EMBED_TEXT, 2, (inputs[-1], inputs[0]), backend),
         dims=("B", "L", "V", "D"),
         shapes={
-            "cpu": [{"B": b, "L": 128, "V": 30522, "D": 768} for b in (8, 32, 128)],
+            "cpu": [
+                {"B": b, "L": 128, "V": v, "D": d}
+                for b, v, d in ((8, 8192, 256), (8, 30522, 768), (32, 30522, 768), (128, 30522, 768))
+            ],
             "cuda": [{"B": b, "L": 128, "V": 30522, "D": 768} for b in (64, 256, 1024)],
         },
         growth="B",
