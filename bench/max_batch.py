@@ -9,9 +9,12 @@ loss does not take. N pairs over W ranks, b = N / W each, D features. Bytes per 
     Inf-CL      58 b D               linear in b: its published 1.45 GB at 262144 pairs on 8 GPUs (D = 768) in all
     memeff      + 6 N D              the texts of all ranks in 16 bits, their gradient in float32
                                      (for W = 1: both gradients in float32)
-    mmfuse      + 4 N D              the texts' gradient in float32
-                + 4 N D for W > 1    the texts of all ranks and their gradient, in 16 bits
-                + 16 N + squares     the columns' statistics; a square of G, and 20 bytes for each of 8192 x D
+    mmfuse      + 4 N D              W = 1: the texts' gradient in float32
+                + 5 N D + 8 b D      W > 1: the texts of all ranks and their gradient in 16 bits, a quarter of it in
+                                     float32; the images' gradient in float32, and what is added to it
+    mmfuse ring + 22 b D             for W > 1 instead: 2 texts and 3 gradients of b rows held or on their way, and one
+                                     in float32; the images' as above
+                + 16 N + squares     of both: the columns' statistics; a square of G, 20 bytes for each of 8192 x D
 
 The lines of open_clip and mmfuse are checked here by peak memory in float32 on the CPU, where features take twice as
 much and the blocks are those of the CPU; those of Inf-CL and memeff were read, not run.
@@ -55,7 +58,12 @@ def _memeff(n: int, b: int, d: int) -> int:
 def _mmfuse(n: int, b: int, d: int) -> int:
     side = min(b, _SQUARE)
     squares = 2 * side * min(n, _SQUARE) + 20 * side * d
-    return 8 * b * d + 4 * n * d + (4 * n * d if n > b else 0) + 16 * n + squares
+    return 8 * b * d + (5 * n * d + 8 * b * d if n > b else 4 * n * d) + 16 * n + squares
+
+
+def _ring(n: int, b: int, d: int) -> int:
+    side = min(b, _SQUARE)
+    return 8 * b * d + 22 * b * d + 16 * n + 2 * side * side + 20 * side * d if n > b else _mmfuse(n, b, d)
 
 
 FORMULAS: dict[str, Callable[[int, int, int], int]] = {
@@ -63,6 +71,7 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {
     "Inf-CL": _inf_cl,
     "memeff": _memeff,
     "mmfuse": _mmfuse,
+    "mmfuse ring": _ring,
 }
 
 

@@ -1,9 +1,9 @@
 """open_clip's contrastive losses, computed without the N x N matrix of logits, on one process or many.
 
 Constructor, arguments, attributes and outputs are those of open_clip 3.3.0; open_clip itself is not needed. With
-`world_size` above 1 each rank calls its own loss on its own features, as there. Two attributes may be set beside
-open_clip's: `group`, the process group (None: the default one), and `grad_scale`, "open_clip" or "true"
-(`mmfuse.distributed_clip_loss`).
+`world_size` above 1 each rank calls its own loss on its own features, as there. Three attributes may be set beside
+open_clip's: `group`, the process group (None: the default one), `grad_scale`, "open_clip" or "true", and `dist_impl`,
+of SigLIP its own, of CLIP "gather" or "ring" (`mmfuse.distributed_clip_loss`).
 """
 
 from __future__ import annotations
@@ -294,6 +294,7 @@ def _contrastive(
         local_loss=loss.local_loss,
         gather_with_grad=loss.gather_with_grad,
         grad_scale=getattr(loss, "grad_scale", "open_clip"),
+        dist_impl=getattr(loss, "dist_impl", "gather"),
     )
     return value + 0 * logit_bias.sum().to(value.dtype) if isinstance(logit_bias, Tensor) else value
 

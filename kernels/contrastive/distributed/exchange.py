@@ -40,8 +40,8 @@ class Gather:
     def blocks(self, text: Tensor) -> Iterator[Block]:
         coming = [c.gathering(part, own=False) for c, part in zip(self.chunks, self._parts(text), strict=True)]
         yield text, 0
-        for arrived in coming:
-            yield arrived(), None
+        while coming:  # what has arrived is held by the caller alone
+            yield coming.pop(0)(), None
 
     def home(self, grads: Iterable[Tensor]) -> Tensor:
         grads = iter(grads)

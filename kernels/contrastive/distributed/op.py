@@ -86,9 +86,8 @@ class _Clip(torch.autograd.Function):
         with _no_autocast(image):
             ys: list[Tensor] = []
             found = []
-            for y, at in exchange.blocks(
-                text
-            ):  # the own texts first; without positives the diagonal is beside the block
+            for y, at in exchange.blocks(text):
+                # the own texts first; where there are no positives, the diagonal is beside the block
                 found.append(stats(image, y, scale, len(y) if at is None else at, mode.save))
                 if exchange.keeps or not ys:
                     ys.append(y)
@@ -169,7 +168,7 @@ class _Clip(torch.autograd.Function):
                 ds = peers.sum_(ds / alpha) * ranks[peers.rank]
             elif split:
                 # open_clip's scale gets the rows and the columns of this rank's positives, not the rows of all columns
-                ds = ds - of_columns.sum() + peers.sum_(of_columns.clone())[peers.rank]
+                ds = ds - of_columns.sum() + peers.sum_(of_columns)[peers.rank]
         grads = ((t if need else None) for t, need in ((dx.to(x.dtype), need_x), (dy, need_y), (ds, need_s)))
         return (*grads, None, None, None)
 
@@ -215,8 +214,9 @@ def distributed_clip_loss(
 
     L = sum_i w_r (rho_i - S_ii) + w_c (kappa_i - S_ii) over all N pairs of the group or the b of this rank, divided by
     their number (Radford et al. 2021, figure 3; the modes are those of `open_clip.loss.ClipLoss`). The texts are
-    gathered; the columns' log-sum-exps are merged over ranks from O(N) numbers; the texts' gradients are
-    reduce-scattered. 8 b N D multiply-adds' operations per rank, 6 where the logits are kept.
+    gathered, in parts, while the own texts and earlier parts are computed; the columns' log-sum-exps are merged over
+    ranks from O(N) numbers; the texts' gradients are summed at their ranks, in the same parts, while the others and the
+    own are computed. 8 b N D operations of multiply-adds per rank, 6 where the logits are kept.
 
     Args:
         image: [b, D] of this rank, float16, bfloat16, float32 or float64; any strides. b may differ by rank, and be 0.
@@ -243,9 +243,10 @@ def distributed_clip_loss(
 
     Every rank of the group has to call this, and backward, the same number of times and in the same order; the factor
     that the loss is multiplied with may differ by rank. With "open_clip", `local_loss` and `gather_with_grad`, a
-    gradient of `logit_scale` costs 2 b N D more operations (none if float logits are kept) for open_clip's split over
-    ranks, whose mean is that of "true". Deterministic as far as the group's reductions are. Differentiable once in
-    image, text and logit_scale. Under torch.compile the graph breaks around the call.
+    gradient of `logit_scale` costs 2 b (N - b) D more operations (none if float logits are kept) for open_clip's split
+    over ranks, whose mean is that of "true". Deterministic as far as the group's reductions are: nothing is summed in
+    the order in which it arrives. Differentiable once in image, text and logit_scale. Under torch.compile the graph
+    breaks around the call.
 
     Raises:
         ValueError, TypeError: an argument does not fit, or differs between ranks; the message names it.
