@@ -10,7 +10,7 @@
 #include "simd.h"
 
 #include <algorithm>
-#include <cstring>
+#include <bit>
 #include <limits>
 #include <vector>
 
@@ -22,7 +22,8 @@ namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int64_t PART = 256;  // points whose largest distance is known before the farthest is looked for
-constexpr int64_t LANE = 32, BLOCK = 256 * LANE;  // points whose smallest distance is known, and points at a time
+constexpr int64_t LANES = 256, BLOCK = 32 * LANES;  // smallest distances that are known, and points at a time
+constexpr int64_t STEP = 64;  // points of a ball query at a time
 
 struct Point {
     float x, y, z;
@@ -98,70 +99,79 @@ void squared_distances(const float* p, int64_t n, int64_t begin, int64_t count, 
     }
 }
 
-// The distances of up to BLOCK points, and the smallest of each LANE of them.
+// The distances of up to BLOCK points, and the smallest of those that are LANES apart.
 MMFUSE_CLONES
 void distances_and_least(const float* p, int64_t n, int64_t begin, int64_t count, Point q, float* d, float* least) {
-    for (int64_t first = 0, lane = 0; first < count; first += LANE, ++lane) {
-        const int64_t end = std::min(first + LANE, count);
-        float smallest = INF;
-#pragma omp simd reduction(min : smallest)
-        for (int64_t j = first; j < end; ++j) {
-            const float x = q.squared_distance(p, n, begin + j);
-            d[j] = x == x ? x : INF;
-            smallest = d[j] < smallest ? d[j] : smallest;
+    std::fill_n(least, LANES, INF);
+    for (int64_t first = 0; first < count; first += LANES) {
+        const int64_t lanes = std::min(LANES, count - first);
+#pragma omp simd
+        for (int64_t j = 0; j < lanes; ++j) {
+            float x = q.squared_distance(p, n, begin + first + j);
+            x = x == x ? x : INF;
+            d[first + j] = x;
+            least[j] = x < least[j] ? x : least[j];
         }
-        least[lane] = smallest;
     }
 }
 
-// The k smallest of distances that come in order of the index: smallest first, lower index first on ties.
-struct List {
-    float* d;
-    int64_t* index;
-    int64_t k, count = 0;
-
-    bool takes(float x) const { return count < k || x < d[k - 1]; }
-
-    void insert(float x, int64_t i) {
-        int64_t at = std::upper_bound(d, d + count, x) - d;
-        count = std::min(count + 1, k);
-        std::memmove(d + at + 1, d + at, (count - 1 - at) * sizeof(float));
-        std::memmove(index + at + 1, index + at, (count - 1 - at) * sizeof(int64_t));
-        d[at] = x, index[at] = i;
+// A number that k of the lanes do not exceed, near the smallest there is: by bisection of the bits of numbers >= 0.
+MMFUSE_CLONES
+float bound_of(const float* least, int64_t k) {
+    int32_t low = -1, high = std::bit_cast<int32_t>(INF);
+    while (k <= LANES && high - low > 1) {
+        const int32_t middle = low + (high - low) / 2;
+        const float x = std::bit_cast<float>(middle);
+        int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+        for (int64_t j = 0; j < LANES; ++j) count += least[j] <= x;
+        if (count < k) {
+            low = middle;
+        } else {
+            high = middle;
+            if (count == k) break;
+        }
     }
-};
+    return std::bit_cast<float>(high);
+}
+
+// orders points by distance, then by index
+uint64_t key_of(float d, int64_t j) { return uint64_t(std::bit_cast<uint32_t>(d)) << 32 | uint64_t(j); }
 
 void nearest_neighbors(Tensor query, Tensor points, Tensor index) {
     STD_TORCH_CHECK(points.dim() == 3 && points.size(1) == 3 && query.dim() == 3 && index.dim() == 3,
                     "query, points: expected [B, 3, G] and [B, 3, N]");
     const int64_t b = points.size(0), n = points.size(2), g = query.size(2), k = index.size(2);
+    STD_TORCH_CHECK(n < (int64_t(1) << 32) && k <= n, "points: expected k <= N < 2^32");
     const float* p = floats(points, "points", points, b * 3 * n);
     const float* q = floats(query, "query", points, b * 3 * g);
     int64_t* out = data<int64_t>(index, "index", points, ScalarType::Long, b * g * k);
 
     torch::stable::parallel_for(0, b * g, ceil_div(65536, n + 1), [&](int64_t begin, int64_t end) {
-        std::vector<float> nearest(k);
-        float d[BLOCK], least[BLOCK / LANE], ordered[BLOCK / LANE];
+        std::vector<uint64_t> nearest(k + BLOCK);
+        float d[BLOCK], least[LANES];
         for (int64_t i = begin; i < end; ++i) {
             const float* cloud = p + i / g * 3 * n;
             const Point centre = point_of(q + i / g * 3 * g, g, i % g);
-            List list{nearest.data(), out + i * k, k};
+            int64_t found = 0;
             for (int64_t block = 0; block < n; block += BLOCK) {
-                const int64_t count = std::min(BLOCK, n - block), lanes = ceil_div(count, LANE);
+                const int64_t count = std::min(BLOCK, n - block);
                 distances_and_least(cloud, n, block, count, centre, d, least);
-                // k lanes have a point no farther than the k-th of their smallest: what is farther than that is left out
-                float bound = INF;
-                if (k <= lanes) {
-                    std::copy_n(least, lanes, ordered);
-                    std::nth_element(ordered, ordered + (k - 1), ordered + lanes);
-                    bound = ordered[k - 1];
+                // k lanes have a point within the bound: what is farther is not among the k nearest
+                const float bound = bound_of(least, k);
+                const uint64_t last = found < k ? ~uint64_t(0) : nearest[k - 1];
+                int64_t candidates = found;
+                for (int64_t lane = 0; lane < std::min(LANES, count); ++lane) {
+                    if (least[lane] > bound) continue;
+                    for (int64_t j = lane; j < count; j += LANES) {
+                        const uint64_t key = key_of(d[j], block + j);
+                        if (d[j] <= bound && key < last) nearest[candidates++] = key;
+                    }
                 }
-                for (int64_t lane = 0; lane < lanes; ++lane) {
-                    if (!(least[lane] <= bound)) continue;
-                    for (int64_t j = lane * LANE; j < std::min((lane + 1) * LANE, count); ++j)
-                        if (d[j] <= bound && list.takes(d[j])) list.insert(d[j], block + j);
-                }
+                found = std::min(k, candidates);
+                std::partial_sort(nearest.begin(), nearest.begin() + found, nearest.begin() + candidates);
             }
+            for (int64_t j = 0; j < k; ++j) out[i * k + j] = int64_t(uint32_t(nearest[j]));
         }
     });
 }
@@ -179,14 +189,14 @@ void ball_query(Tensor query, Tensor points, double radius, Tensor index) {
     const float limit = float(radius) * float(radius);
 
     torch::stable::parallel_for(0, b * g, ceil_div(65536, n + 1), [&](int64_t begin, int64_t end) {
-        float d[LANE];
+        float d[STEP];
         for (int64_t i = begin; i < end; ++i) {
             const float* cloud = p + i / g * 3 * n;
             const Point centre = point_of(q + i / g * 3 * g, g, i % g);
             int64_t* row = out + i * k;
             int64_t found = 0;
-            for (int64_t block = 0; block < n && found < k; block += LANE) {
-                const int64_t count = std::min(LANE, n - block);
+            for (int64_t block = 0; block < n && found < k; block += STEP) {
+                const int64_t count = std::min(STEP, n - block);
                 squared_distances(cloud, n, block, count, centre, d);
                 for (int64_t j = 0; j < count && found < k; ++j)
                     if (d[j] < limit) row[found++] = block + j;

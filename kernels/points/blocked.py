@@ -46,13 +46,11 @@ def _over_blocks(find: Callable[[Tensor, Tensor], Tensor], query: Tensor, points
 def nearest_neighbors(query: Tensor, points: Tensor, k: int) -> Tensor:
     def nearest(q: Tensor, p: Tensor) -> Tensor:
         d = reference.squared_distances(q[:, :, None], p[:, None]).nan_to_num_(torch.inf, torch.inf)
-        # topk takes any of the equals, and the first are meant: all below the k-th, then the first that equal it
-        last = d.topk(k, 2, largest=False).values[..., -1:]
-        below, equal = d < last, d == last
-        kept = below | (equal & (equal.cumsum(2) <= k - below.sum(2, keepdim=True)))
-        at = torch.where(kept, torch.arange(d.shape[2], device=d.device), d.shape[2])
-        at = at.topk(k, 2, largest=False).values.sort(2).values
-        return at.gather(2, d.gather(2, at).sort(dim=2, stable=True).indices)
+        if d.dtype == torch.float64:
+            return d.sort(dim=2, stable=True).indices[..., :k]
+        # the bits of numbers >= 0 keep their order; before the index, all keys differ
+        key = (d.view(torch.int32).long() << 32) | torch.arange(d.shape[2], device=d.device)
+        return key.topk(k, 2, largest=False).values & 0xFFFFFFFF
 
     return _over_blocks(nearest, query, points, k)
 
