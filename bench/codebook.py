@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.bench.cases import Anchor, Case, Check, differentiated
+from mmfuse.bench.cases import Anchor, Case, Check, differentiated, relative
 from mmfuse.bench.providers import chosen, compiled, eager, ours
 from mmfuse.fused.quantizer import NormEMAVectorQuantizer
 from mmfuse.kernels import code_statistics, linear_argmax, nearest_code, vector_quantize
@@ -31,6 +31,14 @@ def _unit(device: torch.device, dtype: torch.dtype, n: int, d: int) -> Tensor:
 def _differing(got: Tensor, want: Tensor) -> float:
     """The share of rows with another code: the published lines take the code of a rounded distance."""
     return (got != want).double().mean().item()
+
+
+def _moved(got: Tensor, want: Tensor) -> float:
+    """Of gradients the share of rows with another one, which another code explains; of a loss its distance."""
+    if got.dim() == 0:
+        return relative(got, want)
+    gap, size = (t.double().norm(dim=1) for t in (got - want, want))
+    return 1 - (gap <= 0.1 * size).double().mean().item()
 
 
 # --- the nearest code -----------------------------------------------------------------------------------------------
@@ -214,12 +222,13 @@ CASES = [
         dims=("N", "K", "D"),
         shapes=_SHAPES,
         growth="N",
-        small={"N": 390, "K": 40, "D": 16},
+        small={"N": 100, "K": 40, "D": 16},
         flops=_flops,
         # z is read, z_q and dz are written, with what comes back for z_q
         bytes=lambda mode, itemsize, N, K, D: ((2 if mode == "fwd" else 4) * N + 2 * K) * D * itemsize,
         anchors={"product": Anchor(_product, partial(_flops, "fwd"))},
         anchor=lambda provider, mode: "product",
+        distance=_moved,
     ),
 ]
 
