@@ -111,9 +111,9 @@ def at_source(rows: Tensor, source: Tensor) -> Tensor:
 
 
 def backward(
-    g: Tensor, x: Tensor, source: Tensor | None, compute: torch.dtype, need_weight: bool
+    g: Tensor, x: Tensor, near: Tensor | None, source: Tensor | None, compute: torch.dtype, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dyT x [D, K], sum dy [D]) of g [R, D], in float32 (float64 for float64)."""
+    """(dyT (x - near) [D, K], sum dy [D]) of g [R, D], in float32 (float64 for float64)."""
     acc = torch.promote_types(compute, torch.float32)
     product = torch.zeros(g.shape[1], x.shape[1] if need_weight else 0, dtype=acc, device=g.device)
     total = torch.zeros(g.shape[1], dtype=acc, device=g.device)
@@ -126,6 +126,8 @@ def backward(
         total += dy.sum(0, dtype=acc)
         if need_weight:
             a = x[block] if source is None else at_source(x, source[block])
+            if near is not None:
+                a = a.to(acc) - near
             if g.is_cuda and compute != acc:
                 product = torch.mm(dy.t().to(compute), a.to(compute), out_dtype=acc)
             else:

@@ -16,7 +16,7 @@ from mmfuse.kernels.patch.arguments import vector
 from mmfuse.kernels.patch.positions.op import check_factors, check_table
 from mmfuse.kernels.patch.ragged import blocked, reference
 from mmfuse.kernels.patch.ragged.layout import layout
-from mmfuse.kernels.patch.ragged.stem import fold, weight_grad
+from mmfuse.kernels.patch.ragged.stem import centre, fold, weight_grad
 
 
 class PackedTokens(NamedTuple):
@@ -118,8 +118,9 @@ def _bwd(
     acc, none = f.bias.dtype, g.new_empty(0)
     dx = dweight = dbias = dtable = none
     if need_weight or need_bias:
-        product, total = blocked.backward(g, x, source, compute, need_weight)
-        dweight = weight_grad(f, product, total).to(weight.dtype) if need_weight else none
+        near = centre(x, f)
+        product, total = blocked.backward(g, x, near, source, compute, need_weight)
+        dweight = weight_grad(f, product, total, near).to(weight.dtype) if need_weight else none
         dbias = total.to(weight.dtype if bias is None else bias.dtype) if need_bias else none
     if need_x:
         dy = g.to(compute) if source is None else blocked.of_patches(g.to(compute), source, len(x))

@@ -35,10 +35,15 @@ def fold(
     return Folded(v, c - v.to(acc) @ shift, scale, shift)
 
 
-def weight_grad(f: Folded, product: Tensor, total: Tensor) -> Tensor:
-    """dW = s (dyT x - m sum dy), of the product dyT x [D, K] and the sum of dy [D]."""
+def centre(x: Tensor, f: Folded) -> Tensor | None:
+    """[K] whole numbers near the mean: what is left of a byte is exact in 16 bits, and sums of it do not cancel."""
+    return f.shift.round() if f.shift is not None and x.dtype == torch.uint8 else None
+
+
+def weight_grad(f: Folded, product: Tensor, total: Tensor, near: Tensor | None) -> Tensor:
+    """dW = s (dyT (x - n) - (m - n) sum dy), of the product dyT (x - n) [D, K] and the sum of dy [D]."""
     if f.shift is not None:
-        product = product - total[:, None] * f.shift
+        product = product - total[:, None] * (f.shift if near is None else f.shift - near)
     return product if f.scale is None else product * f.scale
 
 

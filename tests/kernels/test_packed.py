@@ -1,0 +1,321 @@
+"""Ragged batches of patches: every implementation against the definition, and the definition against the real stems."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mmfuse
+from judge import assert_no_worse
+from mmfuse._compat import allow_torchvision
+from mmfuse.kernels.patch.ragged import drop_patches, pack_first_fit, patch_embed_packed
+from mmfuse.kernels.patch.ragged.layout import layout
+from mmfuse.kernels.patch.ragged.op import PACKED, packed_fwd
+
+allow_torchvision()
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+ALL = PACKED.available(torch.ones(1, 1, device=DEVICE), torch.ones(1, 1, device=DEVICE))
+OURS = [n for n in ALL if n != "torch"]
+K, D = 12, 16
+
+# name: (grids, rows of each image in [B, L, K] or 0, shape of the table or of two, options)
+CASES: dict[str, tuple[list[tuple[int, ...]], int, Any, dict[str, Any]]] = {
+    "no table": ([(2, 3), (4, 1)], 0, None, {}),
+    "siglip2": ([(2, 3), (1, 6), (4, 2)], 8, (3, 3), {}),
+    "naflex": ([(2, 3), (1, 6)], 7, (4, 3), {"mode": "bicubic_aa", "pad_position": "none", "keep_aspect": True}),
+    "packed with an empty image": ([(2, 3), (0, 4), (3, 4)], 0, (3, 3), {}),
+    "one image": ([(1, 5)], 0, (3, 2), {"mode": "bicubic"}),
+    "qwen3-vl": ([(2, 2, 4), (1, 4, 2)], 0, (3, 3), {"mode": "bilinear_corners", "order": "merge2"}),
+    "factorised": ([(2, 3), (3, 4)], 0, ((4,), (3,)), {"mode": "linear_1d"}),
+    "navit": ([(2, 3), (3, 1)], 0, ((4,), (3,)), {"mode": "lookup"}),
+    "idefics2": ([(2, 5), (3, 1)], 0, (3, 3), {"mode": "nearest_bucket"}),
+    "kept": ([(2, 3), (1, 6)], 0, (3, 3), {"ids_keep": [5, 0, 7, 9, 6]}),
+    "padded result": ([(2, 3), (0, 1), (1, 4)], 0, (3, 3), {"padded_length": 7}),
+    "no image": ([], 0, (3, 3), {}),
+    "only empty images": ([(0, 3), (0, 0)], 0, (3, 3), {}),
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float32, pixels: str = "float") -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors that are differentiated, options)."""
+    grids, padded, shape, options = CASES[name]
+    g = torch.tensor(grids, dtype=torch.int64).view(len(grids), -1 if grids else 2)
+    rows = (len(grids), padded, K) if padded else (int(g.prod(1).sum()), K)
+    x = torch.randint(0, 256, rows, dtype=torch.uint8) if pixels == "uint8" else torch.randn(rows).to(dtype)
+    options = dict(options, grids=g.to(DEVICE))
+    if "ids_keep" in options:
+        options["ids_keep"] = torch.tensor(options["ids_keep"], device=DEVICE)
+    tensors = {"patches": x, "weight": torch.randn(D, K), "bias": torch.randn(D)}
+    if isinstance(shape, tuple) and isinstance(shape[0], tuple):
+        tensors |= {"rows": torch.randn(*shape[0], D), "columns": torch.randn(*shape[1], D)}
+    elif shape:
+        tensors["table"] = torch.randn(*shape, D)
+    return {k: (t if t.dtype == torch.uint8 else t.to(dtype)).to(DEVICE) for k, t in tensors.items()}, options
+
+
+def run(
+    tensors: dict[str, Tensor], options: dict[str, Any], backend: str | None, dtype: Any = None
+) -> dict[str, Tensor]:
+    """The tokens, and the gradients of all that has one."""
+    given = {
+        k: (t if dtype is None or t.dtype == torch.uint8 else t.to(dtype))
+        .detach()
+        .requires_grad_(t.is_floating_point())
+        for k, t in tensors.items()
+    }
+    named = dict(given)
+    if "rows" in named:
+        named["table"] = (named.pop("rows"), named.pop("columns"))
+    out = patch_embed_packed(**named, **options, backend=backend).tokens
+    g = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view_as(out).to(out.dtype)
+    leaves = {k: t for k, t in given.items() if t.requires_grad}
+    grads = torch.autograd.grad(out, list(leaves.values()), g)
+    return {"tokens": out.detach(), **{f"d {k}": t for k, t in zip(leaves, grads, strict=True)}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", OURS)
+def test_tokens_and_gradients(backend: str, name: str, dtype: torch.dtype) -> None:
+    if backend == "triton" and not GPU and dtype != torch.float32:
+        pytest.skip("16 bits in the interpreter are no GPU's")
+    if backend == "triton" and not GPU and name in ("naflex", "one image", "navit", "idefics2"):
+        pytest.skip("slow in the interpreter; these modes are tested with the positions")
+    tensors, options = make(name, dtype)
+    got, eager, exact = (
+        run(tensors, options, b, d) for b, d in ((backend, None), ("torch", None), ("torch", torch.float64))
+    )
+    for key in exact:
+        assert got[key].dtype == eager[key].dtype
+        assert_no_worse(got[key], eager[key], exact[key], key)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("backend", OURS)
+def test_bytes_are_normalised_inside(backend: str, channels_last: bool) -> None:
+    tensors, options = make("siglip2", pixels="uint8")
+    options |= {"mean": [0.4, 0.5, 0.6], "std": (0.2, 0.3, 0.25), "channels_last": channels_last}
+    got, exact = run(tensors, options, backend), run(tensors, options, "torch", torch.float64)
+    eager = run(tensors, options, "torch")
+    c = torch.arange(K) % 3 if channels_last else torch.arange(K) // 4
+    mean, std = torch.tensor([0.4, 0.5, 0.6])[c].to(DEVICE), torch.tensor([0.2, 0.3, 0.25])[c].to(DEVICE)
+    by_hand = {**tensors, "patches": (tensors["patches"] / 255 - mean) / std}
+    plain = {k: v for k, v in options.items() if k not in ("mean", "std", "channels_last")}
+    hand = run(by_hand, plain, "torch")
+    for key in exact:
+        assert_no_worse(got[key], eager[key], exact[key], key)
+        torch.testing.assert_close(hand[key], eager[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["siglip2", "qwen3-vl", "factorised", "kept", "padded result"])
+def test_gradcheck(name: str) -> None:
+    tensors, options = make(name, torch.float64)
+    keys = [k for k in tensors if k in ("weight", "bias", "table", "rows", "patches")]
+
+    def fn(*values: Tensor) -> Tensor:
+        named = {**tensors, **dict(zip(keys, values, strict=True))}
+        if "rows" in named:
+            named["table"] = (named.pop("rows"), named.pop("columns"))
+        return patch_embed_packed(**named, **options, backend=OURS[-1]).tokens
+
+    assert torch.autograd.gradcheck(fn, tuple(tensors[k].requires_grad_() for k in keys), fast_mode=True)
+
+
+# --- the real stems -------------------------------------------------------------------------------------------------
+
+
+def test_siglip2() -> None:
+    from transformers import Siglip2VisionConfig
+    from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
+
+    stem = Siglip2VisionEmbeddings(Siglip2VisionConfig(hidden_size=12, num_patches=16, patch_size=2, num_channels=3))
+    pixels, shapes = torch.randn(3, 10, 12), torch.tensor([(2, 5), (3, 3), (1, 7)])
+    expected = stem(pixels, shapes)
+    weight, bias, table = stem.patch_embedding.weight, stem.patch_embedding.bias, stem.position_embedding.weight
+    got = patch_embed_packed(pixels, shapes, weight, bias, table=table)
+    torch.testing.assert_close(got.tokens, expected)
+    assert got.cu_seqlens.tolist() == [0, 10, 19, 26] and got.cu_seqlens.dtype == torch.int32
+    g = torch.randn_like(expected)
+    for one, other in zip(
+        *(torch.autograd.grad(t, (weight, bias, table), g) for t in (got.tokens, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("factorised", [False, True])
+def test_naflex(factorised: bool) -> None:
+    from timm.models.naflexvit import NaFlexEmbeds
+
+    kind = "factorized" if factorised else "learned"
+    stem = NaFlexEmbeds(2, 3, 12, proj_type="linear", class_token=False, pos_embed=kind, pos_embed_grid_size=(4, 3))
+    pixels, coord = torch.randn(2, 9, 12), torch.zeros(2, 9, 2, dtype=torch.int64)
+    shapes = torch.tensor([(2, 4), (3, 1)])
+    for i, (h, w) in enumerate(shapes.tolist()):
+        coord[i, : h * w] = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+    with torch.no_grad():
+        expected = stem(pixels, patch_coord=coord)[0]
+    table = (stem.pos_embed_y[0], stem.pos_embed_x[0]) if factorised else stem.pos_embed[0]
+    mode = "linear_1d" if factorised else "bicubic_aa"
+    got = patch_embed_packed(
+        pixels, shapes, stem.proj.weight, stem.proj.bias, table=table, mode=mode, pad_position="none"
+    )  # fmt: skip
+    torch.testing.assert_close(got.tokens, expected)
+    assert torch.equal(got.ids[0, :8], coord[0, :8])
+
+
+def test_qwen3_vl() -> None:
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchEmbed
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+    config = Qwen3VLVisionConfig(hidden_size=8, patch_size=2, in_channels=3)
+    stem, table = Qwen3VLVisionPatchEmbed(config), torch.randn(25, 8)
+    grids = torch.tensor([(2, 4, 2), (1, 2, 6)])
+    pixels = torch.randn(28, 3 * 2 * 2 * 2)
+    index, share = get_vision_interpolation_indices_and_weights(grids, 5, "bilinear", True, 2)
+    with torch.no_grad():
+        expected = stem(pixels) + (table[index] * share[:, :, None]).sum(1)
+    weight, bias = stem.proj.weight.flatten(1), stem.proj.bias
+    got = patch_embed_packed(pixels, grids, weight, bias, table=table, mode="bilinear_corners", order="merge2")
+    torch.testing.assert_close(got.tokens, expected)
+    assert torch.equal(got.ids, get_vision_position_ids(grids, 2, include_temporal=True))
+
+
+def test_idefics2() -> None:
+    from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
+    from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
+
+    config = Idefics2VisionConfig(hidden_size=12, image_size=10, patch_size=2, num_attention_heads=2)
+    stem = Idefics2VisionEmbeddings(config)
+    pixels = torch.randn(1, 3, 6, 8)
+    with torch.no_grad():
+        expected = stem(pixels, torch.ones(1, 3, 4, dtype=torch.bool))
+    patches = pixels.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(12, 12)
+    weight, bias, table = stem.patch_embedding.weight, stem.patch_embedding.bias, stem.position_embedding.weight
+    got = patch_embed_packed(
+        patches, torch.tensor([(3, 4)]), weight.flatten(1), bias, table=table, mode="nearest_bucket"
+    )  # fmt: skip
+    torch.testing.assert_close(got.tokens, expected[0])
+
+
+# --- the rest of the contract ---------------------------------------------------------------------------------------
+
+
+def test_nothing_is_read_from_the_device() -> None:
+    """A fake tensor has no values: asking for one raises, as waiting for a GPU would."""
+    with FakeTensorMode():
+        grids, noise = torch.ones(3, 2, dtype=torch.int64), torch.rand(20)
+        for options in ({"padded_in": 8}, {"padded_out": 8}, {"ids_keep": torch.ones(4, dtype=torch.int64)}, {}):
+            at = layout(grids, 24 if "padded_in" in options else 20, merge=2, keep_aspect=True, **options)
+            assert at.cu_seqlens.shape == (4,)
+        assert drop_patches(noise, grids, torch.ones(3, dtype=torch.int64), 3).shape == (3,)
+        weight, table = torch.randn(6, 4), torch.randn(9, 6)
+        for padded in (None, 8):
+            out = patch_embed_packed(
+                torch.randn(20, 4), grids, weight, table=table, padded_length=padded, backend="torch"
+            )  # fmt: skip
+            assert out.tokens.shape == ((20, 6) if padded is None else (3, 8, 6))
+
+
+def test_what_lies_past_the_end_has_no_position() -> None:
+    tensors, options = make("one image")
+    longer = {**tensors, "patches": torch.cat([tensors["patches"], torch.randn(3, K, device=DEVICE)])}
+    plain = torch.nn.functional.linear(longer["patches"], tensors["weight"], tensors["bias"])
+    for backend in (b for b in ALL if b != "triton" or GPU):
+        out = patch_embed_packed(**longer, **options, backend=backend)
+        torch.testing.assert_close(out.tokens[5:], plain[5:])
+        torch.testing.assert_close(out.tokens[:5], patch_embed_packed(**tensors, **options, backend=backend).tokens)
+        assert not out.ids[5:].any()
+
+
+def test_strides_and_runs_do_not_matter() -> None:
+    tensors, options = make("siglip2")
+    strided = {k: t.movedim(-1, 0).contiguous().movedim(0, -1) for k, t in tensors.items()}
+    for backend in (b for b in ALL if b != "triton" or GPU):
+        one, two, other = (run(t, options, backend) for t in (tensors, tensors, strided))
+        for key in one:
+            assert torch.equal(one[key], two[key])
+            torch.testing.assert_close(other[key], one[key])
+
+
+def test_compiled_and_checked() -> None:
+    tensors, options = make("kept")
+    fn = torch.compile(lambda **t: patch_embed_packed(**t, **options).tokens, fullgraph=True, backend="aot_eager")
+    expected = patch_embed_packed(**tensors, **options).tokens
+    torch.testing.assert_close(fn(**tensors), expected)
+    thw = torch.nn.functional.pad(options["grids"], (1, 0), value=1)
+    at = layout(options["grids"], 12, ids_keep=options["ids_keep"])
+    x, weight, bias, table = (tensors[k].clone().requires_grad_() for k in ("patches", "weight", "bias", "table"))
+    table = table.detach().flatten(0, 1).requires_grad_()
+    args = (x, weight, bias, table, None, None, thw, at.place, at.source, at.start, 0, False, 1, False, 3, 3, False)
+    torch.library.opcheck(packed_fwd.op, (*args, "bilinear_aa", torch.float32, torch.float32, "chunked"))
+
+
+def test_autocast_and_dtype() -> None:
+    tensors, options = make("siglip2")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert patch_embed_packed(**tensors, **options).tokens.dtype == torch.bfloat16
+        assert patch_embed_packed(**tensors, **options, dtype=torch.float32).tokens.dtype == torch.float32
+
+
+def test_only_what_is_asked_for_has_a_gradient() -> None:
+    tensors, options = make("siglip2")
+    tensors["table"].requires_grad_()
+    out = patch_embed_packed(**tensors, **options).tokens
+    out.sum().backward()
+    assert tensors["weight"].grad is None
+    # every token has weights that add up to one
+    torch.testing.assert_close(tensors["table"].grad.sum(), torch.tensor(float(out.numel()), device=DEVICE))
+
+
+def test_errors_name_the_argument() -> None:
+    x, w, g = torch.randn(6, K), torch.randn(D, K), torch.tensor([(2, 3)])
+    table = torch.randn(9, D)
+    for error, match, call in (
+        (ValueError, "patches", lambda: patch_embed_packed(x[:, :5], g, w)),
+        (ValueError, "grids", lambda: patch_embed_packed(x, g[0], w)),
+        (TypeError, "grids", lambda: patch_embed_packed(x, g.float(), w)),
+        (ValueError, "add up to 12", lambda: patch_embed_packed(x, torch.tensor([(3, 4)]), w)),
+        (ValueError, "negative", lambda: patch_embed_packed(x, -g, w)),
+        (ValueError, "merge2", lambda: patch_embed_packed(x, g, w, order="merge2")),
+        (ValueError, "order", lambda: patch_embed_packed(x, g, w, order="column")),
+        (ValueError, "at most 4", lambda: patch_embed_packed(x, g, w, padded_length=4)),
+        (ValueError, "ids_keep", lambda: patch_embed_packed(x, g, w, ids_keep=torch.tensor([6]))),
+        (ValueError, "table", lambda: patch_embed_packed(x, g, w, table=table[:, :3])),
+        (ValueError, "mode", lambda: patch_embed_packed(x, g, w, table=table, mode="linear_1d")),
+        (ValueError, "mean", lambda: patch_embed_packed(x, g, w, mean=[0.5] * 5)),
+        (ValueError, "bias", lambda: patch_embed_packed(x, g, w, torch.randn(3))),
+        (ValueError, "pad_position", lambda: patch_embed_packed(x, g, w, pad_position="last")),
+        (ValueError, "one of them", lambda: patch_embed_packed(x, g, w, ids_keep=g[0], padded_length=6)),
+        (ValueError, "lengths", lambda: pack_first_fit([5], 4)),
+        (ValueError, "keep", lambda: drop_patches(torch.rand(6), g, torch.tensor([1, 2]), 3)),
+    ):  # fmt: skip
+        with pytest.raises(error, match=match):
+            call()
+    with pytest.raises(mmfuse.UnsupportedError):
+        patch_embed_packed(x, g, w, backend="cpu")
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+def test_first_fit() -> None:
+    assert pack_first_fit([3, 5, 2, 4, 1], 6) == [[0, 2, 4], [1], [3]]
+    assert pack_first_fit([3, 5, 2, 4, 1], 6, sort=True) == [[1, 4], [3, 2], [0]]
+    assert pack_first_fit([], 6) == [] and pack_first_fit([0, 6], 6) == [[0, 1]]
+
+
+def test_dropped_patches_are_those_with_the_most_noise() -> None:
+    grids, keep = torch.tensor([(2, 3), (0, 2), (2, 2)]), torch.tensor([2, 0, 3])
+    noise = torch.rand(10)
+    ids = drop_patches(noise, grids, keep, 5)
+    assert ids[:2].tolist() == noise[:6].argsort()[:2].tolist()
+    assert (ids[2:] - 6).tolist() == noise[6:].argsort()[:3].tolist()
+    out = patch_embed_packed(torch.randn(10, K), grids, torch.randn(D, K), ids_keep=ids)
+    assert out.cu_seqlens.tolist() == [0, 2, 2, 5]
