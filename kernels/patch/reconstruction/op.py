@@ -24,11 +24,11 @@ def _rows(backend: str) -> Any:
 
 
 def _weights(prediction: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor]:
-    """(ids of the patches that are predicted, None for all; 1 / count for each of them that is masked, else 0)."""
+    """(ids of the patches that are predicted, None for all; 1 for each of them that is masked, else 0)."""
     acc = torch.promote_types(prediction.dtype, torch.float32)
     ids = None if prediction.shape[1] == mask.shape[1] else reference.masked_ids(mask, prediction.shape[1])
     weight = (mask if ids is None else mask.gather(1, ids)).to(acc)
-    return ids, (weight / weight.sum()).contiguous()
+    return ids, weight.contiguous()
 
 
 def _fwd(
@@ -44,10 +44,8 @@ def _fwd(
     backend: str,
 ) -> Tensor:
     ids, weight = _weights(prediction, mask)
-    # no mask: the mean of nothing
-    none = weight.isnan().any()
-    rows = _rows(backend)(prediction, video, ids, weight.nan_to_num(0), mean, std, Patches(t, p, q), norm, None)
-    return torch.where(none, torch.nan, rows.sum())
+    rows = _rows(backend)(prediction, video, ids, weight, mean, std, Patches(t, p, q), norm, None)
+    return rows.sum() / weight.sum()
 
 
 def _fwd_fake(prediction, *_):  # type: ignore[no-untyped-def]
@@ -69,7 +67,7 @@ def _bwd(
 ) -> Tensor:
     ids, weight = _weights(prediction, mask)
     grad = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
-    weight = weight.nan_to_num(0) * g.to(weight.dtype)
+    weight = weight * (g.to(weight.dtype) / weight.sum())
     _rows(backend)(prediction, video, ids, weight, mean, std, Patches(t, p, q), norm, grad)
     return grad
 

@@ -25,7 +25,7 @@ class Patches(NamedTuple):
         b, _, _, _, c = video.shape
         gt, gh, gw = self.grid(video)
         x = video.reshape(b, gt, self.t, gh, self.p, gw, self.q, c).permute(0, 1, 3, 5, 2, 4, 6, 7)
-        return x.reshape(b, gt * gh * gw, -1, c)
+        return x.reshape(b, gt * gh * gw, self.t * self.p * self.q, c)
 
 
 def target_of(x: Tensor, norm: str) -> Tensor:
