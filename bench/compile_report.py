@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -69,12 +72,14 @@ def run(args: argparse.Namespace) -> int:
         jobs = [(spec, arch) for spec in triton_specs(args.kernel) for arch in spec.archs if arch in args.arch]
         done = track(compile_all(jobs), "compiling Triton's kernels", len(jobs), console=console, disable=args.json)
         rows += [_triton_row(*result) for result in done]
-    for arch in track(args.arch, "compiling csrc", console=console, disable=args.json):
-        found = _csrc_rows(arch, args.kernel)
-        if isinstance(found, str):
-            absent.append(f"csrc: {found}")
-            break
-        rows += found
+    # nvcc is a process of its own: a thread for each core keeps it busy
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        reports = pool.map(partial(_csrc_rows, name=args.kernel), args.arch)
+        for found in track(reports, "compiling csrc", len(args.arch), console=console, disable=args.json):
+            if isinstance(found, str):
+                absent.append(f"csrc: {found}")
+                break
+            rows += found
     if not rows and not absent:
         raise ValueError(f"--kernel is {args.kernel!r}: no kernel has it in its name or variant")
     bad = sum(bool(r.violations) for r in rows)

@@ -850,12 +850,11 @@ def aot_specs() -> Iterator[Spec]:
     for kernel in ("stats", "grad", "sigmoid"):
         for dtype, precision, tile, archs in shipped(kernel):
             yield from _specs(kernel, dtype, precision, tile, archs)
-    for saved in ("int16", "full"):
+    for saved, dtype in (("int16", torch.bfloat16), ("full", torch.float32)):
         options = dict(_STREAM, PRECISION="ieee", EVEN_D=True, SAVED=saved, STORE=True, DOT=False, G_SCALE=1.0)
-        for dtype in (torch.bfloat16, torch.float32) if saved == "int16" else (torch.float32,):
-            for keyed in (False, True):
-                more = {"KEYED": keyed, "GROUPED": False}
-                yield spec(_grad_kernel, saved + " keyed" * keyed, dtype, options | more, (80, 90, 100))
+        for keyed in (False, True):
+            more = {"KEYED": keyed, "GROUPED": False}
+            yield spec(_grad_kernel, saved + " keyed" * keyed, dtype, options | more, (80, 90, 100))
     for cross in (False, True):
         options = dict(_MERGE, CROSS=cross, num_warps=4, num_stages=3)
         yield spec(_merge_kernel, "cross" * cross, torch.float32, options, (80, 90, 100))
@@ -886,11 +885,14 @@ def _specs(
     g = {"G_SCALE": _g_scale(dtype), "STORE": True}
     if kernel == "stats":
         plain = [("", tile, {"SAVE": ""}), ("int16", tile, {"SAVE": "int16"})]
-        variants = [*plain, ("odd D", tile, {"SAVE": "", "EVEN_D": False})]
+        # masks of D cost no register
+        odd = [("odd D", tile, {"SAVE": "", "EVEN_D": False})] if dtype == torch.bfloat16 else []
+        variants = [*plain, *odd]
         wide = tile | (_WIDE if dtype.itemsize == 2 or precision == "tf32" else {})
         full = [] if dtype.itemsize == 2 else [("full", wide, {"SAVE": "full"})]
         variants += full
-        keyed = [(name, wide, more) for name, _, more in [*plain, *full]]
+        # the widest logits only: they come on top of what else a tile keeps
+        keyed = [(name, wide, more) for name, _, more in [*plain, *full][1:]]
     elif kernel == "grad":
         g |= {"SAVED": "", "DOT": False}
         variants = keyed = [("", tile, g), ("dot", tile | _WIDE, g | {"STORE": False, "DOT": True})]
@@ -900,9 +902,20 @@ def _specs(
     # not every option is combined with every other
     variants = [*variants, *((f"keyed {name}".strip(), size, more | {"KEYED": True}) for name, size, more in keyed)]
     function = {"stats": _stats_fwd_kernel, "grad": _grad_kernel, "sigmoid": _sigmoid_fwd_kernel}[kernel]
-    for variant, size, more in variants:
+    for variant, size, more in distinct(variants, dtype, precision):
         flags = {"PRECISION": precision, "EVEN_D": True, "KEYED": False, "GROUPED": False}
         yield spec(function, variant, dtype, flags | size | more, archs)
+
+
+def distinct(variants: list[Any], dtype: torch.dtype, precision: str) -> list[Any]:
+    """Of a kernel's variants, the plain one first and the one of most options last, those worth a compilation."""
+    # float16 takes bfloat16's registers and shared memory, to the last one
+    if dtype == torch.float16:
+        return variants[:1]
+    # without tensor cores the tiles are small, and no variant comes near a spill
+    if dtype == torch.float32 and precision == "ieee":
+        return [variants[0], variants[-1]]
+    return variants
 
 
 def spec(kernel: Any, variant: str, dtype: torch.dtype, options: dict[str, Any], archs: tuple[int, ...]) -> Spec:

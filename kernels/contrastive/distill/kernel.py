@@ -335,7 +335,8 @@ def aot_specs() -> Iterator[Spec]:
     for dtype, precision, tile, archs in template.shipped("distill"):
         options = tile | {"PRECISION": precision, "EVEN_D": True, "T_EVEN_D": True}
         yield template.spec(_distill_stats_kernel, "", dtype, options, archs)
-        for teacher, store, dot in ((0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 1, 1), (1, 0, 1)):
+        variants = [(0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (1, 1, 1)]
+        for teacher, store, dot in template.distinct(variants, dtype, precision):
             flags = {"TEACHER": bool(teacher), "STORE": bool(store), "DOT": bool(dot)}
             variant = " ".join(name.lower() for name, on in flags.items() if on)
             more = flags | {"G_SCALE": template._g_scale(dtype)}

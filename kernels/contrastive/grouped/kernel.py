@@ -136,7 +136,7 @@ def aot_specs() -> Iterator[Spec]:
             template._stats_fwd_kernel, "grouped", dtype, tile | flags | {"PRECISION": precision}, archs
         )
     for dtype, precision, tile, archs in template.shipped("grad"):
-        for dot in (False, True):
+        for dot in template.distinct([False, True], dtype, precision):
             more = {"PRECISION": precision, "STORE": not dot, "DOT": dot, "G_SCALE": template._g_scale(dtype)}
             name = "grouped dot" if dot else "grouped"
             yield template.spec(template._grad_kernel, name, dtype, tile | template._WIDE | flags | more, archs)
