@@ -5,7 +5,6 @@
 #include "../tensor.h"
 #include "simd.h"
 
-#include <algorithm>
 #include <array>
 #include <type_traits>
 #include <vector>
@@ -92,10 +91,10 @@ void write_row(const float* patch, const Runs& runs, const float* subtract, cons
     any_row(patch, runs, subtract, multiply, row);
 }
 
-// A patch that leaves the picture, element by element; `pad` [C] stands outside.
+// A patch that leaves the picture, element by element: zeros are outside.
 template <class T>
 void write_edge(const T* patch, const Source& s, const Three& at, const float* subtract, const float* multiply,
-                const float* pad, float* row) {
+                float* row) {
     const int64_t c_outer = s.channels_last ? 1 : s.channels, c_inner = s.channels_last ? s.channels : 1;
     int64_t k = 0;
     for (int64_t outer = 0; outer < c_outer; ++outer)
@@ -106,7 +105,7 @@ void write_edge(const T* patch, const Source& s, const Three& at, const float* s
                         const int64_t c = outer + inner;
                         const bool inside = at[0] + t < s.size[0] && at[1] + y < s.size[1] && at[2] + x < s.size[2];
                         const T* from = patch + c * s.channel_stride + t * s.stride[0] + y * s.stride[1];
-                        row[k] = inside ? enter(from[x * s.stride[2]], subtract[k], multiply[k]) : pad[c];
+                        row[k] = inside ? enter(from[x * s.stride[2]], subtract[k], multiply[k]) : 0.0f;
                     }
 }
 
@@ -122,13 +121,11 @@ std::vector<float> over_row(const float* values, float missing, const Source& s)
 
 template <class T>
 void write_rows(const T* pixels, const Source& s, const int64_t* tokens, int64_t count, const float* subtract,
-                const float* multiply, const float* rest, float* out, int64_t image_stride) {
+                const float* multiply, float* out, int64_t image_stride) {
     const Runs runs = runs_of(s);
     const auto [gt, gy, gx] = s.grid;
     const int64_t patches = gt * gy * gx, k = s.channels * s.kernel[0] * s.kernel[1] * s.kernel[2];
     const std::vector<float> less = over_row(subtract, 0, s), times = over_row(multiply, 1, s);
-    std::vector<float> pad(s.channels, 0.0f);
-    if (rest) std::copy_n(rest, s.channels, pad.begin());
     torch::stable::parallel_for(0, count, ceil_div(16384, k), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t token = tokens ? tokens[i] : i, image = token / patches, n = token % patches;
@@ -143,15 +140,15 @@ void write_rows(const T* pixels, const Source& s, const int64_t* tokens, int64_t
             if (inside)
                 write_row(patch, runs, less.data(), times.data(), row);
             else
-                write_edge(patch, s, at, less.data(), times.data(), pad.data(), row);
+                write_edge(patch, s, at, less.data(), times.data(), row);
         }
     });
 }
 
 // x [m, C, T, H, W] by its strides, uint8 or float32; rows [m, N, K] of all patches or, of those at `tokens` (image N +
-// patch), [count, K]. subtract, multiply and rest have a value of each channel or none.
-void patch_rows(Tensor x, Tensor tokens, Tensor subtract, Tensor multiply, Tensor rest, bool channels_last, int64_t kt,
-                int64_t ky, int64_t kx, int64_t st, int64_t sy, int64_t sx, int64_t gt, int64_t gy, int64_t gx,
+// patch), [count, K]. subtract and multiply have a value of each channel or none.
+void patch_rows(Tensor x, Tensor tokens, Tensor subtract, Tensor multiply, bool channels_last, int64_t kt, int64_t ky,
+                int64_t kx, int64_t st, int64_t sy, int64_t sx, int64_t gt, int64_t gy, int64_t gx,
                 Tensor rows) {
     STD_TORCH_CHECK(x.dim() == 5, "x: expected 5 dimensions, got ", x.dim());
     const Source s{{kt, ky, kx},
@@ -173,13 +170,12 @@ void patch_rows(Tensor x, Tensor tokens, Tensor subtract, Tensor multiply, Tenso
     const int64_t* at = some ? data<int64_t>(tokens, "tokens", x, ScalarType::Long, count) : nullptr;
     const float* less = optional_data<float>(subtract, "subtract", x, ScalarType::Float, s.channels);
     const float* times = optional_data<float>(multiply, "multiply", x, ScalarType::Float, s.channels);
-    const float* outside = optional_data<float>(rest, "rest", x, ScalarType::Float, s.channels);
     float* out = static_cast<float*>(rows.data_ptr());
     const int64_t image_stride = some ? 0 : rows.stride(0);
     if (x.scalar_type() == ScalarType::Byte)
-        write_rows(static_cast<const uint8_t*>(x.data_ptr()), s, at, count, less, times, outside, out, image_stride);
+        write_rows(static_cast<const uint8_t*>(x.data_ptr()), s, at, count, less, times, out, image_stride);
     else if (x.scalar_type() == ScalarType::Float)
-        write_rows(static_cast<const float*>(x.data_ptr()), s, at, count, less, times, outside, out, image_stride);
+        write_rows(static_cast<const float*>(x.data_ptr()), s, at, count, less, times, out, image_stride);
     else
         STD_TORCH_CHECK(false, "x: expected uint8 or float32, got type ", int(x.scalar_type()));
 }
@@ -189,8 +185,8 @@ void patch_rows(Tensor x, Tensor tokens, Tensor subtract, Tensor multiply, Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmfuse_cpu, m) {
     m.def(
-        "patch_rows(Tensor x, Tensor tokens, Tensor subtract, Tensor multiply, Tensor rest, bool channels_last, int kt, "
-        "int ky, int kx, int st, int sy, int sx, int gt, int gy, int gx, Tensor(a!) rows) -> ()");
+        "patch_rows(Tensor x, Tensor tokens, Tensor subtract, Tensor multiply, bool channels_last, int kt, int ky, "
+        " int kx, int st, int sy, int sx, int gt, int gy, int gx, Tensor(a!) rows) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfuse_cpu, CPU, m) { m.impl("patch_rows", TORCH_BOX(&mmfuse::patch_rows)); }

@@ -68,12 +68,12 @@ struct Element {
     }
 };
 
-// rows [m, kp], zero past k. `order` names the images' computed patches in another order, of which those from `count`
+// rows [m, kp], zero past k and outside of the picture. `order` names the images' computed patches in another order, of which those from `count`
 // on are not needed; `ids` are their numbers in the grid; null where every patch is computed, in order.
 template <bool VECTORS, class Out>
 __global__ void __launch_bounds__(THREADS)
     rows_kernel(Source s, const uint8_t* pixels, const int64_t* order, const int64_t* count, const int64_t* ids,
-                const float* subtract, const float* rest, Out* rows, int64_t m, int n, int k, int kp) {
+                const float* subtract, Out* rows, int64_t m, int n, int k, int kp) {
     const int segments = kp / SEGMENT;
     const int64_t index = blockIdx.x * int64_t(THREADS) + threadIdx.x, row = index / segments;
     // a row that is not needed may be a neighbour's in a tile of the product, which discards it
@@ -105,10 +105,7 @@ __global__ void __launch_bounds__(THREADS)
             float value = 0;
             if (first + i < k) {
                 const bool inside = t + e.t < s.size.t && y + e.y < s.size.y && x + e.x < s.size.x;
-                if (inside)
-                    value = float(__ldg(from + e.offset(s))) - (subtract ? __ldg(subtract + e.c) : 0.0f);
-                else
-                    value = rest ? __ldg(rest + e.c) : 0.0f;
+                if (inside) value = float(__ldg(from + e.offset(s))) - (subtract ? __ldg(subtract + e.c) : 0.0f);
             }
             out[i] = rounded(value, static_cast<Out*>(nullptr));
             e.next(s);
@@ -131,9 +128,9 @@ bool vectors(const Source& s, const void* pixels) {
     return whole && close && run % SEGMENT == 0 && strides % 16 == 0 && reinterpret_cast<uintptr_t>(pixels) % 16 == 0;
 }
 
-void patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtract, Tensor rest, bool channels_last,
-                int64_t kt, int64_t ky, int64_t kx, int64_t st, int64_t sy, int64_t sx, int64_t gt, int64_t gy,
-                int64_t gx, int64_t n, Tensor rows) {
+void patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtract, bool channels_last, int64_t kt,
+                int64_t ky, int64_t kx, int64_t st, int64_t sy, int64_t sx, int64_t gt, int64_t gy, int64_t gx,
+                int64_t n, Tensor rows) {
     STD_TORCH_CHECK(x.dim() == 5 && x.scalar_type() == ScalarType::Byte, "x: expected uint8 of 5 dimensions");
     STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.size(1) % SEGMENT == 0,
                     "rows: expected [m, k], k a multiple of ", SEGMENT);
@@ -146,7 +143,6 @@ void patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtrac
     const int64_t* kept = optional_data<int64_t>(count, "count", x, ScalarType::Long, 1);
     const int64_t* numbers = optional_data<int64_t>(ids, "ids", x, ScalarType::Long, x.size(0) * n);
     const float* less = optional_data<float>(subtract, "subtract", x, ScalarType::Float, x.size(1));
-    const float* outside = optional_data<float>(rest, "rest", x, ScalarType::Float, x.size(1));
     const auto* pixels = static_cast<const uint8_t*>(x.data_ptr());
     if (m == 0) return;
 
@@ -157,7 +153,7 @@ void patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtrac
     const auto run = [&]<class Out>(Out*) {
         const auto kernel = k == kp && vectors(s, pixels) ? rows_kernel<true, Out> : rows_kernel<false, Out>;
         kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-            s, pixels, at, kept, numbers, less, outside, static_cast<Out*>(rows.data_ptr()), m, int(n), int(k), int(kp));
+            s, pixels, at, kept, numbers, less, static_cast<Out*>(rows.data_ptr()), m, int(n), int(k), int(kp));
     };
     switch (rows.scalar_type()) {
         case ScalarType::Half: run(static_cast<__half*>(nullptr)); break;
@@ -174,7 +170,7 @@ void patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtrac
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmfuse_cuda, m) {
     m.def(
-        "patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtract, Tensor rest, bool channels_last, "
+        "patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtract, bool channels_last, "
         "int kt, int ky, int kx, int st, int sy, int sx, int gt, int gy, int gx, int n, Tensor(a!) rows) -> ()");
 }
 

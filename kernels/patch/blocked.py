@@ -47,12 +47,12 @@ class TorchTile:
             return y if f.multiply is None else y * f.multiply.to(rows.dtype)[per_channel]
 
         if tokens is None:
-            windows = unfold(pad(enter(x, 1), f.g, f.rest), f.g)
+            windows = unfold(pad(enter(x, 1), f.g), f.g)
             into = rows.unflatten(2, k_dims).unflatten(1, f.g.grid)
             into.copy_(windows.permute(0, 1, 2, 3, *(4 + i for i in order)))
             return
         padded = f.g.padded != tuple(x.shape[2:])
-        windows = unfold(pad(enter(x, 1), f.g, f.rest) if padded else x, f.g)
+        windows = unfold(pad(enter(x, 1), f.g) if padded else x, f.g)
         at, index = [], tokens
         for n in reversed(f.g.grid):
             at.append(index % n)
@@ -67,7 +67,7 @@ def compiled_tile(ops: Any) -> Any:
         patch_rows=lambda x, f, tokens, rows: ops.patch_rows(
             x if x.dtype == torch.uint8 else x.float(),
             x.new_empty(0, dtype=torch.int64) if tokens is None else tokens,
-            *(rows.new_empty(0) if v is None else v for v in (f.subtract, f.multiply, f.rest)),
+            *(rows.new_empty(0) if v is None else v for v in (f.subtract, f.multiply)),
             f.channels_last,
             *f.g.kernel,
             *f.g.stride,

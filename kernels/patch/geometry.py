@@ -85,19 +85,10 @@ def geometry(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], 
     return Geometry(tuple(kernel), tuple(stride), tuple(grid), tuple(padded))  # type: ignore[arg-type]
 
 
-def pad(x: Tensor, g: Geometry, value: Tensor | None = None) -> Tensor:
-    """x [B, C, T, H, W] extended to the grid, with zeros or with a value of each channel."""
+def pad(x: Tensor, g: Geometry) -> Tensor:
+    """x [B, C, T, H, W] extended to the grid with zeros."""
     t, h, w = (p - n for p, n in zip(g.padded, x.shape[2:], strict=True))
-    if not (t or h or w):
-        return x
-    size = x.shape[2:]
-    x = F.pad(x, (0, w, 0, h, 0, t))
-    if value is not None:
-        fill = value.to(x.dtype)[:, None, None, None]
-        x[:, :, size[0] :] = fill
-        x[:, :, :, size[1] :] = fill
-        x[..., size[2] :] = fill
-    return x
+    return F.pad(x, (0, w, 0, h, 0, t)) if t or h or w else x
 
 
 def unfold(x: Tensor, g: Geometry) -> Tensor:

@@ -115,7 +115,6 @@ def _rows_kernel(
     ids_ptr,  # [M] patch numbers, or None
     subtract_ptr,  # [C], or None
     multiply_ptr,  # [C], or None
-    rest_ptr,  # [C], or None
     stride_b,
     stride_c,
     stride_t,
@@ -173,10 +172,7 @@ def _rows_kernel(
         a -= tl.load(subtract_ptr + c, mask=valid, other=0.0).to(ACC)[None, :]
     if multiply_ptr is not None:
         a *= tl.load(multiply_ptr + c, mask=valid, other=0.0).to(ACC)[None, :]
-    outside = tl.zeros((BLOCK_K,), ACC)
-    if PADDED and rest_ptr is not None:
-        outside = tl.load(rest_ptr + c, mask=valid, other=0.0).to(ACC)
-    a = tl.where(inside, a, outside[None, :])
+    a = tl.where(inside, a, 0.0)
     to = a_ptr + row.to(tl.int64)[:, None] * KP + k[None, :]
     tl.store(to, a.to(a_ptr.dtype.element_ty), mask=(row < end)[:, None] & (k < KP)[None, :])
 
@@ -507,7 +503,7 @@ def triton_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
     """A [M, KP] of the images x [m, C, T, H, W]."""
     (kt, ky, kx), (st, sy, sx), (_, gy, gx) = f.g.kernel, f.g.stride, f.g.grid
     _rows_kernel[triton.cdiv(rows.m, _ROWS["BLOCK_M"]), triton.cdiv(a.shape[1], _ROWS["BLOCK_K"])](
-        a, x, rows.order, rows.count, rows.ids, f.subtract, f.multiply, f.rest, *x.stride(), rows.m, rows.n,
+        a, x, rows.order, rows.count, rows.ids, f.subtract, f.multiply, *x.stride(), rows.m, rows.n,
         *x.shape[1:], a.shape[1], STEP_T=st, STEP_Y=sy, STEP_X=sx, GRID_Y=gy, GRID_X=gx, KT=kt, KY=ky, KX=kx,
         CHANNELS_LAST=f.channels_last, PADDED=f.g.padded != tuple(x.shape[2:]), ACC=_acc(a.dtype), **_ROWS,
     )  # fmt: skip
@@ -522,7 +518,7 @@ def cuda_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
     torch.ops.mmfuse_cuda.patch_rows(
         x,
         *(index if t is None else t for t in (rows.order, rows.count, rows.ids)),
-        *(none if t is None else t for t in (f.subtract, f.rest)),
+        none if f.subtract is None else f.subtract,
         f.channels_last,
         *f.g.kernel,
         *f.g.stride,

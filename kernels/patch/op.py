@@ -173,7 +173,7 @@ def _aside(
     # a dynamic batch is not worth a graph for each side
     if not isinstance(products, int) or compute == torch.float16 or products >= few:
         return []
-    return [f"eager is faster for less than {few:.0e} products"]
+    return [f"eager is faster for less than {few / 1e9:g} billion products"]
 
 
 PATCH_EMBED = Op(

@@ -5,6 +5,7 @@ A product sees pixels as A and the weight as V, so that A VT + c = W . (x / 255 
     uint8     A = x - i   (exact)       V = 2^q W s   rounded      c = bias - sum_k V d / 2^q
     float     A = (x - mean) / std      V = W                      c = bias
     s = 1 / (255 std),  i = round(255 mean),  d = 255 mean - i;    one q for each row of V, 0 unless V is float16
+    where zeros are added around the pixels, i = 255 mean
 
 The bias is that of the rounded V: the image's mean does not multiply the rounding error of the weight.
 """
@@ -84,7 +85,7 @@ class Folded:
     subtract: Tensor | None  # [C]: A = (x - subtract) multiply
     multiply: Tensor | None  # [C]
     scale: Tensor | None  # [C], s
-    rest: Tensor | None  # [C], d: also what A is where the image is padded
+    rest: Tensor | None  # [C], d
     weight: Tensor  # [D, K], V
     unscale: Tensor | None  # [D], 2^-q
     bias: Tensor | None  # [D], c
@@ -119,9 +120,11 @@ def entering(stem: Stem) -> Folded:
         subtract, multiply = mean, None if std is None else 1 / std
     elif mean is not None or std is not None:
         scale = 1 / (255 * (torch.ones_like(mean) if std is None else std))  # type: ignore[arg-type]
+        # zeros beyond the picture are those of normalised pixels
+        padded = g.padded != tuple(x.shape[2:])
         if mean is not None:
-            subtract = torch.round(255 * mean)
-            rest = 255 * mean - subtract
+            subtract = 255 * mean if padded else torch.round(255 * mean)
+            rest = None if padded else 255 * mean - subtract
     return Folded(
         x=x,
         g=g,

@@ -165,18 +165,20 @@ def tokens_and_grads(
 
 
 def judge(make: Any, backend: str, dtype: torch.dtype) -> None:
-    pixels, shape, options = make()
-    weight = (real(*shape) / prod(shape[1:]) ** 0.5).to(dtype)
-    if backend not in PATCH_EMBED.available(pixels, weight):  # bytes alone, on a GPU
-        pytest.skip(f"{backend} does not take {pixels.dtype}")
-    pixels = pixels.to(dtype) if pixels.is_floating_point() and dtype != torch.float32 else pixels
-    options = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
-    got, eager, exact = (
-        tokens_and_grads(pixels, weight, options, kind, name)
-        for kind, name in ((dtype, backend), (dtype, "torch"), (torch.float64, "torch"))
-    )
-    for name, result in got.items():
-        assert_no_worse(result, eager[name], exact[name], name)
+    """Over a few draws of the case: in one, eager's error may be nothing by luck."""
+    results: list[list[dict[str, Tensor]]] = [[], [], []]
+    for _ in range(3 if backend in FAST else 1):
+        pixels, shape, options = make()
+        weight = (real(*shape) / prod(shape[1:]) ** 0.5).to(dtype)
+        if backend not in PATCH_EMBED.available(pixels, weight):  # bytes alone, on a GPU
+            pytest.skip(f"{backend} does not take {pixels.dtype}")
+        pixels = pixels.to(dtype) if pixels.is_floating_point() and dtype != torch.float32 else pixels
+        options = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+        for of, kind, name in zip(results, (dtype, dtype, torch.float64), (backend, "torch", "torch"), strict=True):
+            of.append(tokens_and_grads(pixels, weight, options, kind, name))
+    for name in results[0][0]:
+        got, eager, exact = (torch.stack([r[name] for r in rs]) for rs in results)
+        assert_no_worse(got, eager, exact, name)
 
 
 @pytest.mark.parametrize("backend", FAST)
