@@ -29,10 +29,10 @@ class TorchPasses:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(LayerNorm of the selected rows [B, D] in `dtype`, the rows, their mean [B], 1 / standard deviation [B])."""
         rows = x[:, 0].clone() if index is None else x[torch.arange(x.shape[0], device=x.device), index]
-        acc = rows.to(accumulation_dtype(x.dtype))
-        mean = acc.mean(-1)
-        rstd = torch.rsqrt((acc - mean[:, None]).square().mean(-1) + eps)
-        return affine((acc - mean[:, None]) * rstd[:, None], gamma, beta).to(dtype), rows, mean, rstd
+        acc = accumulation_dtype(x.dtype)
+        gamma, beta = (t if t is None else t.to(acc) for t in (gamma, beta))
+        z, mean, rstd = torch.native_layer_norm(rows.to(acc), [x.shape[-1]], gamma, beta, eps)
+        return z.to(dtype), rows, mean[:, 0], rstd[:, 0]
 
     @staticmethod
     def unit(y: Tensor, scale: Tensor | None, normalize: bool, clips: int) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,10 @@ def _wide(x: Tensor, *_: Any) -> list[str]:
     return [f"D is {x.shape[-1]}: a program holds rows of at most {_WIDEST}"] if x.shape[-1] > _WIDEST else []
 
 
+def _on_a_cpu(x: Tensor, *_: Any) -> list[str]:
+    return ["on a CPU torch's own passes over the selected rows are as fast"] if x.device.type == "cpu" else []
+
+
 SELECT_HEAD = Op(
     "select_head",
     [
@@ -134,7 +138,7 @@ SELECT_HEAD = Op(
             lambda x, *_: reasons_against_triton(x) + _wide(x),
             only_named_in_the_interpreter,
         ),
-        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked),
+        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked, _on_a_cpu),
         Impl("torch", reference.select_head, no_reason),
     ],
     example=lambda features: (features[:, None], None, None, None, features, None, 1e-6, True, 1),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 
-_BLOCK = 1 << 17  # elements of a block
+_BLOCK = 1 << 19  # elements of a block
 
 
 class TorchPasses:
@@ -36,14 +36,14 @@ class TorchPasses:
         out: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Write y into `out` [B, L, D]; return (mean, 1 / standard deviation) of x [B, L], empty without a norm."""
-        acc = accumulation_dtype(table.dtype)
+        acc, d = accumulation_dtype(table.dtype), [table.shape[1]]
         mean, rstd = (torch.empty(ids.shape if eps is not None else 0, dtype=acc, device=ids.device) for _ in range(2))
+        gamma, beta = (t if t is None else t.to(acc) for t in (gamma, beta))
         for rows in _blocks(ids, table):
             x = _summed(ids[rows], table, shift, scale)
             if eps is not None:
-                xhat, mean[rows], rstd[rows] = _standardized(x, eps)
-                x = xhat if gamma is None else xhat.mul_(gamma)
-                x = x if beta is None else x.add_(beta)
+                x, *stats = torch.native_layer_norm(x, d, gamma, beta, eps)
+                mean[rows], rstd[rows] = (t[..., 0] for t in stats)
             out[rows] = x if pad is None else x.masked_fill_(pad[rows, :, None], 0)
         return mean, rstd
 
@@ -61,16 +61,17 @@ class TorchPasses:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dx [B, L, D] in g's dtype, dgamma [D], dbeta [D])."""
         dx = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-        dgamma, dbeta = (torch.zeros(g.shape[-1], dtype=mean.dtype, device=g.device) for _ in range(2))
+        d = [g.shape[-1]]
+        weight = mean.new_ones(d) if gamma is None else gamma.to(mean.dtype)
+        dgamma, dbeta = torch.zeros_like(weight), torch.zeros_like(weight)
         for rows in _blocks(ids, table):
-            xhat = (_summed(ids[rows], table, shift, scale) - mean[rows, :, None]) * rstd[rows, :, None]
+            x = _summed(ids[rows], table, shift, scale)
             dy = g[rows].to(mean.dtype)
             dy = dy if pad is None else dy.masked_fill(pad[rows, :, None], 0)
-            dgamma += (dy * xhat).sum((0, 1))
-            dbeta += dy.sum((0, 1))
-            h = dy if gamma is None else dy * gamma
-            along = (h * xhat).mean(-1, keepdim=True)
-            dx[rows] = (h - h.mean(-1, keepdim=True) - xhat * along) * rstd[rows, :, None]
+            given = (dy, x, d, mean[rows, :, None], rstd[rows, :, None], weight, weight, [True] * 3)
+            dx[rows], of_gamma, of_beta = torch.ops.aten.native_layer_norm_backward(*given)
+            dgamma += of_gamma
+            dbeta += of_beta
         return dx, dgamma, dbeta
 
     @staticmethod
@@ -92,13 +93,6 @@ def _summed(ids: Tensor, table: Tensor, shift: Tensor | None, scale: float) -> T
     x = F.embedding(ids, table).to(accumulation_dtype(table.dtype))
     x = x if scale == 1 else x.mul_(scale)
     return x if shift is None else x.add_(shift)
-
-
-def _standardized(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.mean(-1, keepdim=True)
-    x = x.sub_(mean)
-    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return x.mul_(rstd), mean[..., 0], rstd[..., 0]
 
 
 def shift_of(position: Tensor | None, type_embed: Tensor | None, table: Tensor) -> Tensor | None:
