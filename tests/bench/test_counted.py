@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,13 @@ def test_counts_are_the_formulas(size: int) -> None:
     assert {provider.split("[")[0] for _, provider, *_ in found} >= {"mmfuse"}
     for loss, provider, flops, sends in found:
         assert (flops, pytest.approx(sends)) == distributed.expected(loss, provider, size, 8, 6), (loss, provider)
+
+
+def test_counts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(distributed, "WORLDS", (1,))
+    assert mmfuse.cli.main(["bench", "contrastive-dist", "--sizes", "4x3", "--json", "--out", str(tmp_path)]) == 0
+    (kept,) = tmp_path.rglob("contrastive-dist.json")
+    assert json.loads(kept.read_text())["counts"] == [*map(json.loads, capsys.readouterr().out.splitlines())]
 
 
 def test_sizes_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
