@@ -892,7 +892,7 @@ def _specs(
         full = [] if dtype.itemsize == 2 else [("full", wide, {"SAVE": "full"})]
         variants += full
         # the widest logits only: they come on top of what else a tile keeps
-        keyed = [(name, wide, more) for name, _, more in [*plain, *full][1:]]
+        keyed = [(name, wide, more) for name, _, more in [*plain, *full][-1:]]
     elif kernel == "grad":
         g |= {"SAVED": "", "DOT": False}
         variants = keyed = [("", tile, g), ("dot", tile | _WIDE, g | {"STORE": False, "DOT": True})]
