@@ -135,6 +135,23 @@ double dot(const float* x, const float* y, int64_t d) {
     return sum;
 }
 
+// one panel [d, PANEL] of K codes from w [K, d], and the largest |a_k w_k|^2
+MMFUSE_CLONES
+double pack_panel(const float* w, const double* scale, int64_t K, int64_t d, float* out) {
+    double norm2[PANEL] = {};
+    for (int64_t i = 0; i < d; ++i) {
+        float* out_i = out + i * PANEL;
+        for (int64_t j = 0; j < PANEL; ++j) out_i[j] = j < K ? w[j * d + i] : 0.0f;
+        if (scale)
+            for (int64_t j = 0; j < K; ++j) out_i[j] = float(scale[j] * out_i[j]);
+#pragma omp simd
+        for (int64_t j = 0; j < PANEL; ++j) norm2[j] += double(out_i[j]) * double(out_i[j]);
+    }
+    double largest = 0;
+    for (int64_t j = 0; j < PANEL; ++j) largest = largest >= norm2[j] || largest != largest ? largest : norm2[j];
+    return largest;
+}
+
 // the larger; a NaN stays
 MMFUSE_INLINE double larger(double a, double b) { return a >= b || a != a ? a : b; }
 
@@ -159,15 +176,11 @@ struct Codes {
         torch::stable::parallel_for(0, panels, 16, [&](int64_t begin, int64_t end) {
             for (int64_t p = begin; p < end; ++p) {
                 float* out = packed.data()->x + p * (1 + d) * PANEL;
+                const int64_t first = p * PANEL, height = std::min(PANEL, K - first);
+                norm2[p] = pack_panel(w + first * d, scale ? scale + first : nullptr, height, d, out + PANEL);
                 for (int64_t j = 0; j < PANEL; ++j) {
-                    const int64_t k = p * PANEL + j;
-                    out[j] = k < K ? float(bias_of(k)) : -INF;
-                    for (int64_t i = 0; i < d; ++i)
-                        out[(1 + i) * PANEL + j] = k < K ? float(scale_of(k) * w[k * d + i]) : 0.0f;
-                    if (k >= K) continue;
-                    const double a = scale_of(k);
-                    norm2[p] = larger(norm2[p], a * a * dot(w + k * d, w + k * d, d));
-                    offset[p] = larger(offset[p], std::abs(bias_of(k)));
+                    out[j] = j < height ? float(bias_of(first + j)) : -INF;
+                    if (j < height) offset[p] = larger(offset[p], std::abs(bias_of(first + j)));
                 }
             }
         });
@@ -190,7 +203,8 @@ struct Codes {
         return 0;
     }
 
-    int64_t resolve(const float* z, const Slots& slots, std::vector<int64_t>& candidates, std::vector<double>& s) const {
+    int64_t resolve(const float* z, const Slots& slots, std::vector<int64_t>& candidates,
+                    std::vector<double>& s) const {
         // |float32's score - exact| <= (d + 8) 2^-24 (|z| |a w| + |b|), and what underflows
         const double size = std::sqrt(dot(z, z, d)) * largest_norm + largest_offset;
         const double gap = 2 * double(d + 8) * (0x1p-24 * size + 0x1p-126), tie = 0x1p-28 * gap;
@@ -235,14 +249,13 @@ void code_argmax(Tensor z, Tensor weight, Tensor scale, Tensor bias, Tensor mask
                optional_data<double>(scale, "scale", z, ScalarType::Double, K),
                optional_data<double>(bias, "bias", z, ScalarType::Double, K),
                K, d, ceil_div(K, PANEL), {}, {}, {}, 0, 0};
-    book.pack();
-
     std::vector<int64_t> list;  // rows that are wanted
     for (int64_t i = 0; i < n; ++i) {
         out[i] = -1;
         if (!wanted || wanted[i]) list.push_back(i);
     }
     const int64_t count = list.size();
+    book.pack();
     torch::stable::parallel_for(0, ceil_div(count, ROWS), 1, [&](int64_t begin, int64_t end) {
         std::vector<float> block(ROWS * d);
         std::vector<Slots> slots(ROWS);
