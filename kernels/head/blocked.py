@@ -78,6 +78,43 @@ class TorchPasses:
         return dx
 
 
+class CompiledPasses:
+    """The same on a GPU, in csrc; what one writes is empty before, dx is zero."""
+
+    @staticmethod
+    def normalized(
+        x: Tensor, index: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z, rows = (torch.empty(len(x), x.shape[2], dtype=dtype, device=x.device) for _ in range(2))
+        mean, rstd = (torch.empty(len(x), device=x.device) for _ in range(2))
+        gamma, beta = (t if t is None else t.contiguous() for t in (gamma, beta))
+        torch.ops.mmfuse_cuda.head_normalized(z, rows, mean, rstd, x, index, gamma, beta, eps)
+        return z, rows, mean, rstd
+
+    @staticmethod
+    def unit(y: Tensor, scale: Tensor | None, normalize: bool, clips: int) -> tuple[Tensor, Tensor]:
+        out, inverse = y.new_empty(len(y) // clips, y.shape[1]), torch.empty(len(y), device=y.device)
+        torch.ops.mmfuse_cuda.head_unit(out, inverse, y, scale, normalize, clips)
+        return out, inverse
+
+    @staticmethod
+    def unit_grad(
+        g: Tensor, y: Tensor, inverse: Tensor, scale: Tensor | None, normalize: bool, clips: int
+    ) -> tuple[Tensor, Tensor]:
+        dy, along = torch.empty_like(y), torch.empty_like(inverse)
+        torch.ops.mmfuse_cuda.head_unit_grad(dy, along, g, y, inverse, scale, normalize, clips)
+        return dy, along
+
+    @staticmethod
+    def norm_grad(
+        dz: Tensor, rows: Tensor, index: Tensor | None, gamma: Tensor | None, mean: Tensor, rstd: Tensor, length: int
+    ) -> Tensor:
+        dx = torch.zeros(len(rows), length, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        gamma = gamma if gamma is None else gamma.contiguous()
+        torch.ops.mmfuse_cuda.head_norm_grad(dx, dz.contiguous(), rows, index, gamma, mean, rstd)
+        return dx
+
+
 def standardized(rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     return (rows.to(mean.dtype) - mean[:, None]) * rstd[:, None]
 

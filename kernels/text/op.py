@@ -17,6 +17,8 @@ from mmfuse.kernels.text import blocked, reference
 
 # the widest row that a program of the GPU's kernels holds
 _WIDEST = 16384
+# measured on 2 cores
+_EAGER_ELEMENTS = 1 << 20
 
 
 def passes(backend: str) -> Any:
@@ -113,11 +115,16 @@ def reasons_against_chunked(ids: Tensor, table: Tensor, *_: Any) -> list[str]:
     return [] if table.device.type in ("cpu", "cuda") else [f"device is {table.device.type}"]
 
 
+def _small(ids: Tensor, table: Tensor, *_: Any) -> list[str]:
+    few = table.device.type == "cpu" and ids.numel() * table.shape[1] < _EAGER_ELEMENTS
+    return [f"eager is faster for less than {_EAGER_ELEMENTS} numbers on a CPU"] if few else []
+
+
 EMBED_TEXT = Op(
     "embed_text",
     [
         Impl("triton", partial(_fused, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked),
+        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked, _small),
         Impl("torch", reference.embed_text, no_reason),
     ],
     example=lambda features: (
