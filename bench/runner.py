@@ -202,7 +202,7 @@ def run(
             begun, until = time.perf_counter(), math.inf
             if share and budget is not None:
                 part = max(0.0, budget - (begun - start)) / (len(jobs) - i)
-                limit, until = min(_SECONDS, part / 6), begun + part
+                limit, until = min(_SECONDS, part / 10), begun + part
             of_case = mode if mode in case.modes else case.modes[0]
             flops = case.flops(of_case, **shape)
             if budget is not None and past:
