@@ -15,7 +15,14 @@ if __name__ == "kernels":
         sys.modules["kernels"] = _module
         _spec.loader.exec_module(_module)
 else:
-    from mmfuse.kernels.codebook import code_statistics, linear_argmax, nearest_code, vector_quantize
+    from mmfuse.kernels.codebook import (
+        code_statistics,
+        fsq,
+        lfq_entropy,
+        linear_argmax,
+        nearest_code,
+        vector_quantize,
+    )
     from mmfuse.kernels.contrastive import (
         clip_loss,
         distill_clip_loss,
@@ -56,11 +63,13 @@ else:
         "distributed_siglip_loss",
         "embed_text",
         "farthest_points",
+        "fsq",
         "global_contrastive_loss",
         "group_points",
         "grouped_clip_loss",
         "hard_negatives",
         "interpolate_position",
+        "lfq_entropy",
         "linear_argmax",
         "masked_patch_loss",
         "matryoshka_clip_loss",
