@@ -502,11 +502,13 @@ def rows_of(stem: Stem, i: int, j: int) -> Rows:
 def triton_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
     """A [M, KP] of the images x [m, C, T, H, W]."""
     (kt, ky, kx), (st, sy, sx), (_, gy, gx) = f.g.kernel, f.g.stride, f.g.grid
-    _rows_kernel[triton.cdiv(rows.m, _ROWS["BLOCK_M"]), triton.cdiv(a.shape[1], _ROWS["BLOCK_K"])](
-        a, x, rows.order, rows.count, rows.ids, f.subtract, f.multiply, *x.stride(), rows.m, rows.n,
-        *x.shape[1:], a.shape[1], STEP_T=st, STEP_Y=sy, STEP_X=sx, GRID_Y=gy, GRID_X=gx, KT=kt, KY=ky, KX=kx,
-        CHANNELS_LAST=f.channels_last, PADDED=f.g.padded != tuple(x.shape[2:]), ACC=_acc(a.dtype), **_ROWS,
-    )  # fmt: skip
+    grid = triton.cdiv(rows.m, _ROWS["BLOCK_M"]), triton.cdiv(a.shape[1], _ROWS["BLOCK_K"])
+    with torch.cuda.device_of(a):
+        _rows_kernel[grid](
+            a, x, rows.order, rows.count, rows.ids, f.subtract, f.multiply, *x.stride(), rows.m, rows.n, *x.shape[1:],
+            a.shape[1], STEP_T=st, STEP_Y=sy, STEP_X=sx, GRID_Y=gy, GRID_X=gx, KT=kt, KY=ky, KX=kx,
+            CHANNELS_LAST=f.channels_last, PADDED=f.g.padded != tuple(x.shape[2:]), ACC=_acc(a.dtype), **_ROWS,
+        )  # fmt: skip
 
 
 def cuda_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:

@@ -322,6 +322,33 @@ def test_only_what_is_asked_for(backend: str) -> None:
         assert not patch_embed(pixels, real(*shape), backend=backend, **options).requires_grad
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_nothing_is_written_into_the_inputs(backend: str) -> None:
+    # a position alone is what the products are added to, where it is in the accumulation dtype already
+    pixels, weight, bias, position = u8(2, 3, 16, 24), real(D, 3, 8, 8), real(D), real(6, D)
+    inputs = [pixels, weight.requires_grad_(), bias.requires_grad_(), position.requires_grad_()]
+    before = [t.detach().clone() for t in inputs]
+    y = patch_embed(pixels, weight, bias, position=position, backend=backend, **RGB)
+    g = real(*y.shape)
+    kept = g.clone()
+    torch.autograd.grad(y, inputs[1:], g)
+    assert all(torch.equal(a.detach(), b) for a, b in zip(inputs, before, strict=True)) and torch.equal(g, kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", FUSED)
+def test_in_a_cuda_graph(backend: str) -> None:
+    pixels, shape, options = CASES["everything"]()
+    weight = real(*shape)
+    want = patch_embed(pixels, weight, backend=backend, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = patch_embed(pixels, weight, backend=backend, **options)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, want)
+
+
 # --- what else calls it ---------------------------------------------------------------------------------------------
 
 
