@@ -48,31 +48,40 @@ def segments(codes: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ordered, torch.arange(K + 2, device=codes.device))
 
 
+def rows_of(codebook: Tensor, codes: Tensor) -> Tensor:
+    """The code of each row [N, D], zeros for the code -1."""
+    # an index of -1 is the last row
+    return torch.cat([codebook, codebook.new_zeros(1, codebook.shape[1])])[codes]
+
+
 def assign(
     z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z_q [N, D], loss, 1 / (elements that count))."""
-    kept = (codes >= 0)[:, None]
-    e = torch.where(kept, codebook[codes.clamp_min(0)], 0)
-    x, y = (t.to(accumulation_dtype(t.dtype)) for t in (z, e))
-    share = 1 / (kept.sum().clamp_min(1) * z.shape[1]).to(x.dtype)
-    distance = torch.where(kept, x - y, 0)
-    return e, (beta + codebook_weight) * share * distance.square_().sum(), share
+    acc, kept = accumulation_dtype(z.dtype), codes >= 0
+    e = rows_of(codebook, codes)
+    share = 1 / (kept.sum().clamp_min(1) * z.shape[1]).to(acc)
+    difference = z.to(acc) - e
+    distance = torch.where(kept, torch.linalg.vecdot(difference, difference), 0).sum()
+    return e, (beta + codebook_weight) * share * distance, share
 
 
 def gradient_of_rows(
     g: Tensor | None, g_loss: Tensor | None, z: Tensor, codebook: Tensor, codes: Tensor, gradient: str
 ) -> Tensor:
     """dz of (z_q, loss); `g_loss` is already 2 beta share dloss."""
-    kept = (codes >= 0)[:, None]
     acc = accumulation_dtype(z.dtype)
-    x, y = z.to(acc), codebook[codes.clamp_min(0)].to(acc)
-    dz = torch.zeros((), dtype=acc, device=z.device) if g_loss is None else g_loss * (x - y)
+    x, y = z.to(acc), rows_of(codebook, codes).to(acc)
+    routed = None
     if g is not None and gradient == "straight_through":
-        dz = dz + g
+        routed = g.to(acc)
     elif g is not None and gradient == "rotation":
         # the transpose of the reference's constant matrix: a and b change places
         a, b, w, ratio = rotation(x, y)
         g = g.to(acc)
-        dz = dz + ratio * (g - 2 * (g * w).sum(1, keepdim=True) * w + 2 * (g * b).sum(1, keepdim=True) * a)
-    return torch.where(kept, dz, 0).to(z.dtype).expand_as(z).contiguous()
+        routed = ratio * (g - 2 * (g * w).sum(1, keepdim=True) * w + 2 * (g * b).sum(1, keepdim=True) * a)
+    if g_loss is None:
+        dz = torch.zeros_like(x) if routed is None else routed
+    else:
+        dz = g_loss * (x - y) if routed is None else torch.addcmul(routed, x - y, g_loss)
+    return torch.where((codes >= 0)[:, None], dz, 0).to(z.dtype).contiguous()
