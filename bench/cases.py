@@ -25,6 +25,7 @@ SUITES = {
     "selection": "mmfuse.bench.selection",
     "codebook": "mmfuse.bench.codebook",
     "patch": "mmfuse.bench.patch",
+    "packed": "mmfuse.bench.packed",
     "points": "mmfuse.bench.points",
     "tokens": "mmfuse.bench.tokens",
     "contrastive-dist": "mmfuse.bench.distributed",

@@ -65,11 +65,16 @@ def _reference(table: Tensor, h: int, w: int, height: int, width: int, mode: str
     return reference.interpolate_position(table, h, w, (height, width), mode)
 
 
+def _small(table: Tensor) -> list[str]:
+    few = table.device.type == "cpu" and table.numel() < 4096
+    return ["eager is faster for less than 4096 numbers"] if few else []
+
+
 INTERPOLATE = Op(
     "interpolate_position",
     [
         Impl("triton", interpolate_fwd, reasons_against_triton, only_named_in_the_interpreter),
-        Impl("chunked", interpolate_fwd, reasons_against_chunked),
+        Impl("chunked", interpolate_fwd, reasons_against_chunked, _small),
         Impl("torch", _reference, no_reason),
     ],
 )

@@ -201,11 +201,15 @@ def _reasons_against_triton(x: Tensor, weight: Tensor) -> list[str]:
     return reasons_against_triton(weight)
 
 
+def _few(x: Tensor, weight: Tensor) -> list[str]:
+    return ["eager is faster for less than 512 patches"] if len(x) < 512 else []
+
+
 PACKED = Op(
     "patch_embed_packed",
     [
         Impl("triton", partial(_fused, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("chunked", partial(_fused, "chunked"), _reasons_against_chunked),
+        Impl("chunked", partial(_fused, "chunked"), _reasons_against_chunked, _few),
         Impl("torch", _reference, no_reason),
     ],
 )

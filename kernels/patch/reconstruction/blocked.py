@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.patch.reconstruction.target import Patches, entering, target_of
+from mmfuse.kernels.patch.reconstruction.target import EPS, Patches, target_of
 
 _BLOCK_BYTES = 2 << 20  # of targets
 
@@ -25,20 +25,38 @@ def rows(
 
     With `grad` [B, M, K] given: into it 2 weight_bj (prediction - target) / K instead.
     """
-    b, m, k = prediction.shape
-    acc = weight.dtype
+    (b, m, k), c, acc = prediction.shape, video.shape[4], weight.dtype
     out = weight.new_zeros(b, m)
+    unit = 255.0 if video.dtype == torch.uint8 and (mean is not None or std is not None) else 1.0
+    scale = torch.ones(c, dtype=acc, device=video.device) if std is None else 1 / std.to(acc)
+    shift = None if mean is None else (-mean.to(acc) * scale).repeat(k // c)
+    scale = (scale / unit).repeat(k // c)
     step = max(1, _BLOCK_BYTES // max(1, video[:1].numel() * acc.itemsize))
     for i in range(0, b, step):
         block = slice(i, i + step)
-        x = patches.of(entering(video[block], mean, std, acc))
+        x, p, w = patches.of(video[block]), prediction[block], weight[block]
         if ids is not None:
             x = x.gather(1, ids[block, :, None, None].expand(-1, -1, *x.shape[2:]))
-        gap = target_of(x, norm).neg_().add_(prediction[block])
-        w = weight[block]
-        if grad is None:
-            row = torch.linalg.vector_norm(gap, dim=-1).square_().mul_(w).div_(k)
-            out[block] = torch.where(w != 0, row, 0)
+        x, p, w = x.flatten(0, 1).flatten(1), p.reshape(-1, k), w.flatten()
+        # only what is masked; on a GPU it would wait for the number of them
+        at = w.nonzero()[:, 0] if x.device.type == "cpu" else None
+        if at is not None:
+            x, p, w = x[at], p[at], w[at]
+        x = x.to(acc)
+        x = x * scale if shift is None else torch.addcmul(shift, x, scale)
+        if norm == "patch":
+            x.sub_(x.mean(1, keepdim=True))
+            var = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_() / (k - 1)
+            gap = torch.addcmul(p.to(acc), x, (var + EPS).rsqrt_(), value=-1)
         else:
-            grad[block] = torch.where((w != 0)[:, :, None], gap.mul_((2 / k) * w[:, :, None]), 0)
+            gap = target_of(x.unflatten(1, (-1, c)), norm).neg_().add_(p)
+        into = out[block].view(-1) if grad is None else grad[block].view(-1, k)
+        if grad is None:
+            value = torch.linalg.vector_norm(gap, dim=1).square_().mul_(w).div_(k)
+        else:
+            value = gap.mul_((2 / k) * w[:, None]).to(grad.dtype)
+        if at is not None:
+            into.zero_()[at] = value
+        else:
+            into.copy_(torch.where(w.view(-1, *[1] * (value.dim() - 1)) != 0, value, 0))
     return out
