@@ -40,6 +40,10 @@ def _loss(fn: Any, *args: Tensor, **options: Any) -> Tensor:
     return _ramp(fn(*args, **options))
 
 
+def _loss_of(load: Any) -> Any:
+    return lambda device, dtype: partial(_loss, load(device, dtype))
+
+
 def _default(op: Any, probe: Any, baselines: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
     first = op.select(*probe(device, dtype)).name
     named = ["mmfuse-triton"] if device.type == "cuda" and first != "triton" else []
@@ -216,7 +220,7 @@ def _case(name: str, op: Any, official: Any, function: Any, probe: Any, others: 
         providers={
             "eager": eager(loss),
             "compile": compiled(eager(loss)),
-            **{n: (lambda device, dtype, load=load: partial(_loss, load(device, dtype))) for n, load in others.items()},
+            **{n: _loss_of(load) for n, load in others.items()},
             **ours(op, partial(_loss, function), probe),
         },
         definitions=("eager", *others),

@@ -57,10 +57,11 @@ class TorchPasses:
         g = g.to(inverse.dtype).repeat_interleave(clips, 0) / clips
         along = (u * g).sum(-1)
         du = g if scale is None else g * scale
-        # at the smallest length the divisor is a constant
-        grows = normalize and inverse < 1 / TINY
-        dy = (du - torch.where(grows, (du * u).sum(-1), 0)[:, None] * u) * inverse[:, None] if normalize else du
-        return dy.to(y.dtype), along
+        if normalize:
+            # at the smallest length the divisor is a constant
+            reach = torch.where(inverse < 1 / TINY, (du * u).sum(-1), 0)
+            du = (du - reach[:, None] * u) * inverse[:, None]
+        return du.to(y.dtype), along
 
     @staticmethod
     def norm_grad(
@@ -135,7 +136,7 @@ def forward(
     eps: float,
     normalize: bool,
     clips: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, rows, mean, rstd, y, 1 / |y|)."""
     z, rows, mean, rstd = passes.normalized(x, index, gamma, beta, eps, (x if weight is None else weight).dtype)
     y = z if weight is None else product(z, weight.t())
@@ -160,7 +161,7 @@ def backward(
     clips: int,
     length: int,
     needs: list[bool],
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dgamma, dbeta, dweight, dscale), an empty one where `needs` says no."""
     need_x, need_gamma, need_beta, need_weight, need_scale = needs
     dx, dgamma, dbeta, dweight, dscale = (rows.new_empty(0) for _ in needs)

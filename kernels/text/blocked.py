@@ -134,7 +134,7 @@ def backward(
     normed: bool,
     padding_idx: int | None,
     needs: list[bool],
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dtable, dposition, dtype_embed, dgamma, dbeta), an empty one where `needs` says no."""
     need_table, need_position, need_type, need_gamma, need_beta = needs
     dtable, dposition, dtype, dgamma, dbeta = (table.new_empty(0) for _ in needs)

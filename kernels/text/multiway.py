@@ -154,8 +154,10 @@ multiway_fwd = register("multiway_fwd", _fwd, _fwd_fake, setup_context=_setup, b
 
 
 def _reference(*given: Any) -> Tensor:
-    *vision, ids, table, text_position, pad_mask, padding_idx, compute = given
-    tokens = patch_embed_reference(_stem(*vision, table.dtype)._replace(compute=compute))
+    pixels, weight, bias, cls_token, position, mask_token, mask, mean, std, *others = given
+    ids, table, text_position, pad_mask, padding_idx, compute = others
+    stem = _stem(pixels, weight, bias, cls_token, position, mask_token, mask, mean, std, table.dtype)
+    tokens = patch_embed_reference(stem._replace(compute=compute))
     words = reference.embed_text(ids, table, text_position, None, None, None, pad_mask, 1.0, None, padding_idx)
     return torch.cat([tokens, words], dim=1)
 
@@ -248,7 +250,7 @@ def multiway_tokens(
         raise ValueError(f"cls_token has shape {tuple(cls_token.shape)}, expected [{weight.shape[0]}]")
     if weight.shape[0] != table.shape[1]:
         raise ValueError(f"weight has {weight.shape[0]} features, expected {table.shape[1]} as table")
-    masking = {} if mask is None else {"mask": mask, "mask_token": mask_token}
+    masking: dict[str, Any] = {} if mask is None else {"mask": mask, "mask_token": mask_token}
     stem = stem_of(pixels, weight, bias, mean=mean, std=std, dtype=table.dtype, **masking)
     rows = (cls_token is not None) + stem.shape()[2]
     if position.dim() != 2 or position_offset < 0 or position.shape[0] < position_offset + rows:

@@ -23,7 +23,7 @@ class Head(nn.Sequential):
     The LayerNorm is layer 0, the projection the last.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, index: int | Tensor = 0, normalize: bool = False, scale: Tensor | None = None, clips: int = 1
     ) -> Tensor:
         norm, *between, proj = self
@@ -119,7 +119,7 @@ class ImageBind(nn.Module):
             return Stem(nn.Conv2d(channels, dim, kernel, stride, bias=False), norm=True)
 
         kernel = tuple(kernel_size)
-        images = nn.Conv3d(3, vision_embed_dim, kernel, kernel, bias=False)  # type: ignore[arg-type]
+        images = nn.Conv3d(3, vision_embed_dim, kernel, kernel, bias=False)
         audio = flat(1, audio_embed_dim, audio_kernel_size, audio_stride)
         depth = flat(1, depth_embed_dim, depth_kernel_size, depth_kernel_size)
         thermal = flat(1, thermal_embed_dim, thermal_kernel_size, thermal_kernel_size)
@@ -188,7 +188,10 @@ class ImageBind(nn.Module):
 
     def logit_scale(self, modality: str) -> LogitScale | None:
         """The module of a modality's scale; images have none."""
-        return self.modality_postprocessors[modality][1] if modality in self.modality_postprocessors else None
+        if modality not in self.modality_postprocessors:
+            return None
+        steps: Any = self.modality_postprocessors[modality]
+        return steps[1]
 
     def loss(
         self, inputs: Mapping[str, Tensor | tuple[Tensor, Tensor]], output_dict: bool = False
@@ -203,7 +206,7 @@ class ImageBind(nn.Module):
             m: self.encode(m, x) if isinstance(x, Tensor) else (self.encode("vision", x[0]), self.encode(m, x[1]))
             for m, x in inputs.items()
         }
-        scales = {m: self.modality_postprocessors[m][1] for m in SCALES}
+        scales = {m: scale for m in SCALES if (scale := self.logit_scale(m)) is not None}
         return ImageBindLoss(scales)(embeddings, output_dict)
 
 

@@ -46,7 +46,8 @@ class Stem(nn.Module):
 
     @property
     def pad(self) -> PadIm2Video | None:
-        return self.proj[0] if isinstance(self.proj, nn.Sequential) else None
+        first = self.proj[0] if isinstance(self.proj, nn.Sequential) else None
+        return first if isinstance(first, PadIm2Video) else None
 
     @property
     def layer(self) -> Any:
@@ -163,7 +164,7 @@ class IMUTokens(nn.Module):
         self.cls_token = nn.Parameter(dim**-0.5 * torch.randn(1, 1, dim))
 
     def forward(self, imu: Tensor) -> Tensor:
-        weight = self.imu_stem.proj.weight.unflatten(1, (self.CHANNELS, self.KERNEL))
+        weight = self.imu_stem.layer.weight.unflatten(1, (self.CHANNELS, self.KERNEL))
         cls, position = self.pos_embed[0].tensor_split([1])
         rows = {"prefix": self.cls_token[0], "prefix_position": cls, "position": position}
         return self.imu_stem.embed(imu, weight, (self.KERNEL,), **rows)
