@@ -146,6 +146,10 @@ def _groups(device: torch.device, dtype: torch.dtype, B: int, G: int, D: int) ->
     return groups.to(dtype), *(t.to(dtype).requires_grad_() for t in layers)
 
 
+def _few_groups(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.empty(2, 2, 3, device=device, dtype=dtype),)
+
+
 def _total(y: Tensor) -> Tensor:
     # weights that differ, so that a gradient in the wrong place shows
     return (y.float() * torch.linspace(0.5, 1.5, y.shape[-1], device=y.device)).sum() / y.shape[0]
@@ -267,10 +271,10 @@ CASES = [
             "openpoints": eager(convolutions),
             "eager": eager(linears),
             "compile": compiled(eager(linears)),
-            **ours(POINTNET, _pointnet, lambda device, dtype: (torch.empty(2, 2, 3, device=device, dtype=dtype),)),
+            **ours(POINTNET, _pointnet, _few_groups),
         },
         definitions=("eager", "openpoints"),
-        chosen=lambda inputs, backend=None: chosen(POINTNET, 1, (inputs[0].flatten(0, 1),), backend),
+        chosen=lambda inputs, backend=None: chosen(POINTNET, 9, (inputs[0].flatten(0, 1), *inputs[1:]), backend),
         default=partial(_default, ["openpoints", "eager", "compile"], POINTNET),
         dims=("B", "G", "D"),
         shapes={

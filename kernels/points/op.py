@@ -158,13 +158,19 @@ def _nearest_against_triton(query: Tensor, points: Tensor, k: int = 1) -> list[s
     return reasons_against_triton(points) + _many_neighbours(k)
 
 
+def _few_distances(query: Tensor, points: Tensor, k: int = 1) -> list[str]:
+    if points.device.type != "cpu" or query.shape[0] * query.shape[1] * points.shape[1] >= 1 << 13:
+        return []
+    return ["the whole matrix is faster for less than 8192 distances"]
+
+
 NEAREST = Op(
     "nearest_neighbors",
     [
         Impl("cuda", nearest_op, _nearest_against_cuda),
         Impl("triton", nearest_op, _nearest_against_triton, only_named_in_the_interpreter),
         Impl("cpu", nearest_op, reasons_against_cpu),
-        Impl("chunked", nearest_op, reasons_against_chunked),
+        Impl("chunked", nearest_op, reasons_against_chunked, _few_distances),
         Impl("torch", nearest_op, no_reason),
     ],
 )

@@ -221,3 +221,14 @@ def test_large_groups_run_in_plain_torch() -> None:
     x, layers = drawn(2, 300)
     assert POINTNET.select(x).name == "torch"
     assert mini_pointnet(x, layers).shape == (2, 9)
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU nothing steps aside")
+def test_where_eager_is_faster() -> None:
+    x, layers = drawn(512, 32, (3, 8, 16, 16, 96))
+    tensors = [t for pair in layers for t in pair]
+    fused = next(b for b in OURS if b != "triton")
+    assert POINTNET.select(x, *tensors).name == fused
+    assert POINTNET.select(x[:4], *tensors).name == "torch"
+    for dtype in (torch.bfloat16, torch.float64):
+        assert POINTNET.select(x.to(dtype), *(t.to(dtype) for t in tensors)).name == "torch"
