@@ -487,6 +487,7 @@ class Rows:
 
 
 def rows_of(stem: Stem, i: int, j: int) -> Rows:
+    """Of images i to j."""
     rows = Rows(j - i, stem.shape()[2])
     if stem.ids_keep is not None:
         rows.ids = stem.ids_keep[i:j].contiguous()
@@ -595,7 +596,7 @@ def backward_from(gather: Gather, grad: Tensor, stem: Stem, needs: Sequence[bool
     need = dict(zip(Stem._fields, needs, strict=False))
     grad = grad if grad.stride(2) == 1 else grad.contiguous()
     f = entering(stem)
-    patches, every = f.g.patches, rows_of(stem, 0, b)
+    every = rows_of(stem, 0, b)
     total = torch.zeros(r + n, d, dtype=acc, device=grad.device)
     masked = torch.zeros_like(total)
     product = torch.zeros(d, f.x.shape[1] * prod(f.g.kernel), dtype=acc, device=grad.device)
@@ -617,7 +618,7 @@ def backward_from(gather: Gather, grad: Tensor, stem: Stem, needs: Sequence[bool
         "type_embed": total.sum(0),
     }
     if need["position"] and every.ids is not None:
-        spread = torch.zeros(patches, d, dtype=acc, device=grad.device)
+        spread = torch.zeros(f.g.patches, d, dtype=acc, device=grad.device)
         grads["position"] = blocked.sum_at(spread, every.ids.flatten(), grad[:, r:].to(acc).reshape(-1, d))
     if need["weight"]:
         grads["weight"] = f.weight_grad(product, grads["bias"], stem.weight)
