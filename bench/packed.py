@@ -1,9 +1,9 @@
 """Patches of many sizes and the patches that are masked: SigLIP2's ragged stem, MAE's loss, resampled positions.
 
 `packed`: B pictures of many aspect ratios, at most L patches of 16 x 16 each and padded to L, width D, a table of
-16 x 16 positions. Against transformers' stem, which weighs all 256 positions for every token, and the loop over pictures
-that it had before. `masked_loss`: MAE's, of B pictures of S x S bytes, 75 percent masked, targets normalised.
-`position`: timm's resize of a G x G table to H x H.
+16 x 16 positions. Against transformers' stem, which weighs all 256 positions for every token, and its former loop over
+pictures. `masked_loss`: MAE's, of B pictures of S x S bytes, 75 percent masked, targets normalised. `position`: timm's
+resize of a G x G table to H x H.
 """
 
 from __future__ import annotations

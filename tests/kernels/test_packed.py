@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mmfuse
 from judge import assert_no_worse
 from mmfuse._compat import allow_torchvision
-from mmfuse.kernels.patch.ragged import drop_patches, pack_first_fit, patch_embed_packed
+from mmfuse.kernels.patch.ragged import drop_patches, pack_first_fit, pack_images, patch_embed_packed
 from mmfuse.kernels.patch.ragged.layout import layout
 from mmfuse.kernels.patch.ragged.op import PACKED, packed_fwd
 
@@ -305,6 +305,25 @@ def test_errors_name_the_argument() -> None:
 
 
 # --- packing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["raster", "merge2"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_packed_images_are_the_patches_of_a_convolution(channels_last: bool, order: str) -> None:
+    images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((8, 4), (4, 12))]
+    images[0] = torch.nn.functional.pad(images[0], (1, 2))[:, :, 1:-2]  # a crop
+    patches, grids = pack_images(images, 2, order=order, channels_last=channels_last)
+    assert patches.dtype == torch.uint8 and grids.tolist() == [[4, 2], [2, 6]]
+    weight, mean = torch.randn(D, 3, 2, 2), [0.4, 0.5, 0.6]
+    flat = weight.permute(0, 2, 3, 1).flatten(1) if channels_last else weight.flatten(1)
+    out = patch_embed_packed(patches, grids, flat, mean=mean, order=order, channels_last=channels_last)
+    for image, first, last in zip(images, out.cu_seqlens[:-1], out.cu_seqlens[1:], strict=True):
+        pixels = image / 255 - torch.tensor(mean)[:, None, None]
+        expected = torch.nn.functional.conv2d(pixels, weight, stride=2)
+        y, x = out.ids[first:last].unbind(1)
+        torch.testing.assert_close(out.tokens[first:last], expected[:, y, x].t(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="images"):
+        pack_images([images[0][:, 1:]], 2, order=order)
 
 
 def test_first_fit() -> None:

@@ -99,7 +99,10 @@ def forward(
     for i in range(0, len(out), _ROWS):
         block = slice(i, i + _ROWS)
         a = x[block] if source is None else at_source(x, source[block])
-        torch.addmm(out[block], a.to(acc), v, out=out[block])
+        a = a.to(acc) if f.near is None else a.to(acc) - f.near
+        torch.addmm(out[block], a, v, out=out[block])
+    if source is not None:
+        out.masked_fill_((source < 0)[:, None], 0)
     return out.to(dtype)
 
 

@@ -1,6 +1,6 @@
 """A ragged batch in Triton: one product, whose tiles add the positions of their tokens before they are stored.
 
-token_r = q (V x_source(r)) + c + sum_yx w_h(i_r, y) w_w(j_r, x) P[y, x]     V [D, K]: folded weights, q: their scale
+token_r = q V (x_source(r) - n) + c + sum_yx w_h(i_r, y) w_w(j_r, x) P[y, x]    V [D, K]: folded weights, q: their scale
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def _packed_kernel(
     v_ptr,  # [D, K]
     c_ptr,  # [D]
     q_ptr,  # [D]
+    near_ptr,  # [K]
     table_ptr,  # [S, D]
     place_ptr,  # [R, 4]
     source_ptr,  # [R]
@@ -44,6 +45,7 @@ def _packed_kernel(
     FACTORED: tl.constexpr,
     SOURCE: tl.constexpr,
     SCALED: tl.constexpr,
+    CENTRED: tl.constexpr,
     ACC: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -66,6 +68,8 @@ def _packed_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for k0 in range(0, K, BLOCK_K):
         x = tl.load(at_x, mask=some[:, None] & (k[None, :] < K - k0), other=0).to(OPERAND)
+        if CENTRED:
+            x -= tl.load(near_ptr + k0 + k, mask=k < K - k0, other=0).to(OPERAND)[None, :]
         v = tl.load(at_v, mask=(d[None, :] < D) & (k[:, None] < K - k0), other=0)
         acc = tl.dot(x, v, acc, input_precision=PRECISION, out_dtype=ACC)
         at_x += BLOCK_K
@@ -129,11 +133,11 @@ def forward(
     grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(d, tile["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         _packed_kernel[grid](
-            out, x, v, f.bias, f.bias if q is None else q, f.bias if table is None else table, place,
-            place if source is None else source, *edges, rows, d, k, x.stride(0), *shape,
+            out, x, v, f.bias, f.bias if q is None else q, f.bias if f.near is None else f.near,
+            f.bias if table is None else table, place, place if source is None else source, *edges, rows, d, k, x.stride(0), *shape,
             TABLE=table is not None, MODE=mode_number(mode), FACTORED=factored, SOURCE=source is not None,
-            SCALED=q is not None, ACC=accumulator(f.bias.dtype), OPERAND=_OPERANDS[v.dtype], PRECISION=precision,
-            **tile,
+            SCALED=q is not None, CENTRED=f.near is not None, ACC=accumulator(f.bias.dtype),
+            OPERAND=_OPERANDS[v.dtype], PRECISION=precision, **tile,
         )  # fmt: skip
     return out
 
@@ -161,9 +165,16 @@ def _spec(pixels: str, operand: torch.dtype, out: torch.dtype, mode: int, kind: 
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     constants: dict[str, Any] = {n: v for n, v in tile.items() if n in _packed_kernel.arg_names}
     constants |= {"TABLE": True, "MODE": mode, "FACTORED": False, "SOURCE": pixels == "u8", "SCALED": pixels == "u8"}
+    constants["CENTRED"] = pixels == "u8"
     constants |= {"ACC": tl.float32, "OPERAND": _OPERANDS[operand], "PRECISION": "tf32" if kind == "tf32" else "ieee"}
     pointers = {"out_ptr": "*" + short[out], "x_ptr": "*" + pixels, "v_ptr": "*" + short[operand], "c_ptr": "*fp32"}
-    pointers |= {"q_ptr": "*fp32", "table_ptr": "*" + short[out], "place_ptr": "*i32", "source_ptr": "*i64"}
+    pointers |= {
+        "q_ptr": "*fp32",
+        "near_ptr": "*fp32",
+        "table_ptr": "*" + short[out],
+        "place_ptr": "*i32",
+        "source_ptr": "*i64",
+    }
     pointers |= {"bounds_y": "*fp32", "bounds_x": "*fp32"}
     return Spec(
         kernel=f"{__name__}:_packed_kernel",

@@ -16,7 +16,7 @@ from mmfuse.kernels.patch.arguments import vector
 from mmfuse.kernels.patch.positions.op import check_factors, check_table
 from mmfuse.kernels.patch.ragged import blocked, reference
 from mmfuse.kernels.patch.ragged.layout import layout
-from mmfuse.kernels.patch.ragged.stem import centre, fold, weight_grad
+from mmfuse.kernels.patch.ragged.stem import fold, weight_grad
 
 
 class PackedTokens(NamedTuple):
@@ -118,9 +118,8 @@ def _bwd(
     acc, none = f.bias.dtype, g.new_empty(0)
     dx = dweight = dbias = dtable = none
     if need_weight or need_bias:
-        near = centre(x, f)
-        product, total = blocked.backward(g, x, near, source, compute, need_weight)
-        dweight = weight_grad(f, product, total, near).to(weight.dtype) if need_weight else none
+        product, total = blocked.backward(g, x, f.near, source, compute, need_weight)
+        dweight = weight_grad(f, product, total).to(weight.dtype) if need_weight else none
         dbias = total.to(weight.dtype if bias is None else bias.dtype) if need_bias else none
     if need_x:
         dy = g.to(compute) if source is None else blocked.of_patches(g.to(compute), source, len(x))
@@ -392,6 +391,36 @@ def _channel_values(name: str, given: Any, k: int, channels_last: bool, like: Te
 
 
 # --- packing --------------------------------------------------------------------------------------------------------
+
+
+def pack_images(
+    images: Sequence[Tensor],
+    patch: int,
+    *,
+    order: Literal["raster", "merge2"] = "raster",
+    channels_last: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(patches [T, K], grids [B, 2] int64) of images [C, H, W] of any sizes, for `patch_embed_packed`.
+
+    Args:
+        images: at least one, of one dtype (bytes stay bytes) and device, any strides; H and W multiples of `patch`.
+        patch: P, with K = C P^2.
+        order, channels_last: as for `patch_embed_packed`.
+
+    Raises:
+        ValueError: an image does not fit; the message names it.
+    """
+    m, rows, grids = {"raster": 1, "merge2": 2}[order], [], []
+    for i, image in enumerate(images):
+        if image.dim() != 3 or any(n % (patch * m) for n in image.shape[1:]):
+            shape = tuple(image.shape)
+            raise ValueError(f"images[{i}] has shape {shape}, expected [C, H, W], H and W multiples of {patch * m}")
+        x = image.unfold(1, patch, patch).unfold(2, patch, patch)  # [C, h, w, P, P]
+        grids.append(x.shape[1:3])
+        x = x.permute(1, 2, 3, 4, 0) if channels_last else x.permute(1, 2, 0, 3, 4)
+        x = x.unflatten(1, (x.shape[1] // m, m)).unflatten(0, (x.shape[0] // m, m)).transpose(1, 2)
+        rows.append(x.reshape(-1, patch * patch * image.shape[0]))
+    return torch.cat(rows), torch.tensor(grids).to(rows[0].device, non_blocking=True)
 
 
 def pack_first_fit(lengths: Sequence[int], capacity: int, *, sort: bool = False) -> list[list[int]]:

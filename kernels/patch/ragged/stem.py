@@ -9,12 +9,13 @@ from torch import Tensor
 
 
 class Folded(NamedTuple):
-    """y = V x + c for raw pixels x."""
+    """y = V (x - n) + c for raw pixels x."""
 
     weight: Tensor  # [D, K] V = W s, rounded to `compute`
-    bias: Tensor  # [D] c = b - V m
+    bias: Tensor  # [D] c = b - V (m - n)
     scale: Tensor | None  # [K] s
-    shift: Tensor | None  # [K] m
+    shift: Tensor | None  # [K] m - n, m the mean
+    near: Tensor | None  # [K] n, for bytes the whole number next to m: x - n is exact in 16 bits, sums do not cancel
 
 
 def fold(
@@ -24,26 +25,24 @@ def fold(
     acc = torch.promote_types(weight.dtype, torch.float32)
     c = weight.new_zeros(len(weight), dtype=acc) if bias is None else bias.to(acc)
     if mean is None and std is None:
-        return Folded(weight.to(compute), c, None, None)
+        return Folded(weight.to(compute), c, None, None, None)
     unit = 255.0 if x.dtype == torch.uint8 else 1.0
     scale = torch.ones(x.shape[-1], dtype=acc, device=x.device) if std is None else 1 / std.to(acc)
     scale = scale / unit
     v = (weight.to(acc) * scale).to(compute)
     if mean is None:
-        return Folded(v, c, scale, None)
-    shift = mean.to(acc) * unit
-    return Folded(v, c - v.to(acc) @ shift, scale, shift)
+        return Folded(v, c, scale, None, None)
+    shift, near = mean.to(acc) * unit, None
+    if x.dtype == torch.uint8:
+        near = shift.round()
+        shift = shift - near
+    return Folded(v, c - v.to(acc) @ shift, scale, shift, near)
 
 
-def centre(x: Tensor, f: Folded) -> Tensor | None:
-    """[K] whole numbers near the mean: what is left of a byte is exact in 16 bits, and sums of it do not cancel."""
-    return f.shift.round() if f.shift is not None and x.dtype == torch.uint8 else None
-
-
-def weight_grad(f: Folded, product: Tensor, total: Tensor, near: Tensor | None) -> Tensor:
+def weight_grad(f: Folded, product: Tensor, total: Tensor) -> Tensor:
     """dW = s (dyT (x - n) - (m - n) sum dy), of the product dyT (x - n) [D, K] and the sum of dy [D]."""
     if f.shift is not None:
-        product = product - total[:, None] * (f.shift if near is None else f.shift - near)
+        product = product - total[:, None] * f.shift
     return product if f.scale is None else product * f.scale
 
 
