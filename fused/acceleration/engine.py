@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -35,7 +35,8 @@ def accelerate(
         strict: raise, and change nothing, unless every matched module can be replaced and there is one.
         dry_run: report only.
         uint8: (mean, std) per channel, of pixels in [0, 1]. Stems then take the bytes of images as well, uint8
-            [B, C, H, W] as they were decoded, and normalise them within the operator.
+            [B, C, H, W] as they were decoded, and normalise them within the operator. A model around the stem must
+            not cast its pixels.
 
     Raises:
         TypeError: `model` is no module, or `uint8` no pair.
@@ -44,28 +45,25 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module")
-    if uint8 is not None and (len(uint8) != 2 or len(uint8[0]) != len(uint8[1])):
-        raise TypeError(f"uint8 is {uint8!r}, expected (mean, std) of as many channels each")
-    options = {} if uint8 is None else {"uint8": tuple(tuple(map(float, values)) for values in uint8)}
+    options = {} if uint8 is None else {"uint8": _statistics(uint8)}
     rules = _rules(ops)
     entries, swaps, barriers = [], [], {}
     for path, module in model.named_modules():
         if barrier := _barrier(module):
             barriers[path] = barrier
         for rule in _most_specific([r for r in rules if r.matches(module)]):
-            outcome, why = _outcome(rule, module, path, barriers, opted_in=ops is not None)
-            if outcome == "replaced" and options and rule.op.startswith("patch_embed") and not rule.takes_uint8:
-                outcome, why = "left", "the model casts its pixels before it gets them, so it cannot tell bytes"
+            given = options if rule.op.startswith("patch_embed") else {}
+            outcome, why = _outcome(rule, module, path, barriers, ops is not None, given)
             entries.append(Entry(path, type(module).__name__, rule.op, outcome, why))
             if outcome == "replaced":
-                swaps.append((rule, module))
+                swaps.append((rule, module, given))
     nothing = f"no module matches; there are rules for {', '.join(r.target.replace(':', '.') for r in rules)}"
     report = Report(type(model).__name__, entries, nothing, dry_run)
     if strict and (report.left or not (report.replaced or report.already)):
         raise UnsupportedError(f"strict, so the model is unchanged\n{report}")
     if not dry_run:
-        for rule, module in swaps:
-            report.remember(rule.apply(module, **(options if rule.takes_uint8 else {})))
+        for rule, module, given in swaps:
+            report.remember(rule.apply(module, **given))
     return report
 
 
@@ -85,11 +83,28 @@ def _most_specific(rules: list[Rule]) -> list[Rule]:
     return [r for r in rules if not any(issubclass(c, classes[r]) for c in classes.values() if c is not classes[r])]
 
 
-def _outcome(rule: Rule, module: nn.Module, path: str, barriers: dict[str, str], opted_in: bool) -> tuple[str, str]:
-    if isinstance(vars(module).get(rule.method), Fused):
-        return "already replaced", ""
+def _statistics(uint8: tuple[Sequence[float], Sequence[float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    try:
+        mean, std = (tuple(map(float, values)) for values in uint8)
+        if len(mean) == len(std):
+            return mean, std
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"uint8 is {uint8!r}, expected (mean, std), a number for each channel")
+
+
+def _outcome(
+    rule: Rule, module: nn.Module, path: str, barriers: dict[str, str], opted_in: bool, options: dict[str, Any]
+) -> tuple[str, str]:
+    present = vars(module).get(rule.method)
+    if isinstance(present, Fused):
+        if options.items() <= present.keywords.items():
+            return "already replaced", ""
+        return "left", "it is replaced already, with another uint8: undo that first"
     inside = [why for outer, why in barriers.items() if outer in ("", path) or path.startswith(f"{outer}.")]
     why = inside[0] if inside else ("" if opted_in else rule.opt_in) or rule.why_not(module)
+    if not why and options and not rule.takes_uint8:
+        why = "the model casts its pixels before it gets them, so it cannot tell bytes"
     return ("left", why) if why else ("replaced", "")
 
 

@@ -24,14 +24,18 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 def timm_patch_embed(module: Any, x: Tensor, uint8: Statistics | None = None) -> Tensor:
     """timm's PatchEmbed: [B, C, H, W] to [B, N, D], or [B, gh, gw, D] where it does not flatten."""
-    tokens = _rows(module.proj, _timm_pixels(module, x), uint8, padding=_padding(module), stem_norm=_norm(module.norm))
+    pixels, norm = _timm_pixels(module, x), _norm(module.norm)
+    dtype = _dtype(module.proj, norm)
+    tokens = _rows(module.proj, pixels, uint8, dtype=dtype, padding=_padding(module), stem_norm=norm)
     return tokens if module.flatten else tokens.unflatten(1, module.dynamic_feat_size(x.shape[-2:]))
 
 
 def timm_patch_embed_with_size(module: Any, x: Tensor, uint8: Statistics | None = None) -> tuple[Tensor, list[int]]:
-    """timm's PatchEmbedWithSize: the tokens and their grid."""
+    """timm's PatchEmbedWithSize: the tokens and their grid; images of any whole number of patches."""
     grid = [s // p for s, p in zip(x.shape[-2:], module.patch_size, strict=True)]
-    tokens = _rows(module.proj, _timm_pixels(module, x), uint8, stem_norm=_norm(module.norm))
+    pixels = _whole(module.proj, x) if module.img_size is None else x
+    norm = _norm(module.norm)
+    tokens = _rows(module.proj, pixels, uint8, dtype=_dtype(module.proj, norm), stem_norm=norm)
     return tokens if module.flatten else tokens.unflatten(1, grid), grid
 
 
@@ -61,29 +65,31 @@ def _timm_stem(model: Any, x: Tensor, uint8: Statistics | None) -> Tensor:
     pixels = _timm_pixels(embed, x)
     prefix = [t[0] for t in (model.cls_token, model.reg_token) if t is not None]
     rows = 0 if model.no_embed_class else model.num_prefix_tokens
-    position, grid = model.pos_embed, embed.dynamic_feat_size(x.shape[-2:])
+    position, grid = model.pos_embed, embed.dynamic_feat_size(pixels.shape[-2:])
     if position is not None and model.dynamic_img_size:
         from timm.layers import resample_abs_pos_embed
 
         position = resample_abs_pos_embed(position, grid, embed.grid_size, num_prefix_tokens=rows)
     # positions are dropped before patches: only without the former can the latter be left out from the start
-    dropped = model.training and model.pos_drop.p > 0
+    dropped = position is not None and model.pos_drop.training and model.pos_drop.p > 0
     keep = None
-    if not dropped and isinstance(drop, nn.Module) and model.training and getattr(drop, "prob", 0.0) > 0:
+    if not dropped and drop.training and getattr(drop, "prob", 0.0) > 0:
         patches = grid[0] * grid[1]
         keep = torch.randn(len(x), patches, device=x.device).argsort(-1)[:, : max(1, int(patches * (1.0 - drop.prob)))]
         keep = keep.sort(-1)[0] if drop.ordered else keep
+    stem_norm, pre_norm = _norm(embed.norm), None if dropped else _norm(model.norm_pre)
     tokens = _rows(
         embed.proj,
         pixels,
         uint8,
+        dtype=_dtype(embed.proj, stem_norm, *prefix, position, pre_norm),
         padding=_padding(embed),
-        stem_norm=_norm(embed.norm),
+        stem_norm=stem_norm,
         prefix=torch.cat(prefix) if prefix else None,
         position=None if position is None else position[0, rows:],
         prefix_position=position[0, :rows] if position is not None and rows else None,
         ids_keep=keep,
-        pre_norm=None if dropped else _norm(model.norm_pre),
+        pre_norm=pre_norm,
     )
     return model.norm_pre(drop(model.pos_drop(tokens))) if dropped else tokens
 
@@ -92,7 +98,8 @@ def _timm_pixels(module: Any, x: Tensor) -> Tensor:
     expected = module.img_size
     if expected is not None and module.strict_img_size and tuple(x.shape[-2:]) != tuple(expected):
         raise ValueError(f"x has images of {tuple(x.shape[-2:])}, expected {tuple(expected)}")
-    return x if module.dynamic_img_pad or expected is not None else _whole(x, module.patch_size)
+    whole = _whole(module.proj, x)
+    return x if module.dynamic_img_pad or expected is not None else whole
 
 
 def _padding(module: Any) -> str:
@@ -116,6 +123,8 @@ def against_timm_model(model: Any) -> str | None:
         return f"its patch_embed is {type(model.patch_embed).__name__}, expected timm's PatchEmbed"
     if type(model.patch_drop) not in (nn.Identity, PatchDropout):
         return f"its patch_drop is {type(model.patch_drop).__name__}, expected timm's PatchDropout"
+    if type(model.pos_drop) is not nn.Dropout:
+        return f"its pos_drop is {type(model.pos_drop).__name__}, expected torch's Dropout"
     return (
         _hooked(model, "patch_embed", "patch_drop", "pos_drop", "norm_pre")
         or against_timm_patch_embed(model.patch_embed)
@@ -137,11 +146,12 @@ def naflex_embeds(
     if x.dim() == 5:  # patches of another size than the weight's, which it resamples
         return type(module).forward(module, x, patch_coord, patch_valid)
     prefix = [t[0] for t in (module.cls_token, module.reg_token) if t is not None]
+    dtype = _dtype(module.proj, *prefix)  # positions are added in place, so they cannot widen it
     if patch_coord is None:
         ph, pw = module.patch_size
-        pixels = x if module.dynamic_img_pad or module.is_linear else _whole(x, module.patch_size)
+        pixels = x if module.dynamic_img_pad or module.is_linear else _whole(module.proj, x)
         grid = tuple(-(-s // p) for s, p in zip(pixels.shape[-2:], (ph, pw), strict=True))
-        weight = module.proj.weight
+        weight, bias = _operands(module.proj)
         if module.is_linear and module.channels_last:
             weight = weight.unflatten(1, (ph, pw, -1)).permute(0, 3, 1, 2)
         elif module.is_linear:
@@ -149,11 +159,11 @@ def naflex_embeds(
         tokens = patch_embed(
             pixels,
             weight,
-            module.proj.bias,
+            bias,
             padding=_padding(module),
             prefix=torch.cat(prefix) if prefix else None,
             position=_naflex_positions(module, grid),
-            dtype=_naflex_dtype(module),
+            dtype=dtype,
             **_statistics(pixels, uint8),
         )
         return module.pos_drop(tokens), grid
@@ -165,14 +175,13 @@ def naflex_embeds(
     tokens = patch_embed_packed(
         x,
         patch_coord.amax(1) + 1,
-        module.proj.weight,
-        module.proj.bias,
+        *_operands(module.proj),
         table=table,
         mode=mode,
         keep_aspect=module.pos_embed_ar_preserving,
         channels_last=module.channels_last,
         pad_position="none",
-        dtype=_naflex_dtype(module),
+        dtype=dtype,
         **_statistics(x, uint8),
     ).tokens
     if prefix:
@@ -197,12 +206,6 @@ def _naflex_mode(module: Any) -> str:
     return module.pos_embed_interp_mode + ("_aa" if module.pos_embed_antialias else "")
 
 
-def _naflex_dtype(module: Any) -> torch.dtype:
-    """Positions are added in place, so only class and register tokens can widen the projection's dtype."""
-    prefix = [t.dtype for t in (module.cls_token, module.reg_token) if t is not None]
-    return functools.reduce(torch.promote_types, prefix, _dtype(module.proj))
-
-
 def against_naflex(module: Any) -> str | None:
     """Why timm's NaFlexEmbeds stays, or None."""
     if not isinstance(module.norm, nn.Identity) or module.norm_input is not None:
@@ -223,12 +226,12 @@ def against_naflex(module: Any) -> str | None:
 def open_clip_embeds(model: Any, x: Tensor, uint8: Statistics | None = None) -> Tensor:
     """open_clip's VisionTransformer._embeds: class token, positions, patch dropout and ln_pre in one operator."""
     drop, keep = model.patch_dropout, None
-    if model.training and getattr(drop, "prob", 0.0) > 0:
+    if drop.training and getattr(drop, "prob", 0.0) > 0:
         patches = len(model.positional_embedding) - 1
         keep = torch.randn(len(x), patches).topk(max(1, int(patches * (1 - drop.prob))), dim=-1).indices.to(x.device)
     return _rows(
         model.conv1,
-        _whole(x, model.conv1.kernel_size),
+        _whole(model.conv1, x),
         uint8,
         dtype=_dtype(model.conv1),
         prefix=model.class_embedding[None],
@@ -268,7 +271,7 @@ def vit_embeddings(
         _check_size(pixel_values, module.image_size)
     position = module.position_embeddings
     if interpolate_pos_encoding:
-        position = _interpolated(module, position, pixel_values, module.patch_embeddings.patch_size)
+        position = _interpolated(module, module.patch_embeddings.projection, position, pixel_values)
     return module.dropout(_masked_rows(module, pixel_values, bool_masked_pos, position))
 
 
@@ -278,7 +281,7 @@ def beit_embeddings(
     """BeitEmbeddings: [B, C, H, W] to [B, 1 + N, D], masked tokens before positions."""
     position = module.position_embeddings
     if position is not None:
-        position = _interpolated(module, position, pixel_values, module.patch_embeddings.patch_size)
+        position = _interpolated(module, module.patch_embeddings.projection, position, pixel_values)
     return module.dropout(_masked_rows(module, pixel_values, bool_masked_pos, position, uint8))
 
 
@@ -290,7 +293,7 @@ def clip_embeddings(
         _check_size(pixel_values, (module.image_size,) * 2)
     position = module.position_embedding.weight
     if interpolate_pos_encoding:
-        position = _interpolated(module, position, pixel_values, module.patch_embedding.kernel_size)[0]
+        position = _interpolated(module, module.patch_embedding, position, pixel_values)[0]
     return _classed(module.patch_embedding, pixel_values, module.class_embedding[None], position, uint8)
 
 
@@ -301,9 +304,9 @@ def blip_embeddings(
     proj = module.patch_embedding
     position = module.position_embedding
     if interpolate_pos_encoding:
-        position = _interpolated(module, position, pixel_values, proj.kernel_size)
-    gh, gw = _grid(pixel_values, proj.kernel_size)
-    dtype = torch.promote_types(_dtype(proj), proj.weight.dtype)
+        position = _interpolated(module, proj, position, pixel_values)
+    gh, gw = _grid(proj, pixel_values)
+    dtype = _dtype(proj, proj.weight)
     return _classed(proj, pixel_values, module.class_embedding[0], position[0, : 1 + gh * gw], uint8, dtype)
 
 
@@ -313,9 +316,9 @@ def siglip_embeddings(
     """SiglipVisionEmbeddings: [B, C, H, W] to [B, N, D]."""
     proj, position = module.patch_embedding, module.position_embedding.weight
     if interpolate_pos_encoding:
-        position = _interpolated(module, position, pixel_values, proj.kernel_size, prefix=0)[0]
-    pixels = _cast(proj, _whole(pixel_values, proj.kernel_size), uint8)
-    return _rows(proj, pixels, uint8, dtype=torch.promote_types(_dtype(proj), position.dtype), position=position)
+        position = _interpolated(module, proj, position, pixel_values, prefix=0)[0]
+    pixels = _cast(proj, _whole(proj, pixel_values), uint8)
+    return _rows(proj, pixels, uint8, dtype=_dtype(proj, position), position=position)
 
 
 def siglip2_embeddings(
@@ -324,18 +327,21 @@ def siglip2_embeddings(
     """Siglip2VisionEmbeddings: patches [B, L, P P C] of images of any sizes to [B, L, D], positions of each grid."""
     proj, table = module.patch_embedding, module.position_embedding.weight
     pixels = _cast(proj, pixel_values, uint8)
-    dtype = torch.promote_types(_dtype(proj), table.dtype)
+    dtype = _dtype(proj, table)
     packed = patch_embed_packed(
-        pixels, spatial_shapes, proj.weight, proj.bias, table=table, dtype=dtype, **_statistics(pixels, uint8)
+        pixels, spatial_shapes, *_operands(proj), table=table, dtype=dtype, **_statistics(pixels, uint8)
     )
     return packed.tokens
 
 
-def qwen_patch_embed(module: Any, hidden_states: Tensor, uint8: Statistics | None = None) -> Tensor:
-    """The patch embedding of Qwen2-VL, 2.5 and 3: [T, C t P P] to [T, D], without a 3-D convolution."""
+def qwen_patch_embed(module: Any, hidden_states: Tensor) -> Tensor:
+    """The patch embedding of Qwen2-VL, 2.5 and 3: [T, C t P P] to [T, D], without a 3-D convolution.
+
+    It takes no bytes: the models cast their pixels on the way to the vision tower.
+    """
     proj = module.proj
-    patches = _cast(proj, hidden_states.reshape(1, -1, proj.weight[0].numel()), uint8)
-    return _rows(proj, patches, uint8, layout="patches", dtype=_dtype(proj))[0]
+    patches = _cast(proj, hidden_states.reshape(1, -1, proj.weight[0].numel()))
+    return _rows(proj, patches, None, layout="patches", dtype=_dtype(proj))[0]
 
 
 def against_vit(module: Any) -> str | None:
@@ -365,15 +371,12 @@ def against_qwen(module: Any) -> str | None:
 def _masked_rows(
     module: Any, pixels: Tensor, mask: Tensor | None, position: Tensor | None, uint8: Statistics | None = None
 ) -> Tensor:
-    patches = module.patch_embeddings
-    if pixels.shape[1] != patches.num_channels:
-        raise ValueError(f"pixel_values has {pixels.shape[1]} channels, expected {patches.num_channels}")
-    proj = patches.projection
+    proj = module.patch_embeddings.projection
     return _rows(
         proj,
-        _whole(pixels, proj.kernel_size),
+        _whole(proj, pixels),
         uint8,
-        dtype=torch.promote_types(_dtype(proj), module.cls_token.dtype),
+        dtype=_dtype(proj, module.cls_token, position),
         prefix=module.cls_token[0],
         position=None if position is None else position[0, 1:],
         prefix_position=None if position is None else position[0, :1],
@@ -390,15 +393,14 @@ def _classed(
     uint8: Statistics | None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    if dtype is None:
-        dtype = torch.promote_types(_dtype(proj), torch.promote_types(token.dtype, position.dtype))
-    pixels = _cast(proj, _whole(pixels, proj.kernel_size), uint8)
+    dtype = dtype or _dtype(proj, token, position)
+    pixels = _cast(proj, _whole(proj, pixels), uint8)
     return _rows(proj, pixels, uint8, dtype=dtype, prefix=token, position=position[1:], prefix_position=position[:1])
 
 
-def _interpolated(module: Any, table: Tensor, pixels: Tensor, patch: Any, prefix: int = 1) -> Tensor:
+def _interpolated(module: Any, proj: Any, table: Tensor, pixels: Tensor, prefix: int = 1) -> Tensor:
     """The model's own interpolated positions [1, prefix + N, D]; of the tokens it reads the shape alone."""
-    gh, gw = _grid(pixels, patch)
+    gh, gw = _grid(proj, pixels)
     tokens = table.new_empty((1, prefix + gh * gw, table.shape[-1]), device="meta")
     return module.interpolate_pos_encoding(tokens, *pixels.shape[-2:])
 
@@ -408,7 +410,7 @@ def _check_size(pixels: Tensor, expected: Any) -> None:
         raise ValueError(f"pixel_values has images of {tuple(pixels.shape[-2:])}, expected {tuple(expected)}")
 
 
-def _cast(proj: Any, pixels: Tensor, uint8: Statistics | None) -> Tensor:
+def _cast(proj: Any, pixels: Tensor, uint8: Statistics | None = None) -> Tensor:
     """In the dtype of the weights, as transformers does; bytes that are to be normalised stay bytes."""
     return pixels if uint8 is not None and pixels.dtype == torch.uint8 else pixels.to(proj.weight.dtype)
 
@@ -417,7 +419,16 @@ def _cast(proj: Any, pixels: Tensor, uint8: Statistics | None) -> Tensor:
 
 
 def _rows(proj: Any, pixels: Tensor, uint8: Statistics | None, **options: Any) -> Tensor:
-    return patch_embed(pixels, proj.weight, proj.bias, **options, **_statistics(pixels, uint8))
+    weight, bias = _operands(proj)
+    return patch_embed(pixels, weight=weight, bias=bias, **options, **_statistics(pixels, uint8))
+
+
+def _operands(proj: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the projection, as long as it is no more than those."""
+    if type(proj) not in (nn.Conv2d, nn.Conv3d, nn.Linear):
+        name = type(proj).__name__
+        raise RuntimeError(f"the projection is {name} by now, whose own terms would be missing: accelerate() goes last")
+    return proj.weight, proj.bias
 
 
 def _statistics(pixels: Tensor, uint8: Statistics | None) -> dict[str, Any]:
@@ -428,22 +439,26 @@ def _statistics(pixels: Tensor, uint8: Statistics | None) -> dict[str, Any]:
     return {"mean": uint8[0], "std": uint8[1]}
 
 
-def _dtype(proj: Any) -> torch.dtype:
-    """What the projection gives: under autocast its dtype, else that of the weights."""
+def _dtype(proj: Any, *others: Tensor | Norm | None) -> torch.dtype:
+    """What the projection gives, under autocast its dtype, promoted by what is added to it and normalises it."""
     kind = proj.weight.device.type
     on = torch.is_autocast_enabled(kind) and proj.weight.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if on else proj.weight.dtype
+    given = torch.get_autocast_dtype(kind) if on else proj.weight.dtype
+    dtypes = [(t[0] if isinstance(t, tuple) else t).dtype for t in others if t is not None]
+    return functools.reduce(torch.promote_types, dtypes, given)
 
 
-def _grid(pixels: Tensor, patch: Any) -> tuple[int, int]:
-    ph, pw = (patch, patch) if isinstance(patch, int) else patch
-    return pixels.shape[-2] // ph, pixels.shape[-1] // pw
+def _grid(proj: Any, pixels: Tensor) -> tuple[int, int]:
+    """Whole patches of images."""
+    if pixels.dim() != 4 or pixels.shape[1] != proj.in_channels:
+        raise ValueError(f"pixels has shape {tuple(pixels.shape)}, expected images [B, {proj.in_channels}, H, W]")
+    ph, pw = proj.kernel_size
+    return pixels.shape[2] // ph, pixels.shape[3] // pw
 
 
-def _whole(pixels: Tensor, patch: Any) -> Tensor:
+def _whole(proj: Any, pixels: Tensor) -> Tensor:
     """Without the rows and columns that fill no patch, which a convolution passes over: a view."""
-    ph, pw = (patch, patch) if isinstance(patch, int) else patch
-    gh, gw = _grid(pixels, patch)
+    (gh, gw), (ph, pw) = _grid(proj, pixels), proj.kernel_size
     return pixels[..., : gh * ph, : gw * pw]
 
 
@@ -460,7 +475,7 @@ def _against_norm(name: str, norm: Any) -> str | None:
     return None
 
 
-def _against_projection(proj: Any, kind: type = nn.Conv2d) -> str | None:
+def _against_projection(proj: Any, kind: Any = nn.Conv2d) -> str | None:
     if type(proj) is not kind:
         return f"its projection is {type(proj).__name__}, expected torch's {kind.__name__}"
     if kind is nn.Linear:

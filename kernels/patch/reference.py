@@ -36,16 +36,17 @@ def patch_embed(s: Stem) -> Tensor:
 
     w = kernel_of(s.weight.to(s.compute), s.layout, still)
     y = F.linear(rows, w.flatten(1), None if s.bias is None else s.bias.to(s.compute))
+    y = y.to(torch.promote_types(s.compute, s.dtype))  # wider than the product where its sum with the position is
     y = layer_norm(y, s.stem_weight, s.stem_bias, s.stem_eps)
     if mask is not None and s.mask_token is not None:
         y = torch.where(mask[:, :, None], s.mask_token.to(y.dtype), y)
     if s.position is not None:
-        y = y + (s.position if s.ids_keep is None else s.position[s.ids_keep]).to(s.compute)
+        y = y + (s.position if s.ids_keep is None else s.position[s.ids_keep]).to(y.dtype)
     if s.prefix is not None:
         front = s.prefix if s.prefix_position is None else s.prefix + s.prefix_position
         y = torch.cat([front.to(y.dtype).expand(len(y), -1, -1), y], dim=1)
     if s.type_embed is not None:
-        y = y + s.type_embed.to(s.compute)
+        y = y + s.type_embed.to(y.dtype)
     return layer_norm(y, s.pre_weight, s.pre_bias, s.pre_eps).to(s.dtype)
 
 

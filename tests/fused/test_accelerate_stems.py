@@ -206,7 +206,7 @@ def test_bytes(name: str) -> None:
     model = model.double().eval()
     want = features(model, normalised(pixels), options)
     report = accelerate(model, ops={"patch_embed"}, uint8=(MEAN, STD))
-    if name == "vit":
+    if name == "vit" or name.startswith("qwen"):
         (left,) = report.left
         assert "cannot tell bytes" in left.why
         return
@@ -236,6 +236,7 @@ def test_patch_embed_modules(name: str, options: dict[str, Any]) -> None:
     if name == "PatchEmbedWithSize":
         assert tuple(got[1]) == tuple(want[1])
         got, want = got[0], want[0]
+        assert module(torch.cat([images, images], 2).double())[1] == [4, 2]  # it takes images of other sizes
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
@@ -304,29 +305,41 @@ def test_larger_images(name: str) -> None:
     torch.testing.assert_close(run().last_hidden_state, want, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["timm", "open_clip", "clip", "blip_2", "siglip", "beit"])
-def test_autocast_keeps_the_dtype(name: str) -> None:
-    model, pixels, _ = build(name)
-    images = normalised(pixels).float()
-    stem = {"open_clip": "_embeds", "timm": "patch_embed"}.get(name)
-    if stem is None:
-        (stem,) = [p for p, _ in model.named_modules() if p.endswith("embeddings")][:1]
-    run = partial(getattr(model, stem) if "." not in stem else model.get_submodule(stem), images)
+def first_tokens(model: nn.Module, pixels: Tensor, options: dict[str, Any]) -> Tensor:
+    """What the first block is given."""
+    seen = []
+    blocks = [
+        m for n, m in model.named_modules() if n.endswith(("blocks.0", "layers.0", "resblocks.0", "encoder.layer.0"))
+    ]
+    hook = blocks[0].register_forward_pre_hook(
+        lambda _, args, named: seen.append(args[0] if args else named["hidden_states"]), with_kwargs=True
+    )
+    features(model, pixels, options)
+    hook.remove()
+    return seen[0].detach()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast(name: str) -> None:
+    """The residual stream has the library's dtype, be it wider than the product's, and no larger an error."""
+    model, pixels, options = build(name)
+    images = normalised(pixels)
+    exact = first_tokens(copy.deepcopy(model).double(), images, options)
     with torch.autocast("cpu", torch.bfloat16):
-        want = run()
-    with accelerate(model, ops={"patch_embed"}), torch.autocast("cpu", torch.bfloat16):
-        got = getattr(model, stem)(images) if "." not in stem else model.get_submodule(stem)(images)
-    assert got.dtype == want.dtype and got.shape == want.shape
-    torch.testing.assert_close(got.float(), want.float(), rtol=0.05, atol=0.05)
+        eager = first_tokens(model, images.float(), options)
+        accelerate(model, ops={"patch_embed"}, strict=True)
+        fused = first_tokens(model, images.float(), options)
+    assert fused.dtype == eager.dtype
+    assert_no_worse(fused, eager, exact)
 
 
 def test_compiles_whole() -> None:
     model, pixels, _ = build("timm")
     model = model.eval()
     accelerate(model, uint8=(MEAN, STD))
-    want = model(pixels)
-    got = torch.compile(model, backend="aot_eager", fullgraph=True)(pixels)
-    torch.testing.assert_close(got, want)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for images in (pixels, pixels[:5]):
+        torch.testing.assert_close(compiled(images), model(images))
 
 
 def test_reasons_to_leave() -> None:
@@ -339,14 +352,57 @@ def test_reasons_to_leave() -> None:
     reasons["hooks"] = accelerate(model).left[0].why
     model = vit(embed_norm_layer=nn.RMSNorm)
     reasons["norm is RMSNorm"] = accelerate(model).left[0].why
+    model = vit()
+    model.pos_drop = nn.Identity()
+    reasons["pos_drop is Identity"] = accelerate(model).left[0].why
+    model = clip_vision()
+    accelerate(model)
+    accelerate(model, strict=True)
+    reasons["with another uint8"] = accelerate(model, uint8=(MEAN, STD)).left[0].why
     for part, why in reasons.items():
         assert part in why, (part, why)
-    with pytest.raises(TypeError, match="uint8 is"):
-        accelerate(vit(), uint8=(MEAN,))
-    model = vit()
-    accelerate(model)
+    for uint8 in (True, (MEAN,), (MEAN, STD[:2]), (0.5, 0.5)):
+        with pytest.raises(TypeError, match="uint8 is .* expected \\(mean, std\\)"):
+            accelerate(vit(), uint8=uint8)
     with pytest.raises(TypeError, match="uint8"):
         model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith("qwen")])
+def test_channels_last_is_refused(name: str) -> None:
+    model, pixels, _ = build(name)
+    accelerate(model, ops={"patch_embed"})
+    with pytest.raises(ValueError, match="expected"):
+        model(pixels.float().movedim(1, 3))
+
+
+def test_an_adapter_put_in_later_is_not_passed_over() -> None:
+    """As of a library for LoRA, which replaces layers by its own with a `weight` that is the layer's."""
+
+    class Adapter(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.weight, self.bias, self.in_channels, self.kernel_size = layer.weight, layer.bias, 3, (8, 8)
+
+    for model in (clip_vision(), ANY_SIZE["siglip2"]()):
+        accelerate(model)
+        if isinstance(model, OpenClipVision):
+            model.conv1, arguments = Adapter(model.conv1), (torch.zeros(1, 3, 16, 16),)
+        else:
+            embeds = model.get_submodule("embeddings")
+            embeds.patch_embedding = Adapter(nn.Linear(48, 16))
+            pixels, options = sizes(model)
+            arguments = (pixels.float(), *options.values())
+        with pytest.raises(RuntimeError, match="projection is Adapter"):
+            model(*arguments)
+
+
+def test_dropout_of_positions_that_are_none() -> None:
+    """timm drops nothing without positions."""
+    model, images = vit(pos_embed="none", pos_drop_rate=0.5).double().train(), torch.randn(2, 3, 16, 16).double()
+    want = model(images)
+    accelerate(model, strict=True)
+    torch.testing.assert_close(model(images), want, rtol=0, atol=1e-11)
 
 
 # --- images of any sizes ------------------------------------------------------------------------------------------
