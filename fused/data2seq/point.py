@@ -24,6 +24,7 @@ from mmfuse.kernels.points import (
     mini_pointnet_training,
     nearest_neighbors,
 )
+from mmfuse.kernels.points.pointnet.op import POINTNET
 
 Layer = tuple[Any, nn.Module | None, nn.Module | None]  # a 1x1 convolution, its normalisation, its activation
 
@@ -183,7 +184,11 @@ class PointBertEncoder(nn.Module):
         layers = []
         for conv, norm, act, last in (self.first_conv, self.second_conv):
             layers += [(conv, norm, act), (last, None, None)]
-        return _fused(layers, point_groups)
+        if _gains(layers, point_groups):
+            return _fused(layers, point_groups)
+        f = self.first_conv(point_groups.flatten(0, 1).transpose(1, 2))
+        f = torch.cat([_max(f).expand_as(f), f], 1)
+        return _max(self.second_conv(f))[..., 0].unflatten(0, point_groups.shape[:2])
 
 
 class OneLLMPointEmbed(nn.Module):
@@ -217,6 +222,7 @@ class OneLLMPointEmbed(nn.Module):
         centre = _rows(points, farthest_points(points, self.sample_number))
         groups = group_points(x, nearest_neighbors(centre, points, self.group_size))
         tokens = max_query_similarity(groups.flatten(0, 1), self.conv1.weight.flatten(1)) + self.conv1.bias
+        tokens = tokens.to(x.dtype)
         return tokens.view(*groups.shape[:2], -1).transpose(1, 2)[..., None]
 
 
@@ -384,10 +390,10 @@ def _max(x: Tensor) -> Tensor:
 
 def _embed(conv1: nn.Sequential, conv2: nn.Sequential, x: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
     """[B, D, G] of groups x [B, G, k, C]."""
-    layers = _layers(conv1, conv2)
-    if layers is not None and pool is _max and x.shape[2] <= 256:
+    layers = _layers(conv1, conv2) if pool is _max else None
+    if layers is not None and _gains(layers, x):
         return _fused(layers, x).transpose(1, 2)
-    f = conv1(x.permute(0, 3, 1, 2))
+    f = conv1(x.permute(0, 3, 1, 2).contiguous())
     return pool(conv2(torch.cat([pool(f).expand_as(f), f], 1))).squeeze(-1)
 
 
@@ -406,6 +412,12 @@ def _layers(conv1: nn.Sequential, conv2: nn.Sequential) -> list[Layer] | None:
             return None  # its statistics need every product that the maximum drops
         layers.append((block[0], block[1] if norm else None, block[-1] if act else None))
     return layers
+
+
+def _gains(layers: Sequence[Layer], x: Tensor) -> bool:
+    """Whether the operator would be more than these layers one after another."""
+    x = x.detach().flatten(0, -3)
+    return POINTNET.select(x, *(None,) * 6, layers[3][0].weight, None).name != "torch"
 
 
 def _fused(layers: Sequence[Layer], x: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def test_the_published_forward(
 @pytest.mark.parametrize("fused", [False, True], ids=["small", "fused"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_float32(training: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mini-PointNet by the rule for tolerance, in plain torch as for so few points, and fused."""
+    """By the rule for tolerance: the layers one after another, as for so few points on a CPU, and fused."""
     if fused:
         monkeypatch.setattr("mmfuse.kernels.points.pointnet.op._EAGER_PRODUCTS", NEVER_ASIDE)
     draws = [results(*OPTIONS[1], training, torch.float32) for _ in range(12)]
@@ -215,8 +215,11 @@ def test_wrong_options() -> None:
             made(PointPatchEmbed, options)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["small", "fused"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_point_bert(training: bool) -> None:
+def test_point_bert(training: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fused:
+        monkeypatch.setattr("mmfuse.kernels.points.pointnet.op._EAGER_PRODUCTS", NEVER_ASIDE)
     points = torch.randn(2, 60, 3, device=DEVICE)
     neighbourhood, centre = PointBertGroup(7, 6)(points)
     assert torch.equal(centre, points.gather(1, farthest_points(points, 7)[..., None].expand(-1, -1, 3)))
