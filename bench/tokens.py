@@ -51,14 +51,12 @@ def _default(op: Any, probe: Any, baselines: list[str], device: torch.device, dt
 
 
 def _written(device: torch.device, dtype: torch.dtype) -> Any:
-    """A copy of as many elements as the result has."""
+    """A copy of as many numbers as the result has."""
     kept: list[Tensor] = []
 
     def run(*args: Tensor) -> Tensor:
         if not kept:
-            d, ids = args[0].shape[-1], args[-1]
-            n = ids.numel() if not ids.is_floating_point() else args[0].numel() // d
-            kept[:] = (torch.ones(n, d, dtype=dtype, device=device) for _ in range(2))
+            kept[:] = (torch.ones(args[-1].numel(), args[0].shape[1], dtype=dtype, device=device) for _ in range(2))
         return kept[0].copy_(kept[1])
 
     return run
@@ -173,6 +171,23 @@ def _multiway_probe(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]
     return _multiway_arguments(*_multiway_inputs(device, dtype, 1, 16, 4, 64, 8))
 
 
+def _product_flops(mode: str, B: int, S: int, L: int, D: int) -> float:
+    return (2 if mode == "fwd" else 4) * B * (S // _P) ** 2 * 3 * _P * _P * D
+
+
+def _patch_product(device: torch.device, dtype: torch.dtype) -> Any:
+    """The product of the patches, of rows that are there."""
+    kept: list[Tensor] = []
+
+    def run(weight: Tensor, *others: Tensor) -> Tensor:
+        if not kept:  # fresh memory costs page faults, which are no part of a product
+            m = others[-2].numel() // weight[0].numel()
+            kept[:] = weight.new_ones(m, weight[0].numel()), weight.new_empty(m, len(weight))
+        return torch.mm(kept[0], weight.flatten(1).T, out=kept[1])
+
+    return run
+
+
 # --- select_head ----------------------------------------------------------------------------------------------------
 
 
@@ -272,10 +287,10 @@ CASES = [
         },
         growth="B",
         small={"B": 2, "S": 32, "L": 5, "D": 16},
-        flops=lambda mode, B, S, L, D: (2 if mode == "fwd" else 4) * B * (S // _P) ** 2 * 3 * _P * _P * D,
+        flops=_product_flops,
         bytes=lambda mode, size, B, S, L, D: B * ((S // _P) ** 2 + 1 + 2 * L) * D * size + 3 * B * S * S * size,
-        anchors={"copy": Anchor(_written, lambda B, S, L, D: B * L * D)},
-        anchor=lambda provider, mode: "copy",
+        anchors={"product": Anchor(_patch_product, partial(_product_flops, "fwd"))},
+        anchor=lambda provider, mode: "product",
     ),
     _case(
         "select_head",
