@@ -172,8 +172,8 @@ def embed_text(
     float32 (float64 for float64), one rounding at the store. The backward computes x again: no [B, L, D] is kept.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. An id out of range raises on a CPU, and
-            gives a row of NaN on a GPU.
+        ValueError, TypeError: an argument does not fit; the message names it. An id out of range raises on a CPU; on a
+            GPU it gives a row of NaN, and in plain torch a device-side assertion.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     given = checked(ids, table, position, position_offset, type_embed, norm, padding_idx, pad_mask)
