@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def _fpsample(device: torch.device, dtype: torch.dtype) -> Any:
     """fpsample's exact loop in Rust, a cloud at a time."""
     if device.type != "cpu":
         raise NotImplementedError("needs a CPU")
-    import fpsample
+    fpsample: Any = import_module("fpsample")
 
     def run(points: Tensor, k: int) -> Tensor:
         found = [fpsample.fps_sampling(p.numpy(), k, start_idx=0).astype("int64") for p in points.float()]

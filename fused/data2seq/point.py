@@ -26,7 +26,7 @@ from mmfuse.kernels.points import (
 )
 from mmfuse.kernels.points.pointnet.op import POINTNET
 
-Layer = tuple[Any, nn.Module | None, nn.Module | None]  # a 1x1 convolution, its normalisation, its activation
+Layer = tuple[Any, Any, Any]  # a 1x1 convolution, its normalisation, its activation
 
 
 class PointPatchEmbed(nn.Module):
@@ -147,7 +147,9 @@ class P3Embed(nn.Module):
             features = points.transpose(1, 2)
         kind = "fj" if self.feature_type in ("dp", "df") else self.feature_type
         out_points, out_features = [points], [features]
-        for conv1, conv2 in self.convs:
+        stage: Any
+        for stage in self.convs:
+            conv1, conv2 = stage
             groups = self.grouper(out_points[-1], out_features[-1], out_points[-1].shape[1] // 4)
             out_features.append(_embed(conv1, conv2, groups.aggregated(kind), self.pool))
             out_points.append(groups.centre)
@@ -221,7 +223,8 @@ class OneLLMPointEmbed(nn.Module):
         points = x[..., 3:]
         centre = _rows(points, farthest_points(points, self.sample_number))
         groups = group_points(x, nearest_neighbors(centre, points, self.group_size))
-        tokens = max_query_similarity(groups.flatten(0, 1), self.conv1.weight.flatten(1)) + self.conv1.bias
+        bias: Any = self.conv1.bias
+        tokens = max_query_similarity(groups.flatten(0, 1), self.conv1.weight.flatten(1)) + bias
         tokens = tokens.to(x.dtype)
         return tokens.view(*groups.shape[:2], -1).transpose(1, 2)[..., None]
 
@@ -440,8 +443,9 @@ def _fused(layers: Sequence[Layer], x: Tensor) -> Tensor:
         y, mean, var = mini_pointnet_training(x, pairs, scale, norm3.eps)
         _update(norm3, mean, var, conv3.bias, count)
     else:
-        pairs = (first, _folded(conv2, None), _folded(conv3, norm3), _folded(conv4, norm4))
-        y = mini_pointnet(x, [_as(x, pair) for pair in pairs])
+        third = _folded(conv3, norm3)
+        pairs = [_as(x, pair) for pair in (first, _folded(conv2, None), third, _folded(conv4, norm4))]
+        y = mini_pointnet(x, pairs)
     # a rising function of the maximum is the maximum of the function
     return y if act4 is None else act4(y)
 

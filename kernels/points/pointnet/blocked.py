@@ -34,7 +34,9 @@ class _Block:
     third: Tensor  # [m k, C3], Wg g + Wf f (+ b3)
 
 
-def _blocks(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor | None) -> Iterator:  # type: ignore[type-arg]
+def _blocks(x: Tensor, *layers: Any) -> Iterator[tuple[slice, _Block]]:
+    """The blocks of groups for layers w1, b1, w2, b2, w3 and b3, which may be None."""
+    w1, b1, w2, b2, w3, b3 = layers
     m, k, _ = x.shape
     c2 = w2.shape[0]
     size = max(1, _BLOCK_BYTES[x.device.type] // max(1, k * len(w3) * w3.dtype.itemsize))
