@@ -134,7 +134,8 @@ def forward(
     with torch.cuda.device_of(x):
         _packed_kernel[grid](
             out, x, v, f.bias, f.bias if q is None else q, f.bias if f.near is None else f.near,
-            f.bias if table is None else table, place, place if source is None else source, *edges, rows, d, k, x.stride(0), *shape,
+            f.bias if table is None else table, place, place if source is None else source, *edges, rows, d, k,
+            x.stride(0), *shape,
             TABLE=table is not None, MODE=mode_number(mode), FACTORED=factored, SOURCE=source is not None,
             SCALED=q is not None, CENTRED=f.near is not None, ACC=accumulator(f.bias.dtype),
             OPERAND=_OPERANDS[v.dtype], PRECISION=precision, **tile,
