@@ -77,6 +77,7 @@ INTERPOLATE = Op(
         Impl("chunked", interpolate_fwd, reasons_against_chunked, _small),
         Impl("torch", _reference, no_reason),
     ],
+    example=lambda features: (features,),
 )
 
 
