@@ -81,7 +81,7 @@ class _Table(TabularEmbed):
 
 
 def _named(constructor: Callable[..., nn.Module], width: str, **defaults: Any) -> Callable[..., nn.Module]:
-    return lambda dim, **options: constructor(**{width: dim, **defaults, **options})
+    return lambda dim, **options: constructor(**{width: dim}, **(defaults | options))
 
 
 # modality -> (width, options of the tokenizer) -> tokenizer
@@ -114,6 +114,7 @@ class Data2Seq(nn.Module):
 
     Raises:
         ValueError: an unknown modality, and what the tokenizer raises.
+        TypeError: an option that the tokenizer does not have, or its width, which is `dim`.
     """
 
     def __init__(self, modality: str, dim: int, **options: Any):

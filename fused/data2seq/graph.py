@@ -36,6 +36,9 @@ class GraphFeatureTokenizer(nn.Module):
     With node ids P and an encoder W = [A | B], the token of (u, v) gets W [P_u; P_v] = A P_u + B P_v: the two products
     are made once per node and gathered.
 
+    Raises:
+        ValueError: counts that do not fit the data.
+
     Args:
         rand_node_id, orf_node_id, lap_node_id: which ids tell nodes apart: random, orthonormal, Laplacian eigenvectors.
         lap_node_id_sign_flip: while training, every eigenvector of every graph has a random sign.
@@ -94,8 +97,14 @@ class GraphFeatureTokenizer(nn.Module):
         nodes, edges = _counts(graph["node_num"]), _counts(graph["edge_num"])
         edge_index = graph["edge_index"]
         device, dtype = edge_index.device, self.atom_encoder.weight.dtype
-        graphs, most = torch.arange(len(nodes), device=device), max(nodes)
-        node_num, edge_num = (torch.tensor(counts, device=device) for counts in (nodes, edges))
+        given = len(graph["node_data"]), len(graph["edge_data"]), edge_index.shape[1]
+        if given != (sum(nodes), sum(edges), sum(edges)) or len(nodes) != len(edges):
+            raise ValueError(
+                f"node_num {nodes} and edge_num {edges} do not fit: node_data has {given[0]} rows, "
+                f"edge_data {given[1]}, edge_index {given[2]} columns"
+            )
+        graphs, most = torch.arange(len(nodes), device=device), max(nodes, default=0)
+        node_num, edge_num = (torch.tensor(counts, dtype=torch.int64, device=device) for counts in (nodes, edges))
         graph_of_node = graphs.repeat_interleave(node_num, output_size=sum(nodes))
         graph_of_edge = graphs.repeat_interleave(edge_num, output_size=sum(edges))
         first_node = node_num.cumsum(0) - node_num
@@ -137,7 +146,7 @@ class GraphFeatureTokenizer(nn.Module):
         if self.order_encoder is not None:
             tokens = tokens + self.order_encoder((u == v).long())
 
-        length = max(n + e for n, e in zip(nodes, edges, strict=True))
+        length = max((n + e for n, e in zip(nodes, edges, strict=True)), default=0)
         padded = tokens.new_zeros(len(nodes), length, tokens.shape[1]).index_put((of, place), tokens)
         index = ends.new_zeros(len(nodes), length, 2).index_put((of, place), ends.T)
         special = torch.cat([self.graph_token.weight, self.null_token.weight]).expand(len(nodes), -1, -1)

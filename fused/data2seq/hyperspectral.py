@@ -48,12 +48,12 @@ class BandEmbed(nn.Module):
 
     def forward(self, bands: Tensor) -> Tensor:
         weight, bias = self.patch_to_embedding.weight, self.patch_to_embedding.bias
-        n, positions = bands.shape[1], self.pos_embedding[0]
-        if bands.dim() != 3 or bands.shape[2] != weight.shape[1] or n >= len(positions):
+        positions = self.pos_embedding[0]
+        if bands.dim() != 3 or bands.shape[2] != weight.shape[1] or bands.shape[1] >= len(positions):
             raise ValueError(
                 f"bands has shape {tuple(bands.shape)}, expected [N, at most {len(positions) - 1}, {weight.shape[1]}]"
             )
-        offset = bias + positions[1 : n + 1]  # [bands, dim]
+        offset = bias + positions[1 : bands.shape[1] + 1]  # [bands, dim]
         x = torch.addcmul(offset, bands, weight[:, 0]) if weight.shape[1] == 1 else bands @ weight.T + offset
         first = (self.cls_token + positions[:1]).expand(len(x), -1, -1)
         return self.dropout(torch.cat([first, x], dim=1))

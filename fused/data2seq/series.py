@@ -64,7 +64,10 @@ class FixedEmbedding(nn.Module):
 
 
 class TemporalEmbedding(nn.Module):
-    """marks [B, L, >= 4]: month, day, weekday, hour (and quarter of an hour for freq "t") -> the sum of their rows."""
+    """marks [B, L, >= 4]: month, day, weekday, hour (and quarter of an hour for freq "t") -> the sum of their rows.
+
+    Any other freq means the first four, as published.
+    """
 
     def __init__(self, d_model: int, embed_type: str = "fixed", freq: str = "h"):
         super().__init__()
@@ -74,6 +77,8 @@ class TemporalEmbedding(nn.Module):
             self.add_module(f"{name}_embed", table(_TABLES[name], d_model))
 
     def forward(self, marks: Tensor) -> Tensor:
+        if marks.shape[-1] < len(self.columns):
+            raise ValueError(f"marks has shape {tuple(marks.shape)}, expected [B, L, {', '.join(self.columns)}]")
         tables = (self.get_submodule(f"{name}_embed") for name in self.columns)
         return sum(table(column) for table, column in zip(tables, marks.long().unbind(-1), strict=False))
 
@@ -88,6 +93,8 @@ class TimeFeatureEmbedding(nn.Module):
         self.embed = nn.Linear(TIME_FEATURES[freq], d_model, bias=False)
 
     def forward(self, marks: Tensor) -> Tensor:
+        if marks.shape[-1] != self.embed.in_features:
+            raise ValueError(f"marks has shape {tuple(marks.shape)}, expected [B, L, {self.embed.in_features}]")
         return self.embed(marks)
 
 
@@ -99,7 +106,8 @@ class DataEmbedding(nn.Module):
         freq: the unit of a step; it gives the number of marks.
 
     Raises:
-        ValueError: an unknown embed_type or freq, an odd d_model, more steps than max_len, or x without c_in channels.
+        ValueError: an unknown embed_type, or freq for "timeF", an odd d_model, more steps than max_len, x without c_in
+            channels, or too few marks.
     """
 
     def __init__(
@@ -128,6 +136,8 @@ class DataEmbedding(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, L, {self.c_in}]")
         tokens = self.value_embedding(x) + self.position_embedding(x)
         if marks is not None:
+            if marks.dim() != 3 or marks.shape[:2] != x.shape[:2]:
+                raise ValueError(f"marks has shape {tuple(marks.shape)}, expected [B, L, M] with {list(x.shape[:2])}")
             tokens = tokens + self.temporal_embedding(marks)
         return self.dropout(tokens)
 

@@ -136,7 +136,7 @@ class TabularEmbed(nn.Module):
             width or, with add_shared_embed, added.
 
     Raises:
-        ValueError: continuous columns alone without embed_continuous, an unknown normalisation or activation.
+        ValueError: no column that is a token, an unknown normalisation or activation, or a table of too few columns.
     """
 
     def __init__(
@@ -159,8 +159,12 @@ class TabularEmbed(nn.Module):
         input_dim: int = 32,
     ):
         super().__init__()
-        if not cat_embed_input and not embed_continuous:
-            raise ValueError("embed_continuous is False and there are no categorical columns: no column is a token")
+        if not cat_embed_input and not (embed_continuous and continuous_cols):
+            raise ValueError(
+                f"embed_continuous is {embed_continuous}, continuous_cols {continuous_cols} and cat_embed_input "
+                f"{cat_embed_input}: no column is a token"
+            )
+        self.columns = 1 + max(column_idx.values())
         norms: dict[str | None, Callable[[int], nn.Module]] = {
             "batchnorm": nn.BatchNorm1d,
             "layernorm": nn.LayerNorm,
@@ -193,6 +197,8 @@ class TabularEmbed(nn.Module):
         )
 
     def forward(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        if table.dim() != 2 or table.shape[1] < self.columns:
+            raise ValueError(f"table has shape {tuple(table.shape)}, expected [B, {self.columns}], as column_idx")
         embed, tokens, continuous = self.cat_and_cont_embed, [], None
         if embed.cat_embed is not None:
             tokens.append(self.cat_embed_act_fn(embed.cat_embed(table)))

@@ -69,8 +69,8 @@ class MetaTransformer(nn.Module):
         self.encoder = encoder.requires_grad_(False)
         self.names = tuple(components)
         for name, component in components.items():
-            if hasattr(self, name):
-                raise ValueError(f"components has the name {name!r}, expected one that is no attribute of the model")
+            if hasattr(self, name) or "." in name:
+                raise ValueError(f"components has the name {name!r}, expected no dot and no attribute of the model")
             self.add_module(name, component)
         self.embed_dim, self.image_resolution = encoder.dim, 224
 

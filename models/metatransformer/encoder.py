@@ -71,6 +71,8 @@ class Encoder(nn.Sequential):
     ) -> list[Tensor]:
         """The tokens and what every block makes of them. `position` is added before each block; tokens where
         `padding` (bool [B, L]) are not attended to."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"tokens have width {x.shape[-1]}, expected {self.dim} as the encoder's dim")
         states = [x]
         for block in self:
             x = states[-1] if position is None else states[-1] + position

@@ -28,7 +28,10 @@ class Classifier(nn.Module):
 
     def __init__(self, modality: str, dim: int, num_classes: int, tokenizer: Mapping[str, Any] | None = None):
         super().__init__()
-        self.tokenizer = Data2Seq(modality, dim, **(tokenizer or {}))
+        try:
+            self.tokenizer = Data2Seq(modality, dim, **(tokenizer or {}))
+        except TypeError as error:  # an option that is unknown or missing
+            raise ValueError(f"tokenizer of modality {modality!r}: {error}") from error
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
 

@@ -108,6 +108,28 @@ def test_tokens_of_several_modalities_are_one_sequence() -> None:
         (lambda: DataEmbedding(2, DIM, "sines"), "embed_type is 'sines', expected 'fixed', 'learned' or 'timeF'"),
         (lambda: DataEmbedding(2, DIM, "timeF", "y"), "freq is 'y', expected one of h, t, s"),
         (lambda: DataEmbedding(2, 15), "d_model is 15, expected an even number"),
+        (
+            lambda: DataEmbedding(2, DIM, freq="t")(torch.zeros(1, 4, 2), torch.zeros(1, 4, 4)),
+            r"marks has shape \(1, 4, 4\), expected \[B, L, month, day, weekday, hour, minute\]",
+        ),
+        (
+            lambda: DataEmbedding(2, DIM, "timeF")(torch.zeros(1, 4, 2), torch.zeros(1, 4, 3)),
+            r"marks has shape \(1, 4, 3\), expected \[B, L, 4\]",
+        ),
+        (
+            lambda: DataEmbedding(2, DIM)(torch.zeros(1, 4, 2), torch.zeros(1, 3, 4)),
+            r"marks has shape \(1, 3, 4\), expected \[B, L, M\] with \[1, 4\]",
+        ),
+        (lambda: BandEmbed(1, 3, DIM)(torch.zeros(4)), r"shape \(4,\), expected \[N, at most 3, 1\]"),
+        (
+            lambda: GraphFeatureTokenizer(5, 4, DIM)(graphs() | {"node_num": [3, 3]}),
+            r"node_num \[3, 3\] and edge_num \[3, 1\] do not fit: node_data has 5 rows, edge_data 4, edge_index 4",
+        ),
+        (lambda: Data2Seq("tabular", DIM, column_idx={"x": 0}), "embed_continuous is True, continuous_cols None"),
+        (
+            lambda: TabularEmbed(**TABLE)(torch.zeros(1, 2)),
+            r"table has shape \(1, 2\), expected \[B, 3\], as column_idx",
+        ),
         (lambda: zero_padding(torch.zeros(2, 9), 8), r"shape \(2, 9\), expected \[B, at most 8\]"),
         (lambda: TabularEmbed({"x": 0}, continuous_cols=["x"]), "embed_continuous is False"),
         (lambda: TabularEmbed(**TABLE, cont_norm_layer="group"), "cont_norm_layer is 'group', expected 'batchnorm'"),
@@ -117,6 +139,18 @@ def test_tokens_of_several_modalities_are_one_sequence() -> None:
 def test_errors_name_what_does_not_fit(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_width_is_given_once() -> None:
+    with pytest.raises(TypeError, match="embed_dim"):
+        Data2Seq("image", DIM, embed_dim=2 * DIM)
+
+
+def test_no_graphs() -> None:
+    nothing = {"node_num": [], "edge_num": [], "edge_index": torch.zeros(2, 0, dtype=torch.int64)}
+    nothing |= {name: torch.zeros(0, 1, dtype=torch.int64) for name in ("node_data", "edge_data")}
+    tokens, padding, ends = GraphFeatureTokenizer(5, 4, DIM, type_id=True)(nothing)
+    assert (tokens.shape, padding.shape, ends.shape) == ((0, 2, DIM), (0, 2), (0, 0, 2))
 
 
 # --- pictures, video, sound -----------------------------------------------------------------------------------------

@@ -79,7 +79,12 @@ def test_official_files_load() -> None:
         ({"encoder": ENCODER | {"num_heads": 5}}, "dim is 32, expected a multiple of num_heads 5"),
         ({"encoder": ENCODER, "parts": {}}, "unknown key 'parts'"),
         ({"encoder": ENCODER, "components": {"a": {}}}, "component 'a' has none of the keys modality, near_band"),
-        ({"encoder": ENCODER, "components": {"half": HYPER}}, "the name 'half', expected one that is no attribute"),
+        ({"encoder": ENCODER, "components": {"half": HYPER}}, "the name 'half', expected no dot"),
+        ({"encoder": ENCODER, "components": {"a.b": HYPER}}, r"the name 'a\.b', expected no dot"),
+        (
+            {"encoder": ENCODER, "components": {"a": {"modality": "imu", "num_classes": 2, "tokenizer": {"axes": 3}}}},
+            "tokenizer of modality 'imu': .*'axes'",
+        ),
         ({"encoder": ENCODER, "components": {"a": HYPER | {"mode": "RNN"}}}, "mode is 'RNN', expected 'ViT' or 'CAF'"),
         ({"encoder": ENCODER, "components": {"a": HYPER | {"bands": 1}}}, "unknown key 'bands'"),
         (
@@ -99,9 +104,12 @@ def test_create_names_what_does_not_fit(config: dict[str, Any], message: str) ->
         create("metatransformer", config)
 
 
-def test_an_unknown_component_is_named() -> None:
+def test_a_call_that_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="name is 'text', expected one of task"):
         one(HYPER)("text")
+    tokenizer = one({"img_size": 8, "patch_size": 4, "embed_dim": 8})
+    with pytest.raises(ValueError, match="width 8, expected 32 as the encoder's dim"):
+        tokenizer("task", torch.zeros(1, 3, 8, 8))
 
 
 def test_x_ray_is_timms_vit_around_the_encoder() -> None:
