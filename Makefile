@@ -23,7 +23,7 @@ $(VENV)/torch: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip 'setuptools>=77'
 	$(PIP) torch==$(TORCH)
-	$(PIP) --no-deps torchvision==$(TORCHVISION) timm==1.0.31 open_clip_torch==3.3.0
+	$(PIP) --no-deps torchvision==$(TORCHVISION) timm==1.0.31 open_clip_torch==3.3.0 torchscale==0.3.0
 	touch $@
 
 # without build isolation, the compiled part is built against this torch
