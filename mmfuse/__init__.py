@@ -108,6 +108,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module(_ELSEWHERE.get(name, "mmfuse.kernels")), name)
+    if name in ("fused", "kernels", "models"):
+        return import_module(f"mmfuse.{name}")
     raise AttributeError(f"module 'mmfuse' has no attribute {name!r}")
 
 

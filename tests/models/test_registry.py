@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import mmfuse
 from mmfuse import models
 from mmfuse.models import registry
 
@@ -18,6 +19,10 @@ TINY = {
     "transformer_heads": 2,
     "transformer_layers": 1,
 }
+
+
+def test_import_mmfuse_is_enough() -> None:
+    assert mmfuse.__getattr__("models") is models
 
 
 def test_list_has_the_presets() -> None:
