@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse.fused.acceleration import stems
+from mmfuse.kernels import resample_weight
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,7 +30,7 @@ class PatchEmbed(nn.Module):
         mean, std: per channel, of pixels in [0, 1]; ImageNet's by default.
 
     Raises:
-        ValueError: images of another size, or an `output_fmt` that is not NLC or NHWC.
+        ValueError: images of another size, an `output_fmt` that is not NLC or NHWC, or another norm than LayerNorm.
         TypeError: bytes without `uint8=True`.
 
     Deterministic. Source: Dosovitskiy et al., An Image is Worth 16x16 Words, equation 1.
@@ -63,14 +64,25 @@ class PatchEmbed(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias, **factory)
         self.norm = norm_layer(embed_dim, **factory) if norm_layer else nn.Identity()
+        if why := stems.against_norm("norm_layer", self.norm):
+            raise ValueError(why)
         if uint8 and not len(mean) == len(std) == in_chans:
             raise ValueError(f"mean and std have {len(mean)} and {len(std)} values, expected {in_chans} as in_chans")
         self.uint8 = (tuple(mean), tuple(std)) if uint8 else None
+        self.img_size: tuple[int, int] | None = None
         self.set_input_size(img_size)
 
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
-        """Expect images of another size from now on."""
-        self.img_size = None if img_size is None else _pair(img_size)
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Images, or patches, of another size from now on; the weight is resampled for those (`resample_weight`)."""
+        proj = self.proj
+        if patch_size is not None and _pair(patch_size) != self.patch_size:
+            self.patch_size = proj.kernel_size = proj.stride = _pair(patch_size)
+            weight = resample_weight(proj.weight.detach(), self.patch_size)
+            proj.weight = nn.Parameter(weight, proj.weight.requires_grad)
+        if img_size is not None:
+            self.img_size = _pair(img_size)
         self.grid_size = None if self.img_size is None else self._whole_patches(self.img_size)
         self.num_patches = None if self.grid_size is None else math.prod(self.grid_size)
 

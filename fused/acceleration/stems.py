@@ -112,7 +112,7 @@ def against_timm_patch_embed(module: Any) -> str | None:
 
     if not module.flatten and module.output_fmt != Format.NHWC:
         return f"its output is {module.output_fmt.value}, expected NLC or NHWC"
-    return _against_projection(module.proj) or _against_norm("norm", module.norm)
+    return _against_projection(module.proj) or against_norm("norm", module.norm)
 
 
 def against_timm_model(model: Any) -> str | None:
@@ -128,7 +128,7 @@ def against_timm_model(model: Any) -> str | None:
     return (
         _hooked(model, "patch_embed", "patch_drop", "pos_drop", "norm_pre")
         or against_timm_patch_embed(model.patch_embed)
-        or _against_norm("norm_pre", model.norm_pre)
+        or against_norm("norm_pre", model.norm_pre)
     )
 
 
@@ -253,7 +253,7 @@ def against_open_clip(model: Any) -> str | None:
     return (
         _hooked(model, "conv1", "patch_dropout", "ln_pre")
         or _against_projection(model.conv1)
-        or _against_norm("ln_pre", model.ln_pre)
+        or against_norm("ln_pre", model.ln_pre)
     )
 
 
@@ -466,7 +466,7 @@ def _norm(norm: Any) -> Norm | None:
     return None if isinstance(norm, nn.Identity) else (norm.weight, norm.bias, norm.eps)
 
 
-def _against_norm(name: str, norm: Any) -> str | None:
+def against_norm(name: str, norm: Any) -> str | None:
     known = {"torch.nn.modules.normalization", "timm.layers.norm", "open_clip.transformer"}
     if type(norm) is nn.Identity:
         return None
