@@ -314,6 +314,11 @@ def stem_of(
 ) -> Stem:
     """The checked arguments of `patch_embed`, for `forward_into` and `backward_from`."""
     g, channels, _ = check_source(pixels, weight, stride, layout, padding)
+    for name, t in (("prefix", prefix), ("mask", mask), ("ids_keep", ids_keep)):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}, expected a floating-point dtype")
     b, n, d = pixels.shape[0], g.patches, weight.shape[0]
     mean = channel_values("mean", mean, channels, layout, pixels)
     std = channel_values("std", std, channels, layout, pixels)

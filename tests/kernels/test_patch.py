@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmfuse
 from judge import assert_no_worse
@@ -126,6 +127,8 @@ CASES: dict[str, Any] = {
     "bytes as numbers": lambda: (u8(2, 3, 32, 32), (D, 3, 16, 16), rows("bias")),
     "crop": lambda: (u8(2, 3, 64, 64)[:, :, 5:37, 7:55], (D, 3, 16, 16), RGB | rows("bias")),
     "crop of every second": lambda: (real(2, 3, 64, 96)[:, :, ::2, 1::2], (D, 3, 16, 16), RGB),
+    "flipped": lambda: (u8(2, 3, 48, 32).mT.flip(-1), (D, 3, 16, 16), RGB | rows("bias", "position", n=6)),
+    "one picture, many times": lambda: (u8(1, 3, 32, 48).expand(3, -1, -1, -1), (D, 3, 16, 16), RGB),
     "odd stride": lambda: (u8(2, 3, 23, 31), (D, 3, 5, 7), RGB | {"stride": (3, 11)}),
     "1 x N": lambda: (u8(2, 3, 16, 80), (D, 3, 16, 16), RGB | rows("bias", "position", n=5)),
     "one patch": lambda: (u8(2, 3, 14, 14), (D, 3, 14, 14), RGB | rows("bias", "prefix", "position", n=1)),
@@ -335,6 +338,33 @@ def test_nothing_is_written_into_the_inputs(backend: str) -> None:
     assert all(torch.equal(a.detach(), b) for a, b in zip(inputs, before, strict=True)) and torch.equal(g, kept)
 
 
+class Copies(TorchDispatchMode):
+    """The operations that give bytes which are not those of `pixels`."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        super().__init__()
+        self.storage, self.found = pixels.untyped_storage().data_ptr(), []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.uint8 and out.untyped_storage().data_ptr() != self.storage:
+            self.found.append(func)
+        return out
+
+
+@pytest.mark.parametrize("backend", [n for n in FUSED if n in ("cpu", "chunked")])
+def test_views_are_not_copied(backend: str) -> None:
+    pixels = u8(2, 3, 64, 64)
+    crop, channels_last = pixels[:, :, 5:37, 7:55], pixels.movedim(1, -1)[:, 3:35, :32]
+    for view in (crop, crop.mT, pixels[:, :, ::2, 1::2], pixels[:1].expand(3, -1, -1, -1), channels_last):
+        stem = stem_of(view, real(D, 3, 16, 16), layout="nhwc" if view is channels_last else "nchw", **RGB)
+        out = real(len(view), stem.shape()[2], D)
+        with Copies(pixels) as copies:
+            forward_into(out, 0, stem, backend=backend)
+            backward_from(out, stem, ("weight",), backend=backend)
+        assert not copies.found
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", FUSED)
 def test_in_a_cuda_graph(backend: str) -> None:
@@ -470,6 +500,10 @@ def test_ids_out_of_range(backend: str) -> None:
         ({"mask": torch.zeros(1, 4), "mask_token": torch.zeros(D)}, TypeError, "mask has dtype"),
         ({"ids_keep": torch.zeros(1, 2)}, TypeError, "ids_keep has dtype torch.float32, expected int64"),
         ({"ids_keep": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "ids_keep has shape .2, 2., expected .1, M."),
+        ({"ids_keep": [[0]]}, TypeError, "ids_keep is list, expected a tensor"),
+        ({"mask": [[True]], "mask_token": torch.zeros(D)}, TypeError, "mask is list, expected a tensor"),
+        ({"prefix": [0.0]}, TypeError, "prefix is list, expected a tensor"),
+        ({"dtype": torch.int32}, TypeError, "dtype is torch.int32, expected a floating-point dtype"),
         ({"stem_norm": torch.ones(D)}, TypeError, "stem_norm is Tensor, expected"),
         ({"backend": "nothing"}, ValueError, "backend is 'nothing'"),
     ],
