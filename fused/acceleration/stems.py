@@ -8,7 +8,7 @@ at the end; masked tokens are selected, so what lies under a mask never reaches 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ def _timm_pixels(module: Any, x: Tensor) -> Tensor:
     return x if module.dynamic_img_pad or expected is not None else whole
 
 
-def _padding(module: Any) -> str:
+def _padding(module: Any) -> Literal["error", "zero"]:
     return "zero" if module.dynamic_img_pad else "error"
 
 

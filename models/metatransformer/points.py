@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmfuse.fused.data2seq.point import P3Embed, PointPatchEmbed
 from mmfuse.models.metatransformer.encoder import Encoder
 
-_EMBEDS = {"P3Embed": P3Embed, "PointPatchEmbed": PointPatchEmbed}
+_EMBEDS: Mapping[str, type[PointPatchEmbed] | type[P3Embed]] = {"P3Embed": P3Embed, "PointPatchEmbed": PointPatchEmbed}
 _ACTIVATIONS = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
@@ -132,7 +132,7 @@ class PointCloud(nn.Module):
         return (joined, x[:, 1]) if self.dist_token is not None and self.training else joined
 
 
-def _embed(in_channels: int, embed_dim: int, embed_args: Mapping[str, Any]) -> nn.Module:
+def _embed(in_channels: int, embed_dim: int, embed_args: Mapping[str, Any]) -> PointPatchEmbed | P3Embed:
     options = dict(embed_args)
     name = options.pop("NAME", "PointPatchEmbed")
     if name not in _EMBEDS:
