@@ -84,12 +84,12 @@ def lfq_entropy(x: Tensor, *, inv_temperature: float = 100.0, scale: float = 1.0
     of_rows = (F.softplus(-size) + size * torch.sigmoid(-size)).sum(1).mean()
     bits = torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], 2)
     high, low = (_products(half) for half in bits.tensor_split([x.shape[1] // 2], dim=1))
-    return of_rows, torch.special.entr(high.t() @ (low / len(x))).sum()
+    return of_rows, torch.special.entr(high.t() @ (low / x.shape[0])).sum()
 
 
 def _products(bits: Tensor) -> Tensor:
     """[N, 2^m] probabilities of every pattern of m bits [N, m, 2]."""
-    p = bits.new_ones(len(bits), 1)
+    p = bits.new_ones(bits.shape[0], 1)
     for bit in bits.unbind(1):
         p = (p[:, :, None] * bit[:, None]).flatten(1)
     return p

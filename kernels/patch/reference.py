@@ -44,7 +44,7 @@ def patch_embed(s: Stem) -> Tensor:
         y = y + (s.position if s.ids_keep is None else s.position[s.ids_keep]).to(y.dtype)
     if s.prefix is not None:
         front = s.prefix if s.prefix_position is None else s.prefix + s.prefix_position
-        y = torch.cat([front.to(y.dtype).expand(len(y), -1, -1), y], dim=1)
+        y = torch.cat([front.to(y.dtype).expand(y.shape[0], -1, -1), y], dim=1)
     if s.type_embed is not None:
         y = y + s.type_embed.to(y.dtype)
     return layer_norm(y, s.pre_weight, s.pre_bias, s.pre_eps).to(s.dtype)

@@ -371,8 +371,8 @@ def _check_points(name: str, points: Tensor) -> None:
 def _check_pair(query: Tensor, points: Tensor) -> None:
     _check_points("query", query)
     _check_points("points", points)
-    if len(query) != len(points):
-        raise ValueError(f"query has {len(query)} clouds, expected {len(points)} as points")
+    if query.shape[0] != points.shape[0]:  # len() of a traced tensor is a constant
+        raise ValueError(f"query has {query.shape[0]} clouds, expected {points.shape[0]} as points")
     if query.device != points.device:
         raise ValueError(f"query is on {query.device}, expected {points.device} as points")
     if query.dtype != points.dtype:

@@ -29,7 +29,8 @@ class Attention(nn.Module):
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (
-                torch.cat([t, b.to(t.dtype).expand(len(t), -1, -1)], 1) for t, b in ((k, self.bias_k), (v, self.bias_v))
+                torch.cat([t, b.to(t.dtype).expand(t.shape[0], -1, -1)], 1)
+                for t, b in ((k, self.bias_k), (v, self.bias_v))
             )
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, L, D / heads]
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)

@@ -29,7 +29,7 @@ def layout(
     ids_keep: Tensor | None = None,
 ) -> Layout:
     """grids [B, 2 | 3] int64 of images whose `patches` lie one after the other, or every `padded_in` rows."""
-    b, device = len(grids), grids.device
+    b, device = grids.shape[0], grids.device
     # one more image without patches: rows past the end are its
     thw = F.pad(F.pad(grids, (3 - grids.shape[1], 0), value=1), (0, 0, 0, 1))
     count = thw.prod(1)

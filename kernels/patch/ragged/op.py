@@ -201,11 +201,13 @@ def _reasons_against_triton(x: Tensor, weight: Tensor, *_: object) -> list[str]:
 
 
 def _aside(x: Tensor, weight: Tensor, compute: torch.dtype | None = None) -> list[str]:
+    if not isinstance(x.shape[0], int):  # "torch" goes over the rows in a loop, which a graph of any size cannot
+        return []
     # measured on one core with AVX-512 BF16
     kind = compute or weight.dtype
     if kind == torch.bfloat16:
         return ["eager multiplies in bfloat16"]
-    return ["eager is faster for less than 512 patches"] if len(x) < 512 and kind != torch.float16 else []
+    return ["eager is faster for less than 512 patches"] if x.shape[0] < 512 and kind != torch.float16 else []
 
 
 PACKED = Op(
@@ -300,7 +302,7 @@ def patch_embed_packed(
     grids = grids.to(torch.int64)
     pads = bool(padded_in) and pad_position == "first"
     at = layout(
-        grids, len(x), padded_in=padded_in, padded_out=padded_length or 0, merge=merge, keep_aspect=keep_aspect,
+        grids, x.shape[0], padded_in=padded_in, padded_out=padded_length or 0, merge=merge, keep_aspect=keep_aspect,
         pad_first=pads, ids_keep=ids_keep,
     )  # fmt: skip
     source = at.source
@@ -318,7 +320,7 @@ def patch_embed_packed(
     )  # fmt: skip
     ids, length = at.ids, padded_in or padded_length
     if length:
-        tokens, ids = tokens.view(len(grids), length, d), ids.view(len(grids), length, -1)
+        tokens, ids = (t.unflatten(0, (grids.shape[0], length)) for t in (tokens, ids))
     return PackedTokens(tokens, at.cu_seqlens, ids)
 
 
@@ -343,8 +345,8 @@ def _check(patches: Tensor, grids: Tensor, weight: Tensor) -> tuple[int, int]:
         raise ValueError(f"grids has shape {tuple(grids.shape)}, expected [B, 2] (h, w) or [B, 3] (frames, h, w)")
     if grids.is_floating_point() or grids.is_complex() or grids.dtype == torch.bool:
         raise TypeError(f"grids has dtype {grids.dtype}, expected integers")
-    if patches.dim() == 3 and len(patches) != len(grids):
-        raise ValueError(f"grids has {len(grids)} rows, expected {len(patches)} as patches has images")
+    if patches.dim() == 3 and patches.shape[0] != grids.shape[0]:  # len() of a traced tensor is a constant
+        raise ValueError(f"grids has {grids.shape[0]} rows, expected {patches.shape[0]} as patches has images")
     return k, d
 
 
@@ -473,11 +475,11 @@ def drop_patches(noise: Tensor, grids: Tensor, keep: Tensor, total: int) -> Tens
     if keep.shape != grids.shape[:1]:
         raise ValueError(f"keep has shape {tuple(keep.shape)}, expected [{len(grids)}] as grids")
     end = grids.prod(1).cumsum(0)
-    image = torch.searchsorted(end, torch.arange(len(noise), device=noise.device), right=True)
+    image = torch.searchsorted(end, torch.arange(noise.shape[0], device=noise.device), right=True)
     by_noise = noise.argsort(stable=True)
     shuffled = by_noise[image[by_noise].argsort(stable=True)]  # image by image, least noise first
     begin = torch.cat([end.new_zeros(1), end])
-    rank = torch.arange(len(noise), device=noise.device) - begin[image]
+    rank = torch.arange(noise.shape[0], device=noise.device) - begin[image]
     kept = rank < torch.cat([keep, keep.new_zeros(1)])[image]
     # those to keep first, in order: a sort, for a selection would wait for their number
     return shuffled[(~kept).to(torch.int8).argsort(stable=True)[:total]]

@@ -52,7 +52,7 @@ def positions(table: Tensor, place: Tensor, shape: tuple[int, int], mode: str, f
 def dense(place: Tensor, shape: tuple[int, int], mode: str, factored: bool, acc: torch.dtype) -> list[Tensor]:
     """The weights of every row of the table, [rows, S] for each block of tokens."""
     blocks = []
-    for i in range(0, max(1, len(place)), _ROWS):
+    for i in range(0, max(1, place.shape[0]), _ROWS):
         row, column, height, width = place[i : i + _ROWS].unbind(1)
         some = (height > 0)[:, None]
         y, x = (

@@ -1,0 +1,112 @@
+"""Every operator that makes tokens: one graph in torch.compile, and a torch.export program of any batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmfuse import kernels
+from mmfuse.kernels._runtime import operators
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def real(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+def u8(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+
+
+def upto(n: int, *shape: int) -> Tensor:
+    return torch.randint(0, n, shape, device=DEVICE)
+
+
+def some(*shape: int) -> Tensor:
+    return torch.rand(shape, device=DEVICE) < 0.5
+
+
+WIDTHS = ((6, 3), (8, 6), (10, 16), (12, 10))
+LAYERS = [(real(out, into), real(out)) for out, into in WIDTHS]
+HEAD = (torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 1e-6)
+WEIGHT, TABLE = real(6, 3, 4, 4), real(9, 6)
+
+# operator: a function of tensors whose first dimension is the batch (of a position table: is fixed), and such tensors
+OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] = {
+    "patch_embed": (lambda x: kernels.patch_embed(x, WEIGHT, mean=0.5, std=0.25), lambda b: (u8(b, 3, 8, 12),)),
+    "patch_embed_packed": (
+        lambda x, grids: kernels.patch_embed_packed(x, grids, WEIGHT.flatten(1), table=TABLE).tokens,
+        lambda b: (real(b, 6, 48), torch.tensor([[2, 3], [1, 4], [3, 1], [2, 2], [0, 5]], device=DEVICE)[:b]),
+    ),
+    "masked_patch_loss": (
+        lambda y, x, mask: kernels.masked_patch_loss(y, x, mask, patch=4),
+        lambda b: (real(b, 4, 48), u8(b, 3, 8, 8), some(b, 4)),
+    ),
+    "random_masking": (lambda noise: kernels.random_masking(noise, 4), lambda b: (torch.rand(b, 9, device=DEVICE),)),
+    "nearest_code": (lambda z: kernels.nearest_code(z, TABLE, metric="cosine"), lambda b: (real(b, 6),)),
+    "linear_argmax": (lambda x: kernels.linear_argmax(x, TABLE, TABLE[:, 0]), lambda b: (real(b, 6),)),
+    "code_statistics": (lambda z, c: kernels.code_statistics(z, c, 5), lambda b: (real(b, 6), upto(5, b))),
+    "vector_quantize": (
+        lambda z, mask: kernels.vector_quantize(z, TABLE, metric="euclidean", gradient="rotation", mask=mask),
+        lambda b: (real(b, 6), some(b)),
+    ),
+    "fsq": (lambda z: kernels.fsq(z, [8, 5, 5]), lambda b: (real(b, 3),)),
+    "lfq_entropy": (lambda z: kernels.lfq_entropy(z), lambda b: (real(b, 4),)),
+    "farthest_points": (lambda p: kernels.farthest_points(p, 4), lambda b: (real(b, 20, 3),)),
+    "nearest_neighbors": (lambda q, p: kernels.nearest_neighbors(q, p, 4), lambda b: (real(b, 5, 3), real(b, 20, 3))),
+    "ball_query": (lambda q, p: kernels.ball_query(q, p, 4, 0.9), lambda b: (real(b, 5, 3), real(b, 20, 3))),
+    "group_points": (kernels.group_points, lambda b: (real(b, 20, 6), upto(20, b, 5, 4))),
+    "mini_pointnet": (lambda x: kernels.mini_pointnet(x, LAYERS), lambda b: (real(b, 8, 3),)),
+    "mini_pointnet_training": (
+        lambda x: kernels.mini_pointnet_training(x, LAYERS, LAYERS[2][1]),
+        lambda b: (real(b, 8, 3),),
+    ),
+    "embed_text": (lambda ids: kernels.embed_text(ids, TABLE), lambda b: (upto(9, b, 5),)),
+    "multiway_tokens": (
+        lambda x, ids: kernels.multiway_tokens(
+            x, ids, weight=WEIGHT, position=TABLE, table=TABLE, text_position=TABLE, pad_mask=ids < 3
+        ),
+        lambda b: (real(b, 3, 8, 8), upto(9, b, 5)),
+    ),
+    "select_head": (
+        lambda x, index: kernels.select_head(x, index, HEAD, torch.ones(5, 8, device=DEVICE)),
+        lambda b: (real(b, 7, 8), upto(7, b)),
+    ),
+    "interpolate_position": (
+        lambda table: kernels.interpolate_position(table, (5, 7), "bicubic"),
+        lambda b: (real(4, 4, 6),),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_whole(op: str) -> None:
+    function, make = OPS[op]
+    data = make(3)
+    torch._dynamo.reset()
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(*data)
+    torch.testing.assert_close(got, function(*data))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_exported_for_any_batch(op: str) -> None:
+    function, make = OPS[op]
+
+    class Module(nn.Module):
+        def forward(self, *data: Tensor) -> Any:
+            return function(*data)
+
+    data = make(3)
+    batches = (({0: torch.export.Dim.AUTO},) * len(data),)
+    program = torch.export.export(Module(), data, dynamic_shapes=batches)
+    larger = make(5)
+    torch.testing.assert_close(program.module()(*larger), function(*larger))
+
+
+def test_every_operator_is_here() -> None:
+    assert set(operators()) - set(dir(kernels.contrastive)) <= set(OPS)
