@@ -75,9 +75,8 @@ def _timm_stem(model: Any, x: Tensor, uint8: Statistics | None) -> Tensor:
     keep = None
     if not dropped and drop.training and getattr(drop, "prob", 0.0) > 0:
         patches = grid[0] * grid[1]
-        keep = torch.randn(x.shape[0], patches, device=x.device).argsort(-1)[
-            :, : max(1, int(patches * (1.0 - drop.prob)))
-        ]
+        count = max(1, int(patches * (1.0 - drop.prob)))
+        keep = torch.randn(x.shape[0], patches, device=x.device).argsort(-1)[:, :count]
         keep = keep.sort(-1)[0] if drop.ordered else keep
     stem_norm, pre_norm = _norm(embed.norm), None if dropped else _norm(model.norm_pre)
     tokens = _rows(
@@ -230,9 +229,8 @@ def open_clip_embeds(model: Any, x: Tensor, uint8: Statistics | None = None) -> 
     drop, keep = model.patch_dropout, None
     if drop.training and getattr(drop, "prob", 0.0) > 0:
         patches = len(model.positional_embedding) - 1
-        keep = (
-            torch.randn(x.shape[0], patches).topk(max(1, int(patches * (1 - drop.prob))), dim=-1).indices.to(x.device)
-        )
+        count = max(1, int(patches * (1 - drop.prob)))
+        keep = torch.randn(x.shape[0], patches).topk(count, dim=-1).indices.to(x.device)
     return _rows(
         model.conv1,
         _whole(model.conv1, x),
