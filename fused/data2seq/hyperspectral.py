@@ -55,5 +55,5 @@ class BandEmbed(nn.Module):
             )
         offset = bias + positions[1 : bands.shape[1] + 1]  # [bands, dim]
         x = torch.addcmul(offset, bands, weight[:, 0]) if weight.shape[1] == 1 else bands @ weight.T + offset
-        first = (self.cls_token + positions[:1]).expand(len(x), -1, -1)
+        first = (self.cls_token + positions[:1]).expand(x.shape[0], -1, -1)
         return self.dropout(torch.cat([first, x], dim=1))

@@ -55,7 +55,7 @@ class SharedEmbeddings(nn.Module):
         own = self.dropout(self.embed(x))
         if self.add:
             return own + self.shared_embed
-        shared = self.shared_embed.expand(len(x), -1)
+        shared = self.shared_embed.expand(x.shape[0], -1)
         return torch.cat([shared, own[:, shared.shape[1] :]], dim=1)
 
 

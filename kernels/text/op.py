@@ -116,7 +116,9 @@ def reasons_against_chunked(ids: Tensor, table: Tensor, *_: Any) -> list[str]:
 
 
 def _small(ids: Tensor, table: Tensor, *_: Any) -> list[str]:
-    few = table.device.type == "cpu" and ids.numel() * table.shape[1] < _EAGER_ELEMENTS
+    numbers = ids.numel() * table.shape[1]
+    # a dynamic batch is not worth a graph for each side
+    few = table.device.type == "cpu" and isinstance(numbers, int) and numbers < _EAGER_ELEMENTS
     return [f"eager is faster for less than {_EAGER_ELEMENTS} numbers on a CPU"] if few else []
 
 

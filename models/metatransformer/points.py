@@ -90,7 +90,7 @@ class PointCloud(nn.Module):
         special = [token for token in (self.cls_token, self.dist_token) if token is not None]
         special_pos = [position for position in (self.cls_pos, self.dist_pos) if position is not None]
         x, position = (
-            torch.cat([*(t.expand(len(x), -1, -1) for t in first), rest], dim=1)
+            torch.cat([*(t.expand(x.shape[0], -1, -1) for t in first), rest], dim=1)
             for first, rest in ((special, x), (special_pos, self.pos_embed(p_list[-1])))
         )
         return p_list, x_list, x, position

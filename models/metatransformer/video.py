@@ -72,7 +72,7 @@ class Block(nn.Module):
         x = self.drop(x)
         if gamma is not None:
             x = gamma * x
-        return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path, self.training)
+        return x * F.dropout(x.new_ones(x.shape[0], 1, 1), self.drop_path, self.training)
 
 
 class VideoMAE(nn.Module):

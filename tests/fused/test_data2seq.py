@@ -141,6 +141,17 @@ def test_errors_name_what_does_not_fit(call: Any, message: str) -> None:
         call()
 
 
+@pytest.mark.parametrize("modality", ["text", "point-cloud", "video", "hyperspectral", "tabular"])
+def test_exports_for_batches_of_any_size(modality: str) -> None:
+    options, data, _ = EXAMPLES[modality]
+    tokenizer = Data2Seq(modality, DIM, **options).eval()
+    program = torch.export.export(
+        tokenizer, (data,), dynamic_shapes=(({0: torch.export.Dim("batch", min=2)},),), strict=False
+    )
+    three = torch.cat([data, data[:1]])
+    torch.testing.assert_close(program.module()(three), tokenizer(three))
+
+
 def test_the_width_is_given_once() -> None:
     with pytest.raises(TypeError, match="embed_dim"):
         Data2Seq("image", DIM, embed_dim=2 * DIM)

@@ -185,7 +185,9 @@ def _aside(backend: str, x: Tensor, *layers: Any) -> list[str]:
     least = _EAGER_PRODUCTS[backend].get(x.dtype)
     if least is None:
         return [f"eager is faster in {str(x.dtype)[6:]}"]
-    if len(layers) > 6 and x.shape[0] * x.shape[1] * layers[6].shape[0] < least:
+    products = x.shape[0] * x.shape[1] * layers[6].shape[0] if len(layers) > 6 else least
+    # a dynamic batch is not worth a graph for each side
+    if isinstance(products, int) and products < least:
         return [f"eager is faster for less than {least} products in {str(x.dtype)[6:]}"]
     return []
 
