@@ -474,6 +474,13 @@ def test_images_of_any_size(name: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_no_images() -> None:
+    model = ANY_SIZE["naflex registers"]()
+    accelerate(model, strict=True)
+    patches, options = sizes(model)
+    assert model(patches[:0].float(), **{k: v[:0] for k, v in options.items()}).shape == (0, 5)
+
+
 @pytest.mark.parametrize("name", [n for n in ANY_SIZE if n.startswith("naflex")])
 def test_naflex_takes_images(name: str) -> None:
     model = ANY_SIZE[name]()
