@@ -111,6 +111,19 @@ def _product(device: torch.device, dtype: torch.dtype) -> Any:
     return run
 
 
+def dalle_codes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """DALL-E's dVAE: the argmax of the encoder's last convolution, 1 x 1, over its rows."""
+    return F.linear(x, weight, bias).argmax(1).double()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    return linear_argmax(x, weight, bias, **options).double()
+
+
+def _features(device: torch.device, dtype: torch.dtype, N: int, K: int, D: int) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(shape, device=device).to(dtype) for shape in ((N, D), (K, D), (K,)))
+
+
 # --- a training step of BEiT-v2's quantizer -------------------------------------------------------------------------
 
 
@@ -202,6 +215,33 @@ CASES = [
         small={"N": 70, "K": 50, "D": 16},
         flops=_flops,
         bytes=lambda mode, itemsize, N, K, D: (N + K) * D * itemsize + 8 * N,
+        anchors={"product": Anchor(_product, partial(_flops, "fwd"))},
+        anchor=lambda provider, mode: "product",
+        modes=("fwd",),
+        distance=_differing,
+    ),
+    Case(
+        name="linear_argmax",
+        inputs=_features,
+        outputs=("codes",),
+        providers={
+            "eager": eager(dalle_codes),
+            "compile": compiled(eager(dalle_codes)),
+            **ours(NEAREST, _linear, _probe),
+        },
+        definitions=("eager",),
+        chosen=partial(chosen, NEAREST, 2),
+        default=partial(_default, ["eager", "compile"]),
+        dims=("N", "K", "D"),
+        # 14 x 14 codes of 112 x 112 pixels, as BEiT takes them
+        shapes={
+            "cpu": [{"N": n, "K": 8192, "D": 2048} for n in (196, 784, 3136)],
+            "cuda": [{"N": n, "K": 8192, "D": 2048} for n in (12544, 50176)],
+        },
+        growth="N",
+        small={"N": 70, "K": 50, "D": 16},
+        flops=_flops,
+        bytes=lambda mode, itemsize, N, K, D: ((N + K) * D + K) * itemsize + 8 * N,
         anchors={"product": Anchor(_product, partial(_flops, "fwd"))},
         anchor=lambda provider, mode: "product",
         modes=("fwd",),

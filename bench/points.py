@@ -1,8 +1,8 @@
 """Point clouds: sampling, neighbours and the mini-PointNet against the published PyTorch code.
 
 Sampling: k of N points, k N squared distances of 8 floating-point operations. Neighbours: the 32 nearest of N points
-for each of G queries, G N distances. Mini-PointNet: B G groups of 32 points, of widths in the proportions of
-Meta-Transformer's 3-128-256-512-768.
+for each of G queries, or the first 32 within a radius, G N distances. Mini-PointNet: B G groups of 32 points, of widths
+in the proportions of Meta-Transformer's 3-128-256-512-768.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.bench.cases import Anchor, Case, Check, Load
+from mmfuse.bench.cases import Anchor, Case, Check, Load, relative
 from mmfuse.bench.providers import chosen, compiled, eager, ours
 from mmfuse.kernels._runtime import Op
 from mmfuse.kernels.points import (
@@ -27,10 +27,11 @@ from mmfuse.kernels.points import (
     mini_pointnet_training,
     nearest_neighbors,
 )
-from mmfuse.kernels.points.op import FARTHEST, NEAREST
-from mmfuse.kernels.points.pointnet.op import POINTNET
+from mmfuse.kernels.points.op import BALL, FARTHEST, NEAREST
+from mmfuse.kernels.points.pointnet.op import POINTNET, TRAINING
 
 _K = 32
+_RADIUS = 0.15
 
 
 def _widths(D: int) -> tuple[int, ...]:
@@ -135,6 +136,19 @@ def _nearest(query: Tensor, points: Tensor, **options: Any) -> Tensor:
     return nearest_neighbors(query, points, _K, **options)
 
 
+def pointnet_ball(query: Tensor, points: Tensor) -> Tensor:
+    """PointNet++'s query_ball_point in PyTorch: every index in a matrix, sorted."""
+    query, points = query.float(), points.float()
+    far = torch.cdist(query, points) >= _RADIUS
+    index = torch.arange(points.shape[1], device=points.device).expand(far.shape).masked_fill(far, points.shape[1])
+    index = index.sort(-1)[0][:, :, :_K]
+    return torch.where(index == points.shape[1], index[:, :, :1], index)
+
+
+def _ball(query: Tensor, points: Tensor, **options: Any) -> Tensor:
+    return ball_query(query, points, _K, _RADIUS, **options)
+
+
 # --- mini-PointNet --------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +193,32 @@ def linears(x: Tensor, *layers: Tensor) -> Tensor:
 
 def _pointnet(x: Tensor, *layers: Tensor, **options: Any) -> Tensor:
     return _total(mini_pointnet(x, list(zip(layers[::2], layers[1::2], strict=True)), **options))
+
+
+def normalised(x: Tensor, *layers: Tensor) -> Tensor:
+    """The linear layers with batch normalisation of the third one's product, by this batch."""
+    (w1, b1), (w2, b2), (w3, b3), (w4, b4) = zip(layers[::2], layers[1::2], strict=True)
+    f = F.linear(F.linear(x, w1, b1).relu(), w2, b2)
+    f = torch.cat([f.max(2, keepdim=True)[0].expand(-1, -1, f.shape[2], -1), f], 3)
+    h = F.linear(f, w3).flatten(0, 2)
+    h = F.batch_norm(h, None, None, torch.ones_like(b3), b3, training=True).view(*f.shape[:3], -1)
+    return _total(F.linear(h.relu(), w4, b4).max(2)[0])
+
+
+def _rounded(got: Tensor, want: Tensor) -> float:
+    """A quarter of the distance: eager's gradients in bfloat16 are themselves a tenth away from float64's."""
+    return relative(got, want) / 4
+
+
+def _pointnet_training(x: Tensor, *layers: Tensor, **options: Any) -> Tensor:
+    scale = torch.ones_like(layers[5])
+    return _total(mini_pointnet_training(x, list(zip(layers[::2], layers[1::2], strict=True)), scale, **options)[0])
+
+
+def _trained_groups(device: torch.device, dtype: torch.dtype, B: int, G: int, D: int) -> tuple[Tensor, ...]:
+    x, *layers = _groups(device, dtype, B, G, D)
+    layers[3].requires_grad_(False)  # normalisation takes the second bias out: its gradient is rounding alone
+    return x, *layers
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> Any:
@@ -265,6 +305,29 @@ CASES = [
         distance=_different,
     ),
     Case(
+        name="ball_query",
+        inputs=_pairs,
+        outputs=("index",),
+        providers={"eager": eager(pointnet_ball), **ours(BALL, _ball, _probe)},
+        definitions=("eager",),
+        chosen=partial(chosen, BALL, 2),
+        default=lambda device, dtype: ["eager", "mmfuse", "mmfuse-chunked"],
+        dims=("B", "N", "G"),
+        shapes={
+            "cpu": [{"B": b, "N": n, "G": g} for b, n, g in ((1, 1024, 256), (1, 8192, 512), (1, 8192, 2048))],
+            "cuda": [{"B": b, "N": n, "G": g} for b, n, g in ((128, 1024, 256), (32, 8192, 2048), (32, 16384, 1024))],
+        },
+        growth="G",
+        small={"B": 2, "N": 70, "G": 5},
+        flops=lambda mode, B, N, G: 8 * B * N * G,
+        bytes=lambda mode, itemsize, B, N, G: 3 * B * (N + G) * itemsize + 8 * B * G * _K,
+        anchors={"distances": Anchor(_distances(lambda q, p: (q, p)), lambda B, N, G: 8 * B * N * G)},
+        anchor=lambda provider, mode: "distances",
+        modes=("fwd",),
+        judged=False,
+        distance=_different,
+    ),
+    Case(
         name="mini_pointnet",
         inputs=_groups,
         outputs=("total", *(f"d {kind}{i}" for i in range(1, 5) for kind in ("weight", "bias"))),
@@ -290,6 +353,33 @@ CASES = [
         ),
         anchors={"products": Anchor(_products, _forward_flops)},
         anchor=lambda provider, mode: "products",
+    ),
+    Case(
+        name="mini_pointnet_training",
+        inputs=_trained_groups,
+        outputs=("total", *(f"d {name}" for name in ("w1", "b1", "w2", "w3", "b3", "w4", "b4"))),
+        providers={
+            "eager": eager(normalised),
+            "compile": compiled(eager(normalised)),
+            **ours(TRAINING, _pointnet_training, _few_groups),
+        },
+        definitions=("eager",),
+        chosen=lambda inputs, backend=None: chosen(TRAINING, 9, (inputs[0].flatten(0, 1), *inputs[1:]), backend),
+        default=partial(_default, ["eager", "compile"], TRAINING),
+        dims=("B", "G", "D"),
+        shapes={
+            "cpu": [{"B": b, "G": g, "D": 768} for b, g in ((1, 64), (4, 64), (4, 256))],
+            "cuda": [{"B": b, "G": g, "D": 768} for b, g in ((8, 64), (32, 64), (128, 64), (32, 512))],
+        },
+        growth="G",
+        small={"B": 2, "G": 3, "D": 24},
+        flops=_flops,
+        bytes=lambda mode, itemsize, B, G, D: (
+            ((3 * _K + D) * B * G + _parameters(D) * (1 if mode == "fwd" else 2)) * itemsize
+        ),
+        anchors={"products": Anchor(_products, _forward_flops)},
+        anchor=lambda provider, mode: "products",
+        distance=_rounded,
     ),
 ]
 
