@@ -430,6 +430,8 @@ def _operands(proj: Any) -> tuple[Tensor, Tensor | None]:
     if type(proj) not in (nn.Conv2d, nn.Conv3d, nn.Linear):
         name = type(proj).__name__
         raise RuntimeError(f"the projection is {name} by now, whose own terms would be missing: accelerate() goes last")
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot follow a fused stem: undo accelerate() first, or use torch.export")
     return proj.weight, proj.bias
 
 

@@ -397,6 +397,13 @@ def test_an_adapter_put_in_later_is_not_passed_over() -> None:
             model(*arguments)
 
 
+def test_a_jit_trace_is_refused_by_name() -> None:
+    model, _, _ = build("clip")
+    accelerate(model)
+    with pytest.raises(RuntimeError, match="torch.jit.trace cannot follow a fused stem"):
+        torch.jit.trace(model.eval(), torch.zeros(1, 3, 16, 16), strict=False)
+
+
 def test_dropout_of_positions_that_are_none() -> None:
     """timm drops nothing without positions."""
     model, images = vit(pos_embed="none", pos_drop_rate=0.5).double().train(), torch.randn(2, 3, 16, 16).double()
