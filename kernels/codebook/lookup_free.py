@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime.arguments import constant
 from mmfuse.kernels.contrastive.arguments import check_features
 from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 
@@ -36,7 +37,7 @@ def fsq(z: Tensor, levels: Sequence[int], *, symmetric: bool = False) -> tuple[T
     if min(levels) < (2 if symmetric else 3):
         raise ValueError(f"levels is {tuple(levels)}, expected at least {2 if symmetric else 3} of each dimension")
     x = z.to(accumulation_dtype(z.dtype))
-    L = torch.tensor(list(levels), dtype=x.dtype, device=z.device)
+    L = constant(levels, z.device).to(x.dtype)
     if symmetric:
         bounded, offset = (L - 1) * (x.tanh() + 1) / 2, torch.zeros_like(L)
         unit = (L - 1) / 2

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime.arguments import constant
 from mmfuse.kernels.patch.geometry import LAYOUTS, Geometry, geometry, is_still, view
 
 Norm = tuple[Tensor, Tensor | None, float]
@@ -103,14 +104,12 @@ def norm(name: str, given: Norm | None, weight: Tensor) -> tuple[Tensor | None, 
     return scale, vector(f"{name}'s bias", given[1], d, weight, "[D]"), float(given[2])
 
 
-def channel_values(name: str, given: object, channels: int, layout: str, pixels: Tensor) -> Tensor | None:
+def channel_values(name: str, given: Any, channels: int, layout: str, pixels: Tensor) -> Tensor | None:
     """mean or std as a tensor [C]; patches take one for each of K, or for each of C leading blocks of K / C."""
     if given is None:
         return None
     if not isinstance(given, Tensor):
-        values = (float(given),) * channels if isinstance(given, (int, float)) else tuple(float(v) for v in given)  # type: ignore[attr-defined]
-        make = _constant if _outside_a_trace() else _constant.__wrapped__
-        given = make(values, pixels.device)
+        given = constant((given,) * channels if isinstance(given, (int, float)) else given, pixels.device)
     n = given.numel()
     blocks = layout == "patches" and n > 0 and channels % n == 0
     if given.dim() > 1 or not (n == channels or blocks):
@@ -118,20 +117,6 @@ def channel_values(name: str, given: object, channels: int, layout: str, pixels:
     if given.device != pixels.device:
         raise ValueError(f"{name} is on {given.device}, expected {pixels.device} as pixels")
     return given if n == channels else given.reshape(-1).repeat_interleave(channels // n)
-
-
-@functools.lru_cache(256)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Copied to the device once: a copy waits for the host, and cannot be captured in a CUDA graph."""
-    return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-def _outside_a_trace() -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def check_ids(ids: Tensor, patches: int) -> None:

@@ -365,6 +365,16 @@ def test_views_are_not_copied(backend: str) -> None:
         assert not copies.found
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_training_after_inference_mode(backend: str) -> None:
+    # mean and std are copied to the device once, whatever the mode at that time
+    pixels, weight = u8(1, 3, 8, 8), real(D, 3, 8, 8).requires_grad_()
+    given = {"mean": tuple(torch.rand(3).tolist()), "std": 0.25, "backend": backend}
+    with torch.inference_mode():
+        patch_embed(pixels, weight, **given)
+    assert torch.autograd.grad(patch_embed(pixels, weight, **given).sum(), weight)[0].isfinite().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", FUSED)
 def test_in_a_cuda_graph(backend: str) -> None:

@@ -1,4 +1,4 @@
-"""Every operator that makes tokens: one graph in torch.compile, and a torch.export program of any batch size."""
+"""Every operator that makes tokens: one graph in torch.compile, an exported program of any batch size, no waiting."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def some(*shape: int) -> Tensor:
 WIDTHS = ((6, 3), (8, 6), (10, 16), (12, 10))
 LAYERS = [(real(out, into), real(out)) for out, into in WIDTHS]
 HEAD = (torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 1e-6)
-WEIGHT, TABLE = real(6, 3, 4, 4), real(9, 6)
+WEIGHT, TABLE, PROJECTION = real(6, 3, 4, 4), real(9, 6), real(5, 8)
 
 # operator: a function of tensors whose first dimension is the batch (of a position table: is fixed), and such tensors
 OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] = {
     "patch_embed": (lambda x: kernels.patch_embed(x, WEIGHT, mean=0.5, std=0.25), lambda b: (u8(b, 3, 8, 12),)),
     "patch_embed_packed": (
-        lambda x, grids: kernels.patch_embed_packed(x, grids, WEIGHT.flatten(1), table=TABLE).tokens,
+        lambda x, grids: kernels.patch_embed_packed(x, grids, WEIGHT.flatten(1), table=TABLE, mean=0.5).tokens,
         lambda b: (real(b, 6, 48), torch.tensor([[2, 3], [1, 4], [3, 1], [2, 2], [0, 5]], device=DEVICE)[:b]),
     ),
     "masked_patch_loss": (
-        lambda y, x, mask: kernels.masked_patch_loss(y, x, mask, patch=4),
+        lambda y, x, mask: kernels.masked_patch_loss(y, x, mask, patch=4, mean=(0.5, 0.4, 0.3)),
         lambda b: (real(b, 4, 48), u8(b, 3, 8, 8), some(b, 4)),
     ),
     "random_masking": (lambda noise: kernels.random_masking(noise, 4), lambda b: (torch.rand(b, 9, device=DEVICE),)),
@@ -74,7 +74,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] =
         lambda b: (real(b, 3, 8, 8), upto(9, b, 5)),
     ),
     "select_head": (
-        lambda x, index: kernels.select_head(x, index, HEAD, torch.ones(5, 8, device=DEVICE)),
+        lambda x, index: kernels.select_head(x, index, HEAD, PROJECTION),
         lambda b: (real(b, 7, 8), upto(7, b)),
     ),
     "interpolate_position": (
@@ -106,6 +106,19 @@ def test_exported_for_any_batch(op: str) -> None:
     program = torch.export.export(Module(), data, dynamic_shapes=batches)
     larger = make(5)
     torch.testing.assert_close(program.module()(*larger), function(*larger))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_no_synchronisation(op: str) -> None:
+    function, make = OPS[op]
+    data = make(3)
+    function(*data)  # numbers are copied to the device once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_every_operator_is_here() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.arguments import constant
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
 from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_triton
 from mmfuse.kernels.patch.arguments import vector
@@ -387,7 +388,7 @@ def _channel_values(name: str, given: Any, k: int, channels_last: bool, like: Te
     """[K] values from one for each channel."""
     if given is None:
         return None
-    v = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64, device=like.device)
+    v = given if isinstance(given, Tensor) else constant(given, like.device)
     v = v.reshape(-1)
     if v.device != like.device:
         raise ValueError(f"{name} is on {v.device}, expected {like.device} as patches")

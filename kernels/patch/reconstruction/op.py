@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.arguments import constant
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
 from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
 from mmfuse.kernels.patch.reconstruction import blocked, reference
@@ -204,7 +205,7 @@ def _video(pixels: Tensor, layout: str) -> Tensor:
 def _per_channel(name: str, given: Any, channels: int, like: Tensor) -> Tensor | None:
     if given is None:
         return None
-    v = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64, device=like.device)
+    v = given if isinstance(given, Tensor) else constant(given, like.device)
     if v.numel() not in (1, channels):
         raise ValueError(f"{name} has {v.numel()} values, expected {channels}, one for each channel")
     return v.reshape(-1).expand(channels).contiguous()
