@@ -300,6 +300,7 @@ def test_errors_name_the_argument() -> None:
         (TypeError, "dtype", lambda: interpolate_position(table.long(), (2, 2))),
         (TypeError, "pair", lambda: interpolate_position((table, table, table), (2, 2), "linear_1d")),
         (ValueError, "grid", lambda: interpolate_position(table, (-1, 2))),
+        (ValueError, "grid is 3, expected two numbers", lambda: interpolate_position(table, 3)),
         (ValueError, "size", lambda: resample_weight(torch.randn(2, 3, 4, 4), (0, 4))),
         (ValueError, "dim", lambda: sinusoid_2d(2, 2, 6)),
     ):

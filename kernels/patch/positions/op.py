@@ -122,7 +122,7 @@ def interpolate_position(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    h, w = grid
+    h, w = grid if isinstance(grid, (tuple, list)) and len(grid) == 2 else (-1, -1)
     if h < 0 or w < 0:
         raise ValueError(f"grid is {grid}, expected two numbers >= 0")
     if isinstance(table, (tuple, list)):
