@@ -158,6 +158,14 @@ def test_compiles() -> None:
     torch.testing.assert_close(compiled(inputs), model(inputs))
 
 
+def test_exports_for_any_batch() -> None:
+    model = tiny().eval()
+    inputs, larger = ({k: x[k] for k in ("vision", "imu")} for x in (batch(3), batch(5)))
+    any_batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    program = torch.export.export(model, (inputs,), dynamic_shapes=(dict.fromkeys(inputs, any_batch),))
+    torch.testing.assert_close(program.module()(larger), model(larger))
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="modality is 'smell', expected one of vision, text"):
         tiny()({"smell": normal(1, 3)})
