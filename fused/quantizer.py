@@ -171,7 +171,7 @@ class NormEMAVectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # b c h w -> b h w c
         z = F.normalize(z.permute(0, 2, 3, 1), dim=-1)
-        rows, codes_of = z.reshape(-1, self.codebook_dim), self.embedding
+        rows, codes_of = z.flatten(0, 2), self.embedding
         if not is_set(codes_of, codes_of.initted):
             means, sizes = kmeans(rows.detach(), self.num_tokens, use_cosine_sim=True, reduce=_distributed())
             codes_of.weight.data.copy_(means)
@@ -288,8 +288,9 @@ class VectorQuantizer(nn.Module):
 
     Args: as the original's. What it has beside these is missing here: sampled and Gumbel codes, cross-entropy
         commitment, diversity and orthogonality losses, affine parameters, vq_bridge, in-place optimizers,
-        directional_reparam and sync_update_v, and in forward indices, topk, codebook_transform_fn, ema_update_weight
-        and accum_ema_update. `accelerate()` leaves modules and calls with those to the original.
+        directional_reparam and sync_update_v, and in forward indices, topk, codebook_transform_fn, ema_update_weight,
+        accum_ema_update, and mask or lens in training with heads or projections. `accelerate()` leaves modules and
+        calls with those to the original.
 
     Raises:
         UnsupportedError: an option of the original that is missing here.
@@ -406,7 +407,8 @@ class VectorQuantizer(nn.Module):
     ) -> tuple[Any, ...]:
         call = locals()
         if name := missing_in_call(self, call):
-            raise UnsupportedError(f"{name} was given, which VectorQuantizer does not compute")
+            where = " in training with heads or projections" if name in ("mask", "lens") else ""
+            raise UnsupportedError(f"{name} was given, which VectorQuantizer does not compute{where}")
         return quantize(self, x, mask, lens, freeze_codebook, return_loss_breakdown, ema_update)
 
 
@@ -441,9 +443,9 @@ def missing_in_call(vq: Any, call: dict[str, Any]) -> str | None:
             return name
     if call["accum_ema_update"]:
         return "accum_ema_update"
-    # the original compares the quantized rows with the input as it came: their shapes differ
-    masked = call["mask"] is not None or call["lens"] is not None
-    return "mask" if masked and (vq.heads > 1 or vq.has_projections) else None
+    # for its loss the original compares the quantized rows with the input as it came: their shapes differ
+    given = "mask" if call["mask"] is not None else "lens" if call["lens"] is not None else None
+    return given if vq.training and vq.has_commitment_loss and (vq.heads > 1 or vq.has_projections) else None
 
 
 def quantize(
@@ -470,27 +472,30 @@ def quantize(
     x = vq.project_in(original)
     # [codebooks, rows, D], as the original flattens them
     x = x.unflatten(-1, (vq.heads, -1))
+    heads = 1 if vq.separate_codebook_per_head else vq.heads  # that share a codebook
     x = x.movedim(2, 0).flatten(1, 2) if vq.separate_codebook_per_head else x.transpose(1, 2).flatten(0, 2)[None]
     if vq.use_cosine_sim:
         x = F.normalize(x, dim=-1, eps=_EPS)
-    wanted = None if mask is None else mask.flatten()
+    wanted = None if mask is None else mask.repeat_interleave(heads, 0).flatten()
     rows = x.float()
     with torch.autocast(rows.device.type, enabled=False):
         if not is_set(book, book.initted):
             _take_kmeans(book, rows.detach(), wanted)
         embed = book.embed.float()
         codes = torch.stack([_nearest(book, z, e, wanted) for z, e in zip(rows, embed.detach(), strict=True)])
-        # what the averages do to the buffer must not reach the backward
-        embed = embed if book.learnable_codebook else embed.clone()
         route = "none"
         if vq.training and needs_grad and vq.route_gradients_to_input:
             route = "rotation" if vq.rotation_trick else "straight_through"
         learns = vq.learnable_codebook and not freeze
+        if not book.learnable_codebook:
+            embed = embed.clone()  # what the averages do to the buffer must not reach the backward
+        elif not learns and route != "none":
+            embed = embed.detach()  # a frozen codebook has no gradient, which is not one of zeros to an optimizer
         pairs = list(zip(rows if vq.training else rows.detach(), embed, codes, strict=True))
         options = {"beta": 1.0, "codebook_weight": float(learns)}
         found = [assign_code(z, e, c, gradient=route, **options) for z, e, c in pairs]
         commitment = torch.stack([loss for _, loss in found]).mean()
-        if mask is not None and vq.use_cosine_sim:
+        if mask is not None and vq.use_cosine_sim and vq.training and vq.has_commitment_loss:
             # of masked rows the original takes the loss before their normalisation
             commitment = assign_code(original.flatten(0, 1).float(), embed[0], codes[0], **options)[1]
         if learns:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime.arguments import first_outside
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
 from mmfuse.kernels.codebook import blocked, reference
 from mmfuse.kernels.contrastive.arguments import check_features, integers
@@ -176,8 +177,8 @@ def _rows_and_codes(z: Tensor, codebook: Tensor, names: tuple[str, str] = ("z", 
 def _mask_of(mask: Tensor | None, z: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask is {getattr(mask, 'dtype', type(mask).__name__)}, expected torch.bool")
     if mask.shape != z.shape[:1] or mask.device != z.device:
         raise ValueError(
             f"mask has shape {tuple(mask.shape)} on {mask.device}, expected [{len(z)}] on {z.device}, one for each row"
@@ -328,9 +329,14 @@ def assign_code(
     gradient: Gradient = "straight_through",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`vector_quantize` of rows whose codes are known (-1: none), with nothing normalised: (z_q [N, D], loss)."""
+    """`vector_quantize` of rows whose codes are known (-1: none), with nothing normalised: (z_q [N, D], loss).
+
+    A code out of range is an error on a CPU and undefined on a GPU, which would have to wait for it.
+    """
     z, codebook = _rows_and_codes(z, codebook)
     codes = integers("codes", codes, z, "z")
+    if (wrong := first_outside(codes, len(codebook), -1)) is not None:
+        raise ValueError(f"codes has {wrong}, expected -1 <= code < {len(codebook)}, the rows of codebook")
     if gradient not in _GRADIENTS:
         raise ValueError(f"gradient is {gradient!r}, expected one of {', '.join(_GRADIENTS)}")
     impl = QUANTIZE.select(z, codebook, backend=backend)

@@ -164,7 +164,7 @@ def select_head(
     Args:
         x: [B, L, D], float16, bfloat16, float32 or float64; any strides.
         index: 0 for the first token (the class token), or int64 [B], such as `ids.argmax(-1)` for CLIP's end of text.
-        norm: (weight [D] or None, bias [D] or None, eps) of the LayerNorm.
+        norm: (weight [D] or None, bias [D] or None, eps) of the LayerNorm, in x's dtype or float32.
         weight: [O, D] of the projection, None for none.
         normalize: divide each result by its L2 norm, or by 1e-12 if it is shorter.
         scale: a factor, already exponentiated: a float, or a tensor of one element.
@@ -214,6 +214,9 @@ def _checked(
     for name, t in (("norm's weight", gamma), ("norm's bias", beta)):
         if t is not None and t.shape != (d,):
             raise ValueError(f"{name} has shape {tuple(t.shape)}, expected [{d}] as x has features")
+        dtypes = dict.fromkeys((x.dtype, accumulation_dtype(x.dtype)))
+        if t is not None and t.dtype not in dtypes:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected {' or '.join(map(str, dtypes))} with x")
     if weight is not None:
         if weight.dim() != 2 or weight.shape[1] != d:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [O, {d}] as x has features")

@@ -103,7 +103,9 @@ def farthest_points(points: Tensor, k: int, *, start: int | Tensor = 0, backend:
     if isinstance(start, int):
         if not 0 <= start < n:
             raise ValueError(f"start is {start}, expected an index of the {n} points")
-        start = torch.full((b,), start, device=points.device)
+        start = torch.full((b,), int(start), device=points.device)
+    elif not isinstance(start, Tensor):
+        raise TypeError(f"start is {type(start).__name__}, expected an index or int64 [{b}]")
     elif start.shape != (b,) or start.dtype != torch.int64 or start.device != points.device:
         raise ValueError(
             f"start is {start.dtype} {tuple(start.shape)} on {start.device}, expected int64 [{b}] on {points.device}"
@@ -270,7 +272,7 @@ def _group(features: Tensor, index: Tensor, backend: str) -> Tensor:
     _check_range("idx", index, n)
     if backend != "cpu":
         return reference.group_points(features, index)
-    rows = (index + torch.arange(0, b * n, max(n, 1), device=index.device)[:b, None, None]).flatten()
+    rows = (index + n * torch.arange(b, device=index.device)[:, None, None]).flatten()
     return features.reshape(b * n, channels).index_select(0, rows).view(*index.shape, channels)
 
 
@@ -296,9 +298,7 @@ def _group_bwd(g: Tensor, index: Tensor, points: int, backend: str) -> Tensor:
     if backend == "cpu":
         torch.ops.mmfuse_cpu.group_grad(rows.contiguous(), at.contiguous(), d)
     elif backend == "cuda":
-        ordered, order = (
-            (at + torch.arange(0, b * points, max(points, 1), device=g.device)[:b, None]).flatten().sort(stable=True)
-        )
+        ordered, order = (at + points * torch.arange(b, device=g.device)[:, None]).flatten().sort(stable=True)
         begin = torch.searchsorted(ordered, torch.arange(b * points + 1, device=g.device))
         torch.ops.mmfuse_cuda.group_grad(rows.flatten(0, 1).contiguous(), order, begin, d.flatten(0, 1))
     elif g.is_cuda:

@@ -146,6 +146,8 @@ def test_norm_ema_constructor(tmp_path: Any) -> None:
     kept(torch.randn(2, 3, 2, 2))
     kept.reset_cluster_size("cpu")
     assert not kept.cluster_size.any() and "cluster_size" in kept.state_dict()
+    with pytest.raises(ValueError, match="codebook has 3 features per row, expected 6 as in z"):
+        kept(torch.randn(2, 6, 2, 2))
 
 
 def test_the_flag_is_read_again_when_it_was_written() -> None:
@@ -257,6 +259,36 @@ def test_masked_parity(cosine: bool, zeros: bool) -> None:
     x, lens = torch.randn(B, N, DIM), torch.tensor([3, N, 7])
     for got, want in zip(ours.eval()(x, lens=lens), theirs.eval()(x, lens=lens), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "options", [{"heads": 2}, {"heads": 2, "separate_codebook_per_head": True}, {"codebook_dim": 4}]
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_masked_heads_and_projections(options: dict[str, Any], train: bool) -> None:
+    # in training only without the loss, which the original cannot form there
+    options = {**options, "commitment_weight": 0.0 if train else 1.0, "kmeans_init": train}
+    theirs = library.VectorQuantize(DIM, CODES, **options).train(train)
+    ours = VectorQuantizer(DIM, CODES, **options).train(train)
+    ours.load_state_dict(theirs.state_dict())
+    x, mask = torch.randn(B, N, DIM), torch.rand(B, N) < 0.7
+    results = []
+    for vq in (ours, theirs):
+        torch.manual_seed(3)
+        results.append([*vq(x, mask=mask), *vq.state_dict().values()])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    with pytest.raises(mmfuse.UnsupportedError, match="mask was given, .* in training with heads or projections"):
+        VectorQuantizer(DIM, CODES, heads=2)(x, mask=mask)
+
+
+def test_a_frozen_codebook_has_no_gradient() -> None:
+    # zeros would let an optimizer's weight decay move it
+    vq = VectorQuantizer(DIM, CODES, learnable_codebook=True, freeze_codebook=True)
+    x = torch.randn(B, N, DIM, requires_grad=True)
+    quantized, _, loss = vq(x)
+    (quantized.sum() + loss).backward()
+    assert x.grad is not None and vq._codebook.embed.grad is None
 
 
 def test_masked_dead_codes_come_from_rows_that_count() -> None:

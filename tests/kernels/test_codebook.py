@@ -186,8 +186,13 @@ def test_errors() -> None:
         nearest_code(z, codebook[:0])
     with pytest.raises(ValueError, match="metric is 'dot', expected one of euclidean, cosine"):
         nearest_code(z, codebook, metric="dot")
-    with pytest.raises(TypeError, match=r"mask has dtype torch.int64, expected torch.bool"):
+    with pytest.raises(TypeError, match=r"mask is torch.int64, expected torch.bool"):
         nearest_code(z, codebook, mask=torch.ones(7, dtype=torch.int64, device=DEVICE))
+    with pytest.raises(TypeError, match=r"mask is list, expected torch.bool"):
+        nearest_code(z, codebook, mask=[True] * 7)
+    for wrong in (-2, 6) if DEVICE == "cpu" else ():
+        with pytest.raises(ValueError, match=rf"codes has {wrong}, expected -1 <= code < 6, the rows of codebook"):
+            assign_code(z, codebook, torch.tensor([0, -1, wrong, 5, 0, 0, 0]))
     with pytest.raises(ValueError, match=r"mask has shape \(6,\)"):
         nearest_code(z, codebook, mask=torch.ones(6, dtype=torch.bool, device=DEVICE))
     with pytest.raises(ValueError, match=r"bias has shape \(7,\), expected \[6\]"):

@@ -241,6 +241,10 @@ def test_empty_batches() -> None:
         grouped = group_points(features, torch.zeros(0, 5, 2, dtype=torch.int64, device=DEVICE), backend=backend)
         assert grouped.shape == (0, 5, 2, 3)
         assert torch.autograd.grad(grouped.sum(), features)[0].shape == (0, 30, 3)
+        features = torch.ones(2, 0, 3, device=DEVICE, requires_grad=True)  # clouds without points, groups of none
+        grouped = group_points(features, torch.zeros(2, 0, 4, dtype=torch.int64, device=DEVICE), backend=backend)
+        assert grouped.shape == (2, 0, 4, 3)
+        assert torch.autograd.grad(grouped.sum(), features)[0].shape == (2, 0, 3)
 
 
 def test_inputs_stay_and_no_gradient_flows_through_indices() -> None:
@@ -301,6 +305,8 @@ def test_errors() -> None:
         farthest_points(torch.ones(2, 10, 3, dtype=torch.int64, device=DEVICE), 3)
     with pytest.raises(ValueError, match="start is 10, expected an index of the 10 points"):
         farthest_points(points, 3, start=10)
+    with pytest.raises(TypeError, match="start is float, expected an index"):
+        farthest_points(points, 3, start=1.0)
     with pytest.raises(ValueError, match="expected int64"):
         farthest_points(points, 3, start=torch.zeros(3, dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match=r"idx has shape \(2, 3\), expected \[2, G, k\]"):

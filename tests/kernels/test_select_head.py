@@ -190,6 +190,8 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             select_head(*args, **options)
+    with pytest.raises(TypeError, match="norm's bias has dtype torch.float16, expected torch.float32"):
+        select_head(x, 0, (gamma, gamma.half(), 1e-6), weight)
     with pytest.raises(TypeError, match="weight has dtype torch.float64, expected torch.float32"):
         select_head(x, 0, norm, weight.double())
     if not GPU:
