@@ -23,7 +23,7 @@ from mmfuse.kernels.patch.positions.op import INTERPOLATE, interpolate_position
 from mmfuse.kernels.patch.ragged.op import PACKED, patch_embed_packed
 from mmfuse.kernels.patch.reconstruction.op import LOSS, masked_patch_loss
 
-_P, _K, _G = 16, 768, 16
+_P, _K = 16, 768
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Fn = Callable[..., Tensor]
 
@@ -51,21 +51,21 @@ def _shapes(B: int, L: int) -> Tensor:
     return torch.tensor(grids)
 
 
-def _packed_inputs(device: torch.device, dtype: torch.dtype, B: int, L: int, D: int) -> tuple[Tensor, ...]:
-    shapes = ((D, _K), _K**-0.5), ((D,), 0.1), ((_G * _G, D), 0.1)
+def _packed_inputs(device: torch.device, dtype: torch.dtype, B: int, L: int, G: int, D: int) -> tuple[Tensor, ...]:
+    shapes = ((D, _K), _K**-0.5), ((D,), 0.1), ((G * G, D), 0.1)
     leaves = [(scale * torch.randn(shape, device=device)).to(dtype).requires_grad_() for shape, scale in shapes]
     return (*leaves, torch.randn(B, L, _K, device=device).to(dtype), _shapes(B, L).to(device))
 
 
 def siglip2(weight: Tensor, bias: Tensor, table: Tensor, patches: Tensor, grids: Tensor) -> Tensor:
     """transformers, Siglip2VisionEmbeddings: the weights of 256 positions for every token, a second product."""
-    y, sizes = F.linear(patches, weight, bias), grids.float()[:, None]
+    y, sizes, side = F.linear(patches, weight, bias), grids.float()[:, None], math.isqrt(len(table))
     at = torch.arange(patches.shape[1], device=grids.device, dtype=torch.float32)[None, :, None]
     rows = torch.div(at, sizes[..., 1:], rounding_mode="floor")
     index = torch.cat([rows, at - rows * sizes[..., 1:]], dim=-1) * (at < sizes.prod(-1, keepdim=True))
-    scale = _G / sizes
+    scale = side / sizes
     centre = (index + 0.5) * scale - 0.5
-    source = torch.arange(_G, device=grids.device, dtype=torch.float32)
+    source = torch.arange(side, device=grids.device, dtype=torch.float32)
     w = (1 - (source - centre[..., None]).abs() / scale.clamp(min=1)[..., None]).clamp(min=0)
     w = w / w.sum(-1, keepdim=True)
     w = (w[..., 0, :, None] * w[..., 1, None, :]).flatten(-2)
@@ -75,8 +75,8 @@ def siglip2(weight: Tensor, bias: Tensor, table: Tensor, patches: Tensor, grids:
 
 def loop(weight: Tensor, bias: Tensor, table: Tensor, patches: Tensor, grids: Tensor) -> Tensor:
     """transformers before 5.0: one interpolation, and one wait for the device, for each picture."""
-    y = F.linear(patches, weight, bias)
-    wide = table.to(torch.promote_types(table.dtype, torch.float32)).view(_G, _G, -1).permute(2, 0, 1)[None]
+    y, side = F.linear(patches, weight, bias), math.isqrt(len(table))
+    wide = table.to(torch.promote_types(table.dtype, torch.float32)).view(side, side, -1).permute(2, 0, 1)[None]
     positions = []
     for h, w in grids.tolist():
         p = F.interpolate(wide, (h, w), mode="bilinear", align_corners=False, antialias=True)[0].flatten(1).t()
@@ -214,16 +214,16 @@ CASES = [
         inputs=_packed_inputs,
         outputs=("loss", "d weight", "d bias", "d table"),
         chosen=lambda inputs, backend=None: chosen(PACKED, 2, (inputs[3], inputs[0]), backend),
-        dims=("B", "L", "D"),
+        dims=("B", "L", "G", "D"),
         shapes={
-            "cpu": [{"B": b, "L": 256, "D": d} for b, d in ((8, 384), (32, 768), (64, 1152), (256, 1152))],
-            "cuda": [{"B": b, "L": 256, "D": 1152} for b in (32, 256, 1024)],
+            "cpu": [{"B": b, "L": 256, "G": 16, "D": d} for b, d in ((8, 384), (32, 768), (64, 1152), (256, 1152))],
+            "cuda": [{"B": b, "L": 256, "G": 16, "D": 1152} for b in (32, 256, 1024)],
         },
         growth="B",
-        small={"B": 3, "L": 12, "D": 16},
-        flops=lambda mode, B, L, D: (2 if mode == "fwd" else 4) * B * L * _K * D,
-        bytes=lambda mode, size, B, L, D: (1 if mode == "fwd" else 2) * B * L * (_K + D) * size,
-        anchors={"product": Anchor(_product, lambda B, L, D: 2 * B * L * _K * D)},
+        small={"B": 2, "L": 8, "G": 2, "D": 16},
+        flops=lambda mode, B, L, G, D: (2 if mode == "fwd" else 4) * B * L * _K * D,
+        bytes=lambda mode, size, B, L, G, D: (1 if mode == "fwd" else 2) * B * L * (_K + D) * size,
+        anchors={"product": Anchor(_product, lambda B, L, G, D: 2 * B * L * _K * D)},
         anchor=lambda provider, mode: "product",
     ),
     _case(
@@ -264,7 +264,7 @@ CASES = [
             "cuda": [{"G": 14, "H": h, "D": 1024} for h in (24, 37, 64)],
         },
         growth="H",
-        small={"G": 4, "H": 6, "D": 16},
+        small={"G": 2, "H": 3, "D": 16},
         flops=lambda mode, G, H, D: (2 if mode == "fwd" else 4) * H * (G * G + H * G) * D,
         bytes=lambda mode, size, G, H, D: (1 if mode == "fwd" else 2) * (G * G + H * H) * D * size,
         anchors={"copy": Anchor(_written, lambda G, H, D: H * H * D)},

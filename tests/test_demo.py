@@ -22,6 +22,7 @@ SECTIONS = [
     "Pictures",
     "Training",
     "Captions",
+    "Bytes to tokens",
     "Parity",
     "Benchmark",
     "Export",
