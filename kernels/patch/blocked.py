@@ -27,7 +27,7 @@ from mmfuse.kernels.patch.geometry import fold as fold_patches
 from mmfuse.kernels.patch.geometry import pad, unfold, unview
 from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Folded, Stem, fold, rows_added
 
-_BLOCK_BYTES = {"cpu": 5 << 19, "cuda": 256 << 20}  # of A
+_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of A
 
 
 class TorchTile:
@@ -147,6 +147,11 @@ def blocks(stem: Stem, f: Folded, itemsize: int) -> Iterator[tuple[int, int]]:
         yield i, min(b, i + step)
 
 
+def whole(stem: Stem, r: int, n: int) -> bool:
+    """Whether the images have all their patches, beside which the prefix does not count."""
+    return stem.ids_keep is None and r <= n // 16
+
+
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     assert weight is not None
     w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -180,7 +185,7 @@ def forward_into(tile: Any, out: Tensor, offset: int, stem: Stem) -> None:
     most = max(j - i for i, j in spans)
     k, new = f.weight.shape[1], partial(torch.empty, dtype=acc, device=out.device)
     # one product for the rows of all images in a row, with zeros under the prefix
-    joined = plain and stem.ids_keep is None and r <= n // 16
+    joined = plain and whole(stem, r, n)
     scratch = new(most, r + n, k).zero_() if joined else new(most * n, k)
     for i, j in spans:
         block = Block(stem, f, i, j)
@@ -226,15 +231,20 @@ def backward_from(
     below = any(need[name] for name in ("pixels", "weight", "bias", "stem_weight", "stem_bias"))
     normed = stem.stem_weight is not None or stem.pre_weight is not None
     gather = need["weight"] or normed
+    # the rows of all images in a row, with zeros under the prefix, spare a copy of the tokens' gradient
+    joined = need["weight"] and plain and not normed and operand == acc and whole(stem, r, n)
     spans = list(blocks(stem, f, acc.itemsize)) if b * (r + n) else []
-    scratch = torch.empty(
-        max((j - i for i, j in spans), default=0) * n if gather else 0, k, dtype=operand, device=grad.device
-    )
+    most = max((j - i for i, j in spans), default=0) if gather else 0
+    new = partial(torch.empty, dtype=operand, device=grad.device)
+    scratch = new(most, r + n, k).zero_() if joined else new(most * n, k)
     added = rows_added(stem, patches) if stem.pre_weight is not None else None
     for i, j in spans:
         block = Block(stem, f, i, j)
         g = grad[i:j].to(acc)
-        a = block.patches(tile, scratch) if gather else scratch
+        if joined:
+            tile.patch_rows(block.x, f, None, scratch[: j - i, r:])
+            product.addmm_(g.reshape(-1, d).t(), scratch[: j - i].view(-1, k))
+        a = block.patches(tile, scratch) if gather and not joined else scratch
         if normed:
             z = y = product_of(a, f)
             if stem.stem_weight is not None:
@@ -253,14 +263,14 @@ def backward_from(
             add_rows(tokens, block.ids, g)
         if block.mask is not None and need["mask_token"]:
             sums["mask_token"] += (g * block.mask[:, :, None]).sum((0, 1))
-        if not below:
+        if not below or (joined and not need["pixels"]):
             continue
         dy = block.select(g)
         if stem.stem_weight is not None:
             dy = norm_grad(dy, y, stem_stats, stem.stem_weight, stem.stem_bias, sums, "stem")
         if not plain:
             sums["bias"] += dy.sum(0)
-        if need["weight"]:
+        if need["weight"] and not joined:
             if operand == acc:
                 product.addmm_(dy.t(), a)
             else:
