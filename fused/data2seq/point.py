@@ -183,10 +183,12 @@ class PointBertEncoder(nn.Module):
         )
 
     def forward(self, point_groups: Tensor) -> Tensor:
-        layers = []
+        layers: list[Layer] = []
         for conv, norm, act, last in (self.first_conv, self.second_conv):
             layers += [(conv, norm, act), (last, None, None)]
-        if _gains(layers, point_groups):
+        # others, as SyncBatchNorm, have their own statistics
+        known = all(type(norm) is nn.BatchNorm1d for _, norm, _ in layers[::2])
+        if known and _gains(layers, point_groups):
             return _fused(layers, point_groups)
         f = self.first_conv(point_groups.flatten(0, 1).transpose(1, 2))
         f = torch.cat([_max(f).expand_as(f), f], 1)
@@ -432,13 +434,14 @@ def _fused(layers: Sequence[Layer], x: Tensor) -> Tensor:
         mean, var = _product_statistics(x, w1)
         _update(norm1, mean, var, conv1.bias, count)
         scale = (var + norm1.eps).rsqrt() * _or(norm1.weight, 1)
-        first = (w1 * scale[:, None], _or(norm1.bias, 0) - mean * scale)
+        first = (w1 * scale[:, None], _or(norm1.bias, 0) - mean * scale + _without_effect(conv1.bias))
     else:
         first = _folded(conv1, norm1)
     if norm3 is not None and _uses_batch(norm3):
         w3 = conv3.weight.flatten(1)
         scale = w3.new_ones(len(w3)) if norm3.weight is None else norm3.weight
-        third = (w3, torch.zeros_like(scale) if norm3.bias is None else norm3.bias)
+        shift = torch.zeros_like(scale) if norm3.bias is None else norm3.bias
+        third = (w3, shift + _without_effect(conv3.bias))
         pairs = [_as(x, pair) for pair in (first, _folded(conv2, None), third, _folded(conv4, norm4))]
         y, mean, var = mini_pointnet_training(x, pairs, scale, norm3.eps)
         _update(norm3, mean, var, conv3.bias, count)
@@ -466,6 +469,11 @@ def _folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
         return w, b
     scale = (norm.running_var + norm.eps).rsqrt() * _or(norm.weight, 1)
     return w * scale[:, None], (b - norm.running_mean) * scale + _or(norm.bias, 0)
+
+
+def _without_effect(bias: Tensor | None) -> Tensor | float:
+    """The batch's mean takes a bias away; its gradient is 0 and not none, which DistributedDataParallel waits for."""
+    return 0.0 if bias is None else 0 * bias
 
 
 def _or(t: Tensor | None, value: float) -> Tensor | float:

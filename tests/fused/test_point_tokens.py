@@ -244,6 +244,23 @@ def test_point_bert(training: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
         assert_no_worse(*(tokens[n + part].detach() for n in ("got", "eager", "exact")), part)
 
 
+def test_point_bert_in_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter gets a gradient, for which DistributedDataParallel waits; SyncBatchNorm keeps its statistics."""
+    monkeypatch.setattr("mmfuse.kernels.points.pointnet.op._EAGER_PRODUCTS", NEVER_ASIDE)
+    m, groups = PointBertEncoder(16).to(DEVICE), torch.randn(2, 7, 6, 3, device=DEVICE)
+    m(groups).sum().backward()
+    assert all(p.grad is not None for p in m.parameters())
+    assert not m.first_conv[0].bias.grad.any() and not m.second_conv[0].bias.grad.any()
+
+    def fused(*_: Any) -> Tensor:
+        raise AssertionError("the operator's statistics are of one process")
+
+    monkeypatch.setattr(point, "_fused", fused)
+    with pytest.raises(AssertionError, match="of one process"):
+        m(groups)
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(m)(groups).shape == (2, 7, 16)
+
+
 def test_onellm() -> None:
     m = OneLLMPointEmbed(sample_number=9, group_size=4, channels=10).to(DEVICE)
     assert {k: tuple(v.shape) for k, v in m.state_dict().items()} == {
