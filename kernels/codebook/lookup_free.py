@@ -85,7 +85,9 @@ def lfq_entropy(x: Tensor, *, inv_temperature: float = 100.0, scale: float = 1.0
     of_rows = (F.softplus(-size) + size * torch.sigmoid(-size)).sum(1).mean()
     bits = torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], 2)
     high, low = (_products(half) for half in bits.tensor_split([x.shape[1] // 2], dim=1))
-    return of_rows, torch.special.entr(high.t() @ (low / x.shape[0])).sum()
+    p = high.t() @ (low / x.shape[0])
+    # entr has the slope inf at a code that no row can reach, and its gradient would be inf times 0
+    return of_rows, -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()
 
 
 def _products(bits: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,6 +53,22 @@ def test_entropies_of_eighteen_bits() -> None:
     rows, mean = lfq_entropy(torch.zeros(5, 18, device=DEVICE))
     full = torch.tensor(2.0, device=DEVICE).log() * 18
     torch.testing.assert_close((rows, mean), (full, full))
+
+
+def test_gradient_where_codes_are_out_of_reach() -> None:
+    # at the temperature of the paper most probabilities underflow
+    x = 3 * torch.randn(9, 6, device=DEVICE, dtype=torch.float64)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        if dtype == torch.float32:
+            entropy = lfq_entropy(leaf, inv_temperature=20.0)[1]
+        else:
+            bits = torch.arange(2**6, device=DEVICE)[:, None] >> torch.arange(6, device=DEVICE) & 1
+            log_p = (40.0 * leaf @ (2.0 * bits - 1).double().t()).log_softmax(1).logsumexp(0) - math.log(9)
+            entropy = -(log_p.exp() * log_p).sum()
+        grads.append(torch.autograd.grad(entropy, leaf)[0].double())
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 def test_entropy_gradcheck() -> None:
