@@ -225,8 +225,8 @@ def code_argmax(
     length = torch.linalg.vector_norm(weight.double(), dim=1).mul_(scale).amax()
     size = torch.linalg.vector_norm(z, dim=1, dtype=torch.float64) * length + bias.abs().amax()
     wrong = rounding + (2 * d + 16) * 2.0**-24 + 2.0 ** (tags - 23)
-    # none is sure where a score might overflow
-    slack = torch.where(size * v < 1e37, 2 * wrong * size * v, torch.inf).float() + 1e-30
+    # none is sure where a score might overflow; a bias may underflow
+    slack = torch.where(size * v < 1e37, 2 * v * (wrong * size + 2.0**-126), torch.inf).float() + 1e-30
     unsure = torch.zeros(n, dtype=torch.int8, device=device)
     rows, count = (codes, codes) if mask is None else _listed(mask)
     dx = x.shape[1]

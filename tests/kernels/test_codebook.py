@@ -124,7 +124,7 @@ def test_what_is_not_a_number_is_the_largest_as_in_argmax(backend: str) -> None:
     assert codes[3] == 0 and (codes[[0, 1, 2, 4, 6]] == 44).all()
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e4, 1e15])
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e-6, 1e4, 1e15])
 @pytest.mark.parametrize("backend", OURS)
 def test_any_size_of_numbers(backend: str, scale: float) -> None:
     z, codebook = random(12, 130, 16)
