@@ -462,13 +462,17 @@ def quantize(
     freeze = vq.freeze_codebook if freeze_codebook is None else freeze_codebook
     needs_grad, dtype, fmap = x.requires_grad, x.dtype, vq.accept_image_fmap or vq.accept_3d_fmap
     one, first = x.dim() == 2, fmap or not (vq.channel_last or x.dim() == 2)
-    if lens is not None:
-        mask = torch.arange(x.shape[1], device=x.device) < lens[:, None]
     if one:
         x = x[:, None]
     if first:
         x = x.movedim(1, -1)
     places, original = x.shape[:-1], x.flatten(1, -2)
+    if lens is not None:
+        if mask is not None:
+            raise ValueError("mask and lens were given, expected one of them")
+        mask = torch.arange(original.shape[1], device=x.device) < lens[:, None]
+    if mask is not None and mask.shape != original.shape[:2]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {list(original.shape[:2])} as x has tokens")
     x = vq.project_in(original)
     # [codebooks, rows, D], as the original flattens them
     x = x.unflatten(-1, (vq.heads, -1))

@@ -282,6 +282,18 @@ def test_masked_heads_and_projections(options: dict[str, Any], train: bool) -> N
         VectorQuantizer(DIM, CODES, heads=2)(x, mask=mask)
 
 
+def test_mask_errors() -> None:
+    vq, mask, lens = VectorQuantizer(DIM, CODES), torch.ones(B, N, dtype=torch.bool), torch.full((B,), N)
+    with pytest.raises(ValueError, match="mask and lens were given, expected one of them"):
+        vq(torch.randn(B, N, DIM), mask=mask, lens=lens)
+    for x in (torch.randn(B, N + 1, DIM), torch.randn(B, DIM)):
+        with pytest.raises(ValueError, match=rf"mask has shape \({B}, {N}\), expected"):
+            vq(x, mask=mask)
+    first = VectorQuantizer(DIM, CODES, channel_last=False)
+    codes = first(torch.randn(B, DIM, N), lens=lens - 1)[1]
+    assert (codes[:, -1] == -1).all() and (codes[:, :-1] >= 0).all()
+
+
 def test_a_frozen_codebook_has_no_gradient() -> None:
     # zeros would let an optimizer's weight decay move it
     vq = VectorQuantizer(DIM, CODES, learnable_codebook=True, freeze_codebook=True)
