@@ -250,6 +250,24 @@ def _parameters(D: int) -> int:
     return c * c1 + c1 * c2 + 2 * c2 * c3 + c3 * d
 
 
+# what a search for points near centres is measured by
+_SEARCH: dict[str, Any] = {
+    "dims": ("B", "N", "G"),
+    "shapes": {
+        "cpu": [{"B": b, "N": n, "G": g} for b, n, g in ((1, 1024, 256), (1, 8192, 512), (1, 8192, 2048))],
+        "cuda": [{"B": b, "N": n, "G": g} for b, n, g in ((128, 1024, 256), (32, 8192, 2048), (32, 16384, 1024))],
+    },
+    "growth": "G",
+    "small": {"B": 2, "N": 70, "G": 5},
+    "flops": lambda mode, B, N, G: 8 * B * N * G,
+    "bytes": lambda mode, itemsize, B, N, G: 3 * B * (N + G) * itemsize + 8 * B * G * _K,
+    "anchors": {"distances": Anchor(_distances(lambda q, p: (q, p)), lambda B, N, G: 8 * B * N * G)},
+    "anchor": lambda provider, mode: "distances",
+    "modes": ("fwd",),
+    "judged": False,
+    "distance": _different,
+}
+
 CASES = [
     Case(
         name="farthest_points",
@@ -289,20 +307,7 @@ CASES = [
         definitions=("eager", "openpoints"),
         chosen=partial(chosen, NEAREST, 2),
         default=partial(_default, ["openpoints", "eager"], NEAREST),
-        dims=("B", "N", "G"),
-        shapes={
-            "cpu": [{"B": b, "N": n, "G": g} for b, n, g in ((1, 1024, 256), (1, 8192, 512), (1, 8192, 2048))],
-            "cuda": [{"B": b, "N": n, "G": g} for b, n, g in ((128, 1024, 256), (32, 8192, 2048), (32, 16384, 1024))],
-        },
-        growth="G",
-        small={"B": 2, "N": 70, "G": 5},
-        flops=lambda mode, B, N, G: 8 * B * N * G,
-        bytes=lambda mode, itemsize, B, N, G: 3 * B * (N + G) * itemsize + 8 * B * G * _K,
-        anchors={"distances": Anchor(_distances(lambda q, p: (q, p)), lambda B, N, G: 8 * B * N * G)},
-        anchor=lambda provider, mode: "distances",
-        modes=("fwd",),
-        judged=False,
-        distance=_different,
+        **_SEARCH,
     ),
     Case(
         name="ball_query",
@@ -312,20 +317,7 @@ CASES = [
         definitions=("eager",),
         chosen=partial(chosen, BALL, 2),
         default=lambda device, dtype: ["eager", "mmfuse", "mmfuse-chunked"],
-        dims=("B", "N", "G"),
-        shapes={
-            "cpu": [{"B": b, "N": n, "G": g} for b, n, g in ((1, 1024, 256), (1, 8192, 512), (1, 8192, 2048))],
-            "cuda": [{"B": b, "N": n, "G": g} for b, n, g in ((128, 1024, 256), (32, 8192, 2048), (32, 16384, 1024))],
-        },
-        growth="G",
-        small={"B": 2, "N": 70, "G": 5},
-        flops=lambda mode, B, N, G: 8 * B * N * G,
-        bytes=lambda mode, itemsize, B, N, G: 3 * B * (N + G) * itemsize + 8 * B * G * _K,
-        anchors={"distances": Anchor(_distances(lambda q, p: (q, p)), lambda B, N, G: 8 * B * N * G)},
-        anchor=lambda provider, mode: "distances",
-        modes=("fwd",),
-        judged=False,
-        distance=_different,
+        **_SEARCH,
     ),
     Case(
         name="mini_pointnet",
