@@ -1,6 +1,15 @@
-"""What every operator shares: choice of implementation, registration with torch, device facts, tuned tables."""
+"""What every operator shares: its declaration, the choice of an implementation, device facts, checks, tuned tables."""
 
-from mmfuse.kernels._runtime.dispatch import Impl, Op, UnsupportedError, explain, operators, use_backend
-from mmfuse.kernels._runtime.library import register
+from mmfuse.kernels._runtime.dispatch import UnsupportedError, use_backend
+from mmfuse.kernels._runtime.operator import Deferred, Implementation, Operator, chosen, explain, operators
 
-__all__ = ["Impl", "Op", "UnsupportedError", "explain", "operators", "register", "use_backend"]
+__all__ = [
+    "Deferred",
+    "Implementation",
+    "Operator",
+    "UnsupportedError",
+    "chosen",
+    "explain",
+    "operators",
+    "use_backend",
+]

@@ -35,18 +35,6 @@ def triton_missing() -> str | None:
     return None
 
 
-def triton_reasons(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> list[str]:
-    """Reasons shared by every Triton kernel. Empty when `x` may be given to one."""
-    why = []
-    if missing := triton_missing():
-        why.append(missing)
-    if not (x.is_cuda or (INTERPRET and x.device.type == "cpu")):
-        why.append(f"device is {x.device.type}")
-    if x.dtype not in dtypes and not (INTERPRET and x.dtype == torch.float64):
-        why.append(f"dtype is {x.dtype}")
-    return why
-
-
 @once
 def gpu_name(index: int = 0) -> str:
     """The GPU's name as a file name, e.g. `NVIDIA_H200`."""
@@ -57,8 +45,3 @@ def gpu_name(index: int = 0) -> str:
 def total_memory(device: torch.device) -> int:
     """Bytes of memory on a CUDA device."""
     return torch.cuda.get_device_properties(device).total_memory
-
-
-def only_named_in_the_interpreter(*args: Any) -> list[str]:
-    """Triton's interpreter is for tests."""
-    return ["Triton's interpreter runs only where it is named"] if INTERPRET else []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.codebook.reference import first_of_largest, in_float64, masked, rotation
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 
 # of the scores of a block of rows
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}

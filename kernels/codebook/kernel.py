@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._triton.tiles import aligned_rows
 from mmfuse.kernels.codebook.blocked import segments
-from mmfuse.kernels.contrastive.kernel import _operand
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ def code_argmax(
 def _operands(z: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     """(x, y in 16 bits, a [K], v [N], relative rounding of x and y): float32 becomes float16 at unit size."""
     if z.dtype.itemsize == 2:
-        return _operand(z), _operand(weight), scale.float(), torch.ones(len(z), device=z.device), 0.0
+        return aligned_rows(z), aligned_rows(weight), scale.float(), torch.ones(len(z), device=z.device), 0.0
     scaled = weight * scale[:, None]
     length = torch.linalg.vector_norm(scaled, dim=1).amax()
     length = torch.where(length > 0, length, 1)
@@ -259,7 +259,7 @@ def _operands(z: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor,
     x, y = (z * v[:, None]).half(), (scaled / length).half()
     a = length.float().expand(len(weight)).contiguous()
     # 2^-11 each, and float16's smallest numbers
-    return _operand(x), _operand(y), a, v.float(), 1.1 * 2.0**-10
+    return aligned_rows(x), aligned_rows(y), a, v.float(), 1.1 * 2.0**-10
 
 
 def _listed(flag: Tensor) -> tuple[Tensor, Tensor]:

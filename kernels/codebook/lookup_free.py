@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime.arguments import constant
-from mmfuse.kernels.contrastive.arguments import check_features
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.arguments import check_features, constant
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 
 def fsq(z: Tensor, levels: Sequence[int], *, symmetric: bool = False) -> tuple[Tensor, Tensor]:

@@ -1,26 +1,18 @@
-"""The public functions of codebooks: argument checks, registration, autograd and choice of implementation."""
+"""The public functions of codebooks: argument checks and declarations."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.arguments import first_outside
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import check_features, first_outside, integers
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.codebook import blocked, reference
-from mmfuse.kernels.contrastive.arguments import check_features, integers
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cpu,
-    reasons_against_triton,
-)
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 
 Metric = Literal["euclidean", "cosine"]
 Gradient = Literal["straight_through", "rotation", "none"]
@@ -29,26 +21,27 @@ _METRICS = ("euclidean", "cosine")
 _GRADIENTS = ("straight_through", "rotation", "none")
 
 
+_KERNEL = Deferred("mmfuse.kernels.codebook.kernel")
+
+
 # --- the search -----------------------------------------------------------------------------------------------------
 
 
-def _argmax(
+def _search(
+    passes: Any,
     z: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     exact: bool,
-    backend: str,
 ) -> Tensor:
-    if backend == "torch":
-        return reference.code_argmax(z, weight, scale, bias, mask)
-    if backend == "chunked":
-        return blocked.code_argmax(z, weight, scale, bias, mask, exact)
-    if backend == "triton":
-        from mmfuse.kernels.codebook import kernel
+    return passes.code_argmax(z, weight, scale, bias, mask, exact)  # type: ignore[no-any-return]
 
-        return kernel.code_argmax(z, weight, scale, bias, mask, exact)
+
+def _compiled_argmax(
+    z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, mask: Tensor | None, exact: bool
+) -> Tensor:
     codes = torch.empty(len(z), dtype=torch.int64)
     absent = torch.empty(0, dtype=torch.float64)
     torch.ops.mmfuse_cpu.code_argmax(
@@ -62,29 +55,23 @@ def _argmax(
     return codes
 
 
-def _argmax_fake(z, weight, scale, bias, mask, exact, backend):  # type: ignore[no-untyped-def]
-    return z.new_empty(z.shape[:1], dtype=torch.int64)
+def _double(z: Tensor) -> str | None:
+    return "dtype is torch.float64" if z.dtype == torch.float64 else None
 
 
-argmax_op = register("code_argmax", _argmax, _argmax_fake)
-
-
-def _reasons_against_triton(z: Tensor, *_: object) -> list[str]:
-    return reasons_against_triton(z) or (["dtype is torch.float64"] if z.dtype == torch.float64 else [])
-
-
-def _implementations(triton: Any, cpu: Any, chunked: Any, torch_: Any) -> list[Impl]:
-    return [
-        Impl("triton", triton, _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", cpu, reasons_against_cpu),
-        Impl("chunked", chunked, reasons_against_chunked),
-        Impl("torch", torch_, no_reason),
-    ]
-
-
-NEAREST = Op("nearest_code", _implementations(*[argmax_op] * 4))
-# the same search with another score
-Op("linear_argmax", NEAREST.implementations)
+NEAREST = Operator(
+    "nearest_code",
+    forward=_search,
+    fake=lambda z: z.new_empty(z.shape[:1], dtype=torch.int64),
+    implementations=[
+        Implementation("triton", passes=_KERNEL, against=[_double]),
+        Implementation("cpu", passes=SimpleNamespace(code_argmax=_compiled_argmax)),
+        Implementation("chunked", passes=blocked),
+        Implementation("torch", function=lambda exact, **given: reference.code_argmax(**given)),
+    ],
+    example=lambda x, **how: nearest_code(x, x, **how),
+    also={"linear_argmax": lambda x, **how: linear_argmax(x, x, **how)},
+)
 
 
 @torch.no_grad()
@@ -122,8 +109,7 @@ def nearest_code(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     z, codebook = _rows_and_codes(z, codebook)
-    impl = NEAREST.select(z, codebook, backend=backend)
-    return impl.fn(z, codebook, *_score(codebook, metric), _mask_of(mask, z), exact, impl.name)
+    return NEAREST(z, codebook, *_score(codebook, metric), _mask_of(mask, z), exact, backend=backend)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -146,8 +132,8 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     x, weight = _rows_and_codes(x, weight, ("x", "weight"))
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected [{len(weight)}], one for each row of weight")
-    impl = NEAREST.select(x, weight, backend=backend)
-    return impl.fn(x, weight, None, None if bias is None else bias.double().contiguous(), None, True, impl.name)
+    bias = None if bias is None else bias.double().contiguous()
+    return NEAREST(x, weight, None, bias, None, True, backend=backend)  # type: ignore[no-any-return]
 
 
 def _score(codebook: Tensor, metric: str) -> tuple[Tensor | None, Tensor | None]:
@@ -189,28 +175,40 @@ def _mask_of(mask: Tensor | None, z: Tensor) -> Tensor | None:
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
-def _statistics(z: Tensor, codes: Tensor, K: int, backend: str) -> tuple[Tensor, Tensor]:
-    if backend == "torch":
-        return reference.code_statistics(z, codes, K)
-    if backend == "chunked":
-        return blocked.code_statistics(z, codes, K)
-    if backend == "triton":
-        from mmfuse.kernels.codebook import kernel
+class Statistics(NamedTuple):
+    counts: Tensor  # [K]
+    sums: Tensor  # [K, D]
 
-        return kernel.code_statistics(z, codes, K)
+
+def _statistics(passes: Any, z: Tensor, codes: Tensor, K: int) -> Statistics:
+    return Statistics(*passes.code_statistics(z, codes, K))
+
+
+def _statistics_fake(z: Tensor, K: int) -> Statistics:
+    acc = accumulation_dtype(z.dtype)
+    return Statistics(z.new_empty(K, dtype=acc), z.new_empty((K, z.shape[1]), dtype=acc))
+
+
+def _compiled_statistics(z: Tensor, codes: Tensor, K: int) -> tuple[Tensor, Tensor]:
     counts, sums = torch.empty(K), torch.empty(K, z.shape[1])
     torch.ops.mmfuse_cpu.code_statistics(z.float().contiguous(), codes, counts, sums)
     return counts, sums
 
 
-def _statistics_fake(z, codes, K, backend):  # type: ignore[no-untyped-def]
-    acc = accumulation_dtype(z.dtype)
-    return z.new_empty(K, dtype=acc), z.new_empty((K, z.shape[1]), dtype=acc)
+_COMPILED = SimpleNamespace(code_statistics=_compiled_statistics)
 
-
-statistics_op = register("code_statistics", _statistics, _statistics_fake)
-
-STATISTICS = Op("code_statistics", _implementations(*[statistics_op] * 4))
+STATISTICS = Operator(
+    "code_statistics",
+    forward=_statistics,
+    fake=_statistics_fake,
+    implementations=[
+        Implementation("triton", passes=_KERNEL, against=[_double]),
+        Implementation("cpu", passes=_COMPILED),
+        Implementation("chunked", passes=blocked),
+        Implementation("torch", function=reference.code_statistics),
+    ],
+    example=lambda x, **how: code_statistics(x, torch.arange(len(x), device=x.device), len(x), **how),
+)
 
 
 @torch.no_grad()
@@ -233,41 +231,30 @@ def code_statistics(z: Tensor, codes: Tensor, K: int, *, backend: str | None = N
     codes = integers("codes", codes, z, "z")
     if K < 1:
         raise ValueError(f"K is {K}, expected at least one code")
-    impl = STATISTICS.select(z, backend=backend)
-    counts, sums = impl.fn(z, codes, K, impl.name)
+    counts, sums = STATISTICS(z, codes, K, backend=backend)
     return counts, sums
 
 
 # --- quantization ---------------------------------------------------------------------------------------------------
 
 
-def _assign(
-    z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return blocked.assign(z, codebook, codes, beta, codebook_weight)
+class Assigned(NamedTuple):
+    z_q: Tensor  # [N, D]
+    loss: Tensor
+    share: Tensor  # 1 / (elements that count)
 
 
-def _assign_fake(z, codebook, codes, *_):  # type: ignore[no-untyped-def]
+def _assign(z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str) -> Assigned:
+    return Assigned(*blocked.assign(z, codebook, codes, beta, codebook_weight))
+
+
+def _assign_fake(z: Tensor) -> Assigned:
     acc = accumulation_dtype(z.dtype)
-    return z.new_empty(z.shape), z.new_empty((), dtype=acc), z.new_empty((), dtype=acc)
+    return Assigned(z.new_empty(z.shape), z.new_empty((), dtype=acc), z.new_empty((), dtype=acc))
 
 
-def _assign_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, codebook, codes, *ctx.options = inputs
-    ctx.save_for_backward(z, codebook, codes, output[2])
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _assign_backward(ctx: Any, g: Tensor | None, g_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:2]
-    if g is None and g_loss is None:
-        return (None,) * 7
-    grads = assign_bwd(g, g_loss, *ctx.saved_tensors, *ctx.options, *needs)
-    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 5)
-
-
-def _assign_bwd(
+def _assign_backward(
+    passes: Any,
     g: Tensor | None,
     g_loss: Tensor | None,
     z: Tensor,
@@ -277,45 +264,36 @@ def _assign_bwd(
     beta: float,
     codebook_weight: float,
     gradient: str,
-    backend: str,
-    need_z: bool,
-    need_codebook: bool,
-) -> tuple[Tensor, Tensor]:
-    acc = accumulation_dtype(z.dtype)
-    dz, de = z.new_empty(0), codebook.new_empty(0)
+    needs: Any,
+) -> dict[str, Tensor]:
+    grads = {}
     step = None if g_loss is None else 2 * share * g_loss
-    if need_z:
-        dz = blocked.gradient_of_rows(g, None if step is None else beta * step, z, codebook, codes, gradient)
-    if need_codebook:
-        total = torch.zeros(codebook.shape, dtype=acc, device=z.device)
+    if needs.z:
+        grads["z"] = blocked.gradient_of_rows(g, None if step is None else beta * step, z, codebook, codes, gradient)
+    if needs.codebook:
+        total = torch.zeros(codebook.shape, dtype=accumulation_dtype(z.dtype), device=z.device)
         if g is not None and gradient == "none":
-            total += _statistics(g, codes, len(codebook), backend)[1]
+            total += passes.code_statistics(g, codes, len(codebook))[1]
         if step is not None and codebook_weight:
-            counts, sums = _statistics(z, codes, len(codebook), backend)
+            counts, sums = passes.code_statistics(z, codes, len(codebook))
             total += codebook_weight * step * (counts[:, None] * codebook - sums)
-        de = total.to(codebook.dtype)
-    return dz, de
+        grads["codebook"] = total.to(codebook.dtype)
+    return grads
 
 
-def _assign_bwd_fake(g, g_loss, z, codebook, *rest):  # type: ignore[no-untyped-def]
-    need_z, need_codebook = rest[-2:]
-    return z.new_empty(z.shape if need_z else 0), codebook.new_empty(codebook.shape if need_codebook else 0)
-
-
-assign_bwd = register("assign_code_bwd", _assign_bwd, _assign_bwd_fake)
-assign_op = register("assign_code", _assign, _assign_fake, setup_context=_assign_setup, backward=_assign_backward)
-
-
-def _fused(
-    backend: str, z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str
-) -> tuple[Tensor, Tensor]:
-    z_q, loss, _ = assign_op(z, codebook, codes, beta, codebook_weight, gradient, backend)
-    return z_q, loss
-
-
-QUANTIZE = Op(
+QUANTIZE = Operator(
     "vector_quantize",
-    _implementations(partial(_fused, "triton"), partial(_fused, "cpu"), partial(_fused, "chunked"), reference.assign),
+    forward=_assign,
+    backward=_assign_backward,
+    fake=_assign_fake,
+    differentiable=("z", "codebook"),
+    implementations=[
+        Implementation("triton", passes=_KERNEL, against=[_double]),
+        Implementation("cpu", passes=_COMPILED),
+        Implementation("chunked", passes=blocked),
+        Implementation("torch", function=reference.assign),
+    ],
+    example=lambda x, **how: vector_quantize(x, x, **how),
 )
 
 
@@ -339,8 +317,8 @@ def assign_code(
         raise ValueError(f"codes has {wrong}, expected -1 <= code < {len(codebook)}, the rows of codebook")
     if gradient not in _GRADIENTS:
         raise ValueError(f"gradient is {gradient!r}, expected one of {', '.join(_GRADIENTS)}")
-    impl = QUANTIZE.select(z, codebook, backend=backend)
-    return impl.fn(z, codebook, codes, float(beta), float(codebook_weight), gradient)
+    z_q, loss, *_ = QUANTIZE(z, codebook, codes, float(beta), float(codebook_weight), gradient, backend=backend)
+    return z_q, loss
 
 
 def vector_quantize(

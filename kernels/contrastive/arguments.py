@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.arguments import autocast, check_features, scalar
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 
 def features(
@@ -37,63 +38,6 @@ def features(
             f"{text.shape[0]} rows of {second}"
         )
     return image, text, scalar("logit_scale", logit_scale, image)
-
-
-def check_features(name: str, t: Tensor, shape: str = "[N, D]") -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is {type(t).__name__}, expected a tensor of features {shape}")
-    if t.dim() != shape.count(",") + 1:
-        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected features {shape}")
-    if not t.is_floating_point():
-        raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
-
-
-def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
-    """As a matrix product would take them: in the dtype of autocast where it is on, except for float64."""
-    kind = operands[0].device.type
-    if not torch.is_autocast_enabled(kind) or operands[0].dtype == torch.float64:
-        return operands
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in operands)
-
-
-def integers(name: str, ids: Tensor | None, rows: Tensor, of: str) -> Tensor:
-    """Ids of the rows of `of`, int64 and contiguous."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} is {type(ids).__name__}, expected integers [{len(rows)}], one for each row of {of}")
-    if ids.shape != rows.shape[:1]:
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected [{len(rows)}], one for each row of {of}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {ids.dtype}, expected integers")
-    if ids.device != rows.device:
-        raise ValueError(f"{name} is on {ids.device}, expected {rows.device} as {of}")
-    return ids.to(torch.int64).contiguous()
-
-
-def require_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} is {value!r}, expected an integer")
-
-
-def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """`value` as a 0-d tensor in the accumulation dtype of `like`, keeping its graph."""
-    acc = accumulation_dtype(like.dtype)
-    if not isinstance(value, Tensor):
-        if torch.compiler.is_compiling():
-            # as a factor a number stays a variable of the graph; any other use compiles it anew for each value
-            return torch.ones((), dtype=acc, device=like.device) * value
-        if not abs(value) < math.inf:
-            raise ValueError(f"{name} is {value}, expected a finite number")
-        return torch.full((), value, dtype=acc, device=like.device)
-    if value.numel() != 1:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} has dtype {value.dtype}, expected a floating-point dtype")
-    if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device}, expected {like.device} as the features")
-    # reading a GPU's number would wait for it: there, a non-finite scale shows in the loss
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(value.detach().item()):
-        raise ValueError(f"{name} is {value.item()}, expected a finite number")
-    return value.reshape(()).to(acc)
 
 
 def weights_of(weights: tuple[float, float]) -> tuple[float, float]:

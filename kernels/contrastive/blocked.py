@@ -22,16 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+
 # rows per block: large enough for the matrix products' full speed, and a block of logits that stays near the cache
 _MAX_ROWS = 2048
 _BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 _INT16_MAX = 32767
 # float16 blocks of G hold this much more than G: 1/N would be subnormal there
 FP16_SCALE = 2.0**13
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def unit_rows(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,9 @@ from torch import Tensor
 from mmfuse.kernels._runtime import configs
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.device import INTERPRET
-from mmfuse.kernels.contrastive.blocked import FP16_SCALE, accumulation_dtype, finish, finish_rows, fixed_point_step
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.tiles import aligned_rows, finite, input_precision, products, tile_of
+from mmfuse.kernels.contrastive.blocked import FP16_SCALE, finish, finish_rows, fixed_point_step
 
 # G is made in squares of this many rows and columns: 128 MiB in 16 bits, long enough products for cuBLAS, and the
 # float32 accumulators of dx and dy are read again only N / 8192 times
@@ -40,41 +42,6 @@ _ROWS = 16384
 _SPREAD = tl.constexpr(60.0)
 # adding it leaves the nearest integer in the low bits of a float32
 _ROUND = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Programs in flight share rows of x and of y in L2: down GROUP_M row tiles, then the next column."""
-    first = (pid // (GROUP_M * tiles_n)) * GROUP_M
-    height = min(tiles_m - first, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    return first + within % height, within // height
-
-
-@triton.jit
-def _products(
-    x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """U [BLOCK_M, BLOCK_N]; rows and columns past the end repeat the last one."""
-    x_ptr += row0.to(tl.int64) * stride_x
-    y_ptr += col0.to(tl.int64) * stride_y
-    k = tl.arange(0, BLOCK_D)
-    at_x = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row0)[:, None] * stride_x + k[None, :]
-    at_y = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - col0)[None, :] * stride_y + k[:, None]
-    u = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for k0 in range(0, D, BLOCK_D):
-        if EVEN_D:
-            x = tl.load(x_ptr + at_x)
-            y = tl.load(y_ptr + at_y)
-        else:
-            x = tl.load(x_ptr + at_x, mask=k[None, :] < D - k0, other=0.0)
-            y = tl.load(y_ptr + at_y, mask=k[:, None] < D - k0, other=0.0)
-        u = tl.dot(x, y, u, input_precision=PRECISION, out_dtype=ACC)
-        x_ptr += BLOCK_D
-        y_ptr += BLOCK_D
-    return u
 
 
 @triton.jit
@@ -128,10 +95,10 @@ def _sums_of(s, row_w, col_w, WEIGHTED: tl.constexpr):
         if WEIGHTED:
             c_row, c_col = tl.sum(e * row_w, axis=1) * back_row, tl.sum(e * col_w, axis=0) * back_col
     else:
-        e = tl.exp(s - _finite(m_row)[:, None])
+        e = tl.exp(s - finite(m_row)[:, None])
         l_row = tl.sum(e, axis=1)
         c_row = tl.sum(e * row_w, axis=1) if WEIGHTED else l_row
-        e = tl.exp(s - _finite(m_col)[None, :])
+        e = tl.exp(s - finite(m_col)[None, :])
         l_col = tl.sum(e, axis=0)
         c_col = tl.sum(e * col_w, axis=0) if WEIGHTED else l_col
     return m_row, l_row, c_row, m_col, l_col, c_col
@@ -184,7 +151,7 @@ def _stats_of(
     tl.store(col_max_ptr + at_col + cols, m_col, mask=cols < N)
     tl.store(col_sum_ptr + at_col + cols, l_col, mask=cols < N)
     new = tl.maximum(row_max, m_row)
-    row_sum = row_sum * tl.exp(row_max - _finite(new)) + l_row * tl.exp(m_row - _finite(new))
+    row_sum = row_sum * tl.exp(row_max - finite(new)) + l_row * tl.exp(m_row - finite(new))
     return new, row_sum, row_same
 
 
@@ -232,10 +199,10 @@ def _stats_fwd_kernel(
         row0, col0 = begin + tile_m * BLOCK_M, begin + tile_n * BLOCK_N
         scale = tl.load(scale_ptr + group)
     else:
-        tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+        tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
         row0, col0, end_m, end_n = tile_m * BLOCK_M, tile_n * BLOCK_N, M, N
         scale = tl.load(scale_ptr)
-    u = _products(
+    u = products(
         x_ptr, y_ptr, row0, col0, stride_x, stride_y, end_m, end_n, D,
         ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
@@ -271,12 +238,6 @@ def _entry(table_ptr):
     )  # fmt: skip
 
 
-@triton.jit
-def _finite(m):
-    """A maximum as an offset: 0 where there was nothing to take the maximum of."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
 @triton.jit(do_not_specialize=["G", "N"])
 def _merge_kernel(
     max_ptr,  # in and out [N]
@@ -302,7 +263,7 @@ def _merge_kernel(
         part_m = tl.load(part_max_ptr + at, mask=inside, other=float("-inf"))
         part_l = tl.load(part_sum_ptr + at, mask=inside, other=0.0)
         new = tl.maximum(m, tl.max(part_m, axis=0))
-        back, part_back = tl.exp(m - _finite(new)), tl.exp(part_m - _finite(new)[None, :])
+        back, part_back = tl.exp(m - finite(new)), tl.exp(part_m - finite(new)[None, :])
         l = l * back + tl.sum(part_l * part_back, axis=0)  # noqa: E741
         if CROSS:
             part_c = tl.load(part_cross_ptr + at, mask=inside, other=0.0)
@@ -416,7 +377,7 @@ def _grad_kernel(
         row0, col0 = begin + tile_m * BLOCK_M, begin + tile_n * BLOCK_N
         scale, g_ptr = tl.load(scale_ptr + group), g_ptr - begin
     else:
-        tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+        tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
         row0, col0, end_m, end_n = tile_m * BLOCK_M, tile_n * BLOCK_N, M, N
         scale = tl.load(scale_ptr)
     shift = tl.full((), shift, ACC)
@@ -427,7 +388,7 @@ def _grad_kernel(
         if SAVED == "int16":
             u *= tl.load(step_ptr + rows, mask=rows < end_m, other=0.0)[:, None]
     else:
-        u = _products(
+        u = products(
             x_ptr, y_ptr, row0, col0, stride_x, stride_y, end_m, end_n, D,
             ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
@@ -496,10 +457,10 @@ def _sigmoid_fwd_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row0, col0 = tile_m * BLOCK_M, tile_n * BLOCK_N
     scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
-    u = _products(
+    u = products(
         x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
         ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
@@ -585,18 +546,13 @@ _STREAM = _tile(32, 128, 16, 1, 4, 1)
 _MERGE = {"BLOCK_G": 16, "BLOCK_N": 128}
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """float32 operands are rounded to TF32 where torch's own products are."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def _tiles(dtype: torch.dtype, precision: str) -> dict[int, dict[str, dict[str, int]]]:
     return _TILES["half" if dtype.itemsize == 2 else precision]
 
 
 def _settings(kernel: str, x: Tensor, wide: bool = False) -> dict[str, Any]:
     """The constexpr arguments and launch options that depend on the device and the dtype."""
-    precision = _precision(x.dtype)
+    precision = input_precision(x.dtype)
     if INTERPRET:
         tile = _INTERPRETED
     else:
@@ -609,16 +565,6 @@ def _settings(kernel: str, x: Tensor, wide: bool = False) -> dict[str, Any]:
         tile = tile | _WIDE if wide else tile
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
     return dict(tile, ACC=acc, PRECISION=precision, EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **_FUSED)
-
-
-def _operand(t: Tensor) -> Tensor:
-    """Rows for whole-vector loads: unit stride, padded with zeros to a multiple of 16 columns; a copy if not so."""
-    n, d = t.shape
-    if t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.stride(0) < 2**24 and d % 16 == 0:
-        return t
-    padded = torch.zeros(n, -(-d // 16) * 16, dtype=t.dtype, device=t.device)
-    padded[:, :d] = t
-    return padded
 
 
 def stats(
@@ -639,8 +585,8 @@ def stats(
     sums = [] if same is None else [torch.zeros(k, **new) for k in (b, n)]
     row_key, col_key, row_centre, col_centre = (t for k in same for t in k.split([b, n])) if same else (scale,) * 4
     step = fixed_point_step(x, y) if save == "int16" and b else scale
-    x, y = _operand(x), _operand(y)
-    settings = _settings("stats", x, wide=_wide_stats(save, same is not None, x.dtype, _precision(x.dtype)))
+    x, y = aligned_rows(x), aligned_rows(y)
+    settings = _settings("stats", x, wide=_wide_stats(save, same is not None, x.dtype, input_precision(x.dtype)))
     tiles_n = triton.cdiv(n, settings["BLOCK_N"])
     with torch.cuda.device_of(x):
         for i in range(0, b if n else 0, _ROWS):
@@ -707,7 +653,7 @@ def grad(
     """
     saved = "" if not logits.numel() else "int16" if logits.dtype == torch.int16 else "full"
     step = fixed_point_step(x, y) if saved == "int16" else scale
-    left, right = _operand(x), _operand(y)
+    left, right = aligned_rows(x), aligned_rows(y)
     in_tiles = need_s and not (need_x or need_y)
     settings = _settings("grad", left, wide=in_tiles)
     if saved and not INTERPRET:
@@ -751,7 +697,7 @@ def sigmoid(
     wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, dx, dy, ds, db) as `blocked.sigmoid`. Memory as `grad`."""
-    left, right = _operand(x), _operand(y)
+    left, right = aligned_rows(x), aligned_rows(y)
     store = need_x or need_y
     settings = _settings("sigmoid", left, wide=not store)
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)

@@ -1,65 +1,49 @@
-"""The public contrastive losses: argument checks, autograd, and choice of implementation."""
+"""The public contrastive losses: argument checks and declarations."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter, total_memory
+from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime.arguments import scalar
+from mmfuse.kernels._runtime.device import total_memory
+from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
-from mmfuse.kernels.contrastive.arguments import features, positives, scalar, weights_of
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cpu,
-    reasons_against_cuda,
-    reasons_against_triton,
-    template,
-)
+from mmfuse.kernels.contrastive.arguments import features, positives, weights_of
+from mmfuse.kernels.contrastive.backends import TEMPLATE
 from mmfuse.kernels.contrastive.blocked import centres, unit_rows
 from mmfuse.kernels.contrastive.normalisers import above, column_normaliser, normaliser
 
 Save = Literal["auto", "recompute", "store"]
 
-
-# --- when eager is faster --------------------------------------------------------------------------------------------
-
-# on a CPU, eager is faster for fewer than side x side pairs: its small products are over before the blocks have begun,
-# and it multiplies in bfloat16, which newer processors do at twice the speed. Measured on 2 cores with AVX-512 BF16
-_EAGER_SIDE = {
-    "clip_loss": {torch.float32: 384, torch.float64: 384, torch.bfloat16: 2048, torch.float16: 0},
-    "clip_loss, ids": {torch.float32: 512, torch.float64: 512, torch.bfloat16: 2048, torch.float16: 0},
-    "distill_clip_loss": {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 2048, torch.float16: 0},
-    # in plain torch: about as fast as eager, in less memory, where eager's matrices leave the cache
-    "clip_loss, ids, chunked": {torch.float32: 2048, torch.float64: 2048, torch.bfloat16: 4096, torch.float16: 0},
-    "distill_clip_loss, chunked": {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096, torch.float16: 0},
-    "global_contrastive_loss": {torch.float32: 192, torch.float64: 192, torch.bfloat16: 2048, torch.float16: 0},
-    "global_contrastive_loss, chunked": {
-        torch.float32: 4096,
-        torch.float64: 4096,
-        torch.bfloat16: 4096,
-        torch.float16: 0,
-    },
-    "siglip_loss": {torch.float32: 640, torch.float64: 640, torch.bfloat16: 2048, torch.float16: 0},
-    "siglip_loss, chunked": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384, torch.float16: 0},
-}
-
-
-def steps_aside(name: str, x: Tensor, y: Tensor, *_: object) -> list[str]:
-    side = _EAGER_SIDE[name].get(x.dtype, 0) if x.device.type == "cpu" else 0
-    few = x.shape[0] * y.shape[0] < side**2
-    return [f"eager is faster for less than {side} x {side} pairs in {str(x.dtype)[6:]}"] if few else []
+_NONE = torch.empty(0)
 
 
 # --- CLIP: softmax over rows and columns ----------------------------------------------------------------------------
 
 
-def _clip_fwd(
+class ClipOutputs(NamedTuple):
+    loss: Tensor
+    row_max: Tensor = _NONE  # [b] of the negatives, as the others
+    col_max: Tensor = _NONE  # [N]
+    diag: Tensor = _NONE  # [b]
+    total: Tensor = _NONE  # the sum of all logits, where it was asked for
+    row_sum: Tensor = _NONE  # [b]
+    col_sum: Tensor = _NONE  # [N]
+    logits: Tensor = _NONE  # [b, N] as `save` says, or empty
+    x: Tensor = _NONE  # the features normalised, or empty where they were given so
+    y: Tensor = _NONE
+    x_inv: Tensor = _NONE  # one over their norms, or empty
+    y_inv: Tensor = _NONE
+
+
+def _clip_forward(
+    passes: Any,
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -73,12 +57,11 @@ def _clip_fwd(
     row_offset: int,
     save: str,
     total: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> ClipOutputs:
     x, y, x_inv, y_inv = units(image, text, scale, normalize)
     b, n = len(x), len(y)
     same = None if keys is None else (keys, centres(x, y, row_offset))
-    found = template(backend).stats(x, y, scale, row_offset, save, same)
+    found = passes.stats(x, y, scale, row_offset, save, same)
     row_max, row_sum, col_max, col_sum, positive, logits, *sums = found
     pairs = slice(row_offset, row_offset + b)
     diag = scale * positive
@@ -105,7 +88,7 @@ def _clip_fwd(
         unit = (image.new_empty(0), text.new_empty(0), diag.new_empty(0), diag.new_empty(0))
     else:
         unit = (x, y, x_inv, y_inv)
-    return loss, row_max, row_sum, col_max, col_sum, diag, total_logits, logits, *unit
+    return ClipOutputs(loss, row_max, col_max, diag, total_logits, row_sum, col_sum, logits, *unit)
 
 
 def _over_positives(
@@ -129,36 +112,23 @@ def units(
     return x, y, x_inv, y_inv
 
 
-def _clip_fwd_fake(image, text, scale, keys, shares, *options):  # type: ignore[no-untyped-def]
-    *_, normalize, _, save, _, _ = options
-    b, n = image.shape[0], text.shape[0]
-    new = scale.new_empty
+def _clip_fake(image: Tensor, text: Tensor, scale: Tensor, normalize: bool, save: str) -> ClipOutputs:
+    b, n, new = image.shape[0], text.shape[0], scale.new_empty
     logits = new((b, n), dtype=torch.int16 if save == "int16" else scale.dtype) if save else new(0)
-    unit = (torch.empty_like(image), torch.empty_like(text)) if normalize else (image.new_empty(0), text.new_empty(0))
-    inverse = (new(b), new(n)) if normalize else (new(0), new(0))
-    return new(()), new(b), new(b), new(n), new(n), new(b), new(()), logits, *unit, *inverse
+    return ClipOutputs(
+        new(()), new(b), new(n), new(b), new(()), new(b), new(n), logits, *units_fake(image, text, scale, normalize)
+    )
 
 
-def _clip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, scale, keys, shares, *options = inputs
-    _, row_max, row_sum, col_max, col_sum, diag, _, logits, x, y, x_inv, y_inv = output
-    *settings, normalize, row_offset, _, _, backend = options
-    ctx.options = (*settings, row_offset, backend)
-    x, y = (x, y) if normalize else (image, text)
-    ctx.save_for_backward(x, y, scale, keys, shares, row_max, row_sum, col_max, col_sum, diag, logits, x_inv, y_inv)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros for every other output, the kept logits among them
+def units_fake(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new = scale.new_empty
+    if not normalize:
+        return image.new_empty(0), text.new_empty(0), new(0), new(0)
+    return torch.empty_like(image), torch.empty_like(text), new(image.shape[0]), new(text.shape[0])
 
 
-def _clip_backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if g is None:
-        return (None,) * 14
-    needs = ctx.needs_input_grad[:3]
-    grads = clip_bwd(g, *ctx.saved_tensors, *ctx.options, *needs)
-    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 11)
-
-
-def _clip_bwd(
+def _clip_backward(
+    passes: Any,
     g: Tensor,
     x: Tensor,
     y: Tensor,
@@ -178,11 +148,8 @@ def _clip_bwd(
     label_smoothing: float,
     decoupled: bool,
     row_offset: int,
-    backend: str,
-    need_x: bool,
-    need_y: bool,
-    need_s: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs: Any,
+) -> dict[str, Tensor]:
     b, n = len(x), len(y)
     pairs = slice(row_offset, row_offset + b)
     normalize = x_inv.numel() > 0
@@ -204,78 +171,48 @@ def _clip_bwd(
         kept = w_image * row_mass + w_text * mass[pairs]
         d = kept - own - shift - w_image * row_mass * miss - w_text * mass[pairs] * column_miss
         targets = (keys, p, q)
-    return template(backend).grad(
-        x,
-        y,
-        scale,
-        g.to(scale.dtype) / max(b, 1),
-        a,
-        rho,
-        beta,
-        kappa,
-        d,
-        shift,
-        row_offset,
-        logits,
-        x_inv if normalize else None,
-        y_inv if normalize else None,
-        need_x,
-        need_y,
-        need_s,
-        targets,
-    )
+    weighted = (g.to(scale.dtype) / max(b, 1), a, rho, beta, kappa, d, shift)
+    inverses = (x_inv, y_inv) if normalize else (None, None)
+    dx, dy, ds = passes.grad(x, y, scale, *weighted, row_offset, logits, *inverses, *needs, targets)
+    return {"image": dx, "text": dy, "scale": ds}
 
 
-def bwd_fake(g, x, y, scale, *args):  # type: ignore[no-untyped-def]
-    need_x, need_y, need_s = args[-3:]
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
-        torch.empty_like(y, memory_format=torch.contiguous_format) if need_y else y.new_empty(0),
-        scale.new_empty(() if need_s else 0),
-    )
+def _clip_reference(row_offset: int, save: str, total: bool, **others: Any) -> ClipOutputs:
+    loss, s = reference.clip_loss(row_offset=row_offset, **others)
+    return ClipOutputs(loss, *(reference.statistics(s.detach(), row_offset) if total else ()))
 
 
-clip_bwd = register("clip_bwd", _clip_bwd, bwd_fake)
-clip_fwd = register("clip_fwd", _clip_fwd, _clip_fwd_fake, setup_context=_clip_setup, backward=_clip_backward)
+# on a CPU, eager is faster for fewer than side x side pairs: its small products are over before the blocks have begun,
+# and it multiplies in bfloat16, which newer processors do at twice the speed. Measured on 2 cores with AVX-512 BF16
+_CLIP_SIDES = {torch.float32: 384, torch.float64: 384, torch.bfloat16: 2048}
+_IDS_SIDES = {
+    "cpu": {torch.float32: 512, torch.float64: 512, torch.bfloat16: 2048},
+    # in plain torch: about as fast as eager, in less memory, where eager's matrices leave the cache
+    "chunked": {torch.float32: 2048, torch.float64: 2048, torch.bfloat16: 4096},
+}
 
 
-def _fused_clip(
-    backend: str, image: Tensor, text: Tensor, scale: Tensor, *options: Any
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    loss, row_max, _, col_max, _, diag, total, *_ = clip_fwd(image, text, scale, *options, backend)
-    return loss, (row_max, col_max, diag, total)
+def _few_pairs(backend: str, image: Tensor, text: Tensor, keys: Tensor | None) -> str | None:
+    return few_pairs(image, text, _CLIP_SIDES if keys is None else _IDS_SIDES[backend])
 
 
-def _reference_clip(image: Tensor, text: Tensor, scale: Tensor, *options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-    *given, _, total = options
-    loss, s = reference.clip_loss(image, text, scale, *given)
-    return loss, reference.statistics(s.detach(), given[-1]) if total else ()
-
-
-def _clip_steps_aside(kind: str, x: Tensor, y: Tensor, *rest: object) -> list[str]:
-    return steps_aside(f"clip_loss, ids{kind}" if _with_ids(rest) else "clip_loss", x, y)
-
-
-def _clip_reasons_against_cuda(x: Tensor, y: Tensor, *rest: object) -> list[str]:
-    return reasons_against_cuda(x) + (["ids are given"] if _with_ids(rest) else [])
-
-
-def _with_ids(rest: tuple[object, ...]) -> bool:
-    # a scale and a bias, which a call may also have, are floating-point
-    return any(isinstance(t, Tensor) and not t.is_floating_point() for t in rest)
-
-
-CLIP = Op(
+CLIP = Operator(
     "clip_loss",
-    [
-        Impl("cuda", partial(_fused_clip, "cuda"), _clip_reasons_against_cuda),
-        Impl("triton", partial(_fused_clip, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused_clip, "cpu"), reasons_against_cpu, partial(_clip_steps_aside, "")),
-        Impl(
-            "chunked", partial(_fused_clip, "chunked"), reasons_against_chunked, partial(_clip_steps_aside, ", chunked")
+    forward=_clip_forward,
+    backward=_clip_backward,
+    fake=_clip_fake,
+    differentiable=("image", "text", "scale"),
+    instead={"x": "image", "y": "text"},
+    implementations=[
+        Implementation(
+            "cuda", passes=TEMPLATE["cuda"], against=[lambda keys: None if keys is None else "ids are given"]
         ),
-        Impl("torch", _reference_clip, no_reason),
+        Implementation("triton", passes=TEMPLATE["triton"]),
+        Implementation("cpu", passes=TEMPLATE["cpu"], prefer_eager=partial(_few_pairs, "cpu")),
+        Implementation("chunked", passes=TEMPLATE["chunked"], prefer_eager=partial(_few_pairs, "chunked")),
+        Implementation("torch", function=_clip_reference),
     ],
+    example=lambda x, **how: clip_loss(x, x, 1.0, **how),
 )
 
 
@@ -355,17 +292,17 @@ def clip_loss(
     if save not in ("auto", "recompute", "store"):
         raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
     needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
-    kept = _kept_logits(save, store_budget, image, n) if needs else ""
+    kept = kept_logits(save, store_budget, image, n) if needs else ""
     keys, shares = positives(ids, image, text, row_offset)
-    impl = CLIP.select(image, text, keys, backend=backend)
     options = (w_image, w_text, float(label_smoothing), decoupled, normalize, row_offset, kept, metrics)
-    loss, found = impl.fn(image, text, scale, keys, shares, *options)
+    found = CLIP(image, text, scale, keys, shares, *options, backend=backend)
+    loss = found.loss
     if isinstance(logit_bias, Tensor):
         loss = loss + 0 * logit_bias.sum().to(loss.dtype)
-    return (loss, _metrics(b, n, row_offset, *found)) if metrics else loss
+    return (loss, _metrics(b, n, row_offset, *found[1:5])) if metrics else loss
 
 
-def _kept_logits(save: Save, budget: int | None, image: Tensor, n: int) -> str:
+def kept_logits(save: Save, budget: int | None, image: Tensor, n: int) -> str:
     """What the forward keeps: "" (nothing), "int16" or "full"."""
     if save == "recompute":
         return ""
@@ -394,7 +331,16 @@ def _metrics(
 # --- SigLIP: one sigmoid per pair -----------------------------------------------------------------------------------
 
 
-def _siglip_fwd(
+class SiglipOutputs(NamedTuple):
+    loss: Tensor
+    d_image: Tensor = _NONE  # the gradients for g = 1, empty where they are not needed
+    d_text: Tensor = _NONE
+    d_scale: Tensor = _NONE
+    d_bias: Tensor = _NONE
+
+
+def _siglip_forward(
+    passes: Any,
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -402,66 +348,48 @@ def _siglip_fwd(
     normalize: bool,
     row_offset: int,
     negative_only: bool,
-    need_x: bool,
-    need_y: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, y, x_inv, y_inv = units(image, text, scale, normalize)
-    return template(backend).sigmoid(x, y, scale, bias, row_offset, negative_only, x_inv, y_inv, need_x, need_y)
+    needs: Any,
+) -> SiglipOutputs:
+    x, y, *inverses = units(image, text, scale, normalize)
+    options = (row_offset, negative_only, *inverses, needs.image, needs.text)
+    return SiglipOutputs(*passes.sigmoid(x, y, scale, bias, *options))
 
 
-def _siglip_fwd_fake(image, text, scale, bias, normalize, row_offset, negative_only, need_x, need_y, backend):  # type: ignore[no-untyped-def]
-    return (
-        scale.new_empty(()),
-        image.new_empty(image.shape if need_x else 0),
-        text.new_empty(text.shape if need_y else 0),
-        scale.new_empty(()),
-        scale.new_empty(()),
-    )
+def _siglip_fake(image: Tensor, text: Tensor, scale: Tensor, needs: Any) -> SiglipOutputs:
+    d_image, d_text = (t.new_empty(t.shape if need else 0) for t, need in zip((image, text), needs, strict=False))
+    return SiglipOutputs(scale.new_empty(()), d_image, d_text, scale.new_empty(()), scale.new_empty(()))
 
 
-def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros for every other output, the kept logits among them
+def _siglip_backward(g: Tensor, d_image: Tensor, d_text: Tensor, d_scale: Tensor, d_bias: Tensor) -> dict[str, Tensor]:
+    grads = {"image": d_image, "text": d_text, "scale": d_scale, "bias": d_bias}
+    return {name: (g * d).to(d.dtype) for name, d in grads.items()}
 
 
-def _siglip_backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if g is None:
-        return (None,) * 10
-    grads = zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
-    return (*((g * d).to(d.dtype) if need else None for d, need in grads), *[None] * 6)
+SIGLIP_SIDES = {
+    "cpu": {torch.float32: 640, torch.float64: 640, torch.bfloat16: 2048},
+    "chunked": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384},
+}
 
-
-siglip_fwd = register(
-    "siglip_fwd", _siglip_fwd, _siglip_fwd_fake, setup_context=_siglip_setup, backward=_siglip_backward
-)
-
-
-def _fused_siglip(backend: str, image: Tensor, text: Tensor, *options: Any) -> Tensor:
-    graph = torch.is_grad_enabled()
-    needs = (graph and image.requires_grad, graph and text.requires_grad)
-    return siglip_fwd(image, text, *options, *needs, backend)[0]
-
-
-def _reference_siglip(*args: Any) -> Tensor:
-    return reference.siglip_loss(*args)[0]
-
-
-SIGLIP = Op(
+SIGLIP = Operator(
     "siglip_loss",
-    [
-        Impl("cuda", partial(_fused_siglip, "cuda"), reasons_against_cuda),
-        Impl("triton", partial(_fused_siglip, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused_siglip, "cpu"), reasons_against_cpu, partial(steps_aside, "siglip_loss")),
-        Impl(
-            "chunked",
-            partial(_fused_siglip, "chunked"),
-            reasons_against_chunked,
-            partial(steps_aside, "siglip_loss, chunked"),
+    forward=_siglip_forward,
+    backward=_siglip_backward,
+    fake=_siglip_fake,
+    differentiable=("image", "text", "scale", "bias"),
+    implementations=[
+        Implementation("cuda", passes=TEMPLATE["cuda"]),
+        Implementation("triton", passes=TEMPLATE["triton"]),
+        Implementation(
+            "cpu", passes=TEMPLATE["cpu"], prefer_eager=lambda image, text: few_pairs(image, text, SIGLIP_SIDES["cpu"])
         ),
-        Impl("torch", _reference_siglip, no_reason),
+        Implementation(
+            "chunked",
+            passes=TEMPLATE["chunked"],
+            prefer_eager=lambda image, text: few_pairs(image, text, SIGLIP_SIDES["chunked"]),
+        ),
+        Implementation("torch", function=lambda **given: SiglipOutputs(reference.siglip_loss(**given)[0])),
     ],
+    example=lambda x, **how: siglip_loss(x, x, 1.0, **how),
 )
 
 
@@ -505,5 +433,5 @@ def siglip_loss(
         image, text, logit_scale, 0 if negative_only else row_offset, paired=not negative_only
     )
     bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
-    impl = SIGLIP.select(image, text, backend=backend)
-    return impl.fn(image, text, scale, bias, normalize, row_offset, negative_only)
+    found = SIGLIP(image, text, scale, bias, normalize, row_offset, negative_only, backend=backend)
+    return found.loss  # type: ignore[no-any-return]

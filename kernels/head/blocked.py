@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 # the smallest length that a vector is divided by (torch.nn.functional.normalize)
 TINY = 1e-12

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.head.blocked import TINY
 
 _TINY = tl.constexpr(TINY)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.arguments import first_outside
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.arguments import autocast, integers, scalar
 from mmfuse.kernels.contrastive.backends import (
     no_reason,
@@ -18,7 +19,6 @@ from mmfuse.kernels.contrastive.backends import (
     reasons_against_cuda,
     reasons_against_triton,
 )
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 from mmfuse.kernels.head import blocked, reference
 
 # the widest row that a program of the GPU's kernels holds

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
-from mmfuse.kernels.contrastive.kernel import _precision
+from mmfuse.kernels._triton.tiles import input_precision
 from mmfuse.kernels.patch import blocked
 from mmfuse.kernels.patch.arguments import check_ids
 from mmfuse.kernels.patch.stem import Folded, Stem, entering
@@ -437,7 +437,7 @@ _PART = 512  # and no part has fewer rows
 
 
 def _kind(dtype: torch.dtype) -> str:
-    return "half" if dtype.itemsize == 2 else _precision(dtype)
+    return "half" if dtype.itemsize == 2 else input_precision(dtype)
 
 
 def _acc(dtype: torch.dtype) -> Any:
@@ -573,7 +573,7 @@ def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
             if programs:
                 _tokens_kernel[(programs * triton.cdiv(d, tile["BLOCK_N"]),)](
                     y, a, f.weight, f.unscale, f.bias, *added, rows.order, rows.count, rows.ids, y.stride(0),
-                    y.stride(1), rows.m, n, front, rows.images, d, kp, ACC=acc, PRECISION=_precision(operand),
+                    y.stride(1), rows.m, n, front, rows.images, d, kp, ACC=acc, PRECISION=input_precision(operand),
                     EVEN_K=kp % tile["BLOCK_K"] == 0, GROUP_M=_GROUP_M, **tile,
                 )  # fmt: skip
             if normed:
@@ -639,7 +639,7 @@ def _weight_product(gather: Gather, grad: Tensor, f: Folded, rows: Rows, i: int,
     parts = torch.empty(triton.cdiv(rows.m, part), d, a.shape[1], dtype=_wide(operand), device=grad.device)
     _weight_kernel[tiles, len(parts)](
         parts, grad, a, rows.order, rows.count, grad.stride(0), grad.stride(1), rows.m, rows.n, r, part, d, a.shape[1],
-        ACC=_acc(operand), PRECISION=_precision(operand), **tile,
+        ACC=_acc(operand), PRECISION=input_precision(operand), **tile,
     )  # fmt: skip
     return parts.sum(0)[:, :k]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.points import reference
 
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 _BLOCK = 1 << 19  # elements of a block
 

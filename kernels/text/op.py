@@ -11,8 +11,8 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.arguments import first_outside
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter, triton_reasons
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.backends import DTYPES, no_reason
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 from mmfuse.kernels.text import blocked, reference
 
 # the widest row that a program of the GPU's kernels holds

@@ -11,7 +11,7 @@ from torch import Tensor
 from judge import assert_no_worse
 from mmfuse import explain, use_backend
 from mmfuse.fused import language, linear_cross_entropy
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 SHAPE, D, V = (3, 5), 8, 11

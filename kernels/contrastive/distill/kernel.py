@@ -18,26 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.tiles import finite, products, tile_of
 from mmfuse.kernels.contrastive import kernel as template
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 from mmfuse.kernels.contrastive.distill.blocked import Side
-from mmfuse.kernels.contrastive.kernel import (
-    _finish_tile,
-    _finite,
-    _negatives_of,
-    _parts,
-    _products,
-    _softmaxes,
-    _sums_of,
-    _tile_of,
-)
+from mmfuse.kernels.contrastive.kernel import _finish_tile, _negatives_of, _parts, _softmaxes, _sums_of
 
 
 @triton.jit
 def _add(m, l, c, m_new, l_new, c_new):  # noqa: E741
     """(max, sum, weighted sum) over both sets of columns."""
     top = tl.maximum(m, m_new)
-    back, back_new = tl.exp(m - _finite(top)), tl.exp(m_new - _finite(top))
+    back, back_new = tl.exp(m - finite(top)), tl.exp(m_new - finite(top))
     return top, l * back + l_new * back_new, c * back + c_new * back_new
 
 
@@ -75,14 +67,14 @@ def _distill_stats_kernel(
     PARTS: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    tile_m, tile_n = _tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     row0, col0 = tile_m * BLOCK_M, tile_n * BLOCK_N
     scale, t_scale = tl.load(scale_ptr), tl.load(t_scale_ptr)
-    u = _products(
+    u = products(
         x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
         ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    t = _products(
+    t = products(
         t_x_ptr, t_y_ptr, row0, col0, t_stride_x, t_stride_y, M, N, T_D,
         ACC, PRECISION, T_EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
@@ -162,14 +154,14 @@ def _distill_grad_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row0, col0 = tile_m * BLOCK_M, tile_n * BLOCK_N
     scale, t_scale = tl.load(scale_ptr), tl.load(t_scale_ptr)
-    u = _products(
+    u = products(
         x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
         ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    t = _products(
+    t = products(
         t_x_ptr, t_y_ptr, row0, col0, t_stride_x, t_stride_y, M, N, T_D,
         ACC, PRECISION, T_EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip

@@ -15,8 +15,9 @@ import triton
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive import kernel as template
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype, finish
+from mmfuse.kernels.contrastive.blocked import finish
 
 
 def groups(sizes: list[int]) -> list[slice]:

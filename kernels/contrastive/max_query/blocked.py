@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 # a block of products stays in the cache between the matrix product and the maximum
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}

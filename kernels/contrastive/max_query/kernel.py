@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
-from mmfuse.kernels.contrastive.kernel import _operand, _precision
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.tiles import aligned_rows, input_precision
 from mmfuse.kernels.contrastive.max_query.blocked import index_dtype
 
 # --- device code ----------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def _tile(kernel: str, kind: str, queries: int) -> dict[str, int]:
 
 
 def _kind(dtype: torch.dtype) -> str:
-    return "half" if dtype.itemsize == 2 else _precision(dtype)
+    return "half" if dtype.itemsize == 2 else input_precision(dtype)
 
 
 def _acc(dtype: torch.dtype) -> Any:
@@ -208,7 +208,7 @@ def _acc(dtype: torch.dtype) -> Any:
 
 def _rows(image: Tensor) -> Tensor:
     """[B Q, D] for whole-vector loads, with no stride by which 256 rows are beyond int32."""
-    return _operand(image.contiguous().flatten(0, 1))
+    return aligned_rows(image.contiguous().flatten(0, 1))
 
 
 def maximum(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,13 +218,13 @@ def maximum(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     k = torch.empty(b, n, dtype=index_dtype(queries), device=image.device)
     if not u.numel():
         return u, k
-    q, t = _rows(image), _operand(text)
+    q, t = _rows(image), aligned_rows(text)
     tile = _tile("max", _kind(q.dtype), queries)
     grid = (triton.cdiv(b, tile["IMAGES"]) * triton.cdiv(n, tile["BLOCK_N"]),)
     with torch.cuda.device_of(q):
         _query_max_kernel[grid](
             u, k, q, t, q.stride(0), t.stride(0), q.shape[1], b, n, queries, ACC=_acc(q.dtype),
-            PRECISION=_precision(q.dtype), EVEN_D=q.shape[1] % tile["BLOCK_D"] == 0, **tile,
+            PRECISION=input_precision(q.dtype), EVEN_D=q.shape[1] % tile["BLOCK_D"] == 0, **tile,
         )  # fmt: skip
     return u, k
 
@@ -245,7 +245,7 @@ def gradient(
         return dq, dt
     with torch.cuda.device_of(g):
         if need_image:
-            t = _operand(text)
+            t = aligned_rows(text)
             # what is small beside the largest would be subnormal in float16
             scaled = t.dtype == torch.float16
             peak = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny) if scaled else g
@@ -253,7 +253,7 @@ def gradient(
             grid = (triton.cdiv(b, tile["IMAGES"]), triton.cdiv(d, tile["BLOCK_D"]))
             _queries_grad_kernel[grid](
                 dq, g / peak if scaled else g, k, t, peak, t.stride(0), d, b, n, queries, SCALED=scaled, ACC=acc,
-                PRECISION=_precision(t.dtype), **tile,
+                PRECISION=input_precision(t.dtype), **tile,
             )  # fmt: skip
         if need_text:
             q = _rows(image)

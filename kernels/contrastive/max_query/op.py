@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.arguments import autocast, check_features, integers, scalar
 from mmfuse.kernels.contrastive.backends import (
     no_reason,
@@ -18,7 +19,6 @@ from mmfuse.kernels.contrastive.backends import (
     reasons_against_cpu,
     reasons_against_triton,
 )
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 from mmfuse.kernels.contrastive.max_query import blocked, reference
 
 # --- the similarity -------------------------------------------------------------------------------------------------

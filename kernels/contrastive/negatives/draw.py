@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.negatives.noise import gumbel
 
 # what is not a number still can be drawn, after all that is one; what is masked cannot

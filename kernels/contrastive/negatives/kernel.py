@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
-from mmfuse.kernels.contrastive.kernel import _operand, _precision, _products, _tile_of, stats
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.tiles import aligned_rows, input_precision, products, tile_of
+from mmfuse.kernels.contrastive.kernel import stats
 from mmfuse.kernels.contrastive.negatives.draw import LOWEST, Draw
 
 # rows at a time, which bounds what the tiles leave: 12 K (rows N / 128 + N rows / 64) bytes
@@ -85,13 +86,13 @@ def _race_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row0, col0 = tile_m * BLOCK_M, tile_n * BLOCK_N
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     if UNIFORM:
         s = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     else:
-        s = tl.load(scale_ptr) * _products(
+        s = tl.load(scale_ptr) * products(
             x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
             ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
@@ -131,7 +132,7 @@ _TILE = {"BLOCK_N": 128, "GROUP_M": 8}
 
 
 def _kind(dtype: torch.dtype) -> str:
-    return "half" if dtype.itemsize == 2 else _precision(dtype)
+    return "half" if dtype.itemsize == 2 else input_precision(dtype)
 
 
 def hard_negatives(
@@ -152,7 +153,7 @@ def hard_negatives(
     columns = Draw(n if both else 0, k, seed, acc, dim=0, mixture=mixture)
     if not b or not n:
         return rows.result(), columns.result()
-    x, y = _operand(query), _operand(keys)
+    x, y = aligned_rows(query), aligned_rows(keys)
     tile = _TILE | _TILES[_kind(x.dtype)]
     across = triton.cdiv(n, tile["BLOCK_N"])
     with torch.cuda.device_of(x):
@@ -167,7 +168,7 @@ def hard_negatives(
                 _race_kernel[(down * across,)](
                     row_key, row_index, col_key, col_index, left, y, scale, ids[block], key_ids, seed,
                     x.stride(0), y.stride(0), x.shape[1], m, n, i, row_offset, UNIFORM=race == 1, BOTH=both, K=k,
-                    ACC=tl.float64 if acc == torch.float64 else tl.float32, PRECISION=_precision(x.dtype),
+                    ACC=tl.float64 if acc == torch.float64 else tl.float32, PRECISION=input_precision(x.dtype),
                     EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **tile,
                 )  # fmt: skip
                 rows.take(race, block, row_key, row_index)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.negatives.draw import LOWEST
 from mmfuse.kernels.contrastive.negatives.noise import gumbel
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 # logits that are held at a time, student's and teacher's, and those that a softmax goes over at once
 _LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.device import INTERPRET
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
-from mmfuse.kernels.contrastive.kernel import _operand, _precision, _products
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.tiles import aligned_rows, input_precision, products
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ def _topk_kernel(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, BLOCK_N))):
         col0 = tile * BLOCK_N
         cols = col0 + tl.arange(0, BLOCK_N)
-        s = _products(
+        s = products(
             x_ptr, y_ptr, row0, col0, stride_x, stride_y, M, N, D,
             ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
@@ -91,8 +91,8 @@ _TILES: dict[str, dict[str, int]] = {
 def similarity_topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values [B, k], indices [B, k])."""
     acc, device, (b, n) = accumulation_dtype(queries.dtype), queries.device, (len(queries), len(gallery))
-    x, y = _operand(queries), _operand(gallery)
-    tile = _TILES["half" if x.dtype.itemsize == 2 else _precision(x.dtype)]
+    x, y = aligned_rows(queries), aligned_rows(gallery)
+    tile = _TILES["half" if x.dtype.itemsize == 2 else input_precision(x.dtype)]
     across, down = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(b, tile["BLOCK_M"])
     processors = 2 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
     tiles = triton.cdiv(across, max(1, min(across, triton.cdiv(2 * processors, max(1, down)))))
@@ -104,7 +104,7 @@ def similarity_topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, T
             _topk_kernel[(down, splits)](
                 value, index, x, y, x.stride(0), y.stride(0), x.shape[1], b, n, tiles, k,
                 LOWEST=torch.finfo(acc).min, SLOTS=max(16, triton.next_power_of_2(k)),
-                ACC=tl.float64 if acc == torch.float64 else tl.float32, PRECISION=_precision(x.dtype),
+                ACC=tl.float64 if acc == torch.float64 else tl.float32, PRECISION=input_precision(x.dtype),
                 EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **tile,
             )  # fmt: skip
     index, order = index.transpose(0, 1).flatten(1).long().sort(1)

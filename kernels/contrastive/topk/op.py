@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Impl, Op, register
 from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive import arguments
 from mmfuse.kernels.contrastive.backends import (
     no_reason,
@@ -14,7 +15,6 @@ from mmfuse.kernels.contrastive.backends import (
     reasons_against_cpu,
     reasons_against_triton,
 )
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
 from mmfuse.kernels.contrastive.topk import blocked, reference
 
 # the longest list that a program of the GPU's kernel keeps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 
 def similarity_topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
-from mmfuse.kernels.contrastive.kernel import _precision, _tile_of
+from mmfuse.kernels._triton.tiles import input_precision, tile_of
 from mmfuse.kernels.patch.positions.kernel import accumulator, add_positions, bounds, mode_number
 from mmfuse.kernels.patch.ragged.stem import Folded
 
@@ -54,7 +54,7 @@ def _packed_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(R, BLOCK_M), tl.cdiv(D, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(R, BLOCK_M), tl.cdiv(D, BLOCK_N), GROUP_M)
     r = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -126,7 +126,7 @@ def forward(
     out = torch.empty(rows, d, dtype=dtype, device=x.device)
     if not out.numel():
         return out
-    precision = _precision(v.dtype)
+    precision = input_precision(v.dtype)
     tile = _TILES["uint8" if q is not None else "half" if v.dtype.itemsize == 2 else precision]
     table = None if table is None else table.contiguous()
     edges = [bounds(mode if table is not None else "", n, x.device) for n in shape]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 # what a block of groups holds of the third layer: on a CPU it stays in the cache between the products
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}

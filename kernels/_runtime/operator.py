@@ -1,0 +1,281 @@
+"""The declaration of an operator: what torch and the tools want of it derives from here.
+
+    CLIP = Operator(
+        "clip_loss",
+        forward=_forward,            # (passes, image, text, scale, ...) -> Outputs
+        backward=_backward,          # (passes, g, image, scale, row_max, ..., needs) -> {"image": dx, "text": dy, ...}
+        fake=_fake,                  # the forward's outputs, empty
+        differentiable=("image", "text", "scale"),
+        implementations=[
+            Implementation("cpu", passes=..., prefer_eager=_few_pairs),
+            Implementation("torch", function=reference.clip_loss),
+        ],
+        example=lambda x, **how: clip_loss(x, x, 1.0, **how),
+    )
+    CLIP(image, text, scale, ..., backend=None)
+
+Every function of a declaration names what it looks at. The forward's parameters are the operator's arguments; one that
+is a dataclass travels as its fields. The backward asks for arguments and outputs of the forward, and these are what is
+saved; for `g`, the gradient of the first output, or `g_<output>`; and for `<argument>_shape` of an argument that need
+not be saved. Both may ask for `passes`, what an implementation computes with, and `needs`, a flag for each
+differentiable argument. Reasons and preferences ask for the arguments that they depend on.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import dispatch
+from mmfuse.kernels._runtime.device import INTERPRET
+from mmfuse.kernels._runtime.dispatch import UnsupportedError
+from mmfuse.kernels._runtime.reasons import against
+from mmfuse.kernels._runtime.registration import register, without_autocast
+from mmfuse.kernels._runtime.signature import Signature, asking, hints_of, is_tensor
+
+logger = logging.getLogger("mmfuse")
+
+Reason = Callable[..., "str | None"]
+
+_OPERATORS: dict[str, Operator] = {}
+
+
+class Deferred:
+    """An object that is made on first use: a module that imports triton, or the functions of a compiled part."""
+
+    def __init__(self, make: str | Callable[[], Any]):
+        self._make = make
+
+    def __getattr__(self, name: str) -> Any:
+        made = import_module(self._make) if isinstance(self._make, str) else self._make()
+        setattr(self, name, getattr(made, name))
+        return getattr(made, name)
+
+
+class Implementation:
+    """One way to compute an operator.
+
+    Args:
+        name: "cuda", "triton", "cpu", "chunked" or "torch", which tells the device and the dtypes that it is for.
+        passes: what the operator's forward and backward compute with.
+        function: in place of passes, a function of the operator's arguments that torch differentiates and traces.
+        against: functions that say why it cannot run; None: it can.
+        prefer_eager: says why a later one is the better choice, unless this one is named.
+        traceable: the passes are launches and torch operations: where a GPU compiles them, torch.compile and
+            AOTInductor take the kernels into their graph.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        passes: Any = None,
+        function: Callable[..., Any] | None = None,
+        against: Sequence[Reason] = (),
+        prefer_eager: Reason | None = None,
+        traceable: bool = False,
+    ):
+        self.name, self.passes, self.function, self.traceable = name, passes, function, traceable
+        self.against, self.prefer_eager = against, prefer_eager
+        self.op: Any = None  # as registered with torch, where there are passes
+
+
+class Operator:
+    """An operator, called with the arguments of its forward. The first implementation without a reason against it runs.
+
+    Args:
+        name: that of its public function. With a leading underscore it is a part of another operator, and not listed.
+        forward, backward, fake: see above.
+        differentiable: the arguments that may have a gradient.
+        implementations: in order of preference.
+        example: calls the public function with arguments made of features [N, D], for those who have none of their own.
+        also: other public functions that come to it, each with its example.
+        on: the argument whose device and dtype decide, or a function that finds it; by default the first tensor.
+        instead: outputs for which, where they are empty, an argument stands: {"x": "image"}.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        forward: Callable[..., Any],
+        implementations: Sequence[Implementation],
+        backward: Callable[..., Mapping[str, Any]] | None = None,
+        fake: Callable[..., Any] | None = None,
+        differentiable: Sequence[str] = (),
+        example: Callable[..., Any] | None = None,
+        also: Mapping[str, Callable[..., Any]] | None = None,
+        on: str | Callable[..., Tensor] | None = None,
+        instead: Mapping[str, str] | None = None,
+    ):
+        self.name, self.forward, self.backward, self.fake = name, forward, backward, fake
+        self.examples = {name: example} | dict(also or {})
+        self.instead, self.differentiable = dict(instead or {}), tuple(differentiable)
+        hints = hints_of(forward)
+        self.wants_passes, self.wants_needs = (hints.pop(n, None) is not None for n in ("passes", "needs"))
+        self.signature = Signature(hints)
+        self.leaves = [self.signature.at[n] for n in differentiable]
+        self.Needs: Any = namedtuple("Needs", differentiable)  # noqa: PYI024
+        result = get_type_hints(forward).get("return")
+        self.Outputs = result if hasattr(result, "_fields") else None
+        self.outputs = list(result._fields) if self.Outputs else ["out"]  # type: ignore[union-attr]
+        names = self.signature.names
+        on = on or next(n for n, hint in hints.items() if is_tensor(hint))
+        at = 0 if callable(on) else names.index(on)
+        self._on = asking(on, names) if callable(on) else lambda args: args[at]
+        self._fake = None if fake is None else asking(fake, (*names, "needs"))
+        self.implementations = {i.name: i for i in implementations}
+        self._run: dict[str, Callable[[Sequence[Any]], Any]] = {}
+        self._against: dict[str, list[Callable[[Sequence[Any]], Any]]] = {}
+        self._prefer: dict[str, Callable[[Sequence[Any]], Any]] = {}
+        for i in implementations:
+            self._run[i.name] = register(self, i) if i.function is None else asking(i.function, names)
+            self._against[i.name] = [asking(reason, names) for reason in i.against]
+            if i.prefer_eager is not None:
+                self._prefer[i.name] = asking(i.prefer_eager, names)
+        self._told: set[str] = set()
+        if not name.startswith("_"):
+            _OPERATORS.update(dict.fromkeys(self.examples, self))
+
+    def __call__(self, *args: Any, backend: str | None = None, **named: Any) -> Any:
+        args = (*args, *(named[n] for n in self.signature.names[len(args) :]))
+        if not torch.compiler.is_compiling() and (tell := _asked.get()) is not None:
+            tell(self, args, backend)
+        return self._run[self.choose(args, backend)](args)
+
+    def choose(self, args: Sequence[Any], backend: str | None = None) -> str:
+        """The implementation that runs: `backend` if named (argument, then context, then environment), else the first.
+
+        Raises:
+            UnsupportedError: there is none; the message has every reason.
+        """
+        name = backend or dispatch.forced_backend()
+        if name is not None:
+            dispatch.check_name(name, self.implementations)
+        report: list[str] = []
+        for i in self.implementations if name is None else (name,):
+            if i not in self.implementations:
+                known = ", ".join(self.implementations)
+                report.append(f"{i}: not an implementation of {self.name} (there are {known})")
+                continue
+            why = self.reasons_against(i, args) or (self.prefers_eager(i, args) if name is None else [])
+            if not why:
+                if report and not torch.compiler.is_compiling():  # logging would break the graph
+                    self._tell(i, "; ".join(report))
+                return i
+            report.append(f"{i}: {', '.join(why)}")
+        raise UnsupportedError(f"{self.name}: no implementation accepts these arguments\n  " + "\n  ".join(report))
+
+    def reasons_against(self, name: str, args: Sequence[Any]) -> list[str]:
+        """Why an implementation cannot run for these arguments."""
+        why = against(name, self._on(args))
+        return why or [reason for ask in self._against[name] if (reason := ask(args)) is not None]
+
+    def prefers_eager(self, name: str, args: Sequence[Any]) -> list[str]:
+        """Why a later implementation is the better choice."""
+        if name == "triton" and INTERPRET:
+            return ["Triton's interpreter runs only where it is named"]
+        why = self._prefer[name](args) if name in self._prefer else None
+        return [] if why is None else [why]
+
+    def explain(self, args: Sequence[Any]) -> dict[str, list[str]]:
+        """Each implementation's reasons not to run for these arguments, in order of preference."""
+        return {i: self.reasons_against(i, args) or self.prefers_eager(i, args) for i in self.implementations}
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The public function of this name, which stands beside the declaration."""
+        return getattr(sys.modules[self.forward.__module__], name)  # type: ignore[no-any-return]
+
+    def compute(self, implementation: Implementation, args: Sequence[Any], needs: Sequence[bool]) -> Any:
+        """The forward with an implementation's passes, outside of autograd and autocast."""
+        given = dict(zip(self.signature.names, args, strict=True))
+        if self.wants_passes:
+            given["passes"] = implementation.passes
+        if self.wants_needs:
+            given["needs"] = self.Needs(*needs)
+        with without_autocast(self._on(args).device.type):
+            return self.forward(**given)
+
+    def empty(self, args: Sequence[Any], needs: Sequence[bool]) -> Any:
+        """The forward's outputs without their numbers."""
+        return self._fake((*args, self.Needs(*needs) if self.wants_needs else None))  # type: ignore[misc]
+
+    def _tell(self, chosen: str, why: str) -> None:
+        if why not in self._told:
+            self._told.add(why)
+            logger.info("%s: using %s (%s)", self.name, chosen, why)
+
+
+def operators() -> dict[str, Operator]:
+    """Every operator by name."""
+    import mmfuse.kernels  # noqa: F401  (declares them)
+
+    return dict(_OPERATORS)
+
+
+# --- which implementation would run ---------------------------------------------------------------------------------
+
+_asked: ContextVar[Callable[[Operator, Sequence[Any], str | None], None] | None] = ContextVar("asked", default=None)
+
+
+class _Answer(BaseException):
+    """Leaves a public function where it has come to its operator."""
+
+
+def reached(call: Callable[[], Any], name: str | None = None) -> tuple[Operator, Sequence[Any], str | None]:
+    """(operator, arguments, backend) that a call comes to, at the operator `name` or the first; it is not computed."""
+    found: list[Any] = []
+
+    def stop(*answer: Any) -> None:
+        if name in (None, answer[0].name):
+            found.append(answer)
+            raise _Answer
+
+    before = _asked.set(stop)
+    try:
+        call()
+    except _Answer:
+        return found[0]
+    finally:
+        _asked.reset(before)
+    raise ValueError(f"{call} came to no operator" + ("" if name is None else f" {name}"))
+
+
+def chosen(call: Callable[[], Any], name: str | None = None) -> str:
+    """The implementation that a call of a public function runs.
+
+    Raises:
+        UnsupportedError: none accepts its arguments.
+    """
+    operator, args, backend = reached(call, name)
+    return operator.choose(args, backend)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
+    """A table of an operator's implementations for a call: which one runs, and why not the others.
+
+    Args:
+        op: a public function such as `mmfuse.clip_loss`, or its name.
+        args, options: what it would be called with. Nothing is computed.
+    """
+    if isinstance(op, str):
+        known = operators()
+        if op not in known:
+            raise ValueError(f"op is {op!r}, expected one of {', '.join(sorted(known))}")
+        op = known[op].function(op)
+    function = op
+    operator, given, _ = reached(lambda: function(*args, **options))
+    lines, found = [function.__name__], False
+    for name, why in operator.explain(given).items():
+        mark = "  " if why or found else "->"
+        found = found or not why
+        lines.append(f" {mark} {name:8} {'; '.join(why) or 'accepts these arguments'}")
+    return "\n".join(lines)

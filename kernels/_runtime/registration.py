@@ -1,0 +1,208 @@
+"""An implementation as torch knows it: schema, fake and autograd from the declaration, and the same without dispatcher.
+
+Plain eager calls skip the dispatcher, which costs more than a small kernel takes; compiling, exporting and transforms
+see `torch.ops.mmfuse.<operator>_<implementation>` and `..._backward`. Inside, autocast is off: an operator chooses its
+own precision.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime.device import INTERPRET
+from mmfuse.kernels._runtime.signature import Signature, hints_of, is_tensor
+
+if TYPE_CHECKING:
+    from mmfuse.kernels._runtime.operator import Implementation, Operator
+
+_NEEDS = {"needs": Sequence[bool]}
+
+
+def register(operator: Operator, implementation: Implementation) -> Callable[[Sequence[Any]], Any]:
+    """The function of the operator's arguments that computes it with an implementation's passes."""
+    signature, needed = operator.signature, _NEEDS if operator.wants_needs else {}
+    single = operator.Outputs is None
+
+    def of_flat(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*flat: Any) -> Any:
+            given, needs = (flat[:-1], flat[-1]) if needed else (flat, ())
+            outputs = compute(signature.restore(given), needs)
+            return outputs if single else tuple(outputs)
+
+        return run
+
+    forward = of_flat(lambda args, needs: operator.compute(implementation, args, needs))
+    returns = Tensor if single else tuple[(Tensor,) * len(operator.outputs)]  # type: ignore[misc]
+    name = f"{operator.name.lstrip('_')}_{implementation.name}"
+    op = _registered(name, forward, of_flat(operator.empty), signature.flat | needed, returns, implementation.traceable)
+    implementation.op = op._opoverload
+    backward = Backward(operator, implementation, name) if operator.backward is not None else None
+    if backward is not None:
+        op.register_autograd(backward.of_registered, setup_context=backward.setup)
+
+    def run(args: Sequence[Any]) -> Any:
+        flat = signature.flatten(args)
+        leaves = [flat[i] for i in operator.leaves]
+        graph = torch.is_grad_enabled()
+        needs = [graph and t is not None and t.requires_grad for t in leaves]
+        if not is_plain(flat[i] for i in signature.tensors):
+            outputs = implementation.op(*flat, *([needs] if needed else []))
+        elif backward is not None and any(needs):
+            outputs = _Eager.apply(backward, args, flat, needs, *leaves)
+        else:
+            return operator.compute(implementation, args, needs)
+        return outputs if single else operator.Outputs(*outputs)
+
+    return run
+
+
+class Backward:
+    """The gradients of an operator: what its backward asks for is kept by name, and given to it."""
+
+    def __init__(self, operator: Operator, implementation: Implementation, name: str):
+        self.operator, self.implementation = operator, implementation
+        hints = hints_of(operator.backward)  # type: ignore[arg-type]
+        self.wants = {n for n in ("passes", "needs") if hints.pop(n, None) is not None}
+        self.asked = list(hints)
+        of_output = {"g": 0} | {f"g_{output}": i for i, output in enumerate(operator.outputs)}
+        self.grads = {n: of_output[n] for n in hints if n in of_output}
+        # a gradient is like its argument: which is kept, stood for by an output, or told by shape and dtype
+        standing = {argument: output for output, argument in operator.instead.items()}
+        self.like = {n: standing.get(n, n) for n in operator.differentiable}
+        for n in self.like if "passes" in self.wants else ():
+            if self.like[n] not in Signature(hints).flat:
+                hints |= {f"{n}_shape": Sequence[int], f"{n}_dtype": torch.dtype}
+        self.signature = Signature(hints)
+        self.kept = {n: is_tensor(hint) for n, hint in self.signature.flat.items() if n not in self.grads}
+        self.op: Callable[..., list[Tensor]] = self.compute
+        if "passes" in self.wants:  # otherwise it is torch's own, which traces it
+            hints = self.signature.flat | _NEEDS
+            op = _registered(
+                f"{name}_backward", self.compute, self.empty, hints, list[Tensor], implementation.traceable
+            )
+            self.op = op._opoverload
+
+    def compute(self, *flat: Any) -> list[Tensor]:
+        """The gradients of the differentiable arguments, an empty one where it is not needed."""
+        *kept, needs = flat
+        given = dict(zip(self.signature.names, self.signature.restore(kept), strict=True))
+        given = {n: given[n] for n in self.asked}
+        given |= {n: value for n, value in (("passes", self.implementation.passes),) if n in self.wants}
+        given |= {n: self.operator.Needs(*needs) for n in ("needs",) if n in self.wants}
+        g = next(t for t in flat if isinstance(t, Tensor))
+        with without_autocast(g.device.type):
+            found = self.operator.backward(**given)  # type: ignore[misc]
+        return [found[n] if need else g.new_empty(0) for n, need in zip(self.like, needs, strict=True)]
+
+    def empty(self, *flat: Any) -> list[Tensor]:
+        *kept, needs = flat
+        given = dict(zip(self.signature.flat, kept, strict=True))
+        g = next(t for t in flat if isinstance(t, Tensor))
+
+        def gradient(name: str, like: str) -> Tensor:
+            if like in given:
+                return torch.empty_like(given[like], memory_format=torch.contiguous_format)
+            return g.new_empty(given[f"{name}_shape"], dtype=given[f"{name}_dtype"])
+
+        return [
+            gradient(*names) if need else g.new_empty(0) for names, need in zip(self.like.items(), needs, strict=True)
+        ]
+
+    def setup(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        op, outputs = self.operator, (output,) if isinstance(output, Tensor) else output
+
+        def find(name: str) -> Any:
+            if name in op.signature.at:
+                return inputs[op.signature.at[name]]
+            if name not in op.outputs:
+                argument, _, fact = name.rpartition("_")
+                return getattr(inputs[op.signature.at[argument]], fact)
+            t = outputs[op.outputs.index(name)]
+            absent = name in op.instead and t.dim() == 1 and t.shape[0] == 0
+            return inputs[op.signature.at[op.instead[name]]] if absent else t
+
+        ctx.save_for_backward(*[find(n) for n, tensor in self.kept.items() if tensor])
+        ctx.options = [find(n) for n, tensor in self.kept.items() if not tensor]
+        ctx.mark_non_differentiable(*[t for i, t in enumerate(outputs) if i not in self.grads.values()])
+        ctx.set_materialize_grads(False)  # zeros for every other output, kept logits among them
+
+    def gradients(
+        self, op: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Any]:
+        """Of the differentiable arguments; None where it is not needed."""
+        given = {n: grads[i] for n, i in self.grads.items()}
+        if all(g is None for g in given.values()):
+            return [None] * len(needs)
+        tensors, options = iter(ctx.saved_tensors), iter(ctx.options)
+        kept = {n: next(tensors if tensor else options) for n, tensor in self.kept.items()}
+        found = op(*((given | kept)[n] for n in self.signature.flat), list(needs))
+        return [d if need else None for d, need in zip(found, needs, strict=True)]
+
+    def of_registered(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        at = self.operator.leaves
+        needs = [ctx.needs_input_grad[i] for i in at]
+        found = dict(zip(at, self.gradients(self.op, ctx, grads, needs), strict=True))
+        return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backward: Backward, args: Any, flat: Any, needs: Any, *leaves: Any) -> Any:
+        outputs = backward.operator.compute(backward.implementation, args, needs)
+        backward.setup(ctx, flat, outputs)
+        ctx.backward = backward
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        backward = ctx.backward
+        with torch.no_grad():
+            found = backward.gradients(backward.compute, ctx, grads, ctx.needs_input_grad[4:])
+        if torch.is_grad_enabled():
+            found = differentiable_once(backward.operator.name, found)
+        return None, None, None, None, *found
+
+
+def _registered(
+    name: str, fn: Callable[..., Any], fake: Callable[..., Any], hints: Mapping[str, Any], returns: Any, traceable: bool
+) -> Any:
+    def prototype() -> None: ...
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(n, kind, annotation=hint) for n, hint in hints.items()]
+    prototype.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+    schema = torch.library.infer_schema(prototype, mutates_args=())
+    # torch traces into a triton_op on any device, and the interpreter's kernels cannot be traced
+    make = torch.library.triton_op if traceable and not INTERPRET else torch.library.custom_op
+    op = make(f"mmfuse::{name}", fn, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def differentiable_once(name: str, grads: Sequence[Any]) -> tuple[Any, ...]:
+    """The same gradients, which raise when differentiated again instead of silently contributing nothing."""
+    tensors = [g for g in grads if g is not None]
+    refuse = torch._C._functions.DelayedError(f"mmfuse::{name} is differentiable once, not twice", len(tensors))
+    guarded = refuse(*(g.detach().requires_grad_() for g in tensors))
+    left = iter(guarded if isinstance(guarded, tuple) else (guarded,))
+    return tuple(None if g is None else next(left) for g in grads)
+
+
+def is_plain(tensors: Iterable[Any]) -> bool:
+    """Only real tensors, and nothing that traces or transforms is active."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )

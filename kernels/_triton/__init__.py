@@ -1,0 +1,1 @@
+"""Triton code that the families share."""

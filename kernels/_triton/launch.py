@@ -1,0 +1,18 @@
+"""Launches of Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime.device import INTERPRET
+
+
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, **arguments: Any) -> None:
+    """Launch on the device of `on`, the arguments by name. Where torch traces, the launch becomes part of its graph."""
+    if not INTERPRET and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
+        kernel = torch.library.wrap_triton(kernel)
+    with torch.cuda.device_of(on):
+        kernel[grid](**arguments)
