@@ -190,6 +190,10 @@ class Operator:
         """Each implementation's reasons not to run for these arguments, in order of preference."""
         return {i: self.reasons_against(i, args) or self.prefers_eager(i, args) for i in self.implementations}
 
+    def available(self, args: Sequence[Any]) -> list[str]:
+        """The implementations that run for these arguments when they are named."""
+        return [i for i in self.implementations if not self.reasons_against(i, args)]
+
     def function(self, name: str) -> Callable[..., Any]:
         """The public function of this name, which stands beside the declaration."""
         return getattr(sys.modules[self.forward.__module__], name)  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ wait for the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -26,10 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
-from mmfuse.kernels._triton.tiles import input_precision
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.tiles import accumulator, input_precision
 from mmfuse.kernels.patch import blocked
 from mmfuse.kernels.patch.arguments import check_ids
-from mmfuse.kernels.patch.stem import Folded, Stem, entering
+from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Folded, Stem, entering
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -440,10 +441,6 @@ def _kind(dtype: torch.dtype) -> str:
     return "half" if dtype.itemsize == 2 else input_precision(dtype)
 
 
-def _acc(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def operand_of(stem: Stem) -> torch.dtype:
     """What is multiplied. Bytes are exact in float16, of which the mantissa is longer; other pixels may overflow it."""
     if stem.compute.itemsize == 2:
@@ -465,7 +462,7 @@ def folded(stem: Stem, operand: torch.dtype) -> Folded:
     with torch.cuda.device_of(v):
         _fold_kernel[(d,)](
             v, unscale, bias, stem.weight.contiguous(), stem.bias, f.scale, f.rest, c, k, v.shape[1],
-            SLICES=slices, VOLUME=volume, CHANNELS_LAST=f.channels_last, ACC=_acc(acc), **_FOLD,
+            SLICES=slices, VOLUME=volume, CHANNELS_LAST=f.channels_last, ACC=accumulator(acc), **_FOLD,
         )  # fmt: skip
     return replace(f, weight=v, unscale=unscale, bias=bias)
 
@@ -488,7 +485,7 @@ class Rows:
 
 def rows_of(stem: Stem, i: int, j: int) -> Rows:
     """Of images i to j."""
-    rows = Rows(j - i, stem.shape()[2])
+    rows = Rows(j - i, stem.shape[2])
     if stem.ids_keep is not None:
         rows.ids = stem.ids_keep[i:j].contiguous()
     if stem.mask is not None:
@@ -508,7 +505,7 @@ def triton_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
         _rows_kernel[grid](
             a, x, rows.order, rows.count, rows.ids, f.subtract, f.multiply, *x.stride(), rows.m, rows.n, *x.shape[1:],
             a.shape[1], STEP_T=st, STEP_Y=sy, STEP_X=sx, GRID_Y=gy, GRID_X=gx, KT=kt, KY=ky, KX=kx,
-            CHANNELS_LAST=f.channels_last, PADDED=f.g.padded != tuple(x.shape[2:]), ACC=_acc(a.dtype), **_ROWS,
+            CHANNELS_LAST=f.channels_last, PADDED=f.g.padded != tuple(x.shape[2:]), ACC=accumulator(a.dtype), **_ROWS,
         )  # fmt: skip
 
 
@@ -535,7 +532,7 @@ Gather = Callable[[Tensor, Tensor, Folded, Rows], None]
 
 
 def _spans(stem: Stem, row_bytes: int) -> Iterator[tuple[int, int]]:
-    b, _, n = stem.shape()
+    b, _, n = stem.shape
     step = max(1, _WORKSPACE // max(1, n * row_bytes))
     for i in range(0, b, step):
         yield i, min(b, i + step)
@@ -543,9 +540,9 @@ def _spans(stem: Stem, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
     """Write the tokens into out[:, offset : offset + R + N]."""
-    b, r, n = stem.shape()
+    b, r, n = stem.shape
     if stem.ids_keep is not None:
-        check_ids(stem.ids_keep, stem.source()[0].patches)
+        check_ids(stem.ids_keep, stem.geometry.patches)
     if b * (r + n) == 0:
         return
     out = out[:, offset : offset + r + n]
@@ -554,7 +551,7 @@ def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
     d, kp = f.weight.shape
     normed = stem.stem_weight is not None or stem.pre_weight is not None
     tile = _TILES[_kind(operand)]["tokens"]
-    acc = _acc(operand)
+    acc = accumulator(operand)
     kept = [
         None if t is None else t.contiguous()
         for t in (stem.position, stem.type_embed, stem.mask_token, stem.prefix, stem.prefix_position)
@@ -585,15 +582,15 @@ def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
                 )  # fmt: skip
 
 
-def backward_from(gather: Gather, grad: Tensor, stem: Stem, needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients that are needed, as `blocked.backward_from`."""
-    b, r, n = stem.shape()
+def backward_from(gather: Gather, grad: Tensor, stem: Stem, wanted: Collection[str]) -> dict[str, Tensor]:
+    """The gradients that are wanted, as `blocked.backward_from`."""
+    b, r, n = stem.shape
     half = stem.compute.itemsize == 2 and grad.dtype.itemsize == 2
     operand = grad.dtype if half else stem.acc
     if stem.stem_weight is not None or stem.pre_weight is not None:
-        return blocked.backward_from(_tile(gather), grad, stem, needs, operand)
+        return blocked.backward_from(_tile(gather), grad, stem, wanted, operand)
     acc, d = stem.acc, stem.weight.shape[0]
-    need = dict(zip(Stem._fields, needs, strict=False))
+    need = {name: name in wanted for name in DIFFERENTIABLE}
     grad = grad if grad.stride(2) == 1 else grad.contiguous()
     f = entering(stem)
     every = rows_of(stem, 0, b)
@@ -603,7 +600,18 @@ def backward_from(gather: Gather, grad: Tensor, stem: Stem, needs: Sequence[bool
     with torch.cuda.device_of(grad):
         if b * (r + n):
             _sums_kernel[r + n, triton.cdiv(d, _SUMS["BLOCK_D"])](
-                total, masked, grad, every.mask, grad.stride(0), grad.stride(1), b, n, r, d, ACC=_acc(acc), **_SUMS
+                total,
+                masked,
+                grad,
+                every.mask,
+                grad.stride(0),
+                grad.stride(1),
+                b,
+                n,
+                r,
+                d,
+                ACC=accumulator(acc),
+                **_SUMS,
             )
         for i, j in _spans(stem, product.shape[1] * operand.itemsize) if need["weight"] else ():
             rows = rows_of(stem, i, j)
@@ -624,7 +632,7 @@ def backward_from(gather: Gather, grad: Tensor, stem: Stem, needs: Sequence[bool
         grads["weight"] = f.weight_grad(product, grads["bias"], stem.weight)
     if need["pixels"]:
         grads["pixels"] = blocked.pixel_grad(grad[:, r:], stem)
-    return blocked.needed(grads, stem, needs)
+    return blocked.gradients(grads, stem, wanted)
 
 
 def _weight_product(gather: Gather, grad: Tensor, f: Folded, rows: Rows, i: int, j: int, r: int) -> Tensor:
@@ -636,16 +644,12 @@ def _weight_product(gather: Gather, grad: Tensor, f: Folded, rows: Rows, i: int,
     tile = _TILES[_kind(operand)]["weight"]
     tiles = triton.cdiv(d, tile["BLOCK_N"]) * triton.cdiv(a.shape[1], tile["BLOCK_K"])
     part = max(_PART, triton.cdiv(rows.m, max(1, _PROGRAMS // tiles)))
-    parts = torch.empty(triton.cdiv(rows.m, part), d, a.shape[1], dtype=_wide(operand), device=grad.device)
+    parts = torch.empty(triton.cdiv(rows.m, part), d, a.shape[1], dtype=accumulation_dtype(operand), device=grad.device)
     _weight_kernel[tiles, len(parts)](
         parts, grad, a, rows.order, rows.count, grad.stride(0), grad.stride(1), rows.m, rows.n, r, part, d, a.shape[1],
-        ACC=_acc(operand), PRECISION=input_precision(operand), **tile,
+        ACC=accumulator(operand), PRECISION=input_precision(operand), **tile,
     )  # fmt: skip
     return parts.sum(0)[:, :k]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _tile(gather: Gather) -> Any:
