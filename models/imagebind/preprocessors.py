@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfuse.kernels import embed_text, patch_embed
+from mmfuse.kernels import patch_embed
 from mmfuse.kernels.patch.positions import interpolate_position
+from mmfuse.kernels.text import embed_text
 
 # CLIP's, for pixels that come as bytes
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
