@@ -38,7 +38,9 @@ class Patches(nn.Module):
             for dim, kernel in enumerate(proj.kernel_size, start=2):
                 pixels = pixels.narrow(dim, 0, pixels.shape[dim] // kernel * kernel)
         position = self.pos_embed if position is None else position
-        return patch_embed(pixels, proj.weight, proj.bias, stride=proj.stride, position=position)
+        # as wide as the weights under autocast, too: the residual stream begins here
+        dtype = proj.weight.dtype
+        return patch_embed(pixels, proj.weight, proj.bias, stride=proj.stride, position=position, dtype=dtype)
 
 
 class ImageEmbed(Patches):
