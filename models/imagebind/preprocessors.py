@@ -77,7 +77,8 @@ class Stem(nn.Module):
         norm = self.norm_layer
         stem_norm = None if norm is None else (norm.weight, norm.bias, norm.eps)
         values: dict[str, Any] = {"mean": PIXEL_MEAN, "std": PIXEL_STD} if x.dtype == torch.uint8 else {}
-        return patch_embed(x, weight, stride=stride, stem_norm=stem_norm, **values, **rows)
+        # as wide as the weights under autocast, too: the residual stream begins here
+        return patch_embed(x, weight, stride=stride, stem_norm=stem_norm, dtype=weight.dtype, **values, **rows)
 
 
 class PositionTable(nn.Module):
