@@ -17,8 +17,9 @@ from torch import Tensor
 from mmfuse.bench.cases import Anchor, Case, Check, differentiated, relative
 from mmfuse.bench.providers import chosen, compiled, eager, ours
 from mmfuse.fused.quantizer import NormEMAVectorQuantizer
-from mmfuse.kernels import code_statistics, linear_argmax, nearest_code, vector_quantize
+from mmfuse.kernels import nearest_code, vector_quantize
 from mmfuse.kernels._runtime import use_backend
+from mmfuse.kernels.codebook import code_statistics, linear_argmax
 from mmfuse.kernels.codebook.op import NEAREST
 
 _BETA, _DECAY = 1.0, 0.99

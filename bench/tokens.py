@@ -18,8 +18,8 @@ from torch import Tensor
 from mmfuse.bench.cases import Anchor, Case, Check, differentiated
 from mmfuse.bench.providers import chosen, compiled, eager, ours
 from mmfuse.kernels.head.op import SELECT_HEAD, select_head
-from mmfuse.kernels.text.multiway import MULTIWAY_TOKENS, multiway_tokens
 from mmfuse.kernels.text.op import EMBED_TEXT, embed_text
+from mmfuse.kernels.text.pair import EMBED_PAIR, embed_pair
 
 _P, _V, _OFFSET = 16, 64010, 2  # BEiT-3's
 _EPS = 1e-6
@@ -89,7 +89,7 @@ def _text_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return ids, torch.empty(4, 64, device=device, dtype=dtype)
 
 
-# --- multiway_tokens ------------------------------------------------------------------------------------------------
+# --- embed_pair ------------------------------------------------------------------------------------------------
 
 
 def _multiway_inputs(
@@ -156,7 +156,7 @@ def _multiway(
     ids: Tensor,
     **options: Any,
 ) -> Tensor:
-    return multiway_tokens(
+    return embed_pair(
         pixels, ids, weight=weight, bias=bias, cls_token=cls, position=a, table=table, text_position=b,
         pad_mask=_padded(ids), **options,
     )  # fmt: skip
@@ -272,14 +272,14 @@ CASES = [
     ),
     _case(
         "multiway",
-        MULTIWAY_TOKENS,
+        EMBED_PAIR,
         beit3,
         _multiway,
         _multiway_probe,
         {"torchscale": _torchscale},
         inputs=_multiway_inputs,
         outputs=("loss", "d weight", "d bias", "d cls", "d A", "d table", "d B"),
-        chosen=lambda inputs, backend=None: chosen(MULTIWAY_TOKENS, 11, _multiway_arguments(*inputs), backend),
+        chosen=lambda inputs, backend=None: chosen(EMBED_PAIR, 11, _multiway_arguments(*inputs), backend),
         dims=("B", "S", "L", "D"),
         shapes={
             "cpu": [{"B": b, "S": 224, "L": 64, "D": 768} for b in (4, 16, 32)],
@@ -347,7 +347,7 @@ CHECKS = [
         lambda inputs: (inputs["ids"], inputs["table"]),
     ),
     Check(
-        "multiway_tokens",
+        "embed_pair",
         "B=3 S=32 L=6 D=48",
         _multiway_check,
         differentiated(partial(_loss, _multiway)),

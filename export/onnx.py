@@ -16,6 +16,7 @@ import torch
 import mmfuse
 from mmfuse.export.clip import DTYPES, INPUTS, OUTPUTS, ServedCLIP, fingerprint, samples
 from mmfuse.export.require import require
+from mmfuse.kernels._runtime import use_backend
 from mmfuse.models.clip import CLIP
 
 TARGETS = {"portable": 18}  # opset; from 23 on attention is one node, which TensorRT does not build in float32
@@ -83,7 +84,7 @@ def export_onnx(
 def _write(model: CLIP, path: Path, opset: int, facts: Mapping[str, Any]) -> None:
     import onnx_ir
 
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), use_backend("torch"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own calls
         program = torch.onnx.export(
             ServedCLIP(model).eval(),

@@ -1,14 +1,14 @@
 """Modules and losses that replace the field's own, and `accelerate()`, which swaps them into a live model."""
 
 from mmfuse.fused.acceleration import Report, accelerate
-from mmfuse.fused.data2seq import Data2Seq
 from mmfuse.fused.global_contrastive import GlobalContrastiveLoss
 from mmfuse.fused.grad_cache import GradCache
 from mmfuse.fused.imagebind import ImageBindLoss
 from mmfuse.fused.language import linear_cross_entropy
 from mmfuse.fused.losses import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from mmfuse.fused.momentum import MomentumQueueITC, momentum_update
-from mmfuse.fused.patch import PatchEmbed
+from mmfuse.fused.patch import PatchEmbed, vit_tokens
+from mmfuse.fused.points import OneLLMPointEmbed, P3Embed, PointBertEncoder, PointBertGroup, PointPatchEmbed
 from mmfuse.fused.quantizer import NormEMAVectorQuantizer, VectorQuantizer
 from mmfuse.fused.queries import MaxQueryITC
 from mmfuse.fused.retrieval import HardNegativeSampler, Ranking, rerank
@@ -16,7 +16,6 @@ from mmfuse.fused.retrieval import HardNegativeSampler, Ranking, rerank
 __all__ = [
     "ClipLoss",
     "CoCaLoss",
-    "Data2Seq",
     "DistillClipLoss",
     "GlobalContrastiveLoss",
     "GradCache",
@@ -25,7 +24,12 @@ __all__ = [
     "MaxQueryITC",
     "MomentumQueueITC",
     "NormEMAVectorQuantizer",
+    "OneLLMPointEmbed",
+    "P3Embed",
     "PatchEmbed",
+    "PointBertEncoder",
+    "PointBertGroup",
+    "PointPatchEmbed",
     "Ranking",
     "Report",
     "SigLipLoss",
@@ -34,4 +38,5 @@ __all__ = [
     "linear_cross_entropy",
     "momentum_update",
     "rerank",
+    "vit_tokens",
 ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmfuse.kernels import global_contrastive_loss
+from mmfuse.kernels.contrastive import global_contrastive_loss
 
 
 class GlobalContrastiveLoss(nn.Module):
-    """`mmfuse.global_contrastive_loss` and the table of its normalisers, an entry per sample of the data set.
+    """`global_contrastive_loss` and the table of its normalisers, an entry for each sample of the data set.
 
     Buffers `log_u` and `log_w` [size], -inf until a sample is seen. In training mode `forward` updates the entries of
     its batch, without synchronisation; in evaluation mode it leaves them as they are.
@@ -47,7 +47,7 @@ class GlobalContrastiveLoss(nn.Module):
                 numbered on their own. On the features' device.
 
         Raises:
-            ValueError, TypeError: `index` is not [N] int64; or as `mmfuse.global_contrastive_loss`.
+            ValueError, TypeError: `index` is not [N] int64; or as `mmfuse.kernels.contrastive.global_contrastive_loss`.
         """
         at = (index, index) if isinstance(index, Tensor) else index
         for i in at:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -12,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfuse.kernels._runtime.dispatch import Impl, Op, forced_backend
+from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime.dispatch import forced_backend
 
 Teacher = tuple[Tensor, Tensor, "Tensor | None"]
 
 # of a block of logits: it stays near the cache of a CPU, and fills a GPU
 _BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-BACKENDS = ("liger", "cut_cross_entropy", "chunked", "torch")
 
 
 def linear_cross_entropy(
@@ -53,10 +52,10 @@ def linear_cross_entropy(
         teacher: (hidden [..., D_t], weight [V, D_t], bias [V] or None) whose softmax is the soft target; no gradient.
         alpha: share of the soft target; without a teacher it must be 0.
         chunk: tokens per block; by default as many as give 32 MB (CPU) or 256 MB (GPU) of logits.
-        backend: "torch" (the formula, all logits at once), "chunked", "liger" or "cut_cross_entropy"; `use_backend`
-            names the first two as well. By default, on a GPU, one of the two packages if it is installed and does
-            what is asked (neither takes a teacher, Liger no reduction="none", cut-cross-entropy no bias and no label
-            smoothing), otherwise "chunked", or the formula where one block holds all tokens in float32 or float64.
+        backend: "torch" (the formula, all logits at once), "chunked", "liger" or "cut_cross_entropy". By default, on a
+            GPU, one of the two packages if it is installed and does what is asked (neither takes a teacher, Liger no
+            reduction="none", cut-cross-entropy no bias and no label smoothing), otherwise "chunked", or the formula
+            where one block holds all tokens in float32 or float64.
 
     Returns:
         A scalar, or [...] for reduction="none" (0 at ignored tokens): float32, or float64 for float64.
@@ -66,42 +65,17 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
+        UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    _check(hidden, weight, labels, bias, label_smoothing, reduction, teacher, alpha, chunk, backend)
+    _check(hidden, weight, labels, bias, label_smoothing, reduction, teacher, alpha, chunk)
     if teacher is not None:
         hidden_m, weight_m, bias_m = teacher
         teacher = (
             (hidden_m.detach(), weight_m.detach(), bias_m if bias_m is None else bias_m.detach()) if alpha else None
         )
-    name = chosen(hidden, bias, label_smoothing, reduction, teacher, backend)
-    if name in _PEERS:
-        loss = _PEERS[name](
-            hidden.flatten(0, -2), weight, labels.flatten(), bias, ignore_index, label_smoothing, reduction
-        )
-        return loss.float().view(labels.shape if reduction == "none" else ())
-    options = (ignore_index, label_smoothing, reduction, teacher, alpha)
-    if name == "torch":
-        return _eager(hidden, weight, labels, bias, *options)
-    named = backend or forced_backend()
-    return _chunked(hidden, weight, labels, bias, *options, chunk, step_aside=named != "chunked")
-
-
-def chosen(
-    hidden: Tensor,
-    bias: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    teacher: Teacher | None = None,
-    backend: str | None = None,
-) -> str:
-    """Which of `BACKENDS` computes `linear_cross_entropy` of these arguments."""
-    asked = {"bias": bias, "label_smoothing": label_smoothing, "reduction": reduction, "teacher": teacher}
-    forced = forced_backend()
-    if name := backend or (forced if forced in BACKENDS else None):
-        if why := _reasons_against(name, hidden, **asked):
-            raise ValueError(f"backend is {name!r}, but {why[0]}")
-        return name
-    return next(name for name in BACKENDS if not _reasons_against(name, hidden, **asked))
+    aside = (backend or forced_backend()) != "chunked"
+    given = (hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk, aside)
+    return LINEAR_CROSS_ENTROPY(*given, backend=backend)  # type: ignore[no-any-return]
 
 
 def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha):  # type: ignore[no-untyped-def]
@@ -128,7 +102,7 @@ def _reduce(loss: Tensor, counts: Tensor, reduction: str, shape: torch.Size) -> 
 
 
 def _chunked(  # type: ignore[no-untyped-def]
-    hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk, step_aside
+    hidden: Tensor, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk, aside
 ):
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
@@ -146,7 +120,7 @@ def _chunked(  # type: ignore[no-untyped-def]
         teacher = None if teacher is None else (teacher[0][kept], *teacher[1:])
     chunk = chunk or max(16, _BLOCK_BYTES.get(kind, 32 << 20) // (4 * max(1, len(weight))))
     with torch.autocast(kind, enabled=False):
-        if step_aside and len(rows) <= chunk and hidden.dtype.itemsize >= 4:
+        if aside and len(rows) <= chunk and hidden.dtype.itemsize >= 4:
             # one block holds all: the same memory, and eager has fewer passes over the gradient of weight
             loss = _eager(rows, weight, flat, bias, ignore_index, label_smoothing, reduction, teacher, alpha)
         else:
@@ -269,71 +243,78 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, acc: torch.dtyp
 def _liger(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction):  # type: ignore[no-untyped-def]
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return liger_fused_linear_cross_entropy(
-        hidden,
+    loss = liger_fused_linear_cross_entropy(
+        hidden.flatten(0, -2),
         weight,
-        labels,
+        labels.flatten(),
         bias=bias,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction=reduction,
         accum_dtype=torch.float32,
     )
+    return loss.float().view(())
 
 
-def _cut_cross_entropy(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction):  # type: ignore[no-untyped-def]
+def _cut_cross_entropy(hidden, weight, labels, ignore_index, reduction):  # type: ignore[no-untyped-def]
     from cut_cross_entropy import linear_cross_entropy
 
+    options = {"ignore_index": ignore_index, "reduction": reduction}
     # its default leaves out small probabilities
-    return linear_cross_entropy(hidden, weight, labels, ignore_index=ignore_index, reduction=reduction, filter_eps=None)
+    loss = linear_cross_entropy(hidden.flatten(0, -2), weight, labels.flatten(), filter_eps=None, **options)
+    return loss.float().view(labels.shape if reduction == "none" else ())
 
 
-_PEERS: dict[str, Callable[..., Tensor]] = {"liger": _liger, "cut_cross_entropy": _cut_cross_entropy}
-_MODULES = {"liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
-
-
-def _reasons_against(
-    name: str,
-    hidden: Tensor,
-    *_: object,
-    bias: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    teacher: Teacher | None = None,
-) -> list[str]:
-    if name not in _PEERS:
-        return []
+def _unusable(module: str, hidden: Tensor, teacher: Teacher | None) -> str | None:
     if not hidden.is_cuda:
-        return [f"hidden is on {hidden.device}, expected a CUDA device"]
-    why = []
+        return f"hidden is on {hidden.device}, expected a CUDA device"
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
-        why.append("it is called inside torch.compile or autocast")
-    if find_spec(_MODULES[name]) is None:
-        why.append(f"{_MODULES[name]} is not installed")
+        return "it is called inside torch.compile or autocast"
+    if find_spec(module) is None:
+        return f"{module} is not installed"
     if hidden.dtype == torch.float64:
-        why.append("hidden has dtype torch.float64")
-    if teacher is not None:
-        why.append("there is a teacher")
-    if name == "liger" and reduction == "none":
-        why.append("reduction is 'none'")
-    if name == "cut_cross_entropy" and bias is not None:
-        why.append("there is a bias")
-    if name == "cut_cross_entropy" and (label_smoothing or hidden.dtype == torch.float32):
-        why.append("label_smoothing is not 0, or hidden has dtype torch.float32")
-    return why
+        return "hidden has dtype torch.float64"
+    return None if teacher is None else "there is a teacher"
 
 
-# by name for `explain` and `mmfuse verify`
-LINEAR_CROSS_ENTROPY = Op(
+def _liger_lacks(reduction: str) -> str | None:
+    return "reduction is 'none'" if reduction == "none" else None
+
+
+def _cut_lacks(hidden: Tensor, bias: Tensor | None, label_smoothing: float) -> str | None:
+    if bias is not None:
+        return "there is a bias"
+    if label_smoothing or hidden.dtype == torch.float32:
+        return "label_smoothing is not 0, or hidden has dtype torch.float32"
+    return None
+
+
+def _example(x: Tensor, **how: Any) -> Tensor:
+    return linear_cross_entropy(x, x, torch.arange(len(x), device=x.device), **how)
+
+
+LINEAR_CROSS_ENTROPY = Operator(
     "linear_cross_entropy",
-    [Impl(name, partial(linear_cross_entropy, backend=name), partial(_reasons_against, name)) for name in BACKENDS],
+    forward=_chunked,
+    on="hidden",
+    implementations=[
+        Implementation("liger", function=_liger, against=[partial(_unusable, "liger_kernel"), _liger_lacks]),
+        Implementation(
+            "cut_cross_entropy",
+            function=_cut_cross_entropy,
+            against=[partial(_unusable, "cut_cross_entropy"), _cut_lacks],
+        ),
+        Implementation("chunked", function=_chunked),
+        Implementation("torch", function=_eager),
+    ],
+    example=_example,
 )
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _check(hidden, weight, labels, bias, label_smoothing, reduction, teacher, alpha, chunk, backend):  # type: ignore[no-untyped-def]
+def _check(hidden, weight, labels, bias, label_smoothing, reduction, teacher, alpha, chunk):  # type: ignore[no-untyped-def]
     _check_head("hidden", hidden, "weight", weight, "bias", bias)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])} as hidden")
@@ -357,8 +338,6 @@ def _check(hidden, weight, labels, bias, label_smoothing, reduction, teacher, al
             )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}, expected at least 1")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
 
 
 def _check_head(name: str, hidden: Tensor, w_name: str, weight: Tensor, b_name: str, bias: Tensor | None) -> None:

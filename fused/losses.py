@@ -21,7 +21,7 @@ from mmfuse.kernels import (
     siglip_loss,
 )
 from mmfuse.kernels._runtime import UnsupportedError
-from mmfuse.kernels.contrastive.arguments import scalar
+from mmfuse.kernels._runtime.arguments import scalar
 from mmfuse.kernels.contrastive.distributed.peers import Peers, meet, members
 from mmfuse.kernels.contrastive.distributed.reference import gathered
 

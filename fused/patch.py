@@ -1,4 +1,4 @@
-"""PatchEmbed: images to tokens, timm's module over one operator that also takes the bytes of images."""
+"""Images to tokens: timm's `PatchEmbed`, which also takes bytes, and the whole stem of a ViT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse.fused.acceleration import stems
-from mmfuse.kernels import resample_weight
+from mmfuse.kernels import patch_embed, resample_weight
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -101,6 +101,34 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W], floats or, with `uint8=True`, bytes, to [B, N, D]."""
         return stems.timm_patch_embed(self, x, self.uint8)
+
+
+def vit_tokens(
+    pixels: Tensor, proj: nn.Conv2d, cls: Tensor, position: Tensor, *, ids_keep: Tensor | None = None
+) -> Tensor:
+    """The rows [B, 1 + N, D] of a ViT's first block: the class token and the patches of images, with their positions.
+
+    Args:
+        pixels: [B, C, H, W]. Those past the last whole patch are dropped, as a convolution does.
+        proj: a convolution whose stride is its kernel; it is not called.
+        cls: [D].
+        position: [1 + N, D], of the class token and of the patches.
+        ids_keep: int64 [B, M], the patches to compute, by default all.
+
+    Rows have the dtype of `proj`, under autocast too: the residual stream begins here.
+    """
+    (h, w), (ph, pw) = pixels.shape[-2:], proj.kernel_size
+    first, rest = position.tensor_split([1])
+    return patch_embed(
+        pixels[..., : h // ph * ph, : w // pw * pw],
+        proj.weight,
+        proj.bias,
+        prefix=cls[None],
+        prefix_position=first,
+        position=rest,
+        ids_keep=ids_keep,
+        dtype=proj.weight.dtype,
+    )
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

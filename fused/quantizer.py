@@ -15,9 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.kernels import code_statistics, linear_argmax, nearest_code
+from mmfuse.kernels import nearest_code
 from mmfuse.kernels._runtime import UnsupportedError
-from mmfuse.kernels.codebook import assign_code
+from mmfuse.kernels.codebook import assign_code, code_statistics, linear_argmax
 
 # --- what both are made of ------------------------------------------------------------------------------------------
 

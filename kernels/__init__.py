@@ -15,79 +15,20 @@ if __name__ == "kernels":
         sys.modules["kernels"] = _module
         _spec.loader.exec_module(_module)
 else:
-    from mmfuse.kernels.codebook import (
-        code_statistics,
-        fsq,
-        lfq_entropy,
-        linear_argmax,
-        nearest_code,
-        vector_quantize,
-    )
-    from mmfuse.kernels.contrastive import (
-        clip_loss,
-        distill_clip_loss,
-        distributed_clip_loss,
-        distributed_siglip_loss,
-        global_contrastive_loss,
-        grouped_clip_loss,
-        hard_negatives,
-        matryoshka_clip_loss,
-        max_query_loss,
-        max_query_similarity,
-        moco_loss,
-        queue_itc_loss,
-        siglip_loss,
-        similarity_topk,
-    )
-    from mmfuse.kernels.head import select_head
-    from mmfuse.kernels.patch import patch_embed
-    from mmfuse.kernels.patch.positions import interpolate_position, resample_weight
-    from mmfuse.kernels.patch.ragged import patch_embed_packed
-    from mmfuse.kernels.patch.reconstruction import masked_patch_loss, random_masking
-    from mmfuse.kernels.points import (
-        ball_query,
-        farthest_points,
-        group_points,
-        mini_pointnet,
-        mini_pointnet_training,
-        nearest_neighbors,
-    )
-    from mmfuse.kernels.text import embed_text, multiway_tokens
+    from importlib import import_module
+    from pkgutil import iter_modules
 
-    __all__ = [
-        "ball_query",
-        "clip_loss",
-        "code_statistics",
-        "distill_clip_loss",
-        "distributed_clip_loss",
-        "distributed_siglip_loss",
-        "embed_text",
-        "farthest_points",
-        "fsq",
-        "global_contrastive_loss",
-        "group_points",
-        "grouped_clip_loss",
-        "hard_negatives",
-        "interpolate_position",
-        "lfq_entropy",
-        "linear_argmax",
-        "masked_patch_loss",
-        "matryoshka_clip_loss",
-        "max_query_loss",
-        "max_query_similarity",
-        "mini_pointnet",
-        "mini_pointnet_training",
-        "moco_loss",
-        "multiway_tokens",
-        "nearest_code",
-        "nearest_neighbors",
-        "patch_embed",
-        "patch_embed_packed",
-        "queue_itc_loss",
-        "random_masking",
-        "resample_weight",
-        "select_head",
-        "siglip_loss",
-        "similarity_topk",
-        "vector_quantize",
-    ]
+    from mmfuse.kernels import codebook, contrastive, patch
+    from mmfuse.kernels.codebook import *  # noqa: F403
+    from mmfuse.kernels.contrastive import *  # noqa: F403
+    from mmfuse.kernels.patch import *  # noqa: F403
+
+    # what `mmfuse` has too; the other families' operators stay in their namespaces, such as `mmfuse.kernels.points`
+    __all__: list[str] = []
+    __all__ += codebook.__all__
+    __all__ += contrastive.__all__
+    __all__ += patch.__all__
+
+    for _module in iter_modules(__path__):  # noqa: F405
+        if not _module.name.startswith("_"):
+            import_module(f"mmfuse.kernels.{_module.name}")

@@ -12,106 +12,36 @@ if not Path(__file__).with_name("kernels").exists():
     # a checkout on sys.path: the sub-packages lie beside this folder
     __path__.append(str(Path(__file__).parents[1]))
 
-# the others are operators
+# beside the operators that `mmfuse.kernels` gathers
 _ELSEWHERE = {
     "accelerate": "mmfuse.fused",
+    "linear_cross_entropy": "mmfuse.fused",
+    "UnsupportedError": "mmfuse.kernels._runtime",
     "explain": "mmfuse.kernels._runtime",
     "use_backend": "mmfuse.kernels._runtime",
-    "UnsupportedError": "mmfuse.kernels._runtime",
 }
+_PACKAGES = ("fused", "kernels", "models")
 
 if TYPE_CHECKING:
-    from mmfuse.fused import accelerate
-    from mmfuse.kernels import (
-        ball_query,
-        clip_loss,
-        code_statistics,
-        distill_clip_loss,
-        distributed_clip_loss,
-        distributed_siglip_loss,
-        embed_text,
-        farthest_points,
-        fsq,
-        global_contrastive_loss,
-        group_points,
-        grouped_clip_loss,
-        hard_negatives,
-        interpolate_position,
-        lfq_entropy,
-        linear_argmax,
-        masked_patch_loss,
-        matryoshka_clip_loss,
-        max_query_loss,
-        max_query_similarity,
-        mini_pointnet,
-        mini_pointnet_training,
-        moco_loss,
-        multiway_tokens,
-        nearest_code,
-        nearest_neighbors,
-        patch_embed,
-        patch_embed_packed,
-        queue_itc_loss,
-        random_masking,
-        resample_weight,
-        select_head,
-        siglip_loss,
-        similarity_topk,
-        vector_quantize,
-    )
-    from mmfuse.kernels._runtime import UnsupportedError, explain, use_backend
-
-__all__ = [
-    "UnsupportedError",
-    "__version__",
-    "accelerate",
-    "ball_query",
-    "clip_loss",
-    "code_statistics",
-    "distill_clip_loss",
-    "distributed_clip_loss",
-    "distributed_siglip_loss",
-    "embed_text",
-    "explain",
-    "farthest_points",
-    "fsq",
-    "global_contrastive_loss",
-    "group_points",
-    "grouped_clip_loss",
-    "hard_negatives",
-    "interpolate_position",
-    "lfq_entropy",
-    "linear_argmax",
-    "masked_patch_loss",
-    "matryoshka_clip_loss",
-    "max_query_loss",
-    "max_query_similarity",
-    "mini_pointnet",
-    "mini_pointnet_training",
-    "moco_loss",
-    "multiway_tokens",
-    "nearest_code",
-    "nearest_neighbors",
-    "patch_embed",
-    "patch_embed_packed",
-    "queue_itc_loss",
-    "random_masking",
-    "resample_weight",
-    "select_head",
-    "siglip_loss",
-    "similarity_topk",
-    "use_backend",
-    "vector_quantize",
-]
+    from mmfuse.fused import accelerate as accelerate
+    from mmfuse.fused import linear_cross_entropy as linear_cross_entropy
+    from mmfuse.kernels import *  # noqa: F403
+    from mmfuse.kernels._runtime import UnsupportedError as UnsupportedError
+    from mmfuse.kernels._runtime import explain as explain
+    from mmfuse.kernels._runtime import use_backend as use_backend
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module(_ELSEWHERE.get(name, "mmfuse.kernels")), name)
-    if name in ("fused", "kernels", "models"):
+    if name in _ELSEWHERE:
+        return getattr(import_module(_ELSEWHERE[name]), name)
+    if name in _PACKAGES:
         return import_module(f"mmfuse.{name}")
+    if name == "__all__":
+        return sorted((*_ELSEWHERE, *import_module("mmfuse.kernels").__all__))
+    if not name.startswith("_") and name in (kernels := import_module("mmfuse.kernels")).__all__:
+        return getattr(kernels, name)
     raise AttributeError(f"module 'mmfuse' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return [*__getattr__("__all__"), *_PACKAGES, "__version__"]

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.kernels import clip_loss
+from mmfuse.fused import vit_tokens
+from mmfuse.kernels import clip_loss, embed_text, select_head
 from mmfuse.models.registry import System, check_keys, instantiate
 
 
@@ -83,10 +84,8 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
     def forward(self, image: Tensor) -> Tensor:
-        patches = self.conv1(image).flatten(2).transpose(1, 2)  # [B, patches, width]
-        x = torch.cat([self.class_embedding.expand(patches.shape[0], 1, -1), patches], dim=1)
-        x = self.ln_pre(x + self.positional_embedding)
-        x = self.transformer(x)
+        x = vit_tokens(image, self.conv1, self.class_embedding, self.positional_embedding)
+        x = self.transformer(self.ln_pre(x))
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -253,9 +252,9 @@ class CLIP(nn.Module):
         """
         if text.dim() != 2 or text.shape[1] > self.context_length:
             raise ValueError(f"text has shape {tuple(text.shape)}, expected [B, L] with L <= {self.context_length}")
-        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
-        x = self.ln_final(self.transformer(x))
-        return x[torch.arange(x.shape[0], device=x.device), text.argmax(-1)] @ self.text_projection
+        x = self.transformer(embed_text(text, self.token_embedding.weight, position=self.positional_embedding))
+        norm = self.ln_final.weight, self.ln_final.bias, self.ln_final.eps
+        return select_head(x, text.argmax(-1), norm, self.text_projection.t(), normalize=False)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosine similarities: logits_per_image [B_image, B_text], logits_per_text [B_text, B_image]."""

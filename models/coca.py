@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.fused import linear_cross_entropy
+from mmfuse.fused import linear_cross_entropy, vit_tokens
 from mmfuse.fused.captioning import CaptionDecoder, attend, generate, project, residual, visible_keys
-from mmfuse.kernels import clip_loss
+from mmfuse.kernels import clip_loss, embed_text
 from mmfuse.models.registry import System, check_keys, instantiate
 
 Norm = Callable[[int], nn.Module]
@@ -290,11 +290,12 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(pooled, embed_dim))
 
     def forward(self, image: Tensor, patch_scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        patches = self.conv1(image).flatten(2).transpose(1, 2)  # [B, patches, width]
-        x = torch.cat([self.class_embedding.expand(patches.shape[0], 1, -1), patches], dim=1)
-        x = x + self.positional_embedding
-        if self.training and self.patch_dropout > 0:
-            x = torch.cat([x[:, :1], _keep(x[:, 1:], self.patch_dropout, patch_scores)], dim=1)
+        keep = None
+        if self.training and self.patch_dropout > 0:  # of random patches (Li et al. 2022, arXiv:2212.00794)
+            patches = len(self.positional_embedding) - 1
+            scores = torch.randn(image.shape[0], patches) if patch_scores is None else patch_scores
+            keep = scores.topk(max(1, int(patches * (1 - self.patch_dropout)))).indices.to(image.device)
+        x = vit_tokens(image, self.conv1, self.class_embedding, self.positional_embedding, ids_keep=keep)
         pooled, tokens = self._pool(self.transformer(self.ln_pre(x)))
         return pooled @ self.proj, tokens
 
@@ -314,14 +315,6 @@ class VisionTransformer(nn.Module):
         if self.pool_type == "none":
             return x, x
         return x[:, 0] if self.pool_type == "tok" else x[:, 1:].mean(1), x[:, 1:]
-
-
-def _keep(patches: Tensor, dropout: float, scores: Tensor | None) -> Tensor:
-    """Those patches [B, P, W] of the highest scores [B, P], by default random (Li et al. 2022, arXiv:2212.00794)."""
-    b, p, _ = patches.shape
-    scores = torch.randn(b, p) if scores is None else scores
-    kept = scores.topk(max(1, int(p * (1 - dropout)))).indices.to(patches.device)
-    return patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
 
 
 def _sin_cos_2d(grid: tuple[int, int], width: int) -> Tensor:
@@ -381,11 +374,10 @@ class TextTransformer(nn.Module):
             nn.init.normal_(self.text_projection, std=std)
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        b, length = text.shape
-        x = self.token_embedding(text)
+        x = embed_text(text, self.token_embedding.weight, position=self.positional_embedding)
         if self.cls_emb is not None:
-            x = torch.cat([x, self.cls_emb.expand(b, 1, -1)], dim=1)
-        x = x + self.positional_embedding[: x.shape[1]]
+            last = self.cls_emb + self.positional_embedding[text.shape[1]]
+            x = torch.cat([x, last.expand(x.shape[0], 1, -1)], dim=1)
         mask, causal = self._mask(text), self.attn_mask is not None
         x = self.transformer(x, mask, causal=causal and mask is None)
         if self.cls_emb is not None:

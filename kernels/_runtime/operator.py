@@ -134,11 +134,11 @@ class Operator:
         self._fake = None if fake is None else asking(fake, (*names, "needs"))
         self.implementations = {i.name: i for i in implementations}
         self._run: dict[str, Callable[[Sequence[Any]], Any]] = {}
-        self._against: dict[str, list[Callable[[Sequence[Any]], Any]]] = {}
+        self._reasons: dict[str, list[Callable[[Sequence[Any]], Any]]] = {}
         self._prefer: dict[str, Callable[[Sequence[Any]], Any]] = {}
         for i in implementations:
             self._run[i.name] = register(self, i) if i.function is None else asking(i.function, names)
-            self._against[i.name] = [asking(reason, names) for reason in i.against]
+            self._reasons[i.name] = [asking(reason, names) for reason in i.against]
             if i.prefer_eager is not None:
                 self._prefer[i.name] = asking(i.prefer_eager, names)
         self._told: set[str] = set()
@@ -146,7 +146,8 @@ class Operator:
             _OPERATORS.update(dict.fromkeys(self.examples, self))
 
     def __call__(self, *args: Any, backend: str | None = None, **named: Any) -> Any:
-        args = (*args, *(named[n] for n in self.signature.names[len(args) :]))
+        if named:
+            args = (*args, *(named[n] for n in self.signature.names[len(args) :]))
         if not torch.compiler.is_compiling() and (tell := _asked.get()) is not None:
             tell(self, args, backend)
         return self._run[self.choose(args, backend)](args)
@@ -157,38 +158,47 @@ class Operator:
         Raises:
             UnsupportedError: there is none; the message has every reason.
         """
-        name = backend or dispatch.forced_backend()
+        name, x = backend or dispatch.forced_backend(), self._on(args)
         if name is not None:
             dispatch.check_name(name, self.implementations)
-        report: list[str] = []
-        for i in self.implementations if name is None else (name,):
-            if i not in self.implementations:
-                known = ", ".join(self.implementations)
-                report.append(f"{i}: not an implementation of {self.name} (there are {known})")
-                continue
-            why = self.reasons_against(i, args) or (self.prefers_eager(i, args) if name is None else [])
-            if not why:
-                if report and not torch.compiler.is_compiling():  # logging would break the graph
-                    self._tell(i, "; ".join(report))
+            why = [f"not an implementation of {self.name} (there are {', '.join(self.implementations)})"]
+            if name in self.implementations:
+                why = self._against(name, x, args)
+            if why:
+                raise self._unsupported({name: why})
+            return name
+        for i in self.implementations:
+            if not (self._against(i, x, args) or self._prefers_eager(i, args)):
+                # logging would break a graph
+                if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.INFO):
+                    self._tell(i, args)
                 return i
-            report.append(f"{i}: {', '.join(why)}")
-        raise UnsupportedError(f"{self.name}: no implementation accepts these arguments\n  " + "\n  ".join(report))
+        raise self._unsupported(self.explain(args))
 
-    def reasons_against(self, name: str, args: Sequence[Any]) -> list[str]:
-        """Why an implementation cannot run for these arguments."""
-        why = against(name, self._on(args))
-        return why or [reason for ask in self._against[name] if (reason := ask(args)) is not None]
+    def _unsupported(self, reasons: Mapping[str, list[str]]) -> UnsupportedError:
+        every = "\n  ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
+        return UnsupportedError(f"{self.name}: no implementation accepts these arguments\n  {every}")
 
-    def prefers_eager(self, name: str, args: Sequence[Any]) -> list[str]:
-        """Why a later implementation is the better choice."""
+    def _against(self, name: str, x: Tensor, args: Sequence[Any]) -> list[str]:
+        return against(name, x) or [why for ask in self._reasons[name] if (why := ask(args)) is not None]
+
+    def _prefers_eager(self, name: str, args: Sequence[Any]) -> list[str]:
         if name == "triton" and INTERPRET:
             return ["Triton's interpreter runs only where it is named"]
         why = self._prefer[name](args) if name in self._prefer else None
         return [] if why is None else [why]
 
+    def reasons_against(self, name: str, args: Sequence[Any]) -> list[str]:
+        """Why an implementation cannot run for these arguments."""
+        return self._against(name, self._on(args), args)
+
     def explain(self, args: Sequence[Any]) -> dict[str, list[str]]:
         """Each implementation's reasons not to run for these arguments, in order of preference."""
-        return {i: self.reasons_against(i, args) or self.prefers_eager(i, args) for i in self.implementations}
+        return {i: self.reasons_against(i, args) or self._prefers_eager(i, args) for i in self.implementations}
+
+    def available(self, args: Sequence[Any]) -> list[str]:
+        """The implementations that run for these arguments when they are named."""
+        return [i for i in self.implementations if not self.reasons_against(i, args)]
 
     def function(self, name: str) -> Callable[..., Any]:
         """The public function of this name, which stands beside the declaration."""
@@ -208,8 +218,9 @@ class Operator:
         """The forward's outputs without their numbers."""
         return self._fake((*args, self.Needs(*needs) if self.wants_needs else None))  # type: ignore[misc]
 
-    def _tell(self, chosen: str, why: str) -> None:
-        if why not in self._told:
+    def _tell(self, chosen: str, args: Sequence[Any]) -> None:
+        why = "; ".join(f"{i}: {', '.join(why)}" for i, why in self.explain(args).items() if why)
+        if why and why not in self._told:
             self._told.add(why)
             logger.info("%s: using %s (%s)", self.name, chosen, why)
 

@@ -172,15 +172,15 @@ class _Eager(torch.autograd.Function):
 def _registered(
     name: str, fn: Callable[..., Any], fake: Callable[..., Any], hints: Mapping[str, Any], returns: Any, traceable: bool
 ) -> Any:
-    def prototype() -> None: ...
+    def run(*flat: Any) -> Any:
+        return fn(*flat)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(n, kind, annotation=hint) for n, hint in hints.items()]
-    prototype.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
-    schema = torch.library.infer_schema(prototype, mutates_args=())
+    run.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
     # torch traces into a triton_op on any device, and the interpreter's kernels cannot be traced
     make = torch.library.triton_op if traceable and not INTERPRET else torch.library.custom_op
-    op = make(f"mmfuse::{name}", fn, mutates_args=(), schema=schema)
+    op = make(f"mmfuse::{name}", run, mutates_args=())
     op.register_fake(fake)
     return op
 

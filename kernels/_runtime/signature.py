@@ -25,7 +25,7 @@ def asking(fn: Callable[..., Any], names: Sequence[str]) -> Callable[[Sequence[A
 def hints_of(fn: Callable[..., Any]) -> dict[str, Any]:
     """The type of each parameter, in order."""
     hints = get_type_hints(fn)
-    return {name: hints[name] for name in inspect.signature(fn).parameters}
+    return {name: hints.get(name) for name in inspect.signature(fn).parameters}
 
 
 def is_tensor(hint: Any) -> bool:

@@ -11,8 +11,9 @@ from mmfuse.kernels._runtime.device import INTERPRET
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, **arguments: Any) -> None:
-    """Launch on the device of `on`, the arguments by name. Where torch traces, the launch becomes part of its graph."""
-    if not INTERPRET and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
-        kernel = torch.library.wrap_triton(kernel)
+    """Launch on the device of `on`, with arguments by name; where torch traces, the launch becomes part of its graph."""
+    if not INTERPRET and torch._C._len_torch_dispatch_stack():
+        torch.library.wrap_triton(kernel)[grid](**arguments)
+        return
     with torch.cuda.device_of(on):
         kernel[grid](**arguments)

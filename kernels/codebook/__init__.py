@@ -1,14 +1,10 @@
-"""Codebooks: the nearest code without the matrix of distances, its statistics, and vector quantization."""
+"""Codebooks: the nearest code, quantized rows with their loss, and codes that are computed."""
 
-from mmfuse.kernels.codebook.lookup_free import fsq, lfq_entropy
-from mmfuse.kernels.codebook.op import assign_code, code_statistics, linear_argmax, nearest_code, vector_quantize
+from mmfuse.kernels.codebook.lookup_free import fsq as fsq
+from mmfuse.kernels.codebook.lookup_free import lfq_entropy as lfq_entropy
+from mmfuse.kernels.codebook.op import assign_code as assign_code
+from mmfuse.kernels.codebook.op import code_statistics as code_statistics
+from mmfuse.kernels.codebook.op import linear_argmax as linear_argmax
+from mmfuse.kernels.codebook.op import nearest_code, vector_quantize
 
-__all__ = [
-    "assign_code",
-    "code_statistics",
-    "fsq",
-    "lfq_entropy",
-    "linear_argmax",
-    "nearest_code",
-    "vector_quantize",
-]
+__all__ = ["nearest_code", "vector_quantize"]

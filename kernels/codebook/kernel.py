@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import aligned_rows
 from mmfuse.kernels.codebook.blocked import segments
 
@@ -232,18 +233,59 @@ def code_argmax(
     dx = x.shape[1]
     one, even = dx <= _SEARCH["BLOCK_D"], k % _SEARCH["BLOCK_N"] == 0
     block_d = {"BLOCK_D": triton.next_power_of_2(dx)} if one else {}
-    with torch.cuda.device_of(z):
-        _search_kernel[(triton.cdiv(n, _SEARCH["BLOCK_M"]),)](
-            codes, unsure, x, y, a, bias.float(), v, slack, z, weight, scale, bias, rows, count,
-            x.stride(0), y.stride(0), z.stride(0), weight.stride(0), dx, n, k, d,
-            LISTED=mask is not None, EXACT=exact, EVEN_K=even, ONE=one, TAGS=tags,
-            **_SEARCH | block_d, **_SEARCH_OPTIONS,
-        )  # fmt: skip
-        if exact:
-            rows, count = _listed(unsure.bool())
-            _scan_kernel[(min(n, _SCANNERS),)](
-                codes, z, weight, scale, bias, rows, count, z.stride(0), weight.stride(0), k, d, **_SCAN
-            )
+    launch(
+        _search_kernel,
+        (triton.cdiv(n, _SEARCH["BLOCK_M"]),),
+        z,
+        codes_ptr=codes,
+        unsure_ptr=unsure,
+        x_ptr=x,
+        y_ptr=y,
+        a_ptr=a,
+        b_ptr=bias.float(),
+        v_ptr=v,
+        slack_ptr=slack,
+        z_ptr=z,
+        w_ptr=weight,
+        scale_ptr=scale,
+        bias_ptr=bias,
+        rows_ptr=rows,
+        count_ptr=count,
+        stride_x=x.stride(0),
+        stride_y=y.stride(0),
+        stride_z=z.stride(0),
+        stride_w=weight.stride(0),
+        DX=dx,
+        N=n,
+        K=k,
+        D=d,
+        LISTED=mask is not None,
+        EXACT=exact,
+        EVEN_K=even,
+        ONE=one,
+        TAGS=tags,
+        **_SEARCH | block_d,
+        **_SEARCH_OPTIONS,
+    )
+    if exact:
+        rows, count = _listed(unsure.bool())
+        launch(
+            _scan_kernel,
+            (min(n, _SCANNERS),),
+            z,
+            codes_ptr=codes,
+            z_ptr=z,
+            w_ptr=weight,
+            scale_ptr=scale,
+            bias_ptr=bias,
+            rows_ptr=rows,
+            count_ptr=count,
+            stride_z=z.stride(0),
+            stride_w=weight.stride(0),
+            K=k,
+            D=d,
+            **_SCAN,
+        )
     return codes
 
 
@@ -276,10 +318,18 @@ def code_statistics(z: Tensor, codes: Tensor, K: int) -> tuple[Tensor, Tensor]:
     order, bounds = segments(codes, K)
     z = z if z.stride(1) == 1 else z.contiguous()
     sums = torch.empty(K, z.shape[1], device=z.device)
-    with torch.cuda.device_of(z):
-        _total_kernel[(K, triton.cdiv(z.shape[1], _TOTAL["BLOCK_D"]))](
-            sums, z, order, bounds, z.stride(0), z.shape[1], **_TOTAL
-        )
+    launch(
+        _total_kernel,
+        (K, triton.cdiv(z.shape[1], _TOTAL["BLOCK_D"])),
+        z,
+        sums_ptr=sums,
+        z_ptr=z,
+        order_ptr=order,
+        bounds_ptr=bounds,
+        stride_z=z.stride(0),
+        D=z.shape[1],
+        **_TOTAL,
+    )
     return bounds.diff()[:K].float(), sums
 
 

@@ -12,16 +12,16 @@ from mmfuse.kernels._runtime import Deferred
 from mmfuse.kernels.contrastive import blocked
 
 
-def tile(name: str) -> Any:
+def tile(name: str, tiles: Any = blocked) -> Any:
     """The passes over a block of logits, of an implementation other than triton."""
-    return blocked.TorchTile if name == "chunked" else blocked.compiled_tile(getattr(torch.ops, f"mmfuse_{name}"))
+    return tiles.TorchTile if name == "chunked" else tiles.compiled_tile(getattr(torch.ops, f"mmfuse_{name}"))
 
 
-def over_tiles(module: Any, *functions: str) -> dict[str, Any]:
-    """Functions of a module that take a tile first, for the implementations that have one."""
+def over_tiles(module: Any, *functions: str, tiles: Any = blocked) -> dict[str, Any]:
+    """Functions of a module that take a tile first, for the implementations that have one; `tiles` has these."""
 
     def passes(name: str) -> Any:
-        return SimpleNamespace(**{f: partial(getattr(module, f), tile(name)) for f in functions})
+        return SimpleNamespace(**{f: partial(getattr(module, f), tile(name, tiles)) for f in functions})
 
     return {name: Deferred(partial(passes, name)) for name in ("cuda", "cpu", "chunked")}
 

@@ -26,6 +26,7 @@ from mmfuse.kernels._runtime import configs
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import aligned_rows, finite, input_precision, products, tile_of
 from mmfuse.kernels.contrastive.blocked import FP16_SCALE, finish, finish_rows, fixed_point_step
 
@@ -588,25 +589,50 @@ def stats(
     x, y = aligned_rows(x), aligned_rows(y)
     settings = _settings("stats", x, wide=_wide_stats(save, same is not None, x.dtype, input_precision(x.dtype)))
     tiles_n = triton.cdiv(n, settings["BLOCK_N"])
-    with torch.cuda.device_of(x):
-        for i in range(0, b if n else 0, _ROWS):
-            m = min(b - i, _ROWS)
-            rows = slice(i, i + m)
-            tiles_m = triton.cdiv(m, settings["BLOCK_M"])
-            kinds = 2 if same is None else 3
-            row, col = torch.empty(kinds, tiles_n, m, **new), torch.empty(kinds, tiles_m, n, **new)
-            _stats_fwd_kernel[(tiles_m * tiles_n,)](
-                row[0], row[1], row[-1], col[0], col[1], col[-1], positive[rows], logits[rows] if save else logits,
-                x[rows], y, scale, step[rows] if save == "int16" else step, row_key[rows] if sums else row_key, col_key,
-                row_centre[rows] if sums else row_centre, col_centre, scale,
-                x.stride(0), y.stride(0), n, x.shape[1], m, n, i + row_offset,
-                SAVE=save, KEYED=same is not None, GROUPED=False, **settings,
-            )  # fmt: skip
-            _merge((row_max[rows], row_sum[rows]), row[:2])
-            _merge((col_max, col_sum), col[:2])
-            if sums:
-                sums[0][rows] = row[2].sum(0)
-                sums[1] += col[2].sum(0)
+    for i in range(0, b if n else 0, _ROWS):
+        m = min(b - i, _ROWS)
+        rows = slice(i, i + m)
+        tiles_m = triton.cdiv(m, settings["BLOCK_M"])
+        kinds = 2 if same is None else 3
+        row, col = torch.empty(kinds, tiles_n, m, **new), torch.empty(kinds, tiles_m, n, **new)
+        launch(
+            _stats_fwd_kernel,
+            (tiles_m * tiles_n,),
+            x,
+            row_max_ptr=row[0],
+            row_sum_ptr=row[1],
+            row_same_ptr=row[-1],
+            col_max_ptr=col[0],
+            col_sum_ptr=col[1],
+            col_same_ptr=col[-1],
+            positive_ptr=positive[rows],
+            logits_ptr=logits[rows] if save else logits,
+            x_ptr=x[rows],
+            y_ptr=y,
+            scale_ptr=scale,
+            step_ptr=step[rows] if save == "int16" else step,
+            row_key_ptr=row_key[rows] if sums else row_key,
+            col_key_ptr=col_key,
+            row_centre_ptr=row_centre[rows] if sums else row_centre,
+            col_centre_ptr=col_centre,
+            table_ptr=scale,
+            stride_x=x.stride(0),
+            stride_y=y.stride(0),
+            stride_u=n,
+            D=x.shape[1],
+            M=m,
+            N=n,
+            diagonal=i + row_offset,
+            SAVE=save,
+            KEYED=same is not None,
+            GROUPED=False,
+            **settings,
+        )
+        _merge((row_max[rows], row_sum[rows]), row[:2])
+        _merge((col_max, col_sum), col[:2])
+        if sums:
+            sums[0][rows] = row[2].sum(0)
+            sums[1] += col[2].sum(0)
     return row_max, row_sum, col_max, col_sum, positive, logits, *sums
 
 
@@ -619,10 +645,22 @@ def _wide_stats(save: str, keyed: bool, dtype: torch.dtype, precision: str) -> b
 def _merge(into: tuple[Tensor, ...], parts: Tensor) -> None:
     """Merge partial (m, l) or (m, l, cross) [2 or 3, G, N] into the running ones."""
     _, groups, n = parts.shape
-    _merge_kernel[(triton.cdiv(n, _MERGE["BLOCK_N"]),)](
-        into[0], into[1], into[-1], parts[0], parts[1], parts[-1], groups, n,
-        CROSS=len(into) == 3, **_MERGE, **_FUSED,
-    )  # fmt: skip
+    launch(
+        _merge_kernel,
+        (triton.cdiv(n, _MERGE["BLOCK_N"]),),
+        into[0],
+        max_ptr=into[0],
+        sum_ptr=into[1],
+        cross_ptr=into[-1],
+        part_max_ptr=parts[0],
+        part_sum_ptr=parts[1],
+        part_cross_ptr=parts[-1],
+        G=groups,
+        N=n,
+        CROSS=len(into) == 3,
+        **_MERGE,
+        **_FUSED,
+    )
 
 
 def grad(
@@ -668,17 +706,45 @@ def grad(
         part = torch.empty(programs if in_tiles else 0, dtype=scale.dtype, device=x.device)
         u = logits[rows, cols] if saved else logits
         equal = (row_key[rows], col_key[cols], p[rows], q[cols]) if keyed else (scale,) * 4
-        _grad_kernel[(programs,)](
-            g, part, u, left[rows], right[cols], scale, a[rows], rho[rows], b[cols], kappa[cols], d[rows],
-            step[rows] if saved == "int16" else step, *equal, scale, g.stride(0), len(y), left.stride(0),
-            right.stride(0), left.shape[1], m, n, i + row_offset - j, float(shift), SAVED=saved, KEYED=keyed,
-            GROUPED=False, STORE=not in_tiles, DOT=in_tiles, G_SCALE=_g_scale(x.dtype), **settings,
-        )  # fmt: skip
+        launch(
+            _grad_kernel,
+            (programs,),
+            x,
+            g_ptr=g,
+            dot_ptr=part,
+            logits_ptr=u,
+            x_ptr=left[rows],
+            y_ptr=right[cols],
+            scale_ptr=scale,
+            a_ptr=a[rows],
+            rho_ptr=rho[rows],
+            b_ptr=b[cols],
+            kappa_ptr=kappa[cols],
+            d_ptr=d[rows],
+            step_ptr=step[rows] if saved == "int16" else step,
+            **dict(zip(("row_key_ptr", "col_key_ptr", "p_ptr", "q_ptr"), equal, strict=True)),
+            table_ptr=scale,
+            stride_g=g.stride(0),
+            stride_u=len(y),
+            stride_x=left.stride(0),
+            stride_y=right.stride(0),
+            D=left.shape[1],
+            M=m,
+            N=n,
+            diagonal=i + row_offset - j,
+            shift=float(shift),
+            SAVED=saved,
+            KEYED=keyed,
+            GROUPED=False,
+            STORE=not in_tiles,
+            DOT=in_tiles,
+            G_SCALE=_g_scale(x.dtype),
+            **settings,
+        )
         if in_tiles:
             dot.add_(part.sum(dtype=torch.float64))
 
-    with torch.cuda.device_of(x):
-        dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill, wide)
+    dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill, wide)
     ds = alpha * (dot if in_tiles else xgy).to(scale.dtype)
     return dx, dy, ds if need_s else scale.new_empty(0)
 
@@ -707,15 +773,31 @@ def sigmoid(
         rows, cols = slice(i, i + m), slice(j, j + n)
         programs = triton.cdiv(m, settings["BLOCK_M"]) * triton.cdiv(n, settings["BLOCK_N"])
         part = torch.empty(3, programs, dtype=scale.dtype, device=x.device)
-        _sigmoid_fwd_kernel[(programs,)](
-            g, part, left[rows], right[cols], scale, bias, g.stride(0), left.stride(0), right.stride(0),
-            left.shape[1], m, n, i + row_offset - j, PAIRED=not negative_only, STORE=store,
-            G_SCALE=_g_scale(x.dtype), **settings,
-        )  # fmt: skip
+        launch(
+            _sigmoid_fwd_kernel,
+            (programs,),
+            x,
+            g_ptr=g,
+            sums_ptr=part,
+            x_ptr=left[rows],
+            y_ptr=right[cols],
+            scale_ptr=scale,
+            bias_ptr=bias,
+            stride_g=g.stride(0),
+            stride_x=left.stride(0),
+            stride_y=right.stride(0),
+            D=left.shape[1],
+            M=m,
+            N=n,
+            diagonal=i + row_offset - j,
+            PAIRED=not negative_only,
+            STORE=store,
+            G_SCALE=_g_scale(x.dtype),
+            **settings,
+        )
         sums.add_(part.sum(1, dtype=torch.float64))
 
-    with torch.cuda.device_of(x):
-        dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill, wide)
+    dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill, wide)
     loss, db, ds = (sums * alpha).to(scale.dtype)
     # <x, G y> costs nothing beside the products; where there are none, the tiles have summed G U
     return loss.clone(), dx, dy, (alpha * xgy).to(scale.dtype) if store else ds.clone(), db.clone()

@@ -84,10 +84,7 @@ def _clip_forward(
         loss = loss + label_smoothing * (
             (w_image + w_text) * diag.mean() - (w_image / n + w_text / b) * total_logits / b
         )
-    if x_inv is None or y_inv is None:  # an output may not alias an input
-        unit = (image.new_empty(0), text.new_empty(0), diag.new_empty(0), diag.new_empty(0))
-    else:
-        unit = (x, y, x_inv, y_inv)
+    unit = units_kept(x, y, x_inv, y_inv, scale)
     return ClipOutputs(loss, row_max, col_max, diag, total_logits, row_sum, col_sum, logits, *unit)
 
 
@@ -109,6 +106,13 @@ def units(
     if not normalize:
         return image, text, None, None
     (x, x_inv), (y, y_inv) = unit_rows(image), unit_rows(text)
+    return x, y, x_inv, y_inv
+
+
+def units_kept(x: Tensor, y: Tensor, x_inv: Tensor | None, y_inv: Tensor | None, scale: Tensor) -> tuple[Tensor, ...]:
+    """What `units` gave, as outputs of an operator: empty what is an input, which an output may not alias."""
+    if x_inv is None or y_inv is None:
+        return x.new_empty(0), y.new_empty(0), scale.new_empty(0), scale.new_empty(0)
     return x, y, x_inv, y_inv
 
 
@@ -184,7 +188,7 @@ def _clip_reference(row_offset: int, save: str, total: bool, **others: Any) -> C
 
 # on a CPU, eager is faster for fewer than side x side pairs: its small products are over before the blocks have begun,
 # and it multiplies in bfloat16, which newer processors do at twice the speed. Measured on 2 cores with AVX-512 BF16
-_CLIP_SIDES = {torch.float32: 384, torch.float64: 384, torch.bfloat16: 2048}
+CLIP_SIDES = {torch.float32: 384, torch.float64: 384, torch.bfloat16: 2048}
 _IDS_SIDES = {
     "cpu": {torch.float32: 512, torch.float64: 512, torch.bfloat16: 2048},
     # in plain torch: about as fast as eager, in less memory, where eager's matrices leave the cache
@@ -193,7 +197,7 @@ _IDS_SIDES = {
 
 
 def _few_pairs(backend: str, image: Tensor, text: Tensor, keys: Tensor | None) -> str | None:
-    return few_pairs(image, text, _CLIP_SIDES if keys is None else _IDS_SIDES[backend])
+    return few_pairs(image, text, CLIP_SIDES if keys is None else _IDS_SIDES[backend])
 
 
 CLIP = Operator(

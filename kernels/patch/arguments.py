@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.arguments import constant
-from mmfuse.kernels.patch.geometry import LAYOUTS, Geometry, geometry, is_still, view
+from mmfuse.kernels.patch.geometry import LAYOUTS, is_still, view
 
 Norm = tuple[Tensor, Tensor | None, float]
 
@@ -23,10 +24,8 @@ _SHAPES = {
 }
 
 
-def check_source(
-    pixels: Tensor, weight: Tensor, stride: int | tuple[int, ...] | None, layout: str, padding: str
-) -> tuple[Geometry, int, bool]:
-    """(geometry, channels, whether a still image meets a temporal kernel)."""
+def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | None, layout: str, padding: str) -> int:
+    """The number of channels."""
     for name, t in (("pixels", pixels), ("weight", weight)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} is {type(t).__name__}, expected a tensor")
@@ -48,33 +47,26 @@ def check_source(
             raise ValueError(f"pixels has shape {tuple(pixels.shape)}, expected patches [B, N, {k}] as weight")
         if stride is not None:
             raise ValueError(f'stride is {stride}, expected none with layout "patches"')
-        return geometry((1, 1, pixels.shape[1]), (1, 1, 1), (1, 1, 1), padding), k, False
+        return k
     expected = _SHAPES.get((layout, weight.dim()))
     if expected is None:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, which layout {layout!r} does not go with")
     still = is_still(pixels, weight, layout)
     if pixels.dim() != weight.dim() - still:
         raise ValueError(f"pixels has shape {tuple(pixels.shape)}, expected {expected} for layout {layout!r}")
-    x = view(pixels, weight.dim(), layout)
-    channels = weight.shape[1]
-    if x.shape[1] != channels:
-        raise ValueError(f"pixels has {x.shape[1]} channels, expected {channels} as weight")
+    found, channels = view(pixels, weight.dim(), layout).shape[1], weight.shape[1]
+    if found != channels:
+        raise ValueError(f"pixels has {found} channels, expected {channels} as weight")
     dims = weight.dim() - 2
-    steps = (
-        tuple(weight.shape[2:]) if stride is None else (stride,) * dims if isinstance(stride, int) else tuple(stride)
-    )
+    steps = (stride,) * dims if isinstance(stride, int) else weight.shape[2:] if stride is None else stride
     if len(steps) != dims or not all(isinstance(s, (int, torch.SymInt)) and s > 0 for s in steps):
         raise ValueError(f"stride is {stride}, expected a positive integer or {dims} of them")
-    kernel = (1,) * (3 - dims) + tuple(weight.shape[2:])
-    steps = (1,) * (3 - dims) + steps
-    if still:
-        if kernel[0] != steps[0]:
-            raise ValueError(
-                f"pixels has shape {tuple(pixels.shape)} and stride is {stride}, expected a temporal stride of "
-                f"{kernel[0]} as the kernel's for a still image"
-            )
-        kernel, steps = (1, *kernel[1:]), (1, *steps[1:])
-    return geometry(tuple(x.shape[2:]), kernel, steps, padding), channels, still
+    if still and steps[0] != weight.shape[2]:
+        raise ValueError(
+            f"pixels has shape {tuple(pixels.shape)} and stride is {stride}, expected a temporal stride of "
+            f"{weight.shape[2]} as the kernel's for a still image"
+        )
+    return channels
 
 
 def vector(name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, meaning: str) -> Tensor | None:

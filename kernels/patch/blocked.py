@@ -14,7 +14,7 @@ The gather of the patches is `tile`: plain torch (`TorchTile`) or the compiled p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +83,7 @@ class Block:
     def __init__(self, stem: Stem, f: Folded, i: int, j: int):
         self.stem, self.f = stem, f
         self.x, self.images = f.x[i:j], j - i
-        _, self.r, self.n = stem.shape()
+        _, self.r, self.n = stem.shape
         self.ids = None if stem.ids_keep is None else stem.ids_keep[i:j]
         mask = None if stem.mask is None else stem.mask[i:j]
         if mask is not None and self.ids is not None:
@@ -140,7 +140,7 @@ class Block:
 
 
 def blocks(stem: Stem, f: Folded, itemsize: int) -> Iterator[tuple[int, int]]:
-    b, r, n = stem.shape()
+    b, r, n = stem.shape
     size = max(1, (r + n) * f.weight.shape[1] * itemsize)
     step = max(1, _BLOCK_BYTES["cuda" if f.x.is_cuda else "cpu"] // size)
     for i in range(0, b, step):
@@ -170,9 +170,9 @@ def norm_grad(g: Tensor, x: Tensor, stats: Any, weight: Tensor, bias: Tensor | N
 
 def forward_into(tile: Any, out: Tensor, offset: int, stem: Stem) -> None:
     """Write the tokens into out[:, offset : offset + R + N]."""
-    b, r, n = stem.shape()
+    b, r, n = stem.shape
     if stem.ids_keep is not None:
-        check_ids(stem.ids_keep, stem.source()[0].patches)
+        check_ids(stem.ids_keep, stem.geometry.patches)
     if b * (r + n) == 0:
         return
     acc, d = stem.acc, stem.weight.shape[0]
@@ -210,22 +210,22 @@ def forward_into(tile: Any, out: Tensor, offset: int, stem: Stem) -> None:
 
 
 def backward_from(
-    tile: Any, grad: Tensor, stem: Stem, needs: Sequence[bool], operand: torch.dtype | None = None
-) -> list[Tensor | None]:
-    """The gradients of the stem's first DIFFERENTIABLE tensors that are needed, from that of its rows [B, R + N, D].
+    tile: Any, grad: Tensor, stem: Stem, wanted: Collection[str], operand: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The gradients of the stem's tensors that are wanted, from that of its rows [B, R + N, D].
 
     Products are of `operand`, by default the accumulation dtype.
     """
-    b, r, n = stem.shape()
+    b, r, n = stem.shape
     acc, d = stem.acc, stem.weight.shape[0]
     operand = operand or acc
     f = fold(stem, operand)
     k, patches = f.weight.shape[1], f.g.patches
-    need = dict(zip(Stem._fields, needs, strict=False))
+    need = {name: name in wanted for name in DIFFERENTIABLE}
     zeros = partial(torch.zeros, dtype=acc, device=grad.device)
     product = zeros(d, k)
     front, tokens = zeros(r, d), zeros(1 if stem.position is None else patches, d)
-    sums = {name: zeros(d) for name in Stem._fields[:DIFFERENTIABLE]}
+    sums = {name: zeros(d) for name in DIFFERENTIABLE}
     pixel_grads = zeros(f.x.shape if need["pixels"] else 0)
     plain = stem.mask is None and stem.stem_weight is None
     below = any(need[name] for name in ("pixels", "weight", "bias", "stem_weight", "stem_bias"))
@@ -285,15 +285,13 @@ def backward_from(
         grads["weight"] = f.weight_grad(product, sums["bias"], stem.weight)
     if need["pixels"]:
         grads["pixels"] = unview(pixel_grads, stem.pixels, stem.layout)
-    return needed(grads, stem, needs)
+    return gradients(grads, stem, wanted)
 
 
-def needed(grads: dict[str, Tensor], stem: Stem, needs: Sequence[bool]) -> list[Tensor | None]:
-    """In the order of the stem, in the dtypes of its tensors."""
-    return [
-        grads[name].to(given.dtype, copy=name == "prefix_position") if wanted and isinstance(given, Tensor) else None
-        for name, given, wanted in zip(Stem._fields, stem, needs, strict=False)
-    ]
+def gradients(grads: dict[str, Tensor], stem: Stem, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Those that are wanted, in the dtypes of the stem's tensors."""
+    given = {name: t for name in wanted if (t := getattr(stem, name)) is not None}
+    return {name: grads[name].to(t.dtype, copy=name == "prefix_position") for name, t in given.items()}
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Where the patches of a picture, a clip or a signal lie: every layout as one strided view [B, C, T, H, W].
+"""Where the patches of an image, a clip or a signal lie: every layout as one strided view [B, C, T, H, W].
 
-A signal has T = H = 1, a picture T = 1, and rows of patches [B, N, K] are K channels under a kernel of size 1.
+A signal has T = H = 1, an image T = 1, and rows of patches [B, N, K] are K channels under a kernel of size 1.
 """
 
 from __future__ import annotations
@@ -62,6 +62,24 @@ def kernel_of(weight: Tensor, layout: str, still: bool) -> Tensor:
 
 def is_still(pixels: Tensor, weight: Tensor, layout: str) -> bool:
     return layout in ("nchw", "nhwc") and weight.dim() == 5 and pixels.dim() == 4
+
+
+def source(
+    pixels: Tensor, weight: Tensor, stride: Sequence[int] | None, layout: str, padding: str
+) -> tuple[Geometry, bool]:
+    """(geometry, whether a still image meets a temporal kernel) of arguments that go together.
+
+    Raises:
+        ValueError: as `geometry`.
+    """
+    if layout == "patches":
+        return geometry((1, 1, pixels.shape[1]), (1, 1, 1), (1, 1, 1), padding), False
+    ones = (1,) * (5 - weight.dim())
+    kernel, steps = ones + tuple(weight.shape[2:]), ones + tuple(weight.shape[2:] if stride is None else stride)
+    still = is_still(pixels, weight, layout)
+    if still:  # every frame is the image
+        kernel, steps = (1, *kernel[1:]), (1, *steps[1:])
+    return geometry(tuple(view(pixels, weight.dim(), layout).shape[2:]), kernel, steps, padding), still
 
 
 def geometry(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: str) -> Geometry:

@@ -13,7 +13,7 @@ wait for the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -26,10 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
-from mmfuse.kernels._triton.tiles import input_precision
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import accumulator, input_precision
 from mmfuse.kernels.patch import blocked
 from mmfuse.kernels.patch.arguments import check_ids
-from mmfuse.kernels.patch.stem import Folded, Stem, entering
+from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Folded, Stem, entering
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -440,10 +442,6 @@ def _kind(dtype: torch.dtype) -> str:
     return "half" if dtype.itemsize == 2 else input_precision(dtype)
 
 
-def _acc(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def operand_of(stem: Stem) -> torch.dtype:
     """What is multiplied. Bytes are exact in float16, of which the mantissa is longer; other pixels may overflow it."""
     if stem.compute.itemsize == 2:
@@ -462,11 +460,26 @@ def folded(stem: Stem, operand: torch.dtype) -> Folded:
     unscale = new(d, dtype=acc) if operand == torch.float16 else None
     bias = None if stem.bias is None and f.rest is None else new(d, dtype=acc)
     slices = stem.weight.shape[2] if f.still else 1
-    with torch.cuda.device_of(v):
-        _fold_kernel[(d,)](
-            v, unscale, bias, stem.weight.contiguous(), stem.bias, f.scale, f.rest, c, k, v.shape[1],
-            SLICES=slices, VOLUME=volume, CHANNELS_LAST=f.channels_last, ACC=_acc(acc), **_FOLD,
-        )  # fmt: skip
+    launch(
+        _fold_kernel,
+        (d,),
+        v,
+        v_ptr=v,
+        unscale_ptr=unscale,
+        c_ptr=bias,
+        w_ptr=stem.weight.contiguous(),
+        bias_ptr=stem.bias,
+        scale_ptr=f.scale,
+        rest_ptr=f.rest,
+        C=c,
+        K=k,
+        KP=v.shape[1],
+        SLICES=slices,
+        VOLUME=volume,
+        CHANNELS_LAST=f.channels_last,
+        ACC=accumulator(acc),
+        **_FOLD,
+    )
     return replace(f, weight=v, unscale=unscale, bias=bias)
 
 
@@ -488,7 +501,7 @@ class Rows:
 
 def rows_of(stem: Stem, i: int, j: int) -> Rows:
     """Of images i to j."""
-    rows = Rows(j - i, stem.shape()[2])
+    rows = Rows(j - i, stem.shape[2])
     if stem.ids_keep is not None:
         rows.ids = stem.ids_keep[i:j].contiguous()
     if stem.mask is not None:
@@ -504,12 +517,35 @@ def triton_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
     """A [M, KP] of the images x [m, C, T, H, W]."""
     (kt, ky, kx), (st, sy, sx), (_, gy, gx) = f.g.kernel, f.g.stride, f.g.grid
     grid = triton.cdiv(rows.m, _ROWS["BLOCK_M"]), triton.cdiv(a.shape[1], _ROWS["BLOCK_K"])
-    with torch.cuda.device_of(a):
-        _rows_kernel[grid](
-            a, x, rows.order, rows.count, rows.ids, f.subtract, f.multiply, *x.stride(), rows.m, rows.n, *x.shape[1:],
-            a.shape[1], STEP_T=st, STEP_Y=sy, STEP_X=sx, GRID_Y=gy, GRID_X=gx, KT=kt, KY=ky, KX=kx,
-            CHANNELS_LAST=f.channels_last, PADDED=f.g.padded != tuple(x.shape[2:]), ACC=_acc(a.dtype), **_ROWS,
-        )  # fmt: skip
+    launch(
+        _rows_kernel,
+        grid,
+        a,
+        a_ptr=a,
+        x_ptr=x,
+        order_ptr=rows.order,
+        count_ptr=rows.count,
+        ids_ptr=rows.ids,
+        subtract_ptr=f.subtract,
+        multiply_ptr=f.multiply,
+        **dict(zip(("stride_b", "stride_c", "stride_t", "stride_y", "stride_x"), x.stride(), strict=True)),
+        M=rows.m,
+        N=rows.n,
+        **dict(zip(("C", "T", "H", "W"), x.shape[1:], strict=True)),
+        KP=a.shape[1],
+        STEP_T=st,
+        STEP_Y=sy,
+        STEP_X=sx,
+        GRID_Y=gy,
+        GRID_X=gx,
+        KT=kt,
+        KY=ky,
+        KX=kx,
+        CHANNELS_LAST=f.channels_last,
+        PADDED=f.g.padded != tuple(x.shape[2:]),
+        ACC=accumulator(a.dtype),
+        **_ROWS,
+    )
 
 
 def cuda_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
@@ -535,7 +571,7 @@ Gather = Callable[[Tensor, Tensor, Folded, Rows], None]
 
 
 def _spans(stem: Stem, row_bytes: int) -> Iterator[tuple[int, int]]:
-    b, _, n = stem.shape()
+    b, _, n = stem.shape
     step = max(1, _WORKSPACE // max(1, n * row_bytes))
     for i in range(0, b, step):
         yield i, min(b, i + step)
@@ -543,9 +579,9 @@ def _spans(stem: Stem, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
     """Write the tokens into out[:, offset : offset + R + N]."""
-    b, r, n = stem.shape()
+    b, r, n = stem.shape
     if stem.ids_keep is not None:
-        check_ids(stem.ids_keep, stem.source()[0].patches)
+        check_ids(stem.ids_keep, stem.geometry.patches)
     if b * (r + n) == 0:
         return
     out = out[:, offset : offset + r + n]
@@ -554,61 +590,123 @@ def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
     d, kp = f.weight.shape
     normed = stem.stem_weight is not None or stem.pre_weight is not None
     tile = _TILES[_kind(operand)]["tokens"]
-    acc = _acc(operand)
+    acc = accumulator(operand)
     kept = [
         None if t is None else t.contiguous()
         for t in (stem.position, stem.type_embed, stem.mask_token, stem.prefix, stem.prefix_position)
     ]
     position, type_embed, mask_token, prefix, prefix_position = kept
-    with torch.cuda.device_of(out):
-        for i, j in _spans(stem, max(kp * operand.itemsize, d * stem.acc.itemsize * normed)):
-            rows, to = rows_of(stem, i, j), out[i:j]
-            a = torch.empty(rows.m, kp, dtype=operand, device=out.device)
-            if rows.m:
-                gather(a, f.x[i:j], f, rows)
-            y = torch.empty(rows.images, n, d, dtype=stem.acc, device=out.device) if normed else to
-            front = 0 if normed else r
-            programs = triton.cdiv(rows.m, tile["BLOCK_M"]) + triton.cdiv(rows.images * front, tile["BLOCK_M"])
-            added = (None,) * 5 if normed else kept
-            if programs:
-                _tokens_kernel[(programs * triton.cdiv(d, tile["BLOCK_N"]),)](
-                    y, a, f.weight, f.unscale, f.bias, *added, rows.order, rows.count, rows.ids, y.stride(0),
-                    y.stride(1), rows.m, n, front, rows.images, d, kp, ACC=acc, PRECISION=input_precision(operand),
-                    EVEN_K=kp % tile["BLOCK_K"] == 0, GROUP_M=_GROUP_M, **tile,
-                )  # fmt: skip
-            if normed:
-                _norm_kernel[(rows.images * (r + n),)](
-                    to, y, stem.stem_weight, stem.stem_bias, stem.pre_weight, stem.pre_bias, position, type_embed,
-                    rows.mask, mask_token, prefix, prefix_position, rows.ids, to.stride(0), to.stride(1), n, r, d,
-                    stem.stem_eps, stem.pre_eps, ACC=acc, BLOCK_D=triton.next_power_of_2(d),
-                    num_warps=4 if d <= 2048 else 8,
-                )  # fmt: skip
+    for i, j in _spans(stem, max(kp * operand.itemsize, d * stem.acc.itemsize * normed)):
+        rows, to = rows_of(stem, i, j), out[i:j]
+        a = torch.empty(rows.m, kp, dtype=operand, device=out.device)
+        if rows.m:
+            gather(a, f.x[i:j], f, rows)
+        y = torch.empty(rows.images, n, d, dtype=stem.acc, device=out.device) if normed else to
+        front = 0 if normed else r
+        programs = triton.cdiv(rows.m, tile["BLOCK_M"]) + triton.cdiv(rows.images * front, tile["BLOCK_M"])
+        added = (None,) * 5 if normed else kept
+        if programs:
+            launch(
+                _tokens_kernel,
+                (programs * triton.cdiv(d, tile["BLOCK_N"]),),
+                out,
+                out_ptr=y,
+                a_ptr=a,
+                v_ptr=f.weight,
+                unscale_ptr=f.unscale,
+                c_ptr=f.bias,
+                **dict(
+                    zip(
+                        ("position_ptr", "type_ptr", "mask_token_ptr", "prefix_ptr", "prefix_position_ptr"),
+                        added,
+                        strict=True,
+                    )
+                ),
+                order_ptr=rows.order,
+                count_ptr=rows.count,
+                ids_ptr=rows.ids,
+                stride_image=y.stride(0),
+                stride_row=y.stride(1),
+                M=rows.m,
+                N=n,
+                R=front,
+                B=rows.images,
+                D=d,
+                KP=kp,
+                ACC=acc,
+                PRECISION=input_precision(operand),
+                EVEN_K=kp % tile["BLOCK_K"] == 0,
+                GROUP_M=_GROUP_M,
+                **tile,
+            )
+        if normed:
+            launch(
+                _norm_kernel,
+                (rows.images * (r + n),),
+                out,
+                out_ptr=to,
+                y_ptr=y,
+                stem_weight_ptr=stem.stem_weight,
+                stem_bias_ptr=stem.stem_bias,
+                pre_weight_ptr=stem.pre_weight,
+                pre_bias_ptr=stem.pre_bias,
+                position_ptr=position,
+                type_ptr=type_embed,
+                mask_ptr=rows.mask,
+                mask_token_ptr=mask_token,
+                prefix_ptr=prefix,
+                prefix_position_ptr=prefix_position,
+                ids_ptr=rows.ids,
+                stride_image=to.stride(0),
+                stride_row=to.stride(1),
+                N=n,
+                R=r,
+                D=d,
+                stem_eps=stem.stem_eps,
+                pre_eps=stem.pre_eps,
+                ACC=acc,
+                BLOCK_D=triton.next_power_of_2(d),
+                num_warps=4 if d <= 2048 else 8,
+            )
 
 
-def backward_from(gather: Gather, grad: Tensor, stem: Stem, needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients that are needed, as `blocked.backward_from`."""
-    b, r, n = stem.shape()
+def backward_from(gather: Gather, grad: Tensor, stem: Stem, wanted: Collection[str]) -> dict[str, Tensor]:
+    """The gradients that are wanted, as `blocked.backward_from`."""
+    b, r, n = stem.shape
     half = stem.compute.itemsize == 2 and grad.dtype.itemsize == 2
     operand = grad.dtype if half else stem.acc
     if stem.stem_weight is not None or stem.pre_weight is not None:
-        return blocked.backward_from(_tile(gather), grad, stem, needs, operand)
+        return blocked.backward_from(_tile(gather), grad, stem, wanted, operand)
     acc, d = stem.acc, stem.weight.shape[0]
-    need = dict(zip(Stem._fields, needs, strict=False))
+    need = {name: name in wanted for name in DIFFERENTIABLE}
     grad = grad if grad.stride(2) == 1 else grad.contiguous()
     f = entering(stem)
     every = rows_of(stem, 0, b)
     total = torch.zeros(r + n, d, dtype=acc, device=grad.device)
     masked = torch.zeros_like(total)
     product = torch.zeros(d, f.x.shape[1] * prod(f.g.kernel), dtype=acc, device=grad.device)
-    with torch.cuda.device_of(grad):
-        if b * (r + n):
-            _sums_kernel[r + n, triton.cdiv(d, _SUMS["BLOCK_D"])](
-                total, masked, grad, every.mask, grad.stride(0), grad.stride(1), b, n, r, d, ACC=_acc(acc), **_SUMS
-            )
-        for i, j in _spans(stem, product.shape[1] * operand.itemsize) if need["weight"] else ():
-            rows = rows_of(stem, i, j)
-            if rows.m:
-                product += _weight_product(gather, grad[i:j].to(operand), f, rows, i, j, r)
+    if b * (r + n):
+        launch(
+            _sums_kernel,
+            (r + n, triton.cdiv(d, _SUMS["BLOCK_D"])),
+            grad,
+            total_ptr=total,
+            masked_ptr=masked,
+            g_ptr=grad,
+            mask_ptr=every.mask,
+            stride_image=grad.stride(0),
+            stride_row=grad.stride(1),
+            B=b,
+            N=n,
+            R=r,
+            D=d,
+            ACC=accumulator(acc),
+            **_SUMS,
+        )
+    for i, j in _spans(stem, product.shape[1] * operand.itemsize) if need["weight"] else ():
+        rows = rows_of(stem, i, j)
+        if rows.m:
+            product += _weight_product(gather, grad[i:j].to(operand), f, rows, i, j, r)
     grads = {
         "bias": (total - masked)[r:].sum(0),
         "prefix": total[:r],
@@ -624,7 +722,7 @@ def backward_from(gather: Gather, grad: Tensor, stem: Stem, needs: Sequence[bool
         grads["weight"] = f.weight_grad(product, grads["bias"], stem.weight)
     if need["pixels"]:
         grads["pixels"] = blocked.pixel_grad(grad[:, r:], stem)
-    return blocked.needed(grads, stem, needs)
+    return blocked.gradients(grads, stem, wanted)
 
 
 def _weight_product(gather: Gather, grad: Tensor, f: Folded, rows: Rows, i: int, j: int, r: int) -> Tensor:
@@ -636,16 +734,29 @@ def _weight_product(gather: Gather, grad: Tensor, f: Folded, rows: Rows, i: int,
     tile = _TILES[_kind(operand)]["weight"]
     tiles = triton.cdiv(d, tile["BLOCK_N"]) * triton.cdiv(a.shape[1], tile["BLOCK_K"])
     part = max(_PART, triton.cdiv(rows.m, max(1, _PROGRAMS // tiles)))
-    parts = torch.empty(triton.cdiv(rows.m, part), d, a.shape[1], dtype=_wide(operand), device=grad.device)
-    _weight_kernel[tiles, len(parts)](
-        parts, grad, a, rows.order, rows.count, grad.stride(0), grad.stride(1), rows.m, rows.n, r, part, d, a.shape[1],
-        ACC=_acc(operand), PRECISION=input_precision(operand), **tile,
-    )  # fmt: skip
+    parts = torch.empty(triton.cdiv(rows.m, part), d, a.shape[1], dtype=accumulation_dtype(operand), device=grad.device)
+    launch(
+        _weight_kernel,
+        (tiles, len(parts)),
+        grad,
+        parts_ptr=parts,
+        g_ptr=grad,
+        a_ptr=a,
+        order_ptr=rows.order,
+        count_ptr=rows.count,
+        stride_image=grad.stride(0),
+        stride_row=grad.stride(1),
+        M=rows.m,
+        N=rows.n,
+        R=r,
+        part=part,
+        D=d,
+        KP=a.shape[1],
+        ACC=accumulator(operand),
+        PRECISION=input_precision(operand),
+        **tile,
+    )
     return parts.sum(0)[:, :k]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _tile(gather: Gather) -> Any:

@@ -15,9 +15,10 @@ from mmfuse.kernels.patch.geometry import kernel_of, pad, unfold, view
 from mmfuse.kernels.patch.stem import Stem
 
 
-def patch_embed(s: Stem) -> Tensor:
+def patch_embed(stem: Stem) -> Tensor:
     """Tokens [B, R + N, D] in the stem's dtype, products in its compute."""
-    g, still = s.source()
+    s = stem
+    g = s.geometry
     x = view(s.pixels, s.weight.dim(), s.layout)
     x = x if x.dtype == torch.float64 else x.to(s.acc)
     if s.pixels.dtype == torch.uint8 and (s.mean is not None or s.std is not None):
@@ -34,7 +35,7 @@ def patch_embed(s: Stem) -> Tensor:
         # what is masked has no part in a gradient either, be it NaN
         rows = rows.masked_fill(mask[:, :, None], 0)
 
-    w = kernel_of(s.weight.to(s.compute), s.layout, still)
+    w = kernel_of(s.weight.to(s.compute), s.layout, s.still)
     y = F.linear(rows, w.flatten(1), None if s.bias is None else s.bias.to(s.compute))
     y = y.to(torch.promote_types(s.compute, s.dtype))  # wider than the product where its sum with the position is
     y = layer_norm(y, s.stem_weight, s.stem_bias, s.stem_eps)

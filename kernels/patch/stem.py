@@ -1,4 +1,4 @@
-"""The operator's arguments as one tuple, and the weight with the normalisation folded in.
+"""The operator's arguments as one object, and the weight with the normalisation folded in.
 
 A product sees pixels as A and the weight as V, so that A VT + c = W . (x / 255 - mean) / std + bias:
 
@@ -12,18 +12,19 @@ The bias is that of the rounded V: the image's mean does not multiply the roundi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.patch.arguments import check_source
-from mmfuse.kernels.patch.geometry import Geometry, kernel_of, view
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels.patch.geometry import Geometry, kernel_of, source, view
 
 
-class Stem(NamedTuple):
-    """What `op.patch_embed` takes, checked; the tensors first."""
+@dataclass(frozen=True)
+class Stem:
+    """What `patch_embed` takes, checked, and where its patches lie."""
 
     pixels: Tensor
     weight: Tensor
@@ -41,37 +42,47 @@ class Stem(NamedTuple):
     ids_keep: Tensor | None
     mean: Tensor | None
     std: Tensor | None
-    stride: tuple[int, ...] | None
+    stride: Sequence[int] | None
     layout: str
     padding: str
     stem_eps: float
     pre_eps: float
     compute: torch.dtype  # of the product: the weight's, or that of autocast
     dtype: torch.dtype  # of the tokens
+    geometry: Geometry = field(init=False)
+    still: bool = field(init=False)  # a still image meets a temporal kernel
 
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Stem:
-        """From local variables of these names."""
-        stride = values["stride"]
-        return cls(**{name: values[name] for name in cls._fields} | {"stride": tuple(stride) if stride else None})
+    def __post_init__(self) -> None:
+        geometry, still = source(self.pixels, self.weight, self.stride, self.layout, self.padding)
+        object.__setattr__(self, "geometry", geometry)
+        object.__setattr__(self, "still", still)
 
-    def source(self) -> tuple[Geometry, bool]:
-        """(geometry, whether a still image meets a temporal kernel)."""
-        g, _, still = check_source(self.pixels, self.weight, self.stride, self.layout, self.padding)
-        return g, still
-
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(B, R, N) of the tokens: prefix rows and patches that are computed."""
-        g, _ = self.source()
-        patches = g.patches if self.ids_keep is None else self.ids_keep.shape[1]
+        patches = self.geometry.patches if self.ids_keep is None else self.ids_keep.shape[1]
         return self.pixels.shape[0], 0 if self.prefix is None else self.prefix.shape[0], patches
 
     @property
     def acc(self) -> torch.dtype:
-        return torch.promote_types(self.compute, torch.float32)
+        return accumulation_dtype(self.compute)
 
 
-DIFFERENTIABLE = 12  # the leading fields that may need a gradient
+# the fields that may need a gradient
+DIFFERENTIABLE = (
+    "pixels",
+    "weight",
+    "bias",
+    "stem_weight",
+    "stem_bias",
+    "prefix",
+    "position",
+    "prefix_position",
+    "mask_token",
+    "type_embed",
+    "pre_weight",
+    "pre_bias",
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ class Folded:
 
 def entering(stem: Stem) -> Folded:
     """How pixels enter the product; the weight is still to come."""
-    g, still = stem.source()
+    g = stem.geometry
     x = view(stem.pixels, stem.weight.dim(), stem.layout)
     mean, std = stem.mean, stem.std
     subtract = multiply = scale = rest = None
@@ -120,7 +131,7 @@ def entering(stem: Stem) -> Folded:
         subtract, multiply = mean, None if std is None else 1 / std
     elif mean is not None or std is not None:
         scale = 1 / (255 * (torch.ones_like(mean) if std is None else std))  # type: ignore[arg-type]
-        # zeros beyond the picture are those of normalised pixels
+        # zeros beyond the image are those of normalised pixels
         padded = g.padded != tuple(x.shape[2:])
         if mean is not None:
             subtract = 255 * mean if padded else torch.round(255 * mean)
@@ -128,7 +139,7 @@ def entering(stem: Stem) -> Folded:
     return Folded(
         x=x,
         g=g,
-        still=still,
+        still=stem.still,
         channels_last=x.shape[1] > 1 and x.stride(1) < x.stride(4),
         subtract=None if subtract is None else subtract.to(stem.acc),
         multiply=None if multiply is None else multiply.to(stem.acc),

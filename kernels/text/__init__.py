@@ -1,6 +1,6 @@
-"""Text into tokens: embedding, position, type, LayerNorm and padding in one pass; BEiT-3's pictures and text."""
+"""Text into tokens: embedding, position, type, LayerNorm and padding in one pass; BEiT-3's images and text."""
 
-from mmfuse.kernels.text.multiway import multiway_tokens
 from mmfuse.kernels.text.op import embed_text
+from mmfuse.kernels.text.pair import embed_pair
 
-__all__ = ["embed_text", "multiway_tokens"]
+__all__ = ["embed_pair", "embed_text"]

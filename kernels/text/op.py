@@ -12,7 +12,8 @@ from mmfuse.kernels._runtime.arguments import first_outside
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.text import blocked, reference
 
-WORDS_PASSES: dict[str, Any] = {"triton": Deferred("mmfuse.kernels.text.kernel"), "chunked": blocked.TorchPasses}
+# what embeds words, also beside patches
+WORDS: dict[str, Any] = {"triton": Deferred("mmfuse.kernels.text.kernel"), "chunked": blocked.TorchPasses}
 
 # the widest row that a program of the GPU's kernels holds
 _WIDEST = 16384
@@ -70,7 +71,7 @@ def _backward(
     return dict(zip(needs._fields, blocked.backward(passes, g, *given, list(needs)), strict=True))
 
 
-def wide(table: Tensor) -> str | None:
+def too_wide(table: Tensor) -> str | None:
     """Why a kernel cannot take rows of this width."""
     return f"D is {table.shape[1]}: a program holds rows of at most {_WIDEST}" if table.shape[1] > _WIDEST else None
 
@@ -90,8 +91,8 @@ EMBED_TEXT = Operator(
     differentiable=("table", "position", "type_embed", "gamma", "beta"),
     on="table",
     implementations=[
-        Implementation("triton", passes=WORDS_PASSES["triton"], against=[wide], traceable=True),
-        Implementation("chunked", passes=WORDS_PASSES["chunked"], prefer_eager=_few_numbers),
+        Implementation("triton", passes=WORDS["triton"], against=[too_wide], traceable=True),
+        Implementation("chunked", passes=WORDS["chunked"], prefer_eager=_few_numbers),
         Implementation("torch", function=lambda **given: (reference.embed_text(**given),)),
     ],
     example=lambda x, **how: embed_text(torch.zeros(1, len(x), dtype=torch.int64, device=x.device), x, **how),

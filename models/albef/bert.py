@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import linear_cross_entropy
+from mmfuse.kernels import embed_text
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,11 @@ class Embeddings(nn.Module):
         longest = self.position_ids.shape[1]
         if ids.dim() != 2 or ids.shape[1] > longest:
             raise ValueError(f"token ids have shape {tuple(ids.shape)}, expected [B, L] with L <= {longest}")
-        # every token is of type 0
-        x = self.word_embeddings(ids) + self.token_type_embeddings.weight[0]
-        x = x + self.position_embeddings(self.position_ids[:, : ids.shape[1]])
-        return self.dropout(self.LayerNorm(x))
+        words, position = self.word_embeddings, self.position_embeddings.weight
+        kind = self.token_type_embeddings.weight[0]  # every token is of type 0
+        norm = self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps
+        x = embed_text(ids, words.weight, position=position, type_embed=kind, norm=norm, padding_idx=words.padding_idx)
+        return self.dropout(x)
 
 
 class Encoder(nn.Module):

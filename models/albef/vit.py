@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused import PatchEmbed, vit_tokens
+
 
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
@@ -43,15 +45,6 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, width: int, patch_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).flatten(2).transpose(1, 2)
-
-
 class VisionTransformer(nn.Module):
     """image [B, 3, R, R] -> tokens [B, 1 + (R / patch_size)^2, embed_dim], the class token first, all normalised."""
 
@@ -70,7 +63,7 @@ class VisionTransformer(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim is {embed_dim}, expected a multiple of num_heads {num_heads}")
         self.image_res = image_res
-        self.patch_embed = PatchEmbed(embed_dim, patch_size)
+        self.patch_embed = PatchEmbed(image_res, patch_size, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_res // patch_size) ** 2 + 1, embed_dim))
         self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)))
@@ -85,6 +78,6 @@ class VisionTransformer(nn.Module):
         expected = (3, self.image_res, self.image_res)
         if image.shape[1:] != expected:
             raise ValueError(f"image has shape {tuple(image.shape)}, expected [B, {', '.join(map(str, expected))}]")
-        patches = self.patch_embed(image.to(self.pos_embed.dtype))
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
+        image = image.to(self.pos_embed.dtype)
+        x = vit_tokens(image, self.patch_embed.proj, self.cls_token[0, 0], self.pos_embed[0])
         return self.norm(self.blocks(x))

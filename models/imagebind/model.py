@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused.imagebind import SCALES, ImageBindLoss, LogitScale
-from mmfuse.kernels import select_head
+from mmfuse.kernels.head import select_head
 from mmfuse.models.imagebind.preprocessors import IMUTokens, PadIm2Video, PatchTokens, Stem, TextTokens
 from mmfuse.models.imagebind.trunk import Trunk
 from mmfuse.models.registry import check_keys, instantiate

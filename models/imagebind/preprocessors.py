@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfuse.kernels import embed_text, patch_embed
+from mmfuse.kernels import patch_embed
 from mmfuse.kernels.patch.positions import interpolate_position
+from mmfuse.kernels.text import embed_text
 
 # CLIP's, for pixels that come as bytes
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -76,7 +77,8 @@ class Stem(nn.Module):
         norm = self.norm_layer
         stem_norm = None if norm is None else (norm.weight, norm.bias, norm.eps)
         values: dict[str, Any] = {"mean": PIXEL_MEAN, "std": PIXEL_STD} if x.dtype == torch.uint8 else {}
-        return patch_embed(x, weight, stride=stride, stem_norm=stem_norm, **values, **rows)
+        # as wide as the weights under autocast, too: the residual stream begins here
+        return patch_embed(x, weight, stride=stride, stem_norm=stem_norm, dtype=weight.dtype, **values, **rows)
 
 
 class PositionTable(nn.Module):

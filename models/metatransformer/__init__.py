@@ -6,6 +6,10 @@ model = mmfuse.models.create("metatransformer", {
 })
 mmfuse.models.load_official(model, state_dict)
 logits = model("digits", pixels)
+
+A file for each modality holds its tokenizer, the published task model, and what else belongs to it. A task model has
+`tokens(...)`, what the encoder is given, `forward(encoder, ...)`, and `encoder_prefix`, where its official state dict
+holds the encoder's weights.
 """
 
 from __future__ import annotations
@@ -15,27 +19,52 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmfuse.fused.data2seq import DataEmbedding, GraphFeatureTokenizer, ImageEmbed, VideoEmbed
+from mmfuse.models.metatransformer.audio import AST, AudioEmbed, fbank
+from mmfuse.models.metatransformer.data2seq import MODALITIES, Classifier, Data2Seq, TextEmbed, zero_padding
 from mmfuse.models.metatransformer.encoder import Encoder
+from mmfuse.models.metatransformer.graph import (
+    GraphEncoder,
+    GraphFeatureTokenizer,
+    laplacian_eigenvectors,
+    orthogonal_node_ids,
+)
+from mmfuse.models.metatransformer.hyperspectral import BandEmbed, Hyperspectral, neighbouring_bands
+from mmfuse.models.metatransformer.images import ImageEmbed, XRay
 from mmfuse.models.metatransformer.points import PointCloud
-from mmfuse.models.metatransformer.series import TimeSeries
-from mmfuse.models.metatransformer.tasks import AST, Classifier, GraphEncoder, Hyperspectral, TabTransformer, XRay
-from mmfuse.models.metatransformer.video import VideoMAE
+from mmfuse.models.metatransformer.series import DataEmbedding, PatchEmbedding, TimeSeries
+from mmfuse.models.metatransformer.tabular import TabTransformer, TabularEmbed
+from mmfuse.models.metatransformer.video import VideoEmbed, VideoMAE
 from mmfuse.models.registry import System, check_keys, instantiate
 
 __all__ = [
     "AST",
+    "MODALITIES",
+    "AudioEmbed",
+    "BandEmbed",
     "Classifier",
+    "Data2Seq",
+    "DataEmbedding",
     "Encoder",
     "GraphEncoder",
+    "GraphFeatureTokenizer",
     "Hyperspectral",
+    "ImageEmbed",
     "MetaTransformer",
+    "PatchEmbedding",
     "PointCloud",
     "TabTransformer",
+    "TabularEmbed",
+    "TextEmbed",
     "TimeSeries",
+    "VideoEmbed",
     "VideoMAE",
     "XRay",
     "build",
+    "fbank",
+    "laplacian_eigenvectors",
+    "neighbouring_bands",
+    "orthogonal_node_ids",
+    "zero_padding",
 ]
 
 # what a component is, by the first of these keys that its config has

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfuse.fused.data2seq.point import P3Embed, PointPatchEmbed
+from mmfuse.fused import P3Embed, PointPatchEmbed
 from mmfuse.models.metatransformer.encoder import Encoder
 
 _EMBEDS: Mapping[str, type[PointPatchEmbed] | type[P3Embed]] = {"P3Embed": P3Embed, "PointPatchEmbed": PointPatchEmbed}

@@ -1,4 +1,4 @@
-"""Video: the VideoMAE v2 transformer (Wang et al. 2023, arXiv:2303.16727), which has blocks of its own."""
+"""Video: tubelets, and the VideoMAE v2 transformer (Wang et al. 2023, arXiv:2303.16727) with blocks of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.fused.data2seq import VideoEmbed
-from mmfuse.fused.data2seq.patches import Size
 from mmfuse.models.metatransformer.encoder import MLP, Encoder
+from mmfuse.models.metatransformer.images import Patches, Size, check_shape, pair
+
+
+class VideoEmbed(Patches):
+    """Pixels [B, in_chans, T, S, S] -> [B, (T / tubelet_size) (S / patch_size)^2, embed_dim], time first.
+
+    Without `position` (as for images), T may be any number of frames.
+
+    Raises:
+        ValueError: pixels of another shape.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        num_frames: int = 16,
+        tubelet_size: int = 2,
+        position: bool = False,
+    ):
+        tubelet = (tubelet_size, *pair(patch_size))
+        proj = nn.Conv3d(in_chans, embed_dim, tubelet, stride=tubelet)
+        super().__init__(proj, (num_frames, *pair(img_size)), position)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        channels, frames, *size = self.shape
+        if self.pos_embed is None and pixels.dim() == 5:
+            frames = pixels.shape[2]
+        check_shape("pixels", pixels, (channels, frames, *size))
+        return self.embed(pixels)
 
 
 class Attention(nn.Module):

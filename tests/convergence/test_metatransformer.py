@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.fused.data2seq import fbank, laplacian_eigenvectors
 from mmfuse.models import create
-from mmfuse.models.metatransformer import MetaTransformer
+from mmfuse.models.metatransformer import MetaTransformer, fbank, laplacian_eigenvectors
 
 pytest.importorskip("sklearn.datasets")
 pytest.importorskip("skimage.data")

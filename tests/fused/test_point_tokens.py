@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from judge import assert_no_worse
-from mmfuse.fused.data2seq import point
-from mmfuse.fused.data2seq.point import (
+from mmfuse.fused import points as embeds
+from mmfuse.fused.points import (
     OneLLMPointEmbed,
     P3Embed,
     PointBertEncoder,
@@ -164,7 +164,7 @@ def test_fused_and_plain_layers() -> None:
     """Which layers are one operator."""
 
     def layers(m: PointPatchEmbed) -> Any:
-        return point._layers(m.conv1, m.conv2)
+        return embeds._layers(m.conv1, m.conv2)
 
     assert layers(made(PointPatchEmbed, {})) is not None
     assert layers(made(PointPatchEmbed, {"norm_args": None})) is not None
@@ -172,7 +172,7 @@ def test_fused_and_plain_layers() -> None:
     assert layers(made(PointPatchEmbed, {"act_args": "gelu"})) is None
     assert layers(made(PointPatchEmbed, {"layers": 6})) is None
     stage = made(P3Embed, {}).convs[0]
-    assert point._layers(*stage) is None and point._layers(*stage.eval()) is not None
+    assert embeds._layers(*stage) is None and embeds._layers(*stage.eval()) is not None
 
 
 def test_features_are_the_coordinates_by_default() -> None:
@@ -255,7 +255,7 @@ def test_point_bert_in_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     def fused(*_: Any) -> Tensor:
         raise AssertionError("the operator's statistics are of one process")
 
-    monkeypatch.setattr(point, "_fused", fused)
+    monkeypatch.setattr(embeds, "_fused", fused)
     with pytest.raises(AssertionError, match="of one process"):
         m(groups)
     assert nn.SyncBatchNorm.convert_sync_batchnorm(m)(groups).shape == (2, 7, 16)

@@ -56,6 +56,14 @@ def test_attention_is_that_of_torch() -> None:
     torch.testing.assert_close(block(x), want(x, x, x)[0])
 
 
+def test_the_residual_stream_is_as_wide_as_the_weights_under_autocast() -> None:
+    model = tiny().float()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for modality, x in batch().items():
+            x = x.float() if x.is_floating_point() else x
+            assert model.modality_preprocessors[modality](x).dtype == torch.float32, modality
+
+
 @pytest.mark.parametrize("pad", ["repeat", "zero"])
 @pytest.mark.parametrize("frames", [1, 2])
 def test_a_still_image_is_a_video(pad: str, frames: int) -> None:

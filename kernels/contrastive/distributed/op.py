@@ -1,4 +1,4 @@
-"""CLIP's and SigLIP's losses over the processes of a group: argument checks, autograd, choice of implementation."""
+"""CLIP's and SigLIP's losses over the processes of a group: argument checks, autograd, declarations."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, UnsupportedError
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime import Implementation, Operator, UnsupportedError
+from mmfuse.kernels._runtime.arguments import scalar
 from mmfuse.kernels._runtime.dispatch import forced_backend
 from mmfuse.kernels.contrastive import op
-from mmfuse.kernels.contrastive.arguments import features, scalar, weights_of
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cpu,
-    reasons_against_cuda,
-    reasons_against_triton,
-    template,
-)
+from mmfuse.kernels.contrastive.arguments import features, weights_of
+from mmfuse.kernels.contrastive.backends import TEMPLATE
 from mmfuse.kernels.contrastive.distributed import reference
 from mmfuse.kernels.contrastive.distributed.exchange import EXCHANGES, Around, Gather
 from mmfuse.kernels.contrastive.distributed.peers import Peers, meet, members, refuse
@@ -35,33 +28,31 @@ DistImpl = Literal["bidir", "shift", "reduce", "gather"]
 
 # on a CPU, eager is faster for fewer than side x side pairs (the most rows of a rank times all ranks' rows): measured
 # with 2 ranks on 2 cores in float32; the 16-bit dtypes and SigLIP in plain torch as in one process
-_EAGER_SIDE = {
-    "clip": {torch.float32: 640, torch.float64: 640, torch.bfloat16: 2048, torch.float16: 0},
-    "siglip": {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 2048, torch.float16: 0},
-    "siglip, chunked": op._EAGER_SIDE["siglip_loss, chunked"],
+_CLIP_SIDES = dict.fromkeys(("cpu", "chunked"), {torch.float32: 640, torch.float64: 640, torch.bfloat16: 2048})
+_SIGLIP_SIDES = {
+    "cpu": {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 2048},
+    "chunked": op.SIGLIP_SIDES["chunked"],
 }
 
 
-def _aside(name: str, x: Tensor, peers: object = None, *_: object) -> list[str]:
-    if not isinstance(peers, Peers) or x.device.type != "cpu":
-        return []
-    side = _EAGER_SIDE[name].get(x.dtype, 0)
-    few = max(peers.sizes) * peers.total < side**2
-    return [f"eager is faster for less than {side} x {side} pairs in {str(x.dtype)[6:]}"] if few else []
+def _few_pairs(sides: dict[torch.dtype, int], image: Tensor, peers: Peers | None) -> str | None:
+    side = sides.get(image.dtype, 0)
+    if peers is None or image.device.type != "cpu" or max(peers.sizes) * peers.total >= side**2:
+        return None
+    return f"eager is faster for fewer than {side} x {side} pairs in {str(image.dtype)[6:]}"
 
 
-def _implementations(name: str, fused: Callable[..., Tensor], plain: Callable[..., Tensor]) -> list[Impl]:
-    def bound(backend: str) -> Callable[..., Tensor]:
-        return lambda *args: fused(*args, backend)
-
-    chunked = "siglip, chunked" if name == "siglip" else name
+def _implementations(
+    fused: Callable[..., Tensor], plain: Callable[..., Tensor], sides: dict[str, dict[torch.dtype, int]]
+) -> list[Implementation]:
     return [
-        Impl("cuda", bound("cuda"), reasons_against_cuda),
-        Impl("triton", bound("triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", bound("cpu"), reasons_against_cpu, partial(_aside, name)),
-        Impl("chunked", bound("chunked"), reasons_against_chunked, partial(_aside, chunked)),
-        Impl("torch", plain, no_reason),
-    ]
+        Implementation(
+            name,
+            function=partial(fused, name),
+            prefer_eager=partial(_few_pairs, sides[name]) if name in sides else None,
+        )
+        for name in ("cuda", "triton", "cpu", "chunked")
+    ] + [Implementation("torch", function=plain)]
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
@@ -82,7 +73,7 @@ class _Clip(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode, backend: str) -> Tensor:
         exchange = (Around if mode.ring else Gather)(peers)
-        stats = template(backend).stats
+        stats = TEMPLATE[backend].stats
         with _no_autocast(image):
             ys: list[Tensor] = []
             found = []
@@ -136,7 +127,7 @@ class _Clip(torch.autograd.Function):
 
             def grad(y: Tensor, a: Tensor, b: Tensor, kappa: Tensor, at: int, u: Tensor, *needs: bool) -> Any:
                 args = (x, y, scale, alpha, a, rho, b, kappa, d, 0.0, at, u, None, None, *needs)
-                return template(backend).grad(*args, wide=True)
+                return TEMPLATE[backend].grad(*args, wide=True)
 
             bs, kappas = exchange.by_block(b), exchange.by_block(kappa)
             logits, ys = kept[: len(bs)], kept[len(bs) :]
@@ -173,7 +164,7 @@ class _Clip(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _fused_clip(image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode, backend: str) -> Tensor:
+def _fused_clip(backend: str, image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode) -> Tensor:
     if mode.gather_with_grad or not mode.local_loss:
         return _Clip.apply(image, text, scale, peers, mode, backend)
     # the other ranks' features are constants: two losses of one direction, the images under way during the first
@@ -190,7 +181,13 @@ def _fused_clip(image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: 
     return losses[0] + losses[1] if losses else (image.sum() + text.sum()).to(scale.dtype) * scale
 
 
-DISTRIBUTED_CLIP = Op("distributed_clip_loss", _implementations("clip", _fused_clip, reference.clip_loss))
+DISTRIBUTED_CLIP = Operator(
+    "distributed_clip_loss",
+    forward=reference.clip_loss,
+    implementations=_implementations(_fused_clip, reference.clip_loss, _CLIP_SIDES),
+    # outside of a group
+    example=lambda x, **how: DISTRIBUTED_CLIP(x, x, x.new_ones(()), None, None, **how),
+)
 
 
 @torch.compiler.disable
@@ -269,20 +266,20 @@ def distributed_clip_loss(
         ring = dist_impl == "ring"
         if ring and local_loss and not gather_with_grad:
             raise ValueError("dist_impl is 'ring', expected 'gather' for local_loss without gather_with_grad")
-        DISTRIBUTED_CLIP.select(image, backend=backend)
+        DISTRIBUTED_CLIP.choose((image, text, scale, None, None), backend)
     settings = _wanted(image, text, scale, backend) | {"loss": "clip_loss", "grad_scale": grad_scale}
     settings |= {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "dist_impl": dist_impl}
     peers = meet(group, image, sizes, settings)
-    impl = DISTRIBUTED_CLIP.select(image, peers, backend=backend)  # the same on all ranks, now that they are known
     divisor: float = max(1, peers.total)
     if local_loss:
         divisor = divisor / peers.size if true else max(1, len(image))
     needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
     save = "recompute" if ring and save == "auto" else save
-    kept = op._kept_logits(save, store_budget, image, peers.total) if needs else ""
+    kept = op.kept_logits(save, store_budget, image, peers.total) if needs else ""
     split_scale = not true and peers.size > 1
     mode = Mode(local_loss, gather_with_grad, split_scale, float(divisor), *w, kept, ring)
-    return impl.fn(image, text, scale, peers, mode)
+    # the choice is the same on all ranks, now that they are known
+    return DISTRIBUTED_CLIP(image, text, scale, peers, mode, backend=backend)  # type: ignore[no-any-return]
 
 
 def _same_rows(image: Tensor, text: Tensor) -> None:
@@ -339,7 +336,7 @@ class _Siglip(torch.autograd.Function):
         with _no_autocast(image):
             for y, positives_at in exchange.blocks(text):
                 paired = positives_at is not None
-                loss, dx_part, dy, ds, db = template(backend).sigmoid(
+                loss, dx_part, dy, ds, db = TEMPLATE[backend].sigmoid(
                     image, y, scale, bias, positives_at or 0, not paired, None, None, need_x, need_y, wide=True
                 )
                 sums += torch.stack([loss, ds, db])
@@ -361,14 +358,20 @@ class _Siglip(torch.autograd.Function):
 
 
 def _fused_siglip(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, peers: Peers, dist_impl: str, backend: str
+    backend: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, peers: Peers, dist_impl: str
 ) -> Tensor:
     graph = torch.is_grad_enabled()
     needs = (graph and image.requires_grad, graph and text.requires_grad)
     return _Siglip.apply(image, text, scale, bias, peers, dist_impl, needs, backend)
 
 
-DISTRIBUTED_SIGLIP = Op("distributed_siglip_loss", _implementations("siglip", _fused_siglip, reference.siglip_loss))
+DISTRIBUTED_SIGLIP = Operator(
+    "distributed_siglip_loss",
+    forward=reference.siglip_loss,
+    implementations=_implementations(_fused_siglip, reference.siglip_loss, _SIGLIP_SIDES),
+    # outside of a group
+    example=lambda x, **how: DISTRIBUTED_SIGLIP(x, x, x.new_ones(()), x.new_zeros(()), None, "bidir", **how),
+)
 
 
 @torch.compiler.disable
@@ -420,8 +423,7 @@ def distributed_siglip_loss(
         bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
         if dist_impl not in EXCHANGES:
             raise ValueError(f"dist_impl is {dist_impl!r}, expected 'bidir', 'shift', 'reduce' or 'gather'")
-        DISTRIBUTED_SIGLIP.select(image, backend=backend)
+        DISTRIBUTED_SIGLIP.choose((image, text, scale, bias, None, dist_impl), backend)
     settings = _wanted(image, text, scale, backend) | {"loss": "siglip_loss", "dist_impl": dist_impl}
     peers = meet(group, image, sizes, settings)
-    impl = DISTRIBUTED_SIGLIP.select(image, peers, backend=backend)
-    return impl.fn(image, text, scale, bias, peers, dist_impl)
+    return DISTRIBUTED_SIGLIP(image, text, scale, bias, peers, dist_impl, backend=backend)  # type: ignore[no-any-return]

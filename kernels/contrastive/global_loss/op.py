@@ -1,4 +1,4 @@
-"""The public global contrastive loss: argument checks, autograd, and choice of implementation.
+"""The public global contrastive loss: argument checks and declaration.
 
 It is the template with normalisers from outside: a_i exp(S_ij - rho_i) = exp(S_ij - S_ii) / ((N - 1)(u_i + eps)).
 """
@@ -6,29 +6,38 @@ It is the template with normalisers from outside: a_i exp(S_ij - rho_i) = exp(S_
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive.arguments import features
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cpu,
-    reasons_against_cuda,
-    reasons_against_triton,
-    template,
-)
+from mmfuse.kernels.contrastive.backends import TEMPLATE
 from mmfuse.kernels.contrastive.blocked import finite
 from mmfuse.kernels.contrastive.global_loss import reference
-from mmfuse.kernels.contrastive.op import _kept_logits, bwd_fake, steps_aside, units
+from mmfuse.kernels.contrastive.op import kept_logits, units, units_fake, units_kept
 
 
-def _fwd(
+class Outputs(NamedTuple):
+    loss: Tensor
+    new_log_u: Tensor  # [N], as all of the following
+    new_log_w: Tensor
+    rho: Tensor
+    a: Tensor
+    kappa: Tensor
+    b: Tensor
+    ratios: Tensor
+    logits: Tensor  # [N, N] as `save` says, or empty
+    x: Tensor  # the features normalised, or empty where they were given so
+    y: Tensor
+    x_inv: Tensor  # one over their norms, or empty
+    y_inv: Tensor
+
+
+def _forward(
+    passes: Any,
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -38,10 +47,9 @@ def _fwd(
     eps: float,
     normalize: bool,
     save: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     x, y, x_inv, y_inv = units(image, text, scale, normalize)
-    row_max, row_sum, col_max, col_sum, positive, logits = template(backend).stats(x, y, scale, 0, save)
+    row_max, row_sum, col_max, col_sum, positive, logits = passes.stats(x, y, scale, 0, save)
     # float64 for the N exponents: one of 100 has 7e-6 for its last digit in float32
     diag = scale * positive.double()
     log_u, a = _weights(row_max, row_sum, diag, log_u, gamma, eps)
@@ -49,11 +57,8 @@ def _fwd(
     # g / (u + eps) + h / (w + eps), which are the sums of the rows and of the columns of G
     ratios = a * row_sum + b * col_sum
     loss = ratios.mean() / scale
-    if x_inv is None or y_inv is None:  # an output may not alias an input
-        unit = (image.new_empty(0), text.new_empty(0), scale.new_empty(0), scale.new_empty(0))
-    else:
-        unit = (x, y, x_inv, y_inv)
-    return loss, log_u, log_w, finite(row_max), a, finite(col_max), b, ratios, logits, *unit
+    unit = units_kept(x, y, x_inv, y_inv, scale)
+    return Outputs(loss, log_u, log_w, finite(row_max), a, finite(col_max), b, ratios, logits, *unit)
 
 
 def _weights(m: Tensor, l: Tensor, diag: Tensor, log_u: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor]:  # noqa: E741
@@ -64,32 +69,14 @@ def _weights(m: Tensor, l: Tensor, diag: Tensor, log_u: Tensor, gamma: float, ep
     return new.to(m.dtype), a.to(m.dtype)
 
 
-def _fwd_fake(image, text, scale, log_u, log_w, gamma, eps, normalize, save, backend):  # type: ignore[no-untyped-def]
+def _fake(image: Tensor, text: Tensor, scale: Tensor, normalize: bool, save: str) -> Outputs:
     n, new = image.shape[0], scale.new_empty
     logits = new((n, n), dtype=torch.int16 if save == "int16" else scale.dtype) if save else new(0)
-    unit = (torch.empty_like(image), torch.empty_like(text)) if normalize else (image.new_empty(0), text.new_empty(0))
-    inverse = (new(n), new(n)) if normalize else (new(0), new(0))
-    return new(()), *(new(n) for _ in range(7)), logits, *unit, *inverse
+    return Outputs(new(()), *(new(n) for _ in range(7)), logits, *units_fake(image, text, scale, normalize))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, scale, _, _, ctx.gamma, _, normalize, _, ctx.backend = inputs
-    *_, x, y, x_inv, y_inv = output
-    x, y = (x, y) if normalize else (image, text)
-    ctx.save_for_backward(x, y, scale, *output[3:9], x_inv, y_inv)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if g is None:
-        return (None,) * 10
-    needs = ctx.needs_input_grad[:3]
-    grads = global_contrastive_bwd(g, *ctx.saved_tensors, ctx.gamma, ctx.backend, *needs)
-    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 7)
-
-
-def _bwd(
+def _backward(
+    passes: Any,
     g: Tensor,
     x: Tensor,
     y: Tensor,
@@ -103,43 +90,38 @@ def _bwd(
     x_inv: Tensor,
     y_inv: Tensor,
     gamma: float,
-    backend: str,
-    need_x: bool,
-    need_y: bool,
-    need_s: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs: Any,
+) -> dict[str, Tensor]:
     # u >= gamma g: gamma G is bounded by 2, as float16 needs it
     alpha = g.to(scale.dtype) / (gamma * max(len(x), 1) * scale)
     inverses = (x_inv, y_inv) if x_inv.numel() else (None, None)
     normalisers = (gamma * a, rho, gamma * b, kappa, -gamma * ratios)
-    return template(backend).grad(x, y, scale, alpha, *normalisers, 0.0, 0, logits, *inverses, need_x, need_y, need_s)
+    dx, dy, ds = passes.grad(x, y, scale, alpha, *normalisers, 0.0, 0, logits, *inverses, *needs)
+    return {"image": dx, "text": dy, "scale": ds}
 
 
-global_contrastive_bwd = register("global_contrastive_bwd", _bwd, bwd_fake)
-global_contrastive_fwd = register("global_contrastive_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
+_SIDES = {torch.float32: 192, torch.float64: 192, torch.bfloat16: 2048}
+_CHUNKED_SIDES = {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096}
 
-
-def _fused(backend: str, image: Tensor, text: Tensor, scale: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
-    save = _kept_logits("auto", None, image, len(text)) if needs else ""
-    loss, log_u, log_w, *_ = global_contrastive_fwd(image, text, scale, *options, save, backend)
-    return loss, log_u, log_w
-
-
-GLOBAL = Op(
+GLOBAL = Operator(
     "global_contrastive_loss",
-    [
-        Impl("cuda", partial(_fused, "cuda"), reasons_against_cuda),
-        Impl("triton", partial(_fused, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused, "cpu"), reasons_against_cpu, partial(steps_aside, "global_contrastive_loss")),
-        Impl(
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    differentiable=("image", "text", "scale"),
+    instead={"x": "image", "y": "text"},
+    implementations=[
+        Implementation("cuda", passes=TEMPLATE["cuda"]),
+        Implementation("triton", passes=TEMPLATE["triton"]),
+        Implementation("cpu", passes=TEMPLATE["cpu"], prefer_eager=lambda image, text: few_pairs(image, text, _SIDES)),
+        Implementation(
             "chunked",
-            partial(_fused, "chunked"),
-            reasons_against_chunked,
-            partial(steps_aside, "global_contrastive_loss, chunked"),
+            passes=TEMPLATE["chunked"],
+            prefer_eager=lambda image, text: few_pairs(image, text, _CHUNKED_SIDES),
         ),
-        Impl("torch", reference.global_contrastive_loss, no_reason),
+        Implementation("torch", function=lambda save, **given: reference.global_contrastive_loss(**given)),
     ],
+    example=lambda x, **how: global_contrastive_loss(x, x, 1.0, *x.new_zeros(2, len(x)), 0.5, **how),
 )
 
 
@@ -201,6 +183,10 @@ def global_contrastive_loss(
         raise ValueError(f"gamma is {gamma}, expected a number in (0, 1]")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}, expected a finite number >= 0")
-    impl = GLOBAL.select(image, text, backend=backend)
     old = (t.detach().to(scale.dtype) for t in (log_u, log_w))
-    return impl.fn(image, text, scale, *old, float(gamma), float(eps), normalize)
+    needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
+    save = kept_logits("auto", None, image, len(text)) if needs else ""
+    loss, log_u, log_w, *_ = GLOBAL(
+        image, text, scale, *old, float(gamma), float(eps), normalize, save, backend=backend
+    )
+    return loss, log_u, log_w

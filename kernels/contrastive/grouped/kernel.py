@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels.contrastive import kernel as template
 from mmfuse.kernels.contrastive.blocked import finish
 
@@ -63,14 +64,41 @@ def stats(x: Tensor, y: Tensor, scale: Tensor, sizes: list[int], dims: list[int]
     found[0] = -torch.inf
     positive = torch.empty(r, **new)
     if r:
-        with torch.cuda.device_of(x):
-            row, col = parts, parts[:, :, r:]
-            template._stats_fwd_kernel[(len(table),)](
-                row[0], row[1], scale, col[0], col[1], scale, positive, scale, x, y, scale, scale,
-                scale, scale, scale, scale, table, x.stride(0), y.stride(0), r, x.shape[1], 2 * r, 2 * r, 0,
-                SAVE="", KEYED=False, GROUPED=True, **settings,
-            )  # fmt: skip
-            template._merge((found[0], found[1]), parts)
+        row, col = parts, parts[:, :, r:]
+        launch(
+            template._stats_fwd_kernel,
+            (len(table),),
+            x,
+            row_max_ptr=row[0],
+            row_sum_ptr=row[1],
+            row_same_ptr=scale,
+            col_max_ptr=col[0],
+            col_sum_ptr=col[1],
+            col_same_ptr=scale,
+            positive_ptr=positive,
+            logits_ptr=scale,
+            x_ptr=x,
+            y_ptr=y,
+            scale_ptr=scale,
+            step_ptr=scale,
+            row_key_ptr=scale,
+            col_key_ptr=scale,
+            row_centre_ptr=scale,
+            col_centre_ptr=scale,
+            table_ptr=table,
+            stride_x=x.stride(0),
+            stride_y=y.stride(0),
+            stride_u=r,
+            D=x.shape[1],
+            M=2 * r,
+            N=2 * r,
+            diagonal=0,
+            SAVE="",
+            KEYED=False,
+            GROUPED=True,
+            **settings,
+        )
+        template._merge((found[0], found[1]), parts)
     return found[0, :r], found[1, :r], found[0, r:], found[1, r:], positive
 
 
@@ -99,13 +127,44 @@ def grad(
     g = torch.empty((len(x), side) if not in_tiles else (1, 1), dtype=x.dtype, device=x.device)
     dot = torch.empty(len(table) if in_tiles else 0, dtype=scale.dtype, device=x.device)
     if len(x):
-        with torch.cuda.device_of(x):
-            template._grad_kernel[(len(table),)](
-                g, dot, scale, left, right, scale, a, rho, b, kappa, d, scale, scale, scale, scale, scale, table,
-                g.stride(0), 0, left.stride(0), right.stride(0), left.shape[1], len(x), len(x), 0, 0.0,
-                SAVED="", KEYED=False, GROUPED=True, STORE=not in_tiles, DOT=in_tiles,
-                G_SCALE=template._g_scale(x.dtype), **settings,
-            )  # fmt: skip
+        launch(
+            template._grad_kernel,
+            (len(table),),
+            x,
+            g_ptr=g,
+            dot_ptr=dot,
+            logits_ptr=scale,
+            x_ptr=left,
+            y_ptr=right,
+            scale_ptr=scale,
+            a_ptr=a,
+            rho_ptr=rho,
+            b_ptr=b,
+            kappa_ptr=kappa,
+            d_ptr=d,
+            step_ptr=scale,
+            row_key_ptr=scale,
+            col_key_ptr=scale,
+            p_ptr=scale,
+            q_ptr=scale,
+            table_ptr=table,
+            stride_g=g.stride(0),
+            stride_u=0,
+            stride_x=left.stride(0),
+            stride_y=right.stride(0),
+            D=left.shape[1],
+            M=len(x),
+            N=len(x),
+            diagonal=0,
+            shift=0.0,
+            SAVED="",
+            KEYED=False,
+            GROUPED=True,
+            STORE=not in_tiles,
+            DOT=in_tiles,
+            G_SCALE=template._g_scale(x.dtype),
+            **settings,
+        )
     dx = torch.zeros(x.shape if any(need_x) else 0, dtype=x.dtype, device=x.device)
     dy = torch.zeros(y.shape if any(need_y) else 0, dtype=y.dtype, device=y.device)
     if in_tiles:

@@ -1,84 +1,63 @@
-"""The public function of grouped losses: argument checks, autograd, and choice of implementation."""
+"""The public function of grouped losses: argument checks and declaration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive.arguments import features, weights_of
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cpu,
-    reasons_against_cuda,
-    reasons_against_triton,
-)
 from mmfuse.kernels.contrastive.normalisers import above, normaliser
-from mmfuse.kernels.contrastive.op import clip_loss, steps_aside, units
+from mmfuse.kernels.contrastive.op import CLIP_SIDES, clip_loss, units, units_fake, units_kept
 
 # the gradient matrix of a group is one square of the template
 _LARGEST = 8192
 
 
-def _fwd(
+class Outputs(NamedTuple):
+    losses: Tensor  # [G]
+    found: Tensor  # [5, R]: row_max, row_sum, col_max, col_sum and diag
+    x: Tensor  # the features normalised, or empty where they were given so
+    y: Tensor
+    x_inv: Tensor  # one over their norms, or empty
+    y_inv: Tensor
+
+
+def _forward(
+    passes: Any,
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    sizes: list[int],
-    dims: list[int],
+    sizes: Sequence[int],
+    dims: Sequence[int],
     w_image: float,
     w_text: float,
     normalize: bool,
-    need_image: list[bool],
-    need_text: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from mmfuse.kernels.contrastive.grouped import kernel
-
+    image_wanted: Sequence[bool],
+    text_wanted: Sequence[bool],
+) -> Outputs:
     x, y, x_inv, y_inv = units(image, text, scale, normalize)
-    row_max, row_sum, col_max, col_sum, positive = kernel.stats(x, y, scale, sizes, dims)
+    row_max, row_sum, col_max, col_sum, positive = passes.stats(x, y, scale, sizes, dims)
     diag = torch.cat([s * u for s, u in zip(scale, positive.split(sizes), strict=True)])
     loss = w_image * above(row_max, row_sum, diag) + w_text * above(col_max, col_sum, diag)
     losses = torch.stack([part.mean() for part in loss.split(sizes)])
     found = torch.stack([row_max, row_sum, col_max, col_sum, diag])
-    if x_inv is None or y_inv is None:  # an output may not alias an input
-        return losses, found, image.new_empty(0), text.new_empty(0), diag.new_empty(0), diag.new_empty(0)
-    return losses, found, x, y, x_inv, y_inv
+    return Outputs(losses, found, *units_kept(x, y, x_inv, y_inv, scale))
 
 
-def _fwd_fake(image, text, scale, sizes, dims, w_image, w_text, normalize, *_):  # type: ignore[no-untyped-def]
-    r, new = image.shape[0], scale.new_empty
-    unit = (torch.empty_like(image), torch.empty_like(text)) if normalize else (image.new_empty(0), text.new_empty(0))
-    inverse = (new(r), new(r)) if normalize else (new(0), new(0))
-    return new(len(sizes)), new((5, r)), *unit, *inverse
+def _fake(image: Tensor, text: Tensor, scale: Tensor, sizes: Sequence[int], normalize: bool) -> Outputs:
+    new = scale.new_empty
+    return Outputs(new(len(sizes)), new((5, image.shape[0])), *units_fake(image, text, scale, normalize))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, scale, *ctx.options = inputs
-    _, found, x, y, x_inv, y_inv = output
-    x, y = (x, y) if x_inv.numel() else (image, text)
-    ctx.save_for_backward(x, y, scale, found, x_inv, y_inv)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if g is None:
-        return (None,) * 10
-    sizes, dims, w_image, w_text, _, need_image, need_text = ctx.options
-    needs = ctx.needs_input_grad[:3]
-    need_image, need_text = [n and needs[0] for n in need_image], [n and needs[1] for n in need_text]
-    grads = grouped_bwd(g, *ctx.saved_tensors, sizes, dims, w_image, w_text, need_image, need_text, needs[2])
-    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 7)
-
-
-def _bwd(
+def _backward(
+    passes: Any,
     g: Tensor,
     x: Tensor,
     y: Tensor,
@@ -86,16 +65,14 @@ def _bwd(
     found: Tensor,
     x_inv: Tensor,
     y_inv: Tensor,
-    sizes: list[int],
-    dims: list[int],
+    sizes: Sequence[int],
+    dims: Sequence[int],
     w_image: float,
     w_text: float,
-    need_image: list[bool],
-    need_text: list[bool],
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from mmfuse.kernels.contrastive.grouped import kernel
-
+    image_wanted: Sequence[bool],
+    text_wanted: Sequence[bool],
+    needs: Any,
+) -> dict[str, Tensor]:
     row_max, row_sum, col_max, col_sum, diag = found
     rho, a, miss = normaliser(row_max, row_sum, diag)
     kappa, b, col_miss = normaliser(col_max, col_sum, diag)
@@ -103,19 +80,20 @@ def _bwd(
     d = -w_image * miss - w_text * col_miss
     inv, other_inv = (x_inv, y_inv) if x_inv.numel() else (None, None)
     weighted = (scale, alpha, w_image * a, rho, w_text * b, kappa, d)
-    return kernel.grad(x, y, *weighted, sizes, dims, inv, other_inv, need_image, need_text, need_scale)
+    need_image, need_text = [n and needs.image for n in image_wanted], [n and needs.text for n in text_wanted]
+    dx, dy, ds = passes.grad(x, y, *weighted, sizes, dims, inv, other_inv, need_image, need_text, needs.scale)
+    return {"image": dx, "text": dy, "scale": ds}
 
 
-def _bwd_fake(g, x, y, scale, found, x_inv, y_inv, sizes, dims, w_image, w_text, need_image, need_text, need_scale):  # type: ignore[no-untyped-def]
-    return (
-        x.new_empty(x.shape if any(need_image) else 0),
-        y.new_empty(y.shape if any(need_text) else 0),
-        scale.new_empty(scale.shape if need_scale else 0),
-    )
-
-
-grouped_bwd = register("grouped_clip_bwd", _bwd, _bwd_fake)
-grouped_fwd = register("grouped_clip_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
+_LAUNCH = Operator(
+    "_grouped_clip",
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    differentiable=("image", "text", "scale"),
+    instead={"x": "image", "y": "text"},
+    implementations=[Implementation("triton", passes=Deferred("mmfuse.kernels.contrastive.grouped.kernel"))],
+)
 
 
 def _one_launch(
@@ -123,9 +101,10 @@ def _one_launch(
 ) -> Tensor:
     sizes, dims = [len(t) for t in images], [t.shape[1] for t in images]
     graph = torch.is_grad_enabled()
-    needs = ([graph and t.requires_grad for t in side] for side in (images, texts))
+    wanted = ([graph and t.requires_grad for t in side] for side in (images, texts))
     x, y = (torch.cat([F.pad(t, (0, max(dims) - t.shape[1])) for t in side]) for side in (images, texts))
-    return grouped_fwd(x, y, torch.stack(scales), sizes, dims, w_image, w_text, normalize, *needs)[0]
+    given = (x, y, torch.stack(scales), sizes, dims, w_image, w_text, normalize, *wanted)
+    return _LAUNCH(*given, backend="triton").losses  # type: ignore[no-any-return]
 
 
 def _one_by_one(
@@ -141,34 +120,31 @@ def _one_by_one(
     return torch.stack([clip_loss(*group, **options) for group in zip(images, texts, scales, strict=True)])
 
 
-def _reasons_against_triton(image: Tensor, text: Tensor) -> list[str]:
-    large = len(image) > _LARGEST
-    return reasons_against_triton(image) + ([f"a group has {len(image)} rows, more than {_LARGEST}"] if large else [])
+def _largest(images: list[Tensor]) -> Tensor:
+    return max(images, key=len)
 
 
-def _largest(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """`reasons` of the group with the most rows."""
-
-    def of(images: Sequence[Tensor] | Tensor, texts: Sequence[Tensor] | Tensor, *_: object) -> list[str]:
-        if isinstance(images, Tensor):
-            return reasons(images, texts)
-        sizes = [len(image) for image in images]
-        at = sizes.index(max(sizes))
-        return reasons(images[at], texts[at])
-
-    return of
+def _many_rows(images: list[Tensor]) -> str | None:
+    rows = len(_largest(images))
+    return f"a group has {rows} rows, more than {_LARGEST}" if rows > _LARGEST else None
 
 
-_aside = _largest(partial(steps_aside, "clip_loss"))
-GROUPED = Op(
+def _few_pairs(images: list[Tensor]) -> str | None:
+    return few_pairs(_largest(images), _largest(images), CLIP_SIDES)
+
+
+GROUPED = Operator(
     "grouped_clip_loss",
-    [
-        Impl("triton", _one_launch, _largest(_reasons_against_triton), _largest(only_named_in_the_interpreter)),
-        Impl("cuda", partial(_one_by_one, "cuda"), _largest(reasons_against_cuda)),
-        Impl("cpu", partial(_one_by_one, "cpu"), _largest(reasons_against_cpu), _aside),
-        Impl("chunked", partial(_one_by_one, "chunked"), _largest(reasons_against_chunked), _aside),
-        Impl("torch", partial(_one_by_one, "torch"), no_reason),
+    forward=_one_launch,
+    on=_largest,
+    implementations=[
+        Implementation("triton", function=_one_launch, against=[_many_rows]),
+        Implementation("cuda", function=partial(_one_by_one, "cuda")),
+        Implementation("cpu", function=partial(_one_by_one, "cpu"), prefer_eager=_few_pairs),
+        Implementation("chunked", function=partial(_one_by_one, "chunked"), prefer_eager=_few_pairs),
+        Implementation("torch", function=partial(_one_by_one, "torch")),
     ],
+    example=lambda x, **how: grouped_clip_loss([x], [x], [1.0], **how),
 )
 
 
@@ -223,5 +199,4 @@ def grouped_clip_loss(
             raise ValueError(f"images[{i}] is on {x.device}, expected {found[0][0].device} as images[0]")
     w_image, w_text = weights_of(weights)
     sides = [list(side) for side in zip(*found, strict=True)]
-    impl = GROUPED.select(*sides, backend=backend)
-    return impl.fn(*sides, w_image, w_text, normalize)
+    return GROUPED(*sides, w_image, w_text, normalize, backend=backend)  # type: ignore[no-any-return]

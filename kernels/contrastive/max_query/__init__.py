@@ -1,5 +1,5 @@
 """The largest similarity over an image's query vectors, and BLIP-2's contrastive loss on it."""
 
-from mmfuse.kernels.contrastive.max_query.op import max_query_loss, max_query_similarity
+from mmfuse.kernels.contrastive.max_query.op import MAX_QUERY, max_query_loss, max_query_similarity
 
-__all__ = ["max_query_loss", "max_query_similarity"]
+__all__ = ["MAX_QUERY", "max_query_loss", "max_query_similarity"]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels._triton.tiles import aligned_rows, input_precision
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import accumulator, aligned_rows, input_precision
 from mmfuse.kernels.contrastive.max_query.blocked import index_dtype
 
 # --- device code ----------------------------------------------------------------------------------------------------
@@ -193,17 +194,14 @@ _PROGRAMS = 1024
 
 def _tile(kernel: str, kind: str, queries: int) -> dict[str, int]:
     tile = dict(_TILES[kind][kernel])
-    padded = triton.next_power_of_2(queries)
+    # a constant of the kernels, also where a trace has it as a symbol
+    padded = triton.next_power_of_2(int(queries))
     tile |= _MANY[kernel] if padded >= 128 else _FEW[kernel] if padded < 16 and kind == "half" else {}
     return tile | {"QUERIES": padded, "IMAGES": max(1, tile.pop("columns") // padded)}
 
 
 def _kind(dtype: torch.dtype) -> str:
     return "half" if dtype.itemsize == 2 else input_precision(dtype)
-
-
-def _acc(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _rows(image: Tensor) -> Tensor:
@@ -221,11 +219,12 @@ def maximum(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     q, t = _rows(image), aligned_rows(text)
     tile = _tile("max", _kind(q.dtype), queries)
     grid = (triton.cdiv(b, tile["IMAGES"]) * triton.cdiv(n, tile["BLOCK_N"]),)
-    with torch.cuda.device_of(q):
-        _query_max_kernel[grid](
-            u, k, q, t, q.stride(0), t.stride(0), q.shape[1], b, n, queries, ACC=_acc(q.dtype),
-            PRECISION=input_precision(q.dtype), EVEN_D=q.shape[1] % tile["BLOCK_D"] == 0, **tile,
-        )  # fmt: skip
+    launch(
+        _query_max_kernel, grid, q,
+        u_ptr=u, k_ptr=k, q_ptr=q, t_ptr=t, stride_q=q.stride(0), stride_t=t.stride(0), D=q.shape[1], B=b, N=n,
+        Q=queries, ACC=accumulator(q.dtype), PRECISION=input_precision(q.dtype),
+        EVEN_D=bool(q.shape[1] % tile["BLOCK_D"] == 0), **tile,
+    )  # fmt: skip
     return u, k
 
 
@@ -237,33 +236,34 @@ def gradient(
     Extra memory: the parts of dt, 4 N D bytes each, at most 1024 programs in all: 17 MB, or one dt.
     """
     (b, queries, d), n = image.shape, len(text)
-    acc = _acc(image.dtype)
     new = torch.empty if g.numel() else torch.zeros
     dq = new(image.shape if need_image else (0,), dtype=image.dtype, device=image.device)
     dt = new(text.shape if need_text else (0,), dtype=text.dtype, device=text.device)
     if not g.numel():
         return dq, dt
-    with torch.cuda.device_of(g):
-        if need_image:
-            t = aligned_rows(text)
-            # what is small beside the largest would be subnormal in float16
-            scaled = t.dtype == torch.float16
-            peak = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny) if scaled else g
-            tile = _tile("queries", _kind(t.dtype), queries)
-            grid = (triton.cdiv(b, tile["IMAGES"]), triton.cdiv(d, tile["BLOCK_D"]))
-            _queries_grad_kernel[grid](
-                dq, g / peak if scaled else g, k, t, peak, t.stride(0), d, b, n, queries, SCALED=scaled, ACC=acc,
-                PRECISION=input_precision(t.dtype), **tile,
-            )  # fmt: skip
-        if need_text:
-            q = _rows(image)
-            tiles = triton.cdiv(n, _TEXTS["BLOCK_N"]), triton.cdiv(d, _TEXTS["BLOCK_D"])
-            images = triton.cdiv(b, max(1, _PROGRAMS // (tiles[0] * tiles[1])))
-            parts = torch.empty(triton.cdiv(b, images), n, d, dtype=g.dtype, device=g.device)
-            _texts_grad_kernel[(*tiles, len(parts))](
-                parts, g, k, q, q.stride(0), d, b, n, queries, images, ACC=acc, **_TEXTS
-            )
-            dt = parts.sum(0).to(text.dtype)
+    if need_image:
+        t = aligned_rows(text)
+        # what is small beside the largest would be subnormal in float16
+        scaled = t.dtype == torch.float16
+        peak = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny) if scaled else g
+        tile = _tile("queries", _kind(t.dtype), queries)
+        launch(
+            _queries_grad_kernel, (triton.cdiv(b, tile["IMAGES"]), triton.cdiv(d, tile["BLOCK_D"])), g,
+            dq_ptr=dq, g_ptr=g / peak if scaled else g, k_ptr=k, t_ptr=t, peak_ptr=peak, stride_t=t.stride(0),
+            D=d, B=b, N=n, Q=queries, SCALED=scaled, ACC=accumulator(t.dtype), PRECISION=input_precision(t.dtype),
+            **tile,
+        )  # fmt: skip
+    if need_text:
+        q = _rows(image)
+        tiles = triton.cdiv(n, _TEXTS["BLOCK_N"]), triton.cdiv(d, _TEXTS["BLOCK_D"])
+        images = triton.cdiv(b, max(1, _PROGRAMS // (tiles[0] * tiles[1])))
+        parts = torch.empty(triton.cdiv(b, images), n, d, dtype=g.dtype, device=g.device)
+        launch(
+            _texts_grad_kernel, (*tiles, len(parts)), g,
+            parts_ptr=parts, g_ptr=g, k_ptr=k, q_ptr=q, stride_q=q.stride(0), D=d, B=b, N=n, Q=queries, images=images,
+            ACC=accumulator(q.dtype), **_TEXTS,
+        )  # fmt: skip
+        dt = parts.sum(0).to(text.dtype)
     return dq, dt
 
 

@@ -1,124 +1,88 @@
-"""The public functions of the largest similarity over queries: argument checks, autograd, choice of implementation."""
+"""The public functions of the largest similarity over queries: argument checks and declaration."""
 
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import autocast, check_features, integers, scalar
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels.contrastive.arguments import autocast, check_features, integers, scalar
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cpu,
-    reasons_against_triton,
-)
+from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.max_query import blocked, reference
 
 # --- the similarity -------------------------------------------------------------------------------------------------
 
 
-def _passes(backend: str) -> Any:
-    """`maximum` and `gradient` of a backend."""
-    if backend == "triton":
-        from mmfuse.kernels.contrastive.max_query import kernel
-
-        return kernel
-    tile = blocked.TorchTile if backend == "chunked" else blocked.compiled_tile(getattr(torch.ops, f"mmfuse_{backend}"))
-    return SimpleNamespace(maximum=partial(blocked.maximum, tile), gradient=partial(blocked.gradient, tile))
+class Largest(NamedTuple):
+    u: Tensor  # [B, N]
+    index: Tensor = torch.empty(0)  # [B, N], the first query that reaches it
 
 
-def _fwd(image: Tensor, text: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return _passes(backend).maximum(image, text)
+def _forward(passes: Any, image: Tensor, text: Tensor) -> Largest:
+    return Largest(*passes.maximum(image, text))
 
 
-def _fwd_fake(image: Tensor, text: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    shape = (image.shape[0], text.shape[0])
-    u = image.new_empty(shape, dtype=accumulation_dtype(image.dtype))
-    return u, image.new_empty(shape, dtype=blocked.index_dtype(image.shape[1]))
+def _fake(image: Tensor, text: Tensor) -> Largest:
+    new, shape = image.new_empty, (image.shape[0], text.shape[0])
+    return Largest(
+        new(shape, dtype=accumulation_dtype(image.dtype)), new(shape, dtype=blocked.index_dtype(image.shape[1]))
+    )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    image, text, ctx.backend = inputs
-    ctx.save_for_backward(output[1], image, text)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _backward(passes: Any, g: Tensor, index: Tensor, image: Tensor, text: Tensor, needs: Any) -> dict[str, Tensor]:
+    d_image, d_text = passes.gradient(g.contiguous(), index, image, text, *needs)
+    return {"image": d_image, "text": d_text}
 
 
-def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if g is None:
-        return None, None, None
-    needs = ctx.needs_input_grad[:2]
-    grads = max_query_bwd(g, *ctx.saved_tensors, *needs, ctx.backend)
-    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), None)
-
-
-def _bwd(
-    g: Tensor, k: Tensor, image: Tensor, text: Tensor, need_image: bool, need_text: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    return _passes(backend).gradient(g.contiguous(), k, image, text, need_image, need_text)
-
-
-def _bwd_fake(g, k, image, text, need_image, need_text, backend):  # type: ignore[no-untyped-def]
-    return image.new_empty(image.shape if need_image else 0), text.new_empty(text.shape if need_text else 0)
-
-
-max_query_bwd = register("max_query_bwd", _bwd, _bwd_fake)
-max_query_fwd = register("max_query_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
-
-
-def _fused(backend: str, image: Tensor, text: Tensor) -> Tensor:
-    return max_query_fwd(image, text, backend)[0]
-
-
-def _many_queries(image: Tensor) -> list[str]:
-    return [f"image has {image.shape[1]} queries, more than 256"] if image.shape[1] > 256 else []
-
-
-def _reasons_against_cpu(image: Tensor, text: Tensor, *_: object) -> list[str]:
-    return reasons_against_cpu(image) + _many_queries(image)
-
-
-def _reasons_against_triton(image: Tensor, text: Tensor, *_: object) -> list[str]:
-    return reasons_against_triton(image) + _many_queries(image)
+def _many_queries(image: Tensor) -> str | None:
+    return f"image has {image.shape[1]} queries, more than 256" if image.shape[1] > 256 else None
 
 
 # on a CPU, eager is faster for fewer than this many products B Q N, and for so few queries that the sparse gradient
 # saves nothing. Measured on 2 cores with AVX-512 BF16, in which eager multiplies bfloat16
 _EAGER_PRODUCTS = {
-    "cpu": {torch.float32: 1 << 14, torch.bfloat16: 1 << 20, torch.float16: 0},
-    "chunked": {torch.float32: 1 << 23, torch.float64: 1 << 23, torch.bfloat16: 1 << 30, torch.float16: 0},
+    "cpu": {torch.float32: 1 << 14, torch.bfloat16: 1 << 20},
+    "chunked": {torch.float32: 1 << 23, torch.float64: 1 << 23, torch.bfloat16: 1 << 30},
 }
 _EAGER_QUERIES = {torch.float32: 1, torch.bfloat16: 3}
 
 
-def _aside(backend: str, image: Tensor, text: Tensor, *_: object) -> list[str]:
-    if image.device.type != "cpu":
-        return []
+def _few_products(backend: str, image: Tensor, text: Tensor) -> str | None:
     (b, queries), n = image.shape[:2], text.shape[0]
     few, products = _EAGER_QUERIES.get(image.dtype, 0), _EAGER_PRODUCTS[backend].get(image.dtype, 0)
-    if queries > few and b * queries * n >= products:
-        return []
-    return [f"eager is faster for up to {few} queries or less than {products} products in {str(image.dtype)[6:]}"]
+    if image.device.type != "cpu" or (queries > few and b * queries * n >= products):
+        return None
+    return f"eager is faster for up to {few} queries or fewer than {products} products in {str(image.dtype)[6:]}"
 
 
-MAX_QUERY = Op(
+_TILED = over_tiles(blocked, "maximum", "gradient", tiles=blocked)
+
+MAX_QUERY = Operator(
     "max_query_similarity",
-    [
-        Impl("triton", partial(_fused, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused, "cpu"), _reasons_against_cpu, partial(_aside, "cpu")),
-        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked, partial(_aside, "chunked")),
-        Impl("torch", reference.similarity, no_reason),
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    differentiable=("image", "text"),
+    implementations=[
+        Implementation(
+            "triton",
+            passes=Deferred("mmfuse.kernels.contrastive.max_query.kernel"),
+            against=[_many_queries],
+            traceable=True,
+        ),
+        Implementation(
+            "cpu", passes=_TILED["cpu"], against=[_many_queries], prefer_eager=partial(_few_products, "cpu")
+        ),
+        Implementation("chunked", passes=_TILED["chunked"], prefer_eager=partial(_few_products, "chunked")),
+        Implementation("torch", function=lambda image, text: Largest(reference.similarity(image, text))),
     ],
+    example=lambda x, **how: max_query_similarity(x[:, None], x, **how),
+    also={"max_query_loss": lambda x, **how: max_query_loss(x[:, None], x, 1.0, **how)},
 )
-# the loss adds nothing to choose from
-Op("max_query_loss", MAX_QUERY.implementations)
 
 
 def max_query_similarity(image: Tensor, text: Tensor, *, backend: str | None = None) -> Tensor:
@@ -144,7 +108,7 @@ def max_query_similarity(image: Tensor, text: Tensor, *, backend: str | None = N
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     image, text = _features(image, text, "image", "text")
-    return MAX_QUERY.select(image, text, backend=backend).fn(image, text)
+    return MAX_QUERY(image, text, backend=backend).u  # type: ignore[no-any-return]
 
 
 def max_query_loss(

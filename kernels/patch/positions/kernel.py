@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import accumulator
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -311,21 +313,18 @@ def bounds(mode: str, source: int, device: torch.device) -> Tensor:
     return torch.cat([b, b.new_full((2,), torch.inf)])
 
 
-def accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def interpolate_position(table: Tensor, h: int, w: int, size: tuple[int, int], mode: str) -> Tensor:
     """table [gh, gw, D] to [h * w, D]."""
     gh, gw, d = table.shape
     table = table.contiguous()
     out = torch.empty(h * w, d, dtype=table.dtype, device=table.device)
     grid = (triton.cdiv(h * w, _ROWS["BLOCK_M"]), triton.cdiv(d, _ROWS["BLOCK_D"]))
-    with torch.cuda.device_of(table):
-        _interpolate_kernel[grid](
-            out, table, bounds(mode, gh, table.device), bounds(mode, gw, table.device), h * w, w, *size, gh, gw, d,
-            MODE=mode_number(mode), ACC=accumulator(table.dtype), **_ROWS,
-        )  # fmt: skip
+    launch(
+        _interpolate_kernel, grid, table,
+        out_ptr=out, table_ptr=table, bounds_y=bounds(mode, gh, table.device), bounds_x=bounds(mode, gw, table.device),
+        N=h * w, w=w, height=size[0], width=size[1], GH=gh, GW=gw, D=d,
+        MODE=mode_number(mode), ACC=accumulator(table.dtype), **_ROWS,
+    )  # fmt: skip
     return out
 
 
@@ -354,13 +353,14 @@ def adjoint(
     (gh, gw), d, acc = source, g.shape[1], torch.promote_types(g.dtype, torch.float32)
     s = gh + gw if factored else gh * gw
     out = torch.empty(s, d, dtype=acc, device=g.device)
-    with torch.cuda.device_of(g):
-        _adjoint_kernel[(s, triton.cdiv(d, _ADJOINT["BLOCK_D"]))](
-            out, g, grids, start, start if rows is None else rows, out if extra is None else extra,
-            bounds(mode, gh, g.device), bounds(mode, gw, g.device), len(grids), gh, gw, d,
-            MERGE=merge, MODE=mode_number(mode), FACTORED=factored, KEPT=rows is not None, EXTRA=extra is not None,
-            ACC=accumulator(g.dtype), **_ADJOINT,
-        )  # fmt: skip
+    launch(
+        _adjoint_kernel, (s, triton.cdiv(d, _ADJOINT["BLOCK_D"])), g,
+        out_ptr=out, g_ptr=g, grids_ptr=grids, start_ptr=start, row_ptr=start if rows is None else rows,
+        extra_ptr=out if extra is None else extra, bounds_y=bounds(mode, gh, g.device),
+        bounds_x=bounds(mode, gw, g.device), B=len(grids), GH=gh, GW=gw, D=d,
+        MERGE=merge, MODE=mode_number(mode), FACTORED=factored, KEPT=rows is not None, EXTRA=extra is not None,
+        ACC=accumulator(g.dtype), **_ADJOINT,
+    )  # fmt: skip
     return out
 
 

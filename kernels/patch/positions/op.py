@@ -1,83 +1,48 @@
-"""The public function of resampled position tables: argument checks, autograd, choice of implementation."""
+"""The public function of resampled position tables: argument checks and declaration."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
-from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
-from mmfuse.kernels.patch.positions import reference
-from mmfuse.kernels.patch.positions.axes import MODES, axis_matrix
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels.patch.positions import blocked, reference
+from mmfuse.kernels.patch.positions.axes import MODES
 
 
-def _axes(table: Tensor, h: int, w: int, size: tuple[int, int], mode: str) -> list[Tensor]:
-    acc = torch.promote_types(table.dtype, torch.float32)
-    return [
-        axis_matrix(mode, n, g, acc, table.device)[:m] for n, g, m in zip(size, table.shape[:2], (h, w), strict=True)
-    ]
+def _forward(passes: Any, table: Tensor, h: int, w: int, height: int, width: int, mode: str) -> Tensor:
+    return passes.interpolate_position(table, h, w, (height, width), mode)  # type: ignore[no-any-return]
 
 
-def _fwd(table: Tensor, h: int, w: int, height: int, width: int, mode: str, backend: str) -> Tensor:
-    if backend == "triton":
-        from mmfuse.kernels.patch.positions import kernel
-
-        return kernel.interpolate_position(table, h, w, (height, width), mode)
-    rows, columns = _axes(table, h, w, (height, width), mode)
-    return reference.resample(table.to(rows.dtype), rows, columns).view(h * w, -1).to(table.dtype)
+def _backward(
+    passes: Any, g: Tensor, table: Tensor, h: int, w: int, height: int, width: int, mode: str
+) -> dict[str, Tensor]:
+    return {"table": passes.interpolate_position_adjoint(g, table, h, w, (height, width), mode)}
 
 
-def _fwd_fake(table, h, w, *_):  # type: ignore[no-untyped-def]
-    return table.new_empty((h * w, table.shape[2]))
-
-
-def _bwd(g: Tensor, table: Tensor, h: int, w: int, height: int, width: int, mode: str, backend: str) -> Tensor:
-    if backend == "triton":
-        from mmfuse.kernels.patch.positions import kernel
-
-        return kernel.interpolate_position_adjoint(g, table, h, w, (height, width), mode)
-    rows, columns = _axes(table, h, w, (height, width), mode)
-    return reference.resample_adjoint(g.to(rows.dtype).reshape(h, w, -1), rows, columns).to(table.dtype)
-
-
-def _bwd_fake(g, table, *_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(table, memory_format=torch.contiguous_format)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    table, *ctx.options = inputs
-    ctx.save_for_backward(table)
-
-
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    (table,) = ctx.saved_tensors
-    return interpolate_bwd(g, table, *ctx.options), *[None] * len(ctx.options)
-
-
-interpolate_bwd = register("interpolate_position_bwd", _bwd, _bwd_fake)
-interpolate_fwd = register("interpolate_position", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
-
-
-def _reference(table: Tensor, h: int, w: int, height: int, width: int, mode: str, _: str) -> Tensor:
-    return reference.interpolate_position(table, h, w, (height, width), mode)
-
-
-def _small(table: Tensor) -> list[str]:
+def _few_numbers(table: Tensor) -> str | None:
     few = table.device.type == "cpu" and table.numel() < 4096
-    return ["eager is faster for less than 4096 numbers"] if few else []
+    return "eager is faster for fewer than 4096 numbers" if few else None
 
 
-INTERPOLATE = Op(
+INTERPOLATE = Operator(
     "interpolate_position",
-    [
-        Impl("triton", interpolate_fwd, reasons_against_triton, only_named_in_the_interpreter),
-        Impl("chunked", interpolate_fwd, reasons_against_chunked, _small),
-        Impl("torch", _reference, no_reason),
+    forward=_forward,
+    backward=_backward,
+    fake=lambda table, h, w: table.new_empty((h * w, table.shape[2])),
+    differentiable=("table",),
+    implementations=[
+        Implementation("triton", passes=Deferred("mmfuse.kernels.patch.positions.kernel"), traceable=True),
+        Implementation("chunked", passes=blocked, prefer_eager=_few_numbers),
+        Implementation(
+            "torch",
+            function=lambda table, h, w, height, width, mode: reference.interpolate_position(
+                table, h, w, (height, width), mode
+            ),
+        ),
     ],
-    example=lambda features: (features,),
+    example=lambda x, **how: interpolate_position(x[:, None], (2 * len(x), 1), "bilinear", **how),
 )
 
 
@@ -141,8 +106,7 @@ def interpolate_position(
     check_lookup(mode, size, (gh, gw))
     if h * w == 0:
         return table.new_zeros(0, d) + 0 * table.sum()
-    impl = INTERPOLATE.select(table, backend=backend)
-    return impl.fn(table, h, w, *size, mode, impl.name)
+    return INTERPOLATE(table, h, w, *size, mode, backend=backend)  # type: ignore[no-any-return]
 
 
 def _along(table: Tensor, n: int, size: int, mode: str, backend: str | None) -> Tensor:
@@ -150,8 +114,7 @@ def _along(table: Tensor, n: int, size: int, mode: str, backend: str | None) -> 
     if (size == len(table) and mode != "grid_sample") or n == 0:
         return table[:n]
     check_lookup(mode, (size,), (len(table),))
-    impl = INTERPOLATE.select(table, backend=backend)
-    return impl.fn(table[:, None], n, 1, size, 1, mode, impl.name)
+    return INTERPOLATE(table[:, None], n, 1, size, 1, mode, backend=backend)  # type: ignore[no-any-return]
 
 
 def check_table(table: Tensor, mode: str) -> Tensor:

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.patch.positions.axes import axis_matrix
 from mmfuse.kernels.patch.positions.reference import resample, resample_adjoint
+from mmfuse.kernels.patch.ragged.layout import Places
 from mmfuse.kernels.patch.ragged.stem import Folded
 
 _ROWS = 1024  # of a block
@@ -21,9 +23,11 @@ _ROWS = 1024  # of a block
 class Positions:
     """The table at the grids of a batch: [S, D] with S = gh gw, or gh + gw of two tables."""
 
-    def __init__(self, grids: Tensor, shape: tuple[int, int], mode: str, factored: bool, keep_aspect: bool, merge: int):
-        self.grids: list[tuple[int, int, int]] = [tuple(g) for g in grids.tolist()]
-        self.shape, self.mode, self.factored, self.keep_aspect, self.merge = shape, mode, factored, keep_aspect, merge
+    def __init__(self, places: Places):
+        self.grids: list[tuple[int, int, int]] = [tuple(g) for g in places.grids.tolist()]
+        self.start: list[int] = places.start.tolist()
+        self.shape, self.mode, self.factored = places.shape, places.mode, places.factored
+        self.keep_aspect, self.merge = places.keep_aspect, places.merge
 
     def axes(self, h: int, w: int, like: Tensor) -> list[Tensor]:
         size = (max(h, w),) * 2 if self.keep_aspect else (h, w)
@@ -54,47 +58,38 @@ class Positions:
             return torch.cat([rows.t() @ g.sum(1), columns.t() @ g.sum(0)])
         return resample_adjoint(g, rows, columns).flatten(0, 1)
 
-    def images(self, start: Tensor) -> Iterator[tuple[tuple[int, int, int], int]]:
+    def images(self) -> Iterator[tuple[tuple[int, int, int], int]]:
         """(grid, first patch) of what is no empty image, equal sizes in a row."""
-        for grid, first in sorted(zip(self.grids, start.tolist(), strict=True), key=lambda image: image[0][1:]):
+        for grid, first in sorted(zip(self.grids, self.start, strict=True), key=lambda image: image[0][1:]):
             if all(grid):
                 yield grid, first
 
 
-def preload(rows: Tensor, table: Tensor, bias: Tensor, p: Positions, start: Tensor, padded: int, pads: bool) -> None:
+def preload(rows: Tensor, table: Tensor, bias: Tensor, places: Places) -> None:
     """rows [T, D] <- the positions of every patch, plus the bias."""
+    p = Positions(places)
     known, one = (0, 0), bias[None]
     done = torch.zeros(len(rows), dtype=torch.bool)
-    for (t, h, w), first in p.images(start):
+    for (t, h, w), first in p.images():
         if known != (h, w):
             known, one = (h, w), p.of(table, h, w) + bias
         last = first + t * h * w
         rows[first:last].view(t, h * w, -1).copy_(one.expand(t, -1, -1))
-        if pads:
-            rows[last : first + padded] = one[0]
-            last = first + padded
+        if places.pads:
+            rows[last : first + places.padded] = one[0]
+            last = first + places.padded
         done[first:last] = True
     rows[~done] = bias
 
 
-def forward(
-    x: Tensor,
-    f: Folded,
-    table: Tensor | None,
-    p: Positions,
-    source: Tensor | None,
-    start: Tensor,
-    padded: int,
-    pads: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def forward(x: Tensor, f: Folded, table: Tensor | None, places: Places, dtype: torch.dtype) -> Tensor:
     """x [T, K] to [R, D]."""
-    acc, v = f.bias.dtype, f.weight.to(f.bias.dtype).t()
+    acc, v, source = f.bias.dtype, f.weight.to(f.bias.dtype).t(), places.source
     rows = f.bias.new_empty(len(x), len(f.bias))
     if table is None:
         rows.copy_(f.bias.expand_as(rows))
     else:
-        preload(rows, table.to(acc), f.bias, p, start, padded, pads)
+        preload(rows, table.to(acc), f.bias, places)
     out = rows if source is None else at_source(rows, source)
     for i in range(0, len(out), _ROWS):
         block = slice(i, i + _ROWS)
@@ -117,7 +112,7 @@ def backward(
     g: Tensor, x: Tensor, near: Tensor | None, source: Tensor | None, compute: torch.dtype, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """(dyT (x - near) [D, K], sum dy [D]) of g [R, D], in float32 (float64 for float64)."""
-    acc = torch.promote_types(compute, torch.float32)
+    acc = accumulation_dtype(compute)
     product = torch.zeros(g.shape[1], x.shape[1] if need_weight else 0, dtype=acc, device=g.device)
     total = torch.zeros(g.shape[1], dtype=acc, device=g.device)
     step = _ROWS if g.device.type == "cpu" else max(1, len(g))
@@ -138,31 +133,22 @@ def backward(
     return product, total
 
 
-def table_grad(
-    g: Tensor,
-    patches: int,
-    p: Positions,
-    source: Tensor | None,
-    start: Tensor,
-    padded: int,
-    pads: bool,
-    acc: torch.dtype,
-) -> Tensor:
+def table_grad(g: Tensor, patches: int, places: Places, acc: torch.dtype) -> Tensor:
     """[S, D] of g [R, D]."""
-    if source is not None:
-        g = of_patches(g, source, patches)
-    d = g.shape[1]
+    if places.source is not None:
+        g = of_patches(g, places.source, patches)
+    d, p = g.shape[1], Positions(places)
     out = torch.zeros(sum(p.shape) if p.factored else p.shape[0] * p.shape[1], d, dtype=acc)
     known, one = (0, 0), torch.zeros(0, d, dtype=acc)
-    for (t, h, w), first in p.images(start):
+    for (t, h, w), first in p.images():
         if known != (h, w):
             if one.numel():
                 out += p.adjoint(one, *known)
             known, one = (h, w), torch.zeros(h * w, d, dtype=acc)
         last = first + t * h * w
         one += g[first:last].view(t, h * w, d).sum(0, dtype=acc)
-        if pads:
-            one[0] += g[last : first + padded].sum(0, dtype=acc)
+        if places.pads:
+            one[0] += g[last : first + places.padded].sum(0, dtype=acc)
     return out + p.adjoint(one, *known) if one.numel() else out
 
 

@@ -14,8 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
-from mmfuse.kernels._triton.tiles import input_precision, tile_of
-from mmfuse.kernels.patch.positions.kernel import accumulator, add_positions, bounds, mode_number
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import accumulator, input_precision, tile_of
+from mmfuse.kernels.patch.positions.kernel import add_positions, adjoint, bounds, mode_number
+from mmfuse.kernels.patch.ragged.layout import Places
 from mmfuse.kernels.patch.ragged.stem import Folded
 
 # --- device code ----------------------------------------------------------------------------------------------------
@@ -103,20 +106,10 @@ _OPERANDS = {
 }  # fmt: skip
 
 
-def forward(
-    x: Tensor,
-    f: Folded,
-    table: Tensor | None,
-    place: Tensor,
-    source: Tensor | None,
-    shape: tuple[int, int],
-    mode: str,
-    factored: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def forward(x: Tensor, f: Folded, table: Tensor | None, places: Places, dtype: torch.dtype) -> Tensor:
     """x [T, K] to [R, D]."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    rows, d, k = len(place), len(f.bias), x.shape[1]
+    rows, d, k = len(places.place), len(f.bias), x.shape[1]
     v, q = f.weight, None
     if v.dtype.itemsize == 2 and x.dtype == torch.uint8:
         v, q = scaled(f)
@@ -128,19 +121,58 @@ def forward(
         return out
     precision = input_precision(v.dtype)
     tile = _TILES["uint8" if q is not None else "half" if v.dtype.itemsize == 2 else precision]
-    table = None if table is None else table.contiguous()
-    edges = [bounds(mode if table is not None else "", n, x.device) for n in shape]
-    grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(d, tile["BLOCK_N"]),)
-    with torch.cuda.device_of(x):
-        _packed_kernel[grid](
-            out, x, v, f.bias, f.bias if q is None else q, f.bias if f.near is None else f.near,
-            f.bias if table is None else table, place, place if source is None else source, *edges, rows, d, k,
-            x.stride(0), *shape,
-            TABLE=table is not None, MODE=mode_number(mode), FACTORED=factored, SOURCE=source is not None,
-            SCALED=q is not None, CENTRED=f.near is not None, ACC=accumulator(f.bias.dtype),
-            OPERAND=_OPERANDS[v.dtype], PRECISION=precision, **tile,
-        )  # fmt: skip
+    edges = [bounds(places.mode if table is not None else "", n, x.device) for n in places.shape]
+    launch(
+        _packed_kernel,
+        (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(d, tile["BLOCK_N"]),),
+        on=x,
+        out_ptr=out,
+        x_ptr=x,
+        v_ptr=v,
+        c_ptr=f.bias,
+        q_ptr=f.bias if q is None else q,
+        near_ptr=f.bias if f.near is None else f.near,
+        table_ptr=f.bias if table is None else table.contiguous(),
+        place_ptr=places.place,
+        source_ptr=places.place if places.source is None else places.source,
+        bounds_y=edges[0],
+        bounds_x=edges[1],
+        R=rows,
+        D=d,
+        K=k,
+        stride_x=x.stride(0),
+        GH=places.height,
+        GW=places.width,
+        TABLE=table is not None,
+        MODE=mode_number(places.mode),
+        FACTORED=places.factored,
+        SOURCE=places.source is not None,
+        SCALED=q is not None,
+        CENTRED=f.near is not None,
+        ACC=accumulator(f.bias.dtype),
+        OPERAND=_OPERANDS[v.dtype],
+        PRECISION=precision,
+        **tile,
+    )
     return out
+
+
+def table_grad(g: Tensor, patches: int, places: Places, acc: torch.dtype) -> Tensor:
+    """[S, D] of g [R, D]."""
+    t, h, w = places.grids.unbind(1)
+    height, width = (torch.maximum(h, w),) * 2 if places.keep_aspect else (h, w)
+    grids = torch.stack([t, h, w, height, width], 1).to(torch.int32)
+    rows = extra = None
+    if places.source is not None:
+        rows = torch.full((patches + 1,), -1, dtype=torch.int64, device=g.device)
+        rows[places.source] = torch.arange(len(places.source), device=g.device)
+        rows = rows[:-1]
+    if places.pads:
+        past = torch.arange(places.padded, device=g.device) >= (t * h * w)[:, None]
+        wide = accumulation_dtype(g.dtype)
+        extra = (past.to(wide)[:, None] @ g.view(len(grids), places.padded, -1).to(wide))[:, 0]
+    options = (places.shape, places.mode, places.factored, places.merge)
+    return adjoint(g, grids, places.start, *options, rows, extra)
 
 
 def scaled(f: Folded) -> tuple[Tensor, Tensor]:

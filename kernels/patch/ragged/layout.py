@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,28 @@ class Layout(NamedTuple):
     place: Tensor  # [R, 4] int32: row, column, height and width that the table is resampled to; height 0: no position
     source: Tensor | None  # [R] int64: the patch of each token, -1 for none; None: in order
     start: Tensor  # [B] int64: the first patch of each image
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which patch every token is, and where its position lies in a table."""
+
+    grids: Tensor  # [B, 3] int64 (frames, h, w)
+    place: Tensor
+    source: Tensor | None
+    start: Tensor
+    padded: int  # rows of each image among the patches, 0: one after the other
+    pads: bool  # rows past an image's patches take its first position
+    merge: int
+    keep_aspect: bool
+    height: int  # of the table
+    width: int
+    factored: bool
+    mode: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.height, self.width
 
 
 def layout(

@@ -1,22 +1,19 @@
-"""The public functions of ragged batches: argument checks, autograd, choice of implementation, packing."""
+"""The public functions of ragged batches: argument checks, declaration, packing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import constant
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
-from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_triton
 from mmfuse.kernels.patch.arguments import vector
 from mmfuse.kernels.patch.positions.op import check_factors, check_table
 from mmfuse.kernels.patch.ragged import blocked, reference
-from mmfuse.kernels.patch.ragged.layout import layout
+from mmfuse.kernels.patch.ragged.layout import Places, layout
 from mmfuse.kernels.patch.ragged.stem import fold, weight_grad
 
 
@@ -28,65 +25,23 @@ class PackedTokens(NamedTuple):
     ids: Tensor
 
 
-class _Options(NamedTuple):
-    """What an operator is told beside tensors."""
-
-    padded: int  # rows of each image among the patches, 0: one after the other
-    pads: bool  # rows past an image's patches take its first position
-    merge: int
-    keep_aspect: bool
-    height: int  # of the table
-    width: int
-    factored: bool
-    mode: str
-    compute: torch.dtype
-    dtype: torch.dtype
-    backend: str
-
-    def positions(self, grids: Tensor) -> blocked.Positions:
-        shape = (self.height, self.width)
-        return blocked.Positions(grids, shape, self.mode, self.factored, self.keep_aspect, self.merge)
-
-
-def _fwd(
+def _forward(
+    passes: Any,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     table: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
-    grids: Tensor,
-    place: Tensor,
-    source: Tensor | None,
-    start: Tensor,
-    padded: int,
-    pads: bool,
-    merge: int,
-    keep_aspect: bool,
-    height: int,
-    width: int,
-    factored: bool,
-    mode: str,
+    places: Places,
     compute: torch.dtype,
     dtype: torch.dtype,
-    backend: str,
 ) -> Tensor:
-    o = _Options(
-        padded, pads, merge, keep_aspect, height, width, factored, mode, compute, dtype, backend
-    )  # fmt: skip
-    f = fold(x, weight, bias, mean, std, compute)
-    if backend == "triton":
-        from mmfuse.kernels.patch.ragged import kernel
-
-        return kernel.forward(x, f, table, place, source, (height, width), mode, factored, dtype)
-    return blocked.forward(x, f, table, o.positions(grids), source, start, padded, pads, dtype)
+    return passes.forward(x, fold(x, weight, bias, mean, std, compute), table, places, dtype)  # type: ignore[no-any-return]
 
 
-def _fwd_fake(x, weight, bias, table, mean, std, grids, place, *options):  # type: ignore[no-untyped-def]
-    return x.new_empty((place.shape[0], weight.shape[0]), dtype=options[-2])
-
-
-def _bwd(
+def _backward(
+    passes: Any,
     g: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -94,130 +49,62 @@ def _bwd(
     table: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
-    grids: Tensor,
-    place: Tensor,
-    source: Tensor | None,
-    start: Tensor,
-    padded: int,
-    pads: bool,
-    merge: int,
-    keep_aspect: bool,
-    height: int,
-    width: int,
-    factored: bool,
-    mode: str,
+    places: Places,
     compute: torch.dtype,
-    dtype: torch.dtype,
-    backend: str,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_table: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    o = _Options(padded, pads, merge, keep_aspect, height, width, factored, mode, compute, dtype, backend)
-    f = fold(x, weight, bias, mean, std, compute)
-    acc, none = f.bias.dtype, g.new_empty(0)
-    dx = dweight = dbias = dtable = none
-    if need_weight or need_bias:
-        product, total = blocked.backward(g, x, f.near, source, compute, need_weight)
-        dweight = weight_grad(f, product, total).to(weight.dtype) if need_weight else none
-        dbias = total.to(weight.dtype if bias is None else bias.dtype) if need_bias else none
-    if need_x:
+    needs: Any,
+) -> dict[str, Tensor]:
+    f, source, grads = fold(x, weight, bias, mean, std, compute), places.source, {}
+    if needs.weight or needs.bias:
+        product, total = blocked.backward(g, x, f.near, source, compute, needs.weight)
+        if needs.weight:
+            grads["weight"] = weight_grad(f, product, total).to(weight.dtype)
+        grads["bias"] = total.to(weight.dtype if bias is None else bias.dtype)
+    if needs.x:
         dy = g.to(compute) if source is None else blocked.of_patches(g.to(compute), source, len(x))
         dx = dy @ weight.to(compute)
-        dx = (dx if f.scale is None else dx * f.scale).to(x.dtype)
-    if need_table and table is not None:
-        if backend == "triton":
-            dtable = _table_grad_triton(g, len(x), grids, source, start, o)
-        else:
-            positions = o.positions(grids)
-            dtable = blocked.table_grad(g, len(x), positions, source, start, padded, pads, acc)
-        dtable = dtable.to(table.dtype)
-    return dx, dweight, dbias, dtable
+        grads["x"] = (dx if f.scale is None else dx * f.scale).to(x.dtype)
+    if needs.table and table is not None:
+        grads["table"] = passes.table_grad(g, len(x), places, f.bias.dtype).to(table.dtype)
+    return grads
 
 
-def _table_grad_triton(
-    g: Tensor, patches: int, grids: Tensor, source: Tensor | None, start: Tensor, o: _Options
-) -> Tensor:
-    from mmfuse.kernels.patch.positions import kernel
-
-    t, h, w = grids.unbind(1)
-    height, width = (torch.maximum(h, w),) * 2 if o.keep_aspect else (h, w)
-    table = torch.stack([t, h, w, height, width], 1).to(torch.int32)
-    rows = extra = None
-    if source is not None:
-        rows = torch.full((patches + 1,), -1, dtype=torch.int64, device=g.device)
-        rows[source] = torch.arange(len(source), device=g.device)
-        rows = rows[:-1]
-    if o.pads:
-        past = torch.arange(o.padded, device=g.device) >= (t * h * w)[:, None]
-        acc = torch.promote_types(g.dtype, torch.float32)
-        extra = (past.to(acc)[:, None] @ g.view(len(grids), o.padded, -1).to(acc))[:, 0]
-    shape = (o.height, o.width)
-    return kernel.adjoint(g, table, start, shape, o.mode, o.factored, o.merge, rows, extra)
+def _reference(places: Places, **given: Any) -> Tensor:
+    at = (places.place, places.source, places.shape, places.mode, places.factored)
+    return reference.patch_embed_packed(*at, **given)
 
 
-def _bwd_fake(g, x, weight, bias, table, *rest):  # type: ignore[no-untyped-def]
-    needs = rest[-4:]
-    given = (x, weight, weight.new_empty(weight.shape[0]) if bias is None else bias, table)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else g.new_empty(0)
-        for t, need in zip(given, needs, strict=True)
-    )
+def _elsewhere(x: Tensor) -> str | None:
+    return None if x.device.type == "cpu" else f"device is {x.device.type}: it reads the grids on the host"
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:10])
-    ctx.options = inputs[10:]
-
-
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:4]
-    grads = packed_bwd(g, *ctx.saved_tensors, *ctx.options, *needs)
-    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * (6 + len(ctx.options)))
-
-
-packed_bwd = register("patch_embed_packed_bwd", _bwd, _bwd_fake)
-packed_fwd = register("patch_embed_packed", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
-
-
-def _fused(backend: str, *args: Any) -> Tensor:
-    return packed_fwd(*args, backend)
-
-
-def _reference(*args: Any) -> Tensor:
-    x, weight, bias, table, mean, std, _, place, source, _, *options = args
-    _, _, _, _, height, width, factored, mode, compute, dtype = options
-    return reference.patch_embed_packed(
-        x, weight, bias, table, mean, std, place, source, (height, width), mode, factored, compute, dtype
-    )
-
-
-def _reasons_against_chunked(x: Tensor, *_: object) -> list[str]:
-    return [] if x.device.type == "cpu" else [f"device is {x.device.type}: it reads the grids on the host"]
-
-
-def _reasons_against_triton(x: Tensor, weight: Tensor, *_: object) -> list[str]:
-    return reasons_against_triton(weight)
-
-
-def _aside(x: Tensor, weight: Tensor, compute: torch.dtype | None = None) -> list[str]:
+# measured on one core with AVX-512 BF16
+def _few_patches(x: Tensor, compute: torch.dtype) -> str | None:
     if not isinstance(x.shape[0], int):  # "torch" goes over the rows in a loop, which a graph of any size cannot
-        return []
-    # measured on one core with AVX-512 BF16
-    kind = compute or weight.dtype
-    if kind == torch.bfloat16:
-        return ["eager multiplies in bfloat16"]
-    return ["eager is faster for less than 512 patches"] if x.shape[0] < 512 and kind != torch.float16 else []
+        return None
+    if compute == torch.bfloat16:
+        return "eager multiplies in bfloat16"
+    few = x.shape[0] < 512 and compute != torch.float16
+    return "eager is faster for fewer than 512 patches" if few else None
 
 
-PACKED = Op(
+def _example(x: Tensor, **how: Any) -> PackedTokens:
+    grids = torch.tensor([[len(x), 1]], device=x.device)
+    return patch_embed_packed(x, grids, x.new_zeros(x.shape[1], x.shape[1]), **how)
+
+
+PACKED = Operator(
     "patch_embed_packed",
-    [
-        Impl("triton", partial(_fused, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("chunked", partial(_fused, "chunked"), _reasons_against_chunked, _aside),
-        Impl("torch", _reference, no_reason),
+    forward=_forward,
+    backward=_backward,
+    fake=lambda x, weight, places, dtype: x.new_empty((places.place.shape[0], weight.shape[0]), dtype=dtype),
+    differentiable=("x", "weight", "bias", "table"),
+    on="weight",
+    implementations=[
+        Implementation("triton", passes=Deferred("mmfuse.kernels.patch.ragged.kernel"), traceable=True),
+        Implementation("chunked", passes=blocked, against=[_elsewhere], prefer_eager=_few_patches),
+        Implementation("torch", function=_reference),
     ],
+    example=_example,
 )
 
 
@@ -314,11 +201,10 @@ def patch_embed_packed(
     if torch.is_autocast_enabled(x.device.type) and compute != torch.float64:
         compute = torch.get_autocast_dtype(x.device.type)
     thw = torch.nn.functional.pad(grids, (3 - grids.shape[1], 0), value=1)
-    impl = PACKED.select(x, weight, compute, backend=backend)
-    tokens = impl.fn(
-        x, weight, bias, joined, mean, std, thw, at.place, source, at.start,
-        padded_in, pads, merge, keep_aspect, *shape, factored, mode, compute, dtype or compute,
+    places = Places(
+        thw, at.place, source, at.start, padded_in, pads, merge, keep_aspect, *shape, factored, mode
     )  # fmt: skip
+    tokens = PACKED(x, weight, bias, joined, mean, std, places, compute, dtype or compute, backend=backend)
     ids, length = at.ids, padded_in or padded_length
     if length:
         tokens, ids = (t.unflatten(0, (grids.shape[0], length)) for t in (tokens, ids))

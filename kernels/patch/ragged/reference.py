@@ -16,17 +16,17 @@ _ROWS = 4096
 
 
 def patch_embed_packed(
+    place: Tensor,
+    source: Tensor | None,
+    shape: tuple[int, int],
+    mode: str,
+    factored: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     table: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
-    place: Tensor,
-    source: Tensor | None,
-    shape: tuple[int, int],
-    mode: str,
-    factored: bool,
     compute: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:

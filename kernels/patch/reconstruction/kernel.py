@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels.patch.reconstruction.target import EPS, Patches
 
 # --- device code ----------------------------------------------------------------------------------------------------
@@ -110,13 +111,36 @@ def rows(
     inverse = torch.ones(c, dtype=acc, device=video.device) if std is None else 1 / std.to(acc)
     shift = torch.zeros_like(inverse) if mean is None else -mean.to(acc) * inverse
     _, gh, gw = patches.grid(video)
-    with torch.cuda.device_of(video):
-        _rows_kernel[(m, b)](
-            out, out if grad is None else grad, prediction, video, out if ids is None else ids, weight,
-            inverse / unit, shift, m, prediction.stride(0), prediction.stride(1), *video.stride(), gh, gw,
-            EPS=EPS, T=patches.t, P=patches.p, Q=patches.q, C=c, NORM=norm, IDS=ids is not None, GRAD=grad is not None,
-            ACC=tl.float64 if acc == torch.float64 else tl.float32, BLOCK=triton.next_power_of_2(k), num_warps=4,
-        )  # fmt: skip
+    launch(
+        _rows_kernel,
+        (m, b),
+        video,
+        row_ptr=out,
+        grad_ptr=out if grad is None else grad,
+        prediction_ptr=prediction,
+        video_ptr=video,
+        ids_ptr=out if ids is None else ids,
+        weight_ptr=weight,
+        scale_ptr=inverse / unit,
+        shift_ptr=shift,
+        M=m,
+        stride_pb=prediction.stride(0),
+        stride_pm=prediction.stride(1),
+        **dict(zip(("stride_b", "stride_t", "stride_y", "stride_x", "stride_c"), video.stride(), strict=True)),
+        GH=gh,
+        GW=gw,
+        EPS=EPS,
+        T=patches.t,
+        P=patches.p,
+        Q=patches.q,
+        C=c,
+        NORM=norm,
+        IDS=ids is not None,
+        GRAD=grad is not None,
+        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        BLOCK=triton.next_power_of_2(k),
+        num_warps=4,
+    )
     return out
 
 

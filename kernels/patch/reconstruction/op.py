@@ -1,38 +1,29 @@
-"""The public loss of masked autoencoders: argument checks, autograd, choice of implementation."""
+"""The public loss of masked autoencoders: argument checks and declaration."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import constant
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
-from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.patch.reconstruction import blocked, reference
 from mmfuse.kernels.patch.reconstruction.target import Patches
 
 
-def _rows(backend: str) -> Any:
-    if backend == "triton":
-        from mmfuse.kernels.patch.reconstruction import kernel
-
-        return kernel.rows
-    return blocked.rows
-
-
 def _weights(prediction: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor]:
     """(ids of the patches that are predicted, None for all; 1 for each of them that is masked, else 0)."""
-    acc = torch.promote_types(prediction.dtype, torch.float32)
+    acc = accumulation_dtype(prediction.dtype)
     ids = None if prediction.shape[1] == mask.shape[1] else reference.masked_ids(mask, prediction.shape[1])
     weight = (mask if ids is None else mask.gather(1, ids)).to(acc)
     return ids, weight.contiguous()
 
 
-def _fwd(
+def _forward(
+    passes: Any,
     prediction: Tensor,
     video: Tensor,
     mask: Tensor,
@@ -42,18 +33,14 @@ def _fwd(
     p: int,
     q: int,
     norm: str,
-    backend: str,
 ) -> Tensor:
     ids, weight = _weights(prediction, mask)
-    rows = _rows(backend)(prediction, video, ids, weight, mean, std, Patches(t, p, q), norm, None)
+    rows: Tensor = passes.rows(prediction, video, ids, weight, mean, std, Patches(t, p, q), norm, None)
     return rows.sum() / weight.sum()
 
 
-def _fwd_fake(prediction, *_):  # type: ignore[no-untyped-def]
-    return prediction.new_empty((), dtype=torch.promote_types(prediction.dtype, torch.float32))
-
-
-def _bwd(
+def _backward(
+    passes: Any,
     g: Tensor,
     prediction: Tensor,
     video: Tensor,
@@ -64,56 +51,40 @@ def _bwd(
     p: int,
     q: int,
     norm: str,
-    backend: str,
-) -> Tensor:
+) -> dict[str, Tensor]:
     ids, weight = _weights(prediction, mask)
     grad = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     weight = weight * (g.to(weight.dtype) / weight.sum())
-    _rows(backend)(prediction, video, ids, weight, mean, std, Patches(t, p, q), norm, grad)
-    return grad
+    passes.rows(prediction, video, ids, weight, mean, std, Patches(t, p, q), norm, grad)
+    return {"prediction": grad}
 
 
-def _bwd_fake(g, prediction, *_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(prediction, memory_format=torch.contiguous_format)
+def _large(prediction: Tensor) -> str | None:
+    k = prediction.shape[2]
+    return f"a patch has {k} elements, more than 8192: a program holds one" if k > 8192 else None
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
-
-
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return loss_bwd(g, *ctx.saved_tensors, *ctx.options), *[None] * 9
-
-
-loss_bwd = register("masked_patch_loss_bwd", _bwd, _bwd_fake)
-loss_fwd = register("masked_patch_loss", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
-
-
-def _fused(backend: str, *args: Any) -> Tensor:
-    return loss_fwd(*args, backend)
-
-
-def _reference(*args: Any) -> Tensor:
-    prediction, video, mask, mean, std, t, p, q, norm = args
-    return reference.masked_patch_loss(prediction, video, mask, mean, std, Patches(t, p, q), norm)
-
-
-def _reasons_against_triton(prediction: Tensor, *_: object) -> list[str]:
-    why = reasons_against_triton(prediction)
-    if prediction.shape[2] > 8192:
-        why.append(f"a patch has {prediction.shape[2]} elements, above 8192: a program holds one")
-    return why
-
-
-LOSS = Op(
+LOSS = Operator(
     "masked_patch_loss",
-    [
-        Impl("triton", partial(_fused, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked),
-        Impl("torch", _reference, no_reason),
+    forward=_forward,
+    backward=_backward,
+    fake=lambda prediction: prediction.new_empty((), dtype=accumulation_dtype(prediction.dtype)),
+    differentiable=("prediction",),
+    implementations=[
+        Implementation(
+            "triton",
+            passes=Deferred("mmfuse.kernels.patch.reconstruction.kernel"),
+            against=[_large],
+            traceable=True,
+        ),
+        Implementation("chunked", passes=blocked),
+        Implementation(
+            "torch", function=lambda t, p, q, **given: reference.masked_patch_loss(patches=Patches(t, p, q), **given)
+        ),
     ],
-    example=lambda features: (features[None], features[None]),
+    example=lambda x, **how: masked_patch_loss(
+        x[None], x.t()[None, :, :, None], x.new_ones(1, len(x)), patch=1, norm_pix=False, **how
+    ),
 )
 
 
@@ -185,8 +156,7 @@ def masked_patch_loss(
         raise TypeError(f"pixels has dtype {pixels.dtype}, expected uint8 or a floating-point dtype")
     mask = mask if mask.dtype == torch.bool else mask != 0
     mean, std = (_per_channel(name, v, c, pixels) for name, v in (("mean", mean), ("std", std)))
-    impl = LOSS.select(prediction, video, mask, backend=backend)
-    return impl.fn(prediction, video.detach(), mask, mean, std, *patches, norm)
+    return LOSS(prediction, video.detach(), mask, mean, std, *patches, norm, backend=backend)  # type: ignore[no-any-return]
 
 
 def _video(pixels: Tensor, layout: str) -> Tensor:

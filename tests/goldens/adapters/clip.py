@@ -10,7 +10,7 @@ def run(given: Given) -> dict[str, Tensor]:
     model = create("clip", given.model_config).to(given.device, given.dtype).eval()
     load_official(model, given.params)
     image, text = given.inputs["image"], given.inputs["text"]
-    modules = {"text_tokens": model.ln_final}
+    modules = {"text_tokens": model.transformer}
     if hasattr(model.visual, "transformer"):
         modules["visual_tokens"] = model.visual.transformer
     else:
@@ -19,4 +19,5 @@ def run(given: Given) -> dict[str, Tensor]:
     outputs["logits_per_image"], outputs["logits_per_text"] = model(image, text)
     outputs["image_features"], outputs["text_features"] = model.encode_image(image), model.encode_text(text)
     outputs["loss"] = model.loss(image, text)
+    outputs["text_tokens"] = model.ln_final(outputs["text_tokens"])
     return outputs | gradients(outputs["loss"], model, given.grads)

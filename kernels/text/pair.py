@@ -1,0 +1,182 @@
+"""BEiT-3's visual and textual tokens (Wang et al. 2022, arXiv:2208.10442) in one buffer.
+
+    out[:, 0]         cls + A[offset]
+    out[:, 1 : 1+N]   patches (mask_token where masked) + A[offset + 1 :]
+    out[:, 1+N :]     E[id] + B[offset :],  0 where padded
+
+The product of the patches and the gather of the words write their rows where the encoder reads them: no concatenation,
+no split between the two position tables, no multiplication by a padding mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels.patch import PATCH_EMBED, Stem, stem_of
+from mmfuse.kernels.text import blocked, reference
+from mmfuse.kernels.text.op import WORDS, checked, too_wide
+
+_OF_PATCHES = ("pixels", "weight", "bias", "prefix", "position", "prefix_position", "mask_token")
+
+
+def _forward(
+    passes: Any,
+    stem: Stem,
+    ids: Tensor,
+    table: Tensor,
+    text_position: Tensor,
+    pad_mask: Tensor | None,
+    padding_idx: int | None,
+) -> Tensor:
+    out, (_, r, n) = _fake(stem, ids, table), stem.shape
+    passes.patches.forward_into(out, 0, stem)
+    words = (ids, table, text_position, None, None, None, pad_mask, 1.0, None)
+    blocked.forward(passes.words, *words, out[:, r + n :])
+    return out
+
+
+def _fake(stem: Stem, ids: Tensor, table: Tensor) -> Tensor:
+    b, r, n = stem.shape
+    return table.new_empty(b, r + n + ids.shape[1], table.shape[1])
+
+
+def _backward(
+    passes: Any,
+    g: Tensor,
+    stem: Stem,
+    ids: Tensor,
+    table: Tensor,
+    text_position: Tensor,
+    pad_mask: Tensor | None,
+    padding_idx: int | None,
+    needs: Any,
+) -> dict[str, Tensor]:
+    _, r, n = stem.shape
+    wanted = [name for name in _OF_PATCHES if getattr(needs, name)]
+    grads = passes.patches.backward_from(g[:, : r + n], stem, wanted) if wanted else {}
+    words = (ids, table, text_position, None, None, None, pad_mask, *[table.new_empty(0)] * 2)
+    needed = [needs.table, needs.text_position, False, False, False]
+    of_words = blocked.backward(passes.words, g[:, r + n :], *words, 1.0, False, padding_idx, needed)
+    return grads | {"table": of_words[0], "text_position": of_words[1]}
+
+
+def _reference(
+    stem: Stem,
+    ids: Tensor,
+    table: Tensor,
+    text_position: Tensor,
+    pad_mask: Tensor | None,
+    padding_idx: int | None,
+) -> Tensor:
+    tokens = PATCH_EMBED.implementations["torch"].function(stem)
+    words = reference.embed_text(ids, table, text_position, None, None, None, pad_mask, 1.0, None, padding_idx)
+    return torch.cat([tokens, words], dim=1)
+
+
+def _of_patches(name: str, stem: Stem) -> str | None:
+    return "; ".join(PATCH_EMBED.reasons_against(name, (stem,))) or None
+
+
+def _implementation(name: str) -> Implementation:
+    on_gpu = name in ("cuda", "triton")
+    passes = SimpleNamespace(
+        patches=PATCH_EMBED.implementations[name].passes, words=WORDS["triton" if on_gpu else "chunked"]
+    )
+    return Implementation(name, passes=passes, against=[partial(_of_patches, name), *([too_wide] if on_gpu else [])])
+
+
+def _example(x: Tensor, **how: Any) -> Tensor:
+    """A word beside each patch of 16 x 16."""
+    pixels, ids = x.new_zeros(1, 3, 16, 16 * len(x)), torch.zeros(1, len(x), dtype=torch.int64, device=x.device)
+    weight = x.new_zeros(x.shape[1], 3, 16, 16)
+    return embed_pair(pixels, ids, weight=weight, position=x, table=x, text_position=x, position_offset=0, **how)
+
+
+EMBED_PAIR = Operator(
+    "embed_pair",
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    differentiable=(*_OF_PATCHES, "table", "text_position"),
+    on="table",
+    implementations=[
+        *map(_implementation, ("cuda", "triton", "cpu", "chunked")),
+        Implementation("torch", function=_reference),
+    ],
+    example=_example,
+)
+
+
+def embed_pair(
+    pixels: Tensor,
+    ids: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    cls_token: Tensor | None = None,
+    position: Tensor,
+    table: Tensor,
+    text_position: Tensor,
+    position_offset: int = 2,
+    mask: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    pad_mask: Tensor | None = None,
+    padding_idx: int | None = None,
+    mean: Any = None,
+    std: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The tokens that enter BEiT-3's encoder for an image and its text: class token, patches, words, with positions.
+
+    As torchscale's `VisionEmbedding`, `TextEmbedding` and two `PositionalEmbedding`s, with what its encoder does next
+    (embedding scale 1, no LayerNorm, padded words to 0).
+
+    Args:
+        pixels: [B, C, H, W], uint8 or floating point. mean, std: of its normalisation, as in `patch_embed`.
+        ids: int64 or int32 [B, L].
+        weight: [D, C, P, P'] of the patches' convolution; bias: [D] or None.
+        cls_token: [D], or None for none.
+        position: A [at least offset + 1 + N, D], of the class token and the patches.
+        table: E [V, D] of the words, which gives the dtype of the result; text_position: B [at least offset + L, D].
+        position_offset: the first row of both tables that is used; 2, as fairseq counts.
+        mask: bool [B, N] of the patches that `mask_token` [D] stands for.
+        pad_mask: bool [B, L], the words that are padding: their tokens are 0.
+        padding_idx: the row of E that gets no gradient.
+        backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        [B, 1 + N + L, D] (N + L without a class token), rounded once.
+
+    Deterministic. Differentiable once in everything that is floating point, but mean and std.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[0] != pixels.shape[0]:
+        raise ValueError(f"ids has {ids.shape[0]} rows, expected {pixels.shape[0]} as pixels")
+    ids, words, *_ = checked(ids, table, text_position, position_offset, None, None, padding_idx, pad_mask)
+    if cls_token is not None and cls_token.shape != weight.shape[:1]:
+        raise ValueError(f"cls_token has shape {tuple(cls_token.shape)}, expected [{weight.shape[0]}]")
+    if weight.shape[0] != table.shape[1]:
+        raise ValueError(f"weight has {weight.shape[0]} features, expected {table.shape[1]} as table")
+    masking: dict[str, Any] = {} if mask is None else {"mask": mask, "mask_token": mask_token}
+    stem = stem_of(pixels, weight, bias, mean=mean, std=std, dtype=table.dtype, **masking)
+    prefix = 0 if cls_token is None else 1
+    rows = prefix + stem.shape[2]
+    if position.dim() != 2 or position_offset < 0 or position.shape[0] < position_offset + rows:
+        least = f"expected at least {rows} rows + position_offset {position_offset}"
+        raise ValueError(f"position has shape {tuple(position.shape)}, {least}")
+    seen = position[position_offset : position_offset + rows]
+    # without a mask its token has a gradient all the same, of zeros
+    stem = replace(stem, position=seen[prefix:], mask_token=mask_token)
+    if cls_token is not None:
+        stem = replace(stem, prefix=cls_token[None], prefix_position=seen[:1])
+    return EMBED_PAIR(stem, ids, table, words, pad_mask, padding_idx, backend=backend)  # type: ignore[no-any-return]
