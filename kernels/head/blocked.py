@@ -9,6 +9,7 @@ Everything but the two products with W is a pass over one row per sample; `Torch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -125,28 +126,10 @@ def affine(xhat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     return y if beta is None else y + beta
 
 
-def forward(
-    passes: Any,
-    x: Tensor,
-    index: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    normalize: bool,
-    clips: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, rows, mean, rstd, y, 1 / |y|)."""
-    z, rows, mean, rstd = passes.normalized(x, index, gamma, beta, eps, (x if weight is None else weight).dtype)
-    y = z if weight is None else product(z, weight.t())
-    out, inverse = passes.unit(y, scale, normalize, clips)
-    return out, rows, mean, rstd, y, inverse
-
-
 def backward(
     passes: Any,
     g: Tensor,
+    x_shape: Sequence[int],
     index: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -159,28 +142,26 @@ def backward(
     inverse: Tensor,
     normalize: bool,
     clips: int,
-    length: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dgamma, dbeta, dweight, dscale), an empty one where `needs` says no."""
-    need_x, need_gamma, need_beta, need_weight, need_scale = needs
-    dx, dgamma, dbeta, dweight, dscale = (rows.new_empty(0) for _ in needs)
+    needs: Any,
+) -> dict[str, Tensor]:
+    """The gradients of x, gamma, beta, weight and scale, those that are needed."""
+    found = {}
     dy, along = passes.unit_grad(g, y, inverse, scale, normalize, clips)
-    if need_scale and scale is not None:
-        dscale = along.sum().to(scale.dtype)
-    xhat = standardized(rows, mean, rstd) if need_gamma or need_weight else None
-    if need_weight and xhat is not None:
-        dweight = product(dy.t(), affine(xhat, gamma, beta).to(dy.dtype))
-    if need_x or need_gamma or need_beta:
+    if scale is not None and needs.scale:
+        found["scale"] = along.sum().to(scale.dtype)
+    xhat = standardized(rows, mean, rstd) if needs.gamma or needs.weight else None
+    if xhat is not None and needs.weight:
+        found["weight"] = product(dy.t(), affine(xhat, gamma, beta).to(dy.dtype))
+    if needs.x or needs.gamma or needs.beta:
         dz = dy if weight is None else product(dy, weight)
-        if need_x:
-            dx = passes.norm_grad(dz, rows, index, gamma, mean, rstd, length)
+        if needs.x:
+            found["x"] = passes.norm_grad(dz, rows, index, gamma, mean, rstd, x_shape[1])
         dz = dz.to(mean.dtype)
-        if need_gamma and gamma is not None and xhat is not None:
-            dgamma = (dz * xhat).sum(0).to(gamma.dtype)
-        if need_beta and beta is not None:
-            dbeta = dz.sum(0).to(beta.dtype)
-    return dx, dgamma, dbeta, dweight, dscale
+        if gamma is not None and xhat is not None and needs.gamma:
+            found["gamma"] = (dz * xhat).sum(0).to(gamma.dtype)
+        if beta is not None and needs.beta:
+            found["beta"] = dz.sum(0).to(beta.dtype)
+    return found
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import accumulator
 from mmfuse.kernels.head.blocked import TINY
 
 _TINY = tl.constexpr(TINY)
@@ -163,8 +165,7 @@ def _norm_grad_kernel(
 def _settings(width: int, like: Tensor) -> dict[str, Any]:
     """A row in one program."""
     block = triton.next_power_of_2(max(width, 16))
-    acc = tl.float64 if like.dtype == torch.float64 else tl.float32
-    return {"ACC": acc, "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
+    return {"ACC": accumulator(like.dtype), "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
 
 
 def normalized(
@@ -174,11 +175,13 @@ def normalized(
     z, rows = (torch.empty(b, d, dtype=t, device=x.device) for t in (dtype, x.dtype))
     mean, rstd = (torch.empty(b, dtype=accumulation_dtype(x.dtype), device=x.device) for _ in range(2))
     if b:
-        with torch.cuda.device_of(x):
-            _normalized_kernel[(b,)](
-                z, rows, mean, rstd, x, index, _vector(gamma), _vector(beta), *x.stride(), length, d, eps,
-                INDEXED=index is not None, GAMMA=gamma is not None, BETA=beta is not None, **_settings(d, mean),
-            )  # fmt: skip
+        stride_b, stride_l, stride_d = x.stride()
+        launch(
+            _normalized_kernel, (b,), x,
+            z_ptr=z, rows_ptr=rows, mean_ptr=mean, rstd_ptr=rstd, x_ptr=x, index_ptr=index, gamma_ptr=_vector(gamma),
+            beta_ptr=_vector(beta), stride_b=stride_b, stride_l=stride_l, stride_d=stride_d, L=length, D=d, eps=eps,
+            INDEXED=index is not None, GAMMA=gamma is not None, BETA=beta is not None, **_settings(d, mean),
+        )  # fmt: skip
     return z, rows, mean, rstd
 
 
@@ -187,24 +190,26 @@ def unit(y: Tensor, scale: Tensor | None, normalize: bool, clips: int) -> tuple[
     out = torch.empty(b // clips, width, dtype=y.dtype, device=y.device)
     inverse = torch.empty(b, dtype=accumulation_dtype(y.dtype), device=y.device)
     if b:
-        with torch.cuda.device_of(y):
-            _unit_kernel[(b // clips,)](
-                out, inverse, y, scale, clips, width,
-                SCALED=scale is not None, NORMALIZE=normalize, **_settings(width, inverse),
-            )  # fmt: skip
+        launch(
+            _unit_kernel, (b // clips,), y,
+            out_ptr=out, inverse_ptr=inverse, y_ptr=y, scale_ptr=scale, clips=clips, N=width,
+            SCALED=scale is not None, NORMALIZE=normalize, **_settings(width, inverse),
+        )  # fmt: skip
     return out, inverse
 
 
 def unit_grad(
     g: Tensor, y: Tensor, inverse: Tensor, scale: Tensor | None, normalize: bool, clips: int
 ) -> tuple[Tensor, Tensor]:
+    b, width = y.shape
     dy, along = torch.empty_like(y), torch.empty_like(inverse)
-    if len(y):
-        with torch.cuda.device_of(y):
-            _unit_grad_kernel[(len(y),)](
-                dy, along, g, y, inverse, scale, *g.stride(), clips, y.shape[1],
-                SCALED=scale is not None, NORMALIZE=normalize, **_settings(y.shape[1], inverse),
-            )  # fmt: skip
+    if b:
+        launch(
+            _unit_grad_kernel, (b,), y,
+            dy_ptr=dy, along_ptr=along, g_ptr=g, y_ptr=y, inverse_ptr=inverse, scale_ptr=scale,
+            stride_g=g.stride(0), stride_n=g.stride(1), clips=clips, N=width,
+            SCALED=scale is not None, NORMALIZE=normalize, **_settings(width, inverse),
+        )  # fmt: skip
     return dy, along
 
 
@@ -214,11 +219,12 @@ def norm_grad(
     b, d = rows.shape
     dx = torch.zeros(b, length, d, dtype=rows.dtype, device=rows.device)
     if b:
-        with torch.cuda.device_of(rows):
-            _norm_grad_kernel[(b,)](
-                dx, dz.contiguous(), rows, index, _vector(gamma), mean, rstd, length, d,
-                INDEXED=index is not None, GAMMA=gamma is not None, **_settings(d, mean),
-            )  # fmt: skip
+        launch(
+            _norm_grad_kernel, (b,), rows,
+            dx_ptr=dx, dz_ptr=dz.contiguous(), rows_ptr=rows, index_ptr=index, gamma_ptr=_vector(gamma),
+            mean_ptr=mean, rstd_ptr=rstd, L=length, D=d,
+            INDEXED=index is not None, GAMMA=gamma is not None, **_settings(d, mean),
+        )  # fmt: skip
     return dx
 
 

@@ -1,39 +1,32 @@
-"""The public function of the select-token head: argument checks, autograd, and choice of implementation."""
+"""The public function of the select-token head: argument checks and declaration."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.arguments import first_outside
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import autocast, first_outside, integers, scalar
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels.contrastive.arguments import autocast, integers, scalar
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cuda,
-    reasons_against_triton,
-)
 from mmfuse.kernels.head import blocked, reference
 
 # the widest row that a program of the GPU's kernels holds
 _WIDEST = 16384
 
 
-def _passes(backend: str) -> Any:
-    if backend == "triton":
-        from mmfuse.kernels.head import kernel
+class Outputs(NamedTuple):
+    out: Tensor  # [B / clips, O]
+    rows: Tensor  # [B, D]
+    mean: Tensor  # [B]
+    rstd: Tensor  # [B]
+    y: Tensor  # [B, O]
+    inverse: Tensor  # [B], 1 / |y|
 
-        return kernel
-    return blocked.CompiledPasses if backend == "cuda" else blocked.TorchPasses
 
-
-def _fwd(
+def _forward(
+    passes: Any,
     x: Tensor,
     index: Tensor | None,
     gamma: Tensor | None,
@@ -43,105 +36,47 @@ def _fwd(
     eps: float,
     normalize: bool,
     clips: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return blocked.forward(_passes(backend), x, index, gamma, beta, weight, scale, eps, normalize, clips)
+) -> Outputs:
+    z, rows, mean, rstd = passes.normalized(x, index, gamma, beta, eps, (x if weight is None else weight).dtype)
+    y = z if weight is None else blocked.product(z, weight.t())
+    out, inverse = passes.unit(y, scale, normalize, clips)
+    return Outputs(out, rows, mean, rstd, y, inverse)
 
 
-def _fwd_fake(x, index, gamma, beta, weight, scale, eps, normalize, clips, backend):  # type: ignore[no-untyped-def]
-    b, _, d = x.shape
-    of = x if weight is None else weight
-    acc = accumulation_dtype(x.dtype)
-    y = of.new_empty(b, d if weight is None else weight.shape[0])
-    row = x.new_empty(b, dtype=acc)
-    out = of.new_empty(b // clips, y.shape[1])
-    return out, x.new_empty(b, d), row, torch.empty_like(row), y, torch.empty_like(row)
+def _fake(x: Tensor, weight: Tensor | None, clips: int) -> Outputs:
+    (b, _, d), of = x.shape, x if weight is None else weight
+    width = d if weight is None else weight.shape[0]
+    row = x.new_empty(b, dtype=accumulation_dtype(x.dtype))
+    mean, rstd, inverse = (torch.empty_like(row) for _ in range(3))
+    return Outputs(of.new_empty(b // clips, width), x.new_empty(b, d), mean, rstd, of.new_empty(b, width), inverse)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, index, gamma, beta, weight, scale, _, *ctx.options = inputs
-    ctx.length = x.shape[1]
-    ctx.save_for_backward(index, gamma, beta, weight, scale, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+def _mixed(x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor | None) -> str | None:
+    mixed = any(t is not None and t.dtype != x.dtype for t in (gamma, beta, weight))
+    return f"dtypes differ from {x.dtype}" if mixed else None
 
 
-def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if g is None:
-        return (None,) * 10
-    need_x, _, *needs = ctx.needs_input_grad[:6]
-    grads = select_head_bwd(g, *ctx.saved_tensors, *ctx.options[:2], ctx.length, [need_x, *needs], ctx.options[2])
-    dx, *others = (d if need else None for d, need in zip(grads, [need_x, *needs], strict=True))
-    return dx, None, *others, None, None, None, None
+def _wide(x: Tensor) -> str | None:
+    return f"D is {x.shape[-1]}: a program holds rows of at most {_WIDEST}" if x.shape[-1] > _WIDEST else None
 
 
-def _bwd(
-    g: Tensor,
-    index: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    rows: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    y: Tensor,
-    inverse: Tensor,
-    normalize: bool,
-    clips: int,
-    length: int,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = (index, gamma, beta, weight, scale, rows, mean, rstd, y, inverse)
-    return blocked.backward(_passes(backend), g, *given, normalize, clips, length, needs)
+def _on_a_cpu(x: Tensor) -> str | None:
+    return "on a CPU torch's own passes over the selected rows are as fast" if x.device.type == "cpu" else None
 
 
-def _bwd_fake(g, index, gamma, beta, weight, scale, rows, *others):  # type: ignore[no-untyped-def]
-    length, needs = others[-3:-1]
-    like = [gamma, beta, weight, scale]
-    dx = rows.new_empty((rows.shape[0], length, rows.shape[1]) if needs[0] else 0)
-    return dx, *(
-        rows.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, need in zip(like, needs[1:], strict=True)
-    )
-
-
-select_head_bwd = register("select_head_bwd", _bwd, _bwd_fake)
-select_head_fwd = register("select_head_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
-
-
-def _fused(backend: str, *given: Any) -> Tensor:
-    return select_head_fwd(*given, backend)[0]
-
-
-def _mixed(x: Tensor, *given: Any) -> list[str]:
-    tensors = [t for t in given[1:4] if isinstance(t, Tensor)]
-    return [f"dtypes differ from {x.dtype}"] if any(t.dtype != x.dtype for t in tensors) else []
-
-
-def _wide(x: Tensor, *_: Any) -> list[str]:
-    return [f"D is {x.shape[-1]}: a program holds rows of at most {_WIDEST}"] if x.shape[-1] > _WIDEST else []
-
-
-def _on_a_cpu(x: Tensor, *_: Any) -> list[str]:
-    return ["on a CPU torch's own passes over the selected rows are as fast"] if x.device.type == "cpu" else []
-
-
-SELECT_HEAD = Op(
+SELECT_HEAD = Operator(
     "select_head",
-    [
-        Impl("cuda", partial(_fused, "cuda"), lambda x, *given: reasons_against_cuda(x) + _mixed(x, *given)),
-        Impl(
-            "triton",
-            partial(_fused, "triton"),
-            lambda x, *_: reasons_against_triton(x) + _wide(x),
-            only_named_in_the_interpreter,
-        ),
-        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked, _on_a_cpu),
-        Impl("torch", reference.select_head, no_reason),
+    forward=_forward,
+    backward=blocked.backward,
+    fake=_fake,
+    differentiable=("x", "gamma", "beta", "weight", "scale"),
+    implementations=[
+        Implementation("cuda", passes=blocked.CompiledPasses, against=[_mixed]),
+        Implementation("triton", passes=Deferred("mmfuse.kernels.head.kernel"), against=[_wide], traceable=True),
+        Implementation("chunked", passes=blocked.TorchPasses, prefer_eager=_on_a_cpu),
+        Implementation("torch", function=lambda **given: (reference.select_head(**given),)),
     ],
-    example=lambda features: (features[:, None], None, None, None, features, None, 1e-6, True, 1),
+    example=lambda x, **how: select_head(x[:, None], 0, (None, None, 1e-6), x, **how),
 )
 
 
@@ -183,8 +118,7 @@ def select_head(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     at, gamma, beta, eps, weight, factor, per = _checked(x, index, norm, weight, scale, clips)
-    given = (x, at, gamma, beta, weight, factor, eps, normalize, per)
-    return SELECT_HEAD.select(*given, backend=backend).fn(*given)
+    return SELECT_HEAD(x, at, gamma, beta, weight, factor, eps, normalize, per, backend=backend)[0]  # type: ignore[no-any-return]
 
 
 def _checked(

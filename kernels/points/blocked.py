@@ -13,10 +13,15 @@ from mmfuse.kernels.points import reference
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
+def coordinates(points: Tensor) -> Tensor:
+    """[B, 3, N] of points [B, N, 3], in the accumulation dtype: vectors of neighbours."""
+    return points.to(accumulation_dtype(points.dtype)).transpose(1, 2).contiguous()
+
+
 def farthest_points(points: Tensor, k: int, start: Tensor) -> Tensor:
     """The loop of reference.py in five passes over memory that it keeps."""
     b, n, _ = points.shape
-    p = points.to(accumulation_dtype(points.dtype)).transpose(1, 2).contiguous()
+    p = coordinates(points)
     least = torch.where(p.isfinite().all(1), torch.inf, -torch.inf).to(p.dtype)
     square, d = torch.empty_like(p), torch.empty_like(least)
     index = torch.empty(b, k, dtype=torch.int64, device=p.device)

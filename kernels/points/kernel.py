@@ -15,6 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import accumulator
+from mmfuse.kernels.points.blocked import coordinates
 
 
 @triton.jit(do_not_specialize=["G", "N", "k"])
@@ -75,18 +78,18 @@ _WARPS = 4
 
 
 def nearest_neighbors(query: Tensor, points: Tensor, k: int) -> Tensor:
-    """[B, G, k] of query [B, 3, G] and points [B, 3, N], contiguous."""
-    (b, _, g), n = query.shape, points.shape[2]
+    """[B, G, k] of query [B, G, 3] and points [B, N, 3]."""
+    (b, g, _), n = query.shape, points.shape[1]
+    query, points = coordinates(query), coordinates(points)
     d = torch.empty(b, g, k, dtype=points.dtype, device=points.device)
     index = torch.empty(b, g, k, dtype=torch.int32, device=points.device)
     if index.numel():
-        with torch.cuda.device_of(points):
-            _nearest_kernel[(triton.cdiv(g, _TILE["BLOCK_G"]), b)](
-                d, index, query, points, g, n, k,
-                LARGEST=torch.finfo(points.dtype).max, SLOTS=_slots(k),
-                ACC=tl.float64 if points.dtype == torch.float64 else tl.float32,
-                **_TILE, num_warps=_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
+        launch(
+            _nearest_kernel, (triton.cdiv(g, _TILE["BLOCK_G"]), b), points,
+            d_ptr=d, index_ptr=index, query_ptr=query, points_ptr=points, G=g, N=n, k=k,
+            LARGEST=torch.finfo(points.dtype).max, SLOTS=_slots(k), ACC=accumulator(points.dtype),
+            **_TILE, num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     index, order = index.long().sort(2)
     return index.gather(2, d.gather(2, order).sort(dim=2, stable=True).indices)
 

@@ -1,74 +1,52 @@
-"""The public functions of point clouds: argument checks, registration and choice of implementation."""
+"""The public functions of point clouds: argument checks and declarations."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import check_features
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels.contrastive.arguments import check_features
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cpu,
-    reasons_against_cuda,
-    reasons_against_triton,
-)
-from mmfuse.kernels.points import blocked, reference
+from mmfuse.kernels.points import blocked, compiled, reference
+
+# plain torch is not traced either: fused by a compiler, distances would be rounded differently
+_PASSES = {"cuda": compiled.CUDA, "cpu": compiled.CPU, "chunked": blocked, "torch": reference}
 
 
-def _coordinates(points: Tensor) -> Tensor:
-    """[B, 3, N] in the accumulation dtype, for vectors of neighbours."""
-    return points.to(accumulation_dtype(points.dtype)).transpose(1, 2).contiguous()
-
-
-def _compiled(backend: str) -> Any:
-    return getattr(torch.ops, f"mmfuse_{backend}")
+def _implementations(*names: str) -> list[Implementation]:
+    return [Implementation(name, passes=_PASSES[name]) for name in names]
 
 
 # --- farthest points ------------------------------------------------------------------------------------------------
-
-
-def _farthest(points: Tensor, k: int, start: Tensor, backend: str) -> Tensor:
-    if backend == "torch":
-        return reference.farthest_points(points, k, start)
-    if backend == "chunked":
-        return blocked.farthest_points(points, k, start)
-    index = torch.empty(len(points), k, dtype=torch.int64, device=points.device)
-    _compiled(backend).farthest_points(_coordinates(points), start.contiguous(), index)
-    return index
-
-
-def _farthest_fake(points: Tensor, k: int, start: Tensor, backend: str) -> Tensor:
-    return points.new_empty(points.shape[0], k, dtype=torch.int64)
-
-
-farthest_op = register("farthest_points", _farthest, _farthest_fake)
 
 # the most points whose distances one block of threads holds in registers
 _MOST_POINTS = 16384
 
 
-def _many_points(points: Tensor, *_: object) -> list[str]:
-    why = reasons_against_cuda(points)
-    if points.shape[1] > _MOST_POINTS:
-        why.append(f"{points.shape[1]} points, more than the {_MOST_POINTS} whose distances fit into registers")
-    return why
+def _farthest(passes: Any, points: Tensor, k: int, start: Tensor) -> Tensor:
+    return passes.farthest_points(points, k, start)  # type: ignore[no-any-return]
 
 
-FARTHEST = Op(
+def _many_points(points: Tensor) -> str | None:
+    if points.shape[1] <= _MOST_POINTS:
+        return None
+    return f"{points.shape[1]} points, more than the {_MOST_POINTS} whose distances fit into registers"
+
+
+FARTHEST = Operator(
     "farthest_points",
-    [
-        Impl("cuda", farthest_op, _many_points),
-        Impl("cpu", farthest_op, reasons_against_cpu),
-        Impl("chunked", farthest_op, reasons_against_chunked),
-        Impl("torch", farthest_op, no_reason),
+    forward=_farthest,
+    fake=lambda points, k: points.new_empty(points.shape[0], k, dtype=torch.int64),
+    implementations=[
+        Implementation("cuda", passes=_PASSES["cuda"], against=[_many_points]),
+        *_implementations("cpu", "chunked", "torch"),
     ],
+    example=lambda x, **how: farthest_points(x[None, :, :3], 1, **how),
 )
 
 
@@ -98,8 +76,7 @@ def farthest_points(points: Tensor, k: int, *, start: int | Tensor = 0, backend:
     """
     _check_points("points", points)
     b, n, _ = points.shape
-    if not 1 <= k <= n:
-        raise ValueError(f"k is {k}, expected at least 1 and at most the {n} points of a cloud")
+    _check_count(k, n)
     if isinstance(start, int):
         if not 0 <= start < n:
             raise ValueError(f"start is {start}, expected an index of the {n} points")
@@ -112,69 +89,46 @@ def farthest_points(points: Tensor, k: int, *, start: int | Tensor = 0, backend:
         )
     else:
         _check_range("start", start, n)
-    impl = FARTHEST.select(points, k, start, backend=backend)
-    index: Tensor = impl.fn(points, k, start, impl.name)
-    return index
+    return FARTHEST(points, k, start, backend=backend)  # type: ignore[no-any-return]
 
 
 # --- neighbours -----------------------------------------------------------------------------------------------------
-
-
-def _nearest(query: Tensor, points: Tensor, k: int, backend: str) -> Tensor:
-    if backend == "torch":
-        return reference.nearest_neighbors(query, points, k)
-    if backend == "chunked":
-        return blocked.nearest_neighbors(query, points, k)
-    if backend == "triton":
-        from mmfuse.kernels.points import kernel
-
-        return kernel.nearest_neighbors(_coordinates(query), _coordinates(points), k)
-    index = torch.empty(*query.shape[:2], k, dtype=torch.int64, device=points.device)
-    _compiled(backend).nearest_neighbors(_coordinates(query), _coordinates(points), index)
-    return index
-
-
-def _neighbours_fake(query: Tensor, points: Tensor, k: int, *_: object) -> Tensor:
-    return points.new_empty(*query.shape[:2], k, dtype=torch.int64)
-
-
-def _nearest_fake(query: Tensor, points: Tensor, k: int, backend: str) -> Tensor:
-    return _neighbours_fake(query, points, k)
-
-
-nearest_op = register("nearest_neighbors", _nearest, _nearest_fake)
 
 # the longest list that a program keeps in registers
 _MOST_NEIGHBOURS = 64
 
 
-def _many_neighbours(k: int) -> list[str]:
-    return [f"k is {k}: a list of at most {_MOST_NEIGHBOURS} is kept in registers"] if k > _MOST_NEIGHBOURS else []
+def _nearest(passes: Any, query: Tensor, points: Tensor, k: int) -> Tensor:
+    return passes.nearest_neighbors(query, points, k)  # type: ignore[no-any-return]
 
 
-def _nearest_against_cuda(query: Tensor, points: Tensor, k: int = 1) -> list[str]:
-    return reasons_against_cuda(points) + _many_neighbours(k)
+def _neighbours_fake(query: Tensor, k: int) -> Tensor:
+    return query.new_empty(*query.shape[:2], k, dtype=torch.int64)
 
 
-def _nearest_against_triton(query: Tensor, points: Tensor, k: int = 1) -> list[str]:
-    return reasons_against_triton(points) + _many_neighbours(k)
+def _many_neighbours(k: int) -> str | None:
+    return f"k is {k}: a list of at most {_MOST_NEIGHBOURS} is kept in registers" if k > _MOST_NEIGHBOURS else None
 
 
-def _few_distances(query: Tensor, points: Tensor, k: int = 1) -> list[str]:
+def _few_distances(query: Tensor, points: Tensor) -> str | None:
     if points.device.type != "cpu" or query.shape[0] * query.shape[1] * points.shape[1] >= 1 << 13:
-        return []
-    return ["the whole matrix is faster for less than 8192 distances"]
+        return None
+    return "the whole matrix is faster for fewer than 8192 distances"
 
 
-NEAREST = Op(
+NEAREST = Operator(
     "nearest_neighbors",
-    [
-        Impl("cuda", nearest_op, _nearest_against_cuda),
-        Impl("triton", nearest_op, _nearest_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", nearest_op, reasons_against_cpu),
-        Impl("chunked", nearest_op, reasons_against_chunked, _few_distances),
-        Impl("torch", nearest_op, no_reason),
+    forward=_nearest,
+    fake=_neighbours_fake,
+    implementations=[
+        Implementation("cuda", passes=_PASSES["cuda"], against=[_many_neighbours]),
+        # not traceable: a graph launches it with its operations fused, which rounds distances differently
+        Implementation("triton", passes=Deferred("mmfuse.kernels.points.kernel"), against=[_many_neighbours]),
+        Implementation("cpu", passes=_PASSES["cpu"]),
+        Implementation("chunked", passes=blocked, prefer_eager=_few_distances),
+        Implementation("torch", passes=reference),
     ],
+    example=lambda x, **how: nearest_neighbors(x[None, :, :3], x[None, :, :3], 1, **how),
 )
 
 
@@ -198,38 +152,20 @@ def nearest_neighbors(query: Tensor, points: Tensor, k: int, *, backend: str | N
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    _check_pair(query, points)
-    if not 1 <= k <= points.shape[1]:
-        raise ValueError(f"k is {k}, expected at least 1 and at most the {points.shape[1]} points of a cloud")
-    impl = NEAREST.select(query, points, k, backend=backend)
-    index: Tensor = impl.fn(query, points, k, impl.name)
-    return index
+    _check_pair(query, points, k)
+    return NEAREST(query, points, k, backend=backend)  # type: ignore[no-any-return]
 
 
-def _ball(query: Tensor, points: Tensor, k: int, radius: float, backend: str) -> Tensor:
-    if backend == "torch":
-        return reference.ball_query(query, points, k, radius)
-    if backend == "chunked":
-        return blocked.ball_query(query, points, k, radius)
-    index = torch.empty(*query.shape[:2], k, dtype=torch.int64, device=points.device)
-    _compiled(backend).ball_query(_coordinates(query), _coordinates(points), radius, index)
-    return index
+def _ball(passes: Any, query: Tensor, points: Tensor, k: int, radius: float) -> Tensor:
+    return passes.ball_query(query, points, k, radius)  # type: ignore[no-any-return]
 
 
-def _ball_fake(query: Tensor, points: Tensor, k: int, radius: float, backend: str) -> Tensor:
-    return _neighbours_fake(query, points, k)
-
-
-ball_op = register("ball_query", _ball, _ball_fake)
-
-BALL = Op(
+BALL = Operator(
     "ball_query",
-    [
-        Impl("cuda", ball_op, reasons_against_cuda),
-        Impl("cpu", ball_op, reasons_against_cpu),
-        Impl("chunked", ball_op, reasons_against_chunked),
-        Impl("torch", ball_op, no_reason),
-    ],
+    forward=_ball,
+    fake=_neighbours_fake,
+    implementations=_implementations("cuda", "cpu", "chunked", "torch"),
+    example=lambda x, **how: ball_query(x[None, :, :3], x[None, :, :3], 1, 1.0, **how),
 )
 
 
@@ -254,75 +190,35 @@ def ball_query(query: Tensor, points: Tensor, k: int, radius: float, *, backend:
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    _check_pair(query, points)
-    if not 1 <= k <= points.shape[1]:
-        raise ValueError(f"k is {k}, expected at least 1 and at most the {points.shape[1]} points of a cloud")
+    _check_pair(query, points, k)
     if not 0 < radius < math.inf:
         raise ValueError(f"radius is {radius}, expected a finite number > 0")
-    impl = BALL.select(query, points, k, radius, backend=backend)
-    index: Tensor = impl.fn(query, points, k, float(radius), impl.name)
-    return index
+    return BALL(query, points, k, float(radius), backend=backend)  # type: ignore[no-any-return]
 
 
 # --- grouping -------------------------------------------------------------------------------------------------------
 
 
-def _group(features: Tensor, index: Tensor, backend: str) -> Tensor:
-    b, n, channels = features.shape
-    _check_range("idx", index, n)
-    if backend != "cpu":
-        return reference.group_points(features, index)
-    rows = (index + n * torch.arange(b, device=index.device)[:, None, None]).flatten()
-    return features.reshape(b * n, channels).index_select(0, rows).view(*index.shape, channels)
+def _group(passes: Any, features: Tensor, index: Tensor) -> Tensor:
+    _check_range("idx", index, features.shape[1])
+    return passes.group_points(features, index)  # type: ignore[no-any-return]
 
 
-def _group_fake(features: Tensor, index: Tensor, backend: str) -> Tensor:
-    return features.new_empty(*index.shape, features.shape[2])
+def _group_backward(passes: Any, g: Tensor, index: Tensor, features_shape: Sequence[int]) -> dict[str, Tensor]:
+    """The sums of the rows that were copied from each point."""
+    d = torch.zeros(features_shape, dtype=accumulation_dtype(g.dtype), device=g.device)
+    passes.add_rows(d, g.to(d.dtype).flatten(1, 2), index.flatten(1))
+    return {"features": d.to(g.dtype)}
 
 
-def _group_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, index, ctx.backend = inputs
-    ctx.points = features.shape[1]
-    ctx.save_for_backward(index)
-
-
-def _group_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return group_bwd(g, *ctx.saved_tensors, ctx.points, ctx.backend), None, None
-
-
-def _group_bwd(g: Tensor, index: Tensor, points: int, backend: str) -> Tensor:
-    """[B, N, C]: the sums of the rows that were copied from each point, in a fixed order."""
-    b, channels, acc = len(g), g.shape[-1], accumulation_dtype(g.dtype)
-    rows, at = g.to(acc).flatten(1, 2), index.flatten(1)
-    d = torch.zeros(b, points, channels, dtype=acc, device=g.device)
-    if backend == "cpu":
-        torch.ops.mmfuse_cpu.group_grad(rows.contiguous(), at.contiguous(), d)
-    elif backend == "cuda":
-        ordered, order = (at + points * torch.arange(b, device=g.device)[:, None]).flatten().sort(stable=True)
-        begin = torch.searchsorted(ordered, torch.arange(b * points + 1, device=g.device))
-        torch.ops.mmfuse_cuda.group_grad(rows.flatten(0, 1).contiguous(), order, begin, d.flatten(0, 1))
-    elif g.is_cuda:
-        # index_put_ sorts the indices of a GPU first; of a CPU, scatter_add_ has no races
-        d.index_put_((torch.arange(b, device=g.device)[:, None], at), rows, accumulate=True)
-    else:
-        d.scatter_add_(1, at[..., None].expand_as(rows), rows)
-    return d.to(g.dtype)
-
-
-def _group_bwd_fake(g: Tensor, index: Tensor, points: int, backend: str) -> Tensor:
-    return g.new_empty(g.shape[0], points, g.shape[-1])
-
-
-group_bwd = register("group_points_bwd", _group_bwd, _group_bwd_fake)
-group_op = register("group_points", _group, _group_fake, setup_context=_group_setup, backward=_group_backward)
-
-GROUP = Op(
+GROUP = Operator(
     "group_points",
-    [
-        Impl("cuda", group_op, reasons_against_cuda),
-        Impl("cpu", group_op, reasons_against_cpu),
-        Impl("torch", group_op, no_reason),
-    ],
+    forward=_group,
+    backward=_group_backward,
+    fake=lambda features, index: features.new_empty(*index.shape, features.shape[2]),
+    differentiable=("features",),
+    implementations=_implementations("cuda", "cpu", "torch"),
+    example=lambda x, **how: group_points(x[None], torch.zeros(1, 1, 1, dtype=torch.int64, device=x.device), **how),
 )
 
 
@@ -353,10 +249,7 @@ def group_points(features: Tensor, idx: Tensor, *, backend: str | None = None) -
         raise ValueError(f"idx has shape {tuple(idx.shape)}, expected [{features.shape[0]}, G, k] as features")
     if idx.device != features.device:
         raise ValueError(f"idx is on {idx.device}, expected {features.device} as features")
-    idx = idx.to(torch.int64)
-    impl = GROUP.select(features, idx, backend=backend)
-    grouped: Tensor = impl.fn(features, idx, impl.name)
-    return grouped
+    return GROUP(features, idx.to(torch.int64), backend=backend)  # type: ignore[no-any-return]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -368,7 +261,7 @@ def _check_points(name: str, points: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(points.shape)}, expected coordinates [B, N, 3]")
 
 
-def _check_pair(query: Tensor, points: Tensor) -> None:
+def _check_pair(query: Tensor, points: Tensor, k: int) -> None:
     _check_points("query", query)
     _check_points("points", points)
     if query.shape[0] != points.shape[0]:  # len() of a traced tensor is a constant
@@ -377,6 +270,12 @@ def _check_pair(query: Tensor, points: Tensor) -> None:
         raise ValueError(f"query is on {query.device}, expected {points.device} as points")
     if query.dtype != points.dtype:
         raise TypeError(f"query has dtype {query.dtype}, expected {points.dtype} as points")
+    _check_count(k, points.shape[1])
+
+
+def _check_count(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}, expected at least 1 and at most the {n} points of a cloud")
 
 
 def _check_range(name: str, index: Tensor, n: int) -> None:

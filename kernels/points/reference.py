@@ -55,3 +55,12 @@ def group_points(features: Tensor, index: Tensor) -> Tensor:
     """[B, G, k, C]: the rows of features [B, N, C] that index [B, G, k] names."""
     rows = index.flatten(1)[..., None].expand(-1, -1, features.shape[2])
     return features.gather(1, rows).view(*index.shape, features.shape[2])
+
+
+def add_rows(d: Tensor, rows: Tensor, at: Tensor) -> None:
+    """The gradient of copying: add rows [B, m, C] to d [B, N, C] at the points `at` [B, m], in a fixed order."""
+    if d.is_cuda:
+        # index_put_ sorts the indices of a GPU first; of a CPU, scatter_add_ has no races
+        d.index_put_((torch.arange(len(d), device=d.device)[:, None], at), rows, accumulate=True)
+    else:
+        d.scatter_add_(1, at[..., None].expand_as(rows), rows)

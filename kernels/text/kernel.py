@@ -18,6 +18,8 @@ from torch import Tensor
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import accumulator
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -223,11 +225,7 @@ _TOKENS = 3 if INTERPRET else 64  # of a program of the LayerNorm's backward
 def _settings(d: int, like: Tensor) -> dict[str, Any]:
     """A row in one program."""
     block = triton.next_power_of_2(max(d, 16))
-    return {"ACC": _acc(like), "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
-
-
-def _acc(like: Tensor) -> tl.dtype:
-    return tl.float64 if like.dtype == torch.float64 else tl.float32
+    return {"ACC": accumulator(like.dtype), "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
 
 
 def _shift(shift: Tensor | None) -> tuple[Tensor | None, int]:
@@ -257,13 +255,14 @@ def embedded(
     mean, rstd = (torch.empty(ids.shape if norm else 0, **new) for _ in range(2))
     shift, stride_s = _shift(shift)
     if ids.numel():
-        with torch.cuda.device_of(table):
-            _embed_kernel[(b * length,)](
-                out, mean, rstd, ids, table, shift, _vector(gamma), _vector(beta), _vector(pad),
-                out.stride(0), out.stride(1), *table.stride(), stride_s, length, v, d, scale, eps or 0.0,
-                SHIFT=shift is not None, NORM=norm, GAMMA=gamma is not None, BETA=beta is not None,
-                PAD=pad is not None, **_settings(d, mean),
-            )  # fmt: skip
+        launch(
+            _embed_kernel, (b * length,), table,
+            out_ptr=out, mean_ptr=mean, rstd_ptr=rstd, ids_ptr=ids, table_ptr=table, shift_ptr=shift,
+            gamma_ptr=_vector(gamma), beta_ptr=_vector(beta), pad_ptr=_vector(pad), stride_b=out.stride(0),
+            stride_l=out.stride(1), stride_v=table.stride(0), stride_d=table.stride(1), stride_s=stride_s,
+            L=length, V=v, D=d, scale=scale, eps=eps or 0.0, SHIFT=shift is not None, NORM=norm,
+            GAMMA=gamma is not None, BETA=beta is not None, PAD=pad is not None, **_settings(d, mean),
+        )  # fmt: skip
     return mean, rstd
 
 
@@ -284,12 +283,15 @@ def norm_grad(
     sums = torch.empty(programs, 2, d, dtype=mean.dtype, device=g.device)
     shift, stride_s = _shift(shift)
     if tokens:
-        with torch.cuda.device_of(g):
-            _norm_grad_kernel[(programs,)](
-                dx, sums, g, mean, rstd, ids, table, shift, _vector(gamma), _vector(pad),
-                *g.stride(), *table.stride(), stride_s, length, v, d, tokens, _TOKENS, scale,
-                SHIFT=shift is not None, GAMMA=gamma is not None, PAD=pad is not None, **_settings(d, mean),
-            )  # fmt: skip
+        stride_gb, stride_gl, stride_gd = g.stride()
+        launch(
+            _norm_grad_kernel, (programs,), g,
+            dx_ptr=dx, sums_ptr=sums, g_ptr=g, mean_ptr=mean, rstd_ptr=rstd, ids_ptr=ids, table_ptr=table,
+            shift_ptr=shift, gamma_ptr=_vector(gamma), pad_ptr=_vector(pad), stride_gb=stride_gb, stride_gl=stride_gl,
+            stride_gd=stride_gd, stride_v=table.stride(0), stride_d=table.stride(1), stride_s=stride_s, L=length, V=v,
+            D=d, tokens=tokens, rows=_TOKENS, scale=scale, SHIFT=shift is not None, GAMMA=gamma is not None,
+            PAD=pad is not None, **_settings(d, mean),
+        )  # fmt: skip
     return dx, sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
@@ -303,15 +305,15 @@ def rows_summed(dx: Tensor, ids: Tensor, rows: int, padding_idx: int | None) -> 
     begin, end = torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True)
     chunks = triton.cdiv(tokens, _CHUNK)
     parts = torch.empty(2, chunks, d, **new)
-    pad = -1 if padding_idx is None else padding_idx
     across = triton.cdiv(d, _TILE["BLOCK"])
-    settings = {"CHUNK": _CHUNK, "ACC": _acc(out), **_TILE}
-    with torch.cuda.device_of(dx):
-        _pieces_kernel[(tokens, across)](
-            out, parts, dx.contiguous(), order, keys, begin, end, tokens, rows, d, pad, chunks, **settings
-        )
-        if chunks > 1:
-            _merge_kernel[(chunks - 1, across)](out, parts, keys, begin, end, rows, d, pad, chunks, **settings)
+    given = {
+        "rows_ptr": out, "parts_ptr": parts, "ids_ptr": keys, "begin_ptr": begin, "end_ptr": end, "V": rows, "D": d,
+        "padding_idx": -1 if padding_idx is None else padding_idx, "chunks": chunks,
+        "CHUNK": _CHUNK, "ACC": accumulator(out.dtype), **_TILE,
+    }  # fmt: skip
+    launch(_pieces_kernel, (tokens, across), dx, dx_ptr=dx.contiguous(), order_ptr=order, T=tokens, **given)
+    if chunks > 1:
+        launch(_merge_kernel, (chunks - 1, across), dx, **given)
     return out
 
 

@@ -1,19 +1,19 @@
-"""The public function of text embedding: argument checks, autograd, and choice of implementation."""
+"""The public function of text embedding: argument checks and declaration."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import first_outside
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter, triton_reasons
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels.contrastive.backends import DTYPES, no_reason
 from mmfuse.kernels.text import blocked, reference
+
+# what embeds words, also beside patches
+WORDS: dict[str, Any] = {"triton": Deferred("mmfuse.kernels.text.kernel"), "chunked": blocked.TorchPasses}
 
 # the widest row that a program of the GPU's kernels holds
 _WIDEST = 16384
@@ -21,15 +21,14 @@ _WIDEST = 16384
 _EAGER_ELEMENTS = 1 << 20
 
 
-def passes(backend: str) -> Any:
-    if backend == "triton":
-        from mmfuse.kernels.text import kernel
-
-        return kernel
-    return blocked.TorchPasses
+class Outputs(NamedTuple):
+    out: Tensor  # [B, L, D]
+    mean: Tensor  # [B, L], or empty without a norm, as rstd
+    rstd: Tensor
 
 
-def _fwd(
+def _forward(
+    passes: Any,
     ids: Tensor,
     table: Tensor,
     position: Tensor | None,
@@ -40,35 +39,19 @@ def _fwd(
     scale: float,
     eps: float | None,
     padding_idx: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
     out = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype, device=table.device)
     given = (ids, table, position, type_embed, gamma, beta, pad_mask, scale, eps)
-    return out, *blocked.forward(passes(backend), *given, out)
+    return Outputs(out, *blocked.forward(passes, *given, out))
 
 
-def _fwd_fake(ids, table, *given):  # type: ignore[no-untyped-def]
-    row = table.new_empty(0 if given[-3] is None else ids.shape, dtype=accumulation_dtype(table.dtype))
-    return table.new_empty(*ids.shape, table.shape[1]), row, torch.empty_like(row)
+def _fake(ids: Tensor, table: Tensor, eps: float | None) -> Outputs:
+    row = table.new_empty(0 if eps is None else ids.shape, dtype=accumulation_dtype(table.dtype))
+    return Outputs(table.new_empty(*ids.shape, table.shape[1]), row, torch.empty_like(row))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, scale, eps, padding_idx, ctx.backend = inputs
-    ctx.options = (scale, eps is not None, padding_idx)
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if g is None:
-        return (None,) * 11
-    needs = list(ctx.needs_input_grad[1:6])
-    grads = embed_text_bwd(g, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
-    return None, *(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 5
-
-
-def _bwd(
+def _backward(
+    passes: Any,
     g: Tensor,
     ids: Tensor,
     table: Tensor,
@@ -80,63 +63,39 @@ def _bwd(
     mean: Tensor,
     rstd: Tensor,
     scale: float,
-    normed: bool,
+    eps: float | None,
     padding_idx: int | None,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = (ids, table, position, type_embed, gamma, beta, pad_mask, mean, rstd)
-    return blocked.backward(passes(backend), g, *given, scale, normed, padding_idx, needs)
+    needs: Any,
+) -> dict[str, Tensor]:
+    given = (ids, table, position, type_embed, gamma, beta, pad_mask, mean, rstd, scale, eps is not None, padding_idx)
+    return dict(zip(needs._fields, blocked.backward(passes, g, *given, list(needs)), strict=True))
 
 
-def _bwd_fake(g, ids, *args):  # type: ignore[no-untyped-def]
-    like, needs = args[:5], args[-2]
-    return tuple(
-        g.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, need in zip(like, needs, strict=True)
-    )
+def too_wide(table: Tensor) -> str | None:
+    """Why a kernel cannot take rows of this width."""
+    return f"D is {table.shape[1]}: a program holds rows of at most {_WIDEST}" if table.shape[1] > _WIDEST else None
 
 
-embed_text_bwd = register("embed_text_bwd", _bwd, _bwd_fake)
-embed_text_fwd = register("embed_text_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
-
-
-def _fused(backend: str, *given: Any) -> Tensor:
-    return embed_text_fwd(*given, backend)[0]
-
-
-def reasons_against_triton(ids: Tensor, table: Tensor, *_: Any) -> list[str]:
-    wide = table.shape[1] > _WIDEST
-    why = [f"D is {table.shape[1]}: a program holds rows of at most {_WIDEST}"] if wide else []
-    return triton_reasons(table, DTYPES) + why
-
-
-def reasons_against_chunked(ids: Tensor, table: Tensor, *_: Any) -> list[str]:
-    return [] if table.device.type in ("cpu", "cuda") else [f"device is {table.device.type}"]
-
-
-def _small(ids: Tensor, table: Tensor, *_: Any) -> list[str]:
+def _few_numbers(ids: Tensor, table: Tensor) -> str | None:
     numbers = ids.numel() * table.shape[1]
     # a dynamic batch is not worth a graph for each side
     few = table.device.type == "cpu" and isinstance(numbers, int) and numbers < _EAGER_ELEMENTS
-    return [f"eager is faster for less than {_EAGER_ELEMENTS} numbers on a CPU"] if few else []
+    return f"eager is faster for fewer than {_EAGER_ELEMENTS} numbers on a CPU" if few else None
 
 
-EMBED_TEXT = Op(
+EMBED_TEXT = Operator(
     "embed_text",
-    [
-        Impl("triton", partial(_fused, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("chunked", partial(_fused, "chunked"), reasons_against_chunked, _small),
-        Impl("torch", reference.embed_text, no_reason),
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    differentiable=("table", "position", "type_embed", "gamma", "beta"),
+    on="table",
+    implementations=[
+        Implementation("triton", passes=WORDS["triton"], against=[too_wide], traceable=True),
+        Implementation("chunked", passes=WORDS["chunked"], prefer_eager=_few_numbers),
+        Implementation("torch", function=lambda **given: (reference.embed_text(**given),)),
     ],
-    example=lambda features: (
-        torch.zeros(1, len(features), dtype=torch.int64, device=features.device),
-        features,
-        *[None] * 5,
-        1.0,
-        None,
-        None,
-    ),
+    example=lambda x, **how: embed_text(torch.zeros(1, len(x), dtype=torch.int64, device=x.device), x, **how),
 )
 
 
@@ -179,9 +138,9 @@ def embed_text(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     given = checked(ids, table, position, position_offset, type_embed, norm, padding_idx, pad_mask)
-    ids, position, gamma, beta, eps = given
-    arguments = (ids, table, position, type_embed, gamma, beta, pad_mask, float(scale), eps, padding_idx)
-    return EMBED_TEXT.select(*arguments, backend=backend).fn(*arguments)
+    ids, position, *affine, eps = given
+    arguments = (ids, table, position, type_embed, *affine, pad_mask, float(scale), eps, padding_idx)
+    return EMBED_TEXT(*arguments, backend=backend)[0]  # type: ignore[no-any-return]
 
 
 def checked(

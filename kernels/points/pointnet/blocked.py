@@ -22,6 +22,28 @@ from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
+@dataclass(frozen=True)
+class Layers:
+    """Weights and biases of the four layers."""
+
+    w1: Tensor  # [C1, C]
+    b1: Tensor
+    w2: Tensor  # [C2, C1]
+    b2: Tensor
+    w3: Tensor  # [C3, 2 C2]
+    b3: Tensor
+    w4: Tensor  # [D, C3]
+    b4: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(vars(self).values())
+
+    def operands(self, x: Tensor) -> Layers:
+        """As the products with x take them: 16 bits on a GPU, float32 on a CPU."""
+        dtype = x.dtype if x.is_cuda else accumulation_dtype(x.dtype)
+        return Layers(*(t.to(dtype) for t in self))
+
+
 @dataclass
 class _Block:
     """What a block of m groups needs again for its gradient; rows are neighbours."""
@@ -34,9 +56,9 @@ class _Block:
     third: Tensor  # [m k, C3], Wg g + Wf f (+ b3)
 
 
-def _blocks(x: Tensor, *layers: Any) -> Iterator[tuple[slice, _Block]]:
-    """The blocks of groups for layers w1, b1, w2, b2, w3 and b3, which may be None."""
-    w1, b1, w2, b2, w3, b3 = layers
+def _blocks(x: Tensor, layers: Layers, b3: Tensor | None) -> Iterator[tuple[slice, _Block]]:
+    """The blocks of groups, with b3 or without."""
+    w1, b1, w2, b2, w3, *_ = layers
     m, k, _ = x.shape
     c2 = w2.shape[0]
     size = max(1, _BLOCK_BYTES[x.device.type] // max(1, k * len(w3) * w3.dtype.itemsize))
@@ -62,8 +84,8 @@ def _product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
 class _Gradients:
     """Sums over blocks of the gradients of the first three layers."""
 
-    def __init__(self, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, acc: torch.dtype):
-        self.weights, self.acc = (w1, w2, w3), acc
+    def __init__(self, x: Tensor, layers: Layers, acc: torch.dtype):
+        self.weights, self.acc = (layers.w1, layers.w2, layers.w3), acc
         self.x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         self.w = [torch.zeros(w.shape, dtype=acc, device=x.device) for w in self.weights]
         self.b = [torch.zeros(len(w), dtype=acc, device=x.device) for w in self.weights]
@@ -107,32 +129,38 @@ def _hidden(s: _Block, norm: Norm | None, dtype: torch.dtype) -> Tensor:
     return (s.third if norm is None else norm(s.third).to(dtype)).relu_()
 
 
-def forward(passes: Any, x: Tensor, *layers: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+def forward(passes: Any, x: Tensor, layers: Layers, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     """(y [M, D], the neighbours that it comes from [M, D])."""
-    *first, b3, w4, b4 = layers
-    m, k, _ = x.shape
+    layers = layers.operands(x)
+    w4, (m, k, _) = layers.w4, x.shape
     y = torch.empty(m, len(w4), dtype=x.dtype, device=x.device)
     peak = torch.empty(m, len(w4), dtype=torch.uint8, device=x.device)
-    for block, s in _blocks(x, *first, b3 if norm is None else None):
+    for block, s in _blocks(x, layers, layers.b3 if norm is None else None):
         h = _hidden(s, norm, w4.dtype)
         largest, peak[block] = passes.maximum(h.view(-1, k, w4.shape[1]), w4)
-        y[block] = largest.add_(b4)
+        y[block] = largest.add_(layers.b4)
     return y, peak
 
 
-def backward(passes: Any, dy: Tensor, peak: Tensor, x: Tensor, *layers: Tensor) -> tuple[Tensor, ...]:
+def backward(passes: Any, g: Tensor, peak: Tensor, x: Tensor, layers: Layers) -> dict[str, Tensor]:
     """The gradients of x and of the layers."""
-    w1, b1, w2, b2, w3, b3, w4, _ = layers
-    acc = accumulation_dtype(x.dtype)
-    sums = _Gradients(x, w1, w2, w3, acc)
+    given, layers = layers, layers.operands(x)
+    w4, acc = layers.w4, accumulation_dtype(x.dtype)
+    sums = _Gradients(x, layers, acc)
     dw4 = torch.zeros(w4.shape, dtype=acc, device=x.device)
-    dy = dy.to(acc).contiguous()
-    for block, s in _blocks(x, w1, b1, w2, b2, w3, b3):
+    dy = g.to(acc).contiguous()
+    for block, s in _blocks(x, layers, layers.b3):
         dh, part = _through_maximum(passes, dy[block], peak[block], _hidden(s, None, w4.dtype), w4, True)
         dw4 += part
         sums.add(block, s, dh)
-    pairs = (t for pair in zip(sums.w, sums.b, strict=True) for t in pair)
-    return sums.x, *pairs, dw4, dy.sum(0)
+    return _named(given, sums, sums.b[2], dw4, dy.sum(0))
+
+
+def _named(layers: Layers, sums: _Gradients, db3: Tensor, dw4: Tensor, db4: Tensor) -> dict[str, Tensor]:
+    """The gradients in the dtypes of what they belong to."""
+    (dw1, dw2, dw3), (db1, db2, _) = sums.w, sums.b
+    found = zip(vars(layers).items(), (dw1, db1, dw2, db2, dw3, db3, dw4, db4), strict=True)
+    return {"x": sums.x} | {name: d.to(t.dtype) for (name, t), d in found}
 
 
 def _through_maximum(
@@ -146,12 +174,26 @@ def _through_maximum(
 # --- batch normalisation of the third product, with the statistics of all groups -------------------------------------
 
 
-def statistics(x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean [C3], biased variance [C3]); blocks are merged by their means (Chan et al. 1983)."""
-    acc, channels = accumulation_dtype(x.dtype), len(layers[-1])
+def training(
+    passes: Any, x: Tensor, layers: Layers, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y [M, D], mean [C3], biased variance [C3], the neighbours that y comes from [M, D])."""
+    layers = layers.operands(x)
+    mean, var = _statistics(x, layers)
+    y, peak = forward(passes, x, layers, _norm(mean, var, scale, layers.b3, eps))
+    return y, mean, var, peak
+
+
+def _norm(mean: Tensor, var: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Norm:
+    return Norm(mean, (var + eps).rsqrt(), scale.to(mean.dtype), shift.to(mean.dtype))
+
+
+def _statistics(x: Tensor, layers: Layers) -> tuple[Tensor, Tensor]:
+    """(mean, variance); blocks are merged by their means (Chan et al. 1983)."""
+    acc, channels = accumulation_dtype(x.dtype), len(layers.w3)
     mean, squares = (torch.zeros(channels, dtype=acc, device=x.device) for _ in range(2))
     count = 0
-    for _, s in _blocks(x, *layers, None):
+    for _, s in _blocks(x, layers, None):
         rows = len(s.third)
         var, middle = torch.var_mean(s.third.to(acc), 0, correction=0)
         gap = middle - mean
@@ -162,27 +204,35 @@ def statistics(x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def training_backward(
-    passes: Any, dy: Tensor, peak: Tensor, norm: Norm, x: Tensor, *layers: Tensor
-) -> tuple[Tensor, ...]:
+    passes: Any,
+    g: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    peak: Tensor,
+    x: Tensor,
+    layers: Layers,
+    scale: Tensor,
+    eps: float,
+) -> dict[str, Tensor]:
     """The gradients of x, of the layers and of the scale.
 
     With n = scale u + shift, u = (v - mean) / std and R rows: dv = scale / std (dn - (sum dn + u sum dn u) / R).
     """
-    w1, b1, w2, b2, w3, _, w4, _ = layers
-    acc = accumulation_dtype(x.dtype)
-    sums = _Gradients(x, w1, w2, w3, acc)
+    given, layers = layers, layers.operands(x)
+    norm = _norm(mean, var, scale, layers.b3, eps)
+    w4, acc = layers.w4, accumulation_dtype(x.dtype)
+    sums = _Gradients(x, layers, acc)
     dw4 = torch.zeros(w4.shape, dtype=acc, device=x.device)
     dshift, dscale = torch.zeros_like(norm.shift), torch.zeros_like(norm.scale)
-    dy = dy.to(acc).contiguous()
-    for block, s in _blocks(x, w1, b1, w2, b2, w3, None):
+    dy = g.to(acc).contiguous()
+    for block, s in _blocks(x, layers, None):
         dn, part = _through_maximum(passes, dy[block], peak[block], _hidden(s, norm, w4.dtype), w4, True)
         dw4 += part
         dshift += dn.sum(0, dtype=acc)
         dscale += (dn * norm.unit(s.third)).sum(0, dtype=acc)
     rows = x.shape[0] * x.shape[1]
-    for block, s in _blocks(x, w1, b1, w2, b2, w3, None):
+    for block, s in _blocks(x, layers, None):
         dn, _ = _through_maximum(passes, dy[block], peak[block], _hidden(s, norm, w4.dtype), w4, False)
         dv = dn - norm.unit(s.third).mul_(dscale / rows).add_(dshift / rows)
-        sums.add(block, s, (dv * (norm.scale * norm.rstd)).to(w3.dtype))
-    (dw1, dw2, dw3), (db1, db2, _) = sums.w, sums.b
-    return sums.x, dw1, db1, dw2, db2, dw3, dshift, dw4, dy.sum(0), dscale
+        sums.add(block, s, (dv * (norm.scale * norm.rstd)).to(w4.dtype))
+    return _named(given, sums, dshift, dw4, dy.sum(0)) | {"scale": dscale.to(scale.dtype)}
