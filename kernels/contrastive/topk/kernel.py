@@ -91,7 +91,7 @@ _TILES: dict[str, dict[str, int]] = {
 
 def similarity_topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values [B, k], indices [B, k])."""
-    acc, device, (b, n) = accumulation_dtype(queries.dtype), queries.device, (len(queries), len(gallery))
+    acc, device, b, n = accumulation_dtype(queries.dtype), queries.device, queries.shape[0], gallery.shape[0]
     x, y = aligned_rows(queries), aligned_rows(gallery)
     tile = _TILES["half" if x.dtype.itemsize == 2 else input_precision(x.dtype)]
     across, down = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(b, tile["BLOCK_M"])
