@@ -201,7 +201,7 @@ def distill_clip_loss(
     names = ("teacher_image", "teacher_text")
     teacher = features(teacher_image, teacher_text, 1.0, row_offset, names=names)[:2]
     for name, t, rows in zip(names, teacher, (image, text), strict=True):
-        check(name, t, f"{len(rows)} rows as {name[8:]}", (rows.shape[0], None), image.dtype, ("image", image))
+        check(name, t, (rows.shape[0], "Dt"), f" with the rows of {name[8:]}", image.dtype, ("image", image))
     t_scale = scalar("teacher_scale", teacher_scale, image)
     w_image, w_text = weights_of(weights)
     found = DISTILL(image, text, scale, *teacher, t_scale, w_image, w_text, row_offset, backend=backend)
