@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check, first_outside, norm_of
+from mmfuse.kernels._runtime.arguments import check, check_range, norm_of
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.text import blocked, reference
 from mmfuse.kernels.text.blocked import Words
@@ -134,8 +134,7 @@ def words_of(
     if d == 0:
         raise ValueError(f"table has shape {tuple(table.shape)}, expected at least one feature")
     ids = ids.to(torch.int64).contiguous()
-    if (wrong := first_outside(ids, v)) is not None:
-        raise ValueError(f"ids has {wrong}, expected 0 <= id < {v}, the rows of table")
+    check_range("ids", ids, v, "the rows of table")
     length = ids.shape[1]
     if position is not None:
         check("position", position, ("P", d), " as table has features", table.dtype, ("table", table))
