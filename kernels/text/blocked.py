@@ -56,11 +56,11 @@ class TorchPasses:
     @staticmethod
     def embedded(words: Words, out: Tensor) -> tuple[Tensor, Tensor]:
         """Write y into `out` [B, L, D]; return (mean, 1 / standard deviation) of x [B, L], empty without a norm."""
-        acc, normed = accumulation_dtype(out.dtype), words.eps is not None
-        mean, rstd = (torch.empty(words.ids.shape if normed else 0, dtype=acc, device=out.device) for _ in range(2))
+        acc, tokens = accumulation_dtype(out.dtype), 0 if words.eps is None else words.ids.shape
+        mean, rstd = (torch.empty(tokens, dtype=acc, device=out.device) for _ in range(2))
         gamma, beta = (t if t is None else t.to(acc) for t in (words.gamma, words.beta))
         for rows, x in _summed(words):
-            if normed:
+            if words.eps is not None:
                 x, *stats = torch.native_layer_norm(x, x.shape[2:], gamma, beta, words.eps)
                 mean[rows], rstd[rows] = (t[..., 0] for t in stats)
             out[rows] = x if words.pad_mask is None else x.masked_fill_(words.pad_mask[rows, :, None], 0)
