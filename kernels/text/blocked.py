@@ -83,11 +83,11 @@ class TorchPasses:
         return dx, dgamma, dbeta
 
     @staticmethod
-    def rows_summed(dx: Tensor, words: Words) -> Tensor:
-        """The sum of dx [B, L, D] for each id [V, D]; torch sorts, and adds in order."""
+    def rows_summed(dx: Tensor, ids: Tensor, rows: int, padding_idx: int | None) -> Tensor:
+        """The sum of dx [B, L, D] for each id [rows, D]; torch sorts, and adds in order."""
         dx = dx.to(accumulation_dtype(dx.dtype)) if dx.device.type == "cpu" else dx
-        pad = -1 if words.padding_idx is None else words.padding_idx
-        return torch.ops.aten.embedding_dense_backward(dx, words.ids, words.table.shape[0], pad, False)
+        pad = -1 if padding_idx is None else padding_idx
+        return torch.ops.aten.embedding_dense_backward(dx, ids, rows, pad, False)
 
 
 def _summed(words: Words) -> Iterator[tuple[slice, Tensor]]:
@@ -111,7 +111,7 @@ def backward(
     elif words.pad_mask is not None:
         dx = g.masked_fill(words.pad_mask[..., None], 0)
     if "table" in wanted:
-        summed = passes.rows_summed(dx, words)
+        summed = passes.rows_summed(dx, words.ids, words.table.shape[0], words.padding_idx)
         grads["table"] = summed if words.scale == 1 else summed * words.scale
     if "text_position" in wanted or "text_type" in wanted:
         grads["text_position"] = dx.sum(0, dtype=accumulation_dtype(dx.dtype))
