@@ -51,7 +51,7 @@ def test_the_commands_know_it(checkout: Path) -> None:
     assert list(explained) == ["triton", "torch"] and explained["torch"] == []
     rows = [json.loads(line) for line in run(checkout, "mmfuse.cli", "verify", "swish", "--json").splitlines()]
     assert {r["backend"] for r in rows} == {"triton"} and all(r["holds"] for r in rows)
-    table = run(checkout, "mmfuse.cli", "bench", "swish", "--sizes", "2000", "--no-store")
+    table = run(checkout, "mmfuse.cli", "bench", "swish", "--sizes", "2000")
     assert "eager" in table and "mmfuse" in table
     listed = "from mmfuse.bench.compile_report import triton_specs; print([s.variant for s in triton_specs('swish')])"
     done = subprocess.run(
