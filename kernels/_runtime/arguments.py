@@ -4,12 +4,57 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+
+PIXELS = "uint8 or a floating-point dtype"
+
+
+def check(
+    name: str,
+    t: Any,
+    meaning: str,
+    shape: Sequence[int | None] | None = None,
+    dtype: torch.dtype | Sequence[torch.dtype] | str = "a floating-point dtype",
+    like: tuple[str, Tensor] | None = None,
+) -> None:
+    """Raise unless `t` is a tensor of this shape (None: any size), dtype, and the device of another argument.
+
+    Args:
+        meaning: the shape in words, e.g. "[B, L]" or "[3], one for each channel".
+        dtype: one, several, "a floating-point dtype", `PIXELS` or "integers".
+        like: name and tensor of the other argument.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is {type(t).__name__}, expected a tensor {meaning}")
+    if shape is not None and (len(shape) != t.dim() or any(n not in (None, m) for n, m in zip(shape, t.shape))):  # noqa: B905
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {meaning}")
+    if dtype == "integers":
+        fits = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+    elif isinstance(dtype, str):
+        fits = t.is_floating_point() or (dtype == PIXELS and t.dtype == torch.uint8)
+    else:
+        dtype = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+        fits = t.dtype in dtype
+    if not fits:
+        expected = dtype if isinstance(dtype, str) else " or ".join(map(str, dict.fromkeys(dtype)))
+        raise TypeError(f"{name} has dtype {t.dtype}, expected {expected}")
+    if like is not None and t.device != like[1].device:
+        raise ValueError(f"{name} is on {t.device}, expected {like[1].device} as {like[0]}")
+
+
+def norm_of(norm: Any) -> tuple[Tensor | None, Tensor | None, float]:
+    """(weight, bias, eps) of a LayerNorm as it is given."""
+    try:
+        weight, bias, eps = norm
+    except (TypeError, ValueError):
+        raise ValueError(f"norm is {norm!r}, expected (weight [D] or None, bias [D] or None, eps)") from None
+    return weight, bias, float(eps)
 
 
 def check_features(name: str, t: Tensor, shape: str = "[N, D]") -> None:
@@ -31,14 +76,7 @@ def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
 
 def integers(name: str, ids: Tensor | None, rows: Tensor, of: str) -> Tensor:
     """Ids of the rows of `of`, int64 and contiguous."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} is {type(ids).__name__}, expected integers [{len(rows)}], one for each row of {of}")
-    if ids.shape != rows.shape[:1]:
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected [{len(rows)}], one for each row of {of}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {ids.dtype}, expected integers")
-    if ids.device != rows.device:
-        raise ValueError(f"{name} is on {ids.device}, expected {rows.device} as {of}")
+    check(name, ids, f"[{len(rows)}], one for each row of {of}", rows.shape[:1], "integers", (of, rows))
     return ids.to(torch.int64).contiguous()
 
 

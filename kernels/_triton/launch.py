@@ -11,7 +11,7 @@ from mmfuse.kernels._runtime.device import INTERPRET
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, **arguments: Any) -> None:
-    """Launch on the device of `on`, with arguments by name; where torch traces, the launch becomes part of its graph."""
+    """Launch on the device of `on`, arguments by name; where torch traces, the launch becomes part of its graph."""
     if not INTERPRET and torch._C._len_torch_dispatch_stack():
         torch.library.wrap_triton(kernel)[grid](**arguments)
         return

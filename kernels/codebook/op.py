@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check_features, first_outside, integers
+from mmfuse.kernels._runtime.arguments import check, check_features, first_outside, integers
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.codebook import blocked, reference
 
@@ -130,8 +130,8 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     Deterministic. Not differentiable. Raises as `nearest_code`.
     """
     x, weight = _rows_and_codes(x, weight, ("x", "weight"))
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected [{len(weight)}], one for each row of weight")
+    if bias is not None:
+        check("bias", bias, f"[{len(weight)}], one for each row of weight", weight.shape[:1], like=("x", x))
     bias = None if bias is None else bias.double().contiguous()
     return NEAREST(x, weight, None, bias, None, True, backend=backend)  # type: ignore[no-any-return]
 
@@ -154,21 +154,14 @@ def _rows_and_codes(z: Tensor, codebook: Tensor, names: tuple[str, str] = ("z", 
         raise ValueError(f"{second} has shape {tuple(codebook.shape)}, expected at least one code and one feature")
     if z.shape[1] != codebook.shape[1]:
         raise ValueError(f"{second} has {codebook.shape[1]} features per row, expected {z.shape[1]} as in {first}")
-    if z.device != codebook.device:
-        raise ValueError(f"{second} is on {codebook.device}, expected {z.device} as {first}")
+    check(second, codebook, "[K, D]", like=(first, z))
     wide = torch.promote_types(z.dtype, codebook.dtype)
     return z.to(wide), codebook.to(wide)
 
 
 def _mask_of(mask: Tensor | None, z: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask is {getattr(mask, 'dtype', type(mask).__name__)}, expected torch.bool")
-    if mask.shape != z.shape[:1] or mask.device != z.device:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)} on {mask.device}, expected [{len(z)}] on {z.device}, one for each row"
-        )
+    if mask is not None:
+        check("mask", mask, f"[{len(z)}], one for each row", z.shape[:1], torch.bool, ("z", z))
     return mask
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import autocast, first_outside, integers, scalar
+from mmfuse.kernels._runtime.arguments import autocast, check, first_outside, integers, norm_of, scalar
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.head import blocked, reference
 
@@ -129,11 +129,10 @@ def _checked(
     scale: Tensor | float | None,
     clips: int | None,
 ) -> tuple[Any, ...]:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x is {getattr(x, 'dtype', type(x).__name__)}, expected a floating-point tensor [B, L, D]")
-    if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, L, D] with at least one token and one feature")
+    check("x", x, "[B, L, D]", (None,) * 3)
     b, length, d = x.shape
+    if length == 0 or d == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, L, D] with at least one token and one feature")
     at = None
     if isinstance(index, Tensor):
         at = integers("index", index, x, "x")
@@ -141,19 +140,12 @@ def _checked(
             raise ValueError(f"index has {wrong}, expected 0 <= index < {length}, the tokens of x")
     elif index != 0:
         raise ValueError(f"index is {index!r}, expected 0 or a tensor [{b}]")
-    try:
-        gamma, beta, eps = norm
-    except (TypeError, ValueError):
-        raise ValueError(f"norm is {norm!r}, expected (weight [D] or None, bias [D] or None, eps)") from None
+    gamma, beta, eps = norm_of(norm)
     for name, t in (("norm's weight", gamma), ("norm's bias", beta)):
-        if t is not None and t.shape != (d,):
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected [{d}] as x has features")
-        dtypes = dict.fromkeys((x.dtype, accumulation_dtype(x.dtype)))
-        if t is not None and t.dtype not in dtypes:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected {' or '.join(map(str, dtypes))} with x")
+        if t is not None:
+            check(name, t, f"[{d}] as x has features", (d,), (x.dtype, accumulation_dtype(x.dtype)), ("x", x))
     if weight is not None:
-        if weight.dim() != 2 or weight.shape[1] != d:
-            raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [O, {d}] as x has features")
+        check("weight", weight, f"[O, {d}] as x has features", (None, d), like=("x", x))
         cast = autocast(weight)[0]
         if cast is weight and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype} as x")
@@ -162,4 +154,4 @@ def _checked(
     if per < 1 or b % per:
         raise ValueError(f"clips is {clips}, expected a number >= 1 that divides the {b} rows of x")
     factor = None if scale is None else scalar("scale", scale, x)
-    return at, gamma, beta, float(eps), weight, factor, per
+    return at, gamma, beta, eps, weight, factor, per

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime.arguments import constant
+from mmfuse.kernels._runtime.arguments import PIXELS, check, constant
 from mmfuse.kernels.patch.geometry import LAYOUTS, is_still, view
 
 Norm = tuple[Tensor, Tensor | None, float]
@@ -26,15 +26,8 @@ _SHAPES = {
 
 def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | None, layout: str, padding: str) -> int:
     """The number of channels."""
-    for name, t in (("pixels", pixels), ("weight", weight)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor")
-    if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
-        raise TypeError(f"pixels has dtype {pixels.dtype}, expected uint8 or a floating-point dtype")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight has dtype {weight.dtype}, expected a floating-point dtype")
-    if weight.device != pixels.device:
-        raise ValueError(f"weight is on {weight.device}, expected {pixels.device} as pixels")
+    check("pixels", pixels, "of pixels", None, PIXELS)
+    check("weight", weight, "[D, K] or a convolution's", like=("pixels", pixels))
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if padding not in ("error", "zero"):
@@ -71,16 +64,8 @@ def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | N
 
 def vector(name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, meaning: str) -> Tensor | None:
     """A floating-point tensor of this shape on the device of `like`, or None."""
-    if t is None:
-        return None
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is {type(t).__name__}, expected a tensor {meaning}")
-    if t.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {list(shape)}: {meaning}")
-    if not t.is_floating_point():
-        raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
-    if t.device != like.device:
-        raise ValueError(f"{name} is on {t.device}, expected {like.device} as pixels")
+    if t is not None:
+        check(name, t, f"{list(shape)}: {meaning}", shape, like=("pixels", like))
     return t
 
 
@@ -90,10 +75,8 @@ def norm(name: str, given: Norm | None, weight: Tensor) -> tuple[Tensor | None, 
     if not (isinstance(given, (tuple, list)) and len(given) == 3):
         raise TypeError(f"{name} is {type(given).__name__}, expected (weight [D], bias [D] or None, eps)")
     d = (weight.shape[0],)
-    scale = vector(f"{name}'s weight", given[0], d, weight, "[D]")
-    if scale is None:
-        raise TypeError(f"{name}'s weight is None, expected a tensor [D]")
-    return scale, vector(f"{name}'s bias", given[1], d, weight, "[D]"), float(given[2])
+    check(f"{name}'s weight", given[0], "[D]", d, like=("pixels", weight))
+    return given[0], vector(f"{name}'s bias", given[1], d, weight, "[D]"), float(given[2])
 
 
 def channel_values(name: str, given: Any, channels: int, layout: str, pixels: Tensor) -> Tensor | None:

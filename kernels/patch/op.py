@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import check
 from mmfuse.kernels._runtime.device import triton_missing
 from mmfuse.kernels.patch import blocked, reference
 from mmfuse.kernels.patch.arguments import Norm, channel_values, check_source, norm, vector
@@ -202,11 +203,14 @@ def stem_of(
     channels = check_source(pixels, weight, stride, layout, padding)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is {dtype!r}, expected a floating-point dtype")
-    for name, t in (("prefix", prefix), ("mask", mask), ("ids_keep", ids_keep)):
-        if t is not None and not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor")
-        if t is not None and t.dim() != 2:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected two dimensions")
+    b, d = pixels.shape[0], weight.shape[0]
+    for name, t, kind, meaning, size in (
+        ("prefix", prefix, "a floating-point dtype", f"[R, {d}]", d),
+        ("mask", mask, torch.bool, f"[{b}, N]: one for each patch", None),
+        ("ids_keep", ids_keep, torch.int64, f"[{b}, M]", None),
+    ):
+        if t is not None:
+            check(name, t, meaning, (None if name == "prefix" else b, size), kind, ("pixels", pixels))
     mean, std = (channel_values(n, v, channels, layout, pixels) for n, v in (("mean", mean), ("std", std)))
     stem_weight, stem_bias, stem_eps = norm("stem_norm", stem_norm, weight)
     pre_weight, pre_bias, pre_eps = norm("pre_norm", pre_norm, weight)
@@ -219,30 +223,19 @@ def stem_of(
         pre_weight, pre_bias, mask, ids_keep, mean, std, stride, layout, padding, stem_eps, pre_eps, compute,
         dtype or compute,
     )  # fmt: skip
-    b, n, d = pixels.shape[0], stem.geometry.patches, weight.shape[0]
-    r = 0 if prefix is None else prefix.shape[0]
+    n, r = stem.geometry.patches, stem.shape[1]
     if prefix_position is not None and prefix is None:
         raise ValueError("prefix_position is given without prefix, expected both")
     if (mask is None) != (mask_token is None):
         raise ValueError("mask and mask_token go together, expected both or neither")
     for name, t, shape, meaning in (
         ("bias", bias, (d,), "[D]"),
-        ("prefix", prefix, (r, d), "[R, D]"),
         ("position", position, (n, d), "[N, D], one row for each patch"),
         ("prefix_position", prefix_position, (r, d), "[R, D] as prefix"),
         ("mask_token", mask_token, (d,), "[D]"),
         ("type_embed", type_embed, (d,), "[D]"),
     ):
         vector(name, t, shape, pixels, meaning)
-    for name, t, dtype, shape in (  # type: ignore[assignment]
-        ("mask", mask, torch.bool, (b, n)),
-        ("ids_keep", ids_keep, torch.int64, (b, None if ids_keep is None else ids_keep.shape[1])),
-    ):
-        if t is not None and t.dtype != dtype:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected {str(dtype)[6:]}")
-        if t is not None and t.shape != shape:
-            expected = f"[{b}, {n}]: one for each patch" if name == "mask" else f"[{b}, M]"
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {expected}")
-        if t is not None and t.device != pixels.device:
-            raise ValueError(f"{name} is on {t.device}, expected {pixels.device} as pixels")
+    if mask is not None and mask.shape[1] != n:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected [{b}, {n}]: one for each patch")
     return stem

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check_features
+from mmfuse.kernels._runtime.arguments import check, check_features
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.points import blocked, compiled, reference
 
@@ -81,13 +81,8 @@ def farthest_points(points: Tensor, k: int, *, start: int | Tensor = 0, backend:
         if not 0 <= start < n:
             raise ValueError(f"start is {start}, expected an index of the {n} points")
         start = torch.full((b,), int(start), device=points.device)
-    elif not isinstance(start, Tensor):
-        raise TypeError(f"start is {type(start).__name__}, expected an index or int64 [{b}]")
-    elif start.shape != (b,) or start.dtype != torch.int64 or start.device != points.device:
-        raise ValueError(
-            f"start is {start.dtype} {tuple(start.shape)} on {start.device}, expected int64 [{b}] on {points.device}"
-        )
     else:
+        check("start", start, f"[{b}]", (b,), torch.int64, ("points", points))
         _check_range("start", start, n)
     return FARTHEST(points, k, start, backend=backend)
 
@@ -242,13 +237,8 @@ def group_points(features: Tensor, idx: Tensor, *, backend: str | None = None) -
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     check_features("features", features, "[B, N, C]")
-    if not isinstance(idx, Tensor) or idx.is_floating_point() or idx.dtype == torch.bool:
-        got = idx.dtype if isinstance(idx, Tensor) else type(idx).__name__
-        raise TypeError(f"idx is {got}, expected integers [B, G, k]")
-    if idx.dim() != 3 or idx.shape[0] != features.shape[0]:
-        raise ValueError(f"idx has shape {tuple(idx.shape)}, expected [{features.shape[0]}, G, k] as features")
-    if idx.device != features.device:
-        raise ValueError(f"idx is on {idx.device}, expected {features.device} as features")
+    b = features.shape[0]
+    check("idx", idx, f"[{b}, G, k] as features", (b, None, None), "integers", ("features", features))
     return GROUP(features, idx.to(torch.int64), backend=backend)
 
 
@@ -266,10 +256,7 @@ def _check_pair(query: Tensor, points: Tensor, k: int) -> None:
     _check_points("points", points)
     if query.shape[0] != points.shape[0]:  # len() of a traced tensor is a constant
         raise ValueError(f"query has {query.shape[0]} clouds, expected {points.shape[0]} as points")
-    if query.device != points.device:
-        raise ValueError(f"query is on {query.device}, expected {points.device} as points")
-    if query.dtype != points.dtype:
-        raise TypeError(f"query has dtype {query.dtype}, expected {points.dtype} as points")
+    check("query", query, "[B, G, 3]", None, points.dtype, ("points", points))
     _check_count(k, points.shape[1])
 
 

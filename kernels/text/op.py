@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import first_outside
+from mmfuse.kernels._runtime.arguments import check, first_outside, norm_of
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.text import blocked, reference
 
@@ -154,47 +154,28 @@ def checked(
     pad_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float | None]:
     """(ids int64, position [L, D], gamma, beta, eps)."""
-    if not isinstance(table, Tensor) or not table.is_floating_point():
-        raise TypeError(f"table is {getattr(table, 'dtype', type(table).__name__)}, expected floating-point [V, D]")
-    if table.dim() != 2 or table.shape[1] == 0:
-        raise ValueError(f"table has shape {tuple(table.shape)}, expected [V, D]")
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"ids is {getattr(ids, 'dtype', type(ids).__name__)}, expected int64 or int32 [B, L]")
-    if ids.dim() != 2:
-        raise ValueError(f"ids has shape {tuple(ids.shape)}, expected [B, L]")
-    if ids.device != table.device:
-        raise ValueError(f"ids is on {ids.device}, expected {table.device} as table")
+    check("table", table, "[V, D]", (None, None))
+    check("ids", ids, "[B, L]", (None, None), (torch.int64, torch.int32), ("table", table))
     v, d = table.shape
+    if d == 0:
+        raise ValueError(f"table has shape {tuple(table.shape)}, expected at least one feature")
     ids = ids.to(torch.int64).contiguous()
     if (wrong := first_outside(ids, v)) is not None:
         raise ValueError(f"ids has {wrong}, expected 0 <= id < {v}, the rows of table")
     length = ids.shape[1]
     if position is not None:
-        if position.dim() != 2 or position.shape[1] != d:
-            raise ValueError(f"position has shape {tuple(position.shape)}, expected [P, {d}] as table has features")
+        check("position", position, f"[P, {d}] as table has features", (None, d), table.dtype, ("table", table))
         if position_offset < 0 or position.shape[0] < length + position_offset:
             raise ValueError(
                 f"position has {position.shape[0]} rows, expected at least {length} + position_offset {position_offset}"
             )
         position = position[position_offset : position_offset + length]
-    gamma = beta = eps = None
-    if norm is not None:
-        try:
-            gamma, beta, eps = norm
-        except (TypeError, ValueError):
-            raise ValueError(f"norm is {norm!r}, expected (weight [D] or None, bias [D] or None, eps)") from None
-        eps = float(eps)
-    named = (("type_embed", type_embed), ("norm's weight", gamma), ("norm's bias", beta))
-    for name, t in named:
-        if t is not None and t.shape != (d,):
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected [{d}] as table has features")
-    for name, t in (("position", position), *named):
-        if t is not None and t.dtype != table.dtype:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected {table.dtype} as table")
-        if t is not None and t.device != table.device:
-            raise ValueError(f"{name} is on {t.device}, expected {table.device} as table")
+    gamma, beta, eps = (None, None, None) if norm is None else norm_of(norm)
+    for name, t in (("type_embed", type_embed), ("norm's weight", gamma), ("norm's bias", beta)):
+        if t is not None:
+            check(name, t, f"[{d}] as table has features", (d,), table.dtype, ("table", table))
     if padding_idx is not None and not 0 <= padding_idx < v:
         raise ValueError(f"padding_idx is {padding_idx}, expected 0 <= padding_idx < {v}, the rows of table")
-    if pad_mask is not None and (pad_mask.dtype != torch.bool or pad_mask.shape != ids.shape):
-        raise ValueError(f"pad_mask is {pad_mask.dtype} {tuple(pad_mask.shape)}, expected bool {tuple(ids.shape)}")
+    if pad_mask is not None:
+        check("pad_mask", pad_mask, f"{list(ids.shape)} as ids", ids.shape, torch.bool, ("table", table))
     return ids, position, gamma, beta, eps

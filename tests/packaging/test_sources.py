@@ -40,6 +40,21 @@ def test_imports_go_through_the_package() -> None:
     assert not wrong
 
 
+def test_a_family_imports_what_is_shared_and_the_public_operators_of_others() -> None:
+    wrong = []
+    for path in (ROOT / "kernels").glob("*/**/*.py"):
+        family = path.relative_to(ROOT / "kernels").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            _, _, other, *inner = f"{module}...".split(".")
+            shared = other in ("_runtime", "_triton") and family != "_runtime"
+            if not module.startswith("mmfuse.kernels.") or other == family or shared:
+                continue
+            if any(inner) or any(alias.name.startswith("_") for alias in node.names):  # type: ignore[union-attr]
+                wrong.append(f"{path.relative_to(ROOT)}: {module}")
+    assert not wrong
+
+
 @pytest.mark.parametrize("pattern", [r"(?<![\w.~-])/(?:work|root|home|Users)/\w", r"\.\./" + "shared"])
 def test_no_file_names_a_machine(pattern: str) -> None:
     wrong = [

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime.arguments import check
 from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive.arguments import features
 from mmfuse.kernels.contrastive.backends import TEMPLATE
@@ -173,12 +174,7 @@ def global_contrastive_loss(
     if len(image) != len(text):
         raise ValueError(f"text has {len(text)} rows, expected {len(image)} as image")
     for name, t in (("log_u", log_u), ("log_w", log_w)):
-        if t.shape != (len(image),):
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected [{len(image)}] as image has rows")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
-        if t.device != image.device:
-            raise ValueError(f"{name} is on {t.device}, expected {image.device} as image")
+        check(name, t, f"[{len(image)}] as image has rows", image.shape[:1], like=("image", image))
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma is {gamma}, expected a number in (0, 1]")
     if not 0 <= eps < math.inf:

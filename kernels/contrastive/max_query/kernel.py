@@ -211,7 +211,7 @@ def _rows(image: Tensor) -> Tensor:
 
 def maximum(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """(u [B, N] in the accumulation dtype, k* [B, N])."""
-    (b, queries, _), n = image.shape, len(text)
+    (b, queries, _), n = image.shape, text.shape[0]
     u = torch.empty(b, n, dtype=accumulation_dtype(image.dtype), device=image.device)
     k = torch.empty(b, n, dtype=index_dtype(queries), device=image.device)
     if not u.numel():
@@ -235,7 +235,7 @@ def gradient(
 
     Extra memory: the parts of dt, 4 N D bytes each, at most 1024 programs in all: 17 MB, or one dt.
     """
-    (b, queries, d), n = image.shape, len(text)
+    (b, queries, d), n = image.shape, text.shape[0]
     new = torch.empty if g.numel() else torch.zeros
     dq = new(image.shape if need_image else (0,), dtype=image.dtype, device=image.device)
     dt = new(text.shape if need_text else (0,), dtype=text.dtype, device=text.device)
@@ -259,7 +259,7 @@ def gradient(
         images = triton.cdiv(b, max(1, _PROGRAMS // (tiles[0] * tiles[1])))
         parts = torch.empty(triton.cdiv(b, images), n, d, dtype=g.dtype, device=g.device)
         launch(
-            _texts_grad_kernel, (*tiles, len(parts)), g,
+            _texts_grad_kernel, (*tiles, parts.shape[0]), g,
             parts_ptr=parts, g_ptr=g, k_ptr=k, q_ptr=q, stride_q=q.stride(0), D=d, B=b, N=n, Q=queries, images=images,
             ACC=accumulator(q.dtype), **_TEXTS,
         )  # fmt: skip

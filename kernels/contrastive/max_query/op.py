@@ -179,23 +179,23 @@ def _features(image: Tensor, text: Tensor, image_name: str, text_name: str) -> t
     check_features(text_name, text)
     if image.shape[1] == 0 or image.shape[2] == 0:
         raise ValueError(f"{image_name} has shape {tuple(image.shape)}, expected at least one query and one feature")
-    if image.shape[2] != text.shape[1]:
-        raise ValueError(f"{text_name} has {text.shape[1]} features per row, expected {image.shape[2]} as {image_name}")
-    if image.device != text.device:
-        raise ValueError(f"{text_name} is on {text.device}, expected {image.device} as {image_name}")
     image, text = autocast(image, text)
-    if image.dtype != text.dtype:
-        raise TypeError(f"{text_name} has dtype {text.dtype}, expected {image.dtype} as {image_name}")
+    _check_alike(text_name, text, image_name, image)
     return image, text
 
 
+def _check_alike(name: str, t: Tensor, first: str, image: Tensor) -> None:
+    if t.shape[-1] != image.shape[2]:
+        per = "query" if t.dim() == 3 else "row"
+        raise ValueError(f"{name} has {t.shape[-1]} features per {per}, expected {image.shape[2]} as {first}")
+    if t.device != image.device:
+        raise ValueError(f"{name} is on {t.device}, expected {image.device} as {first}")
+    if t.dtype != image.dtype:
+        raise TypeError(f"{name} has dtype {t.dtype}, expected {image.dtype} as {first}")
+
+
 def _check_all(image: Tensor, image_all: Tensor, text_all: Tensor, row_offset: int) -> None:
-    if image_all.shape[2] != image.shape[2]:
-        raise ValueError(f"image_all has {image_all.shape[2]} features per query, expected {image.shape[2]} as image")
-    if image_all.device != image.device:
-        raise ValueError(f"image_all is on {image_all.device}, expected {image.device} as image")
-    if image_all.dtype != image.dtype:
-        raise TypeError(f"image_all has dtype {image_all.dtype}, expected {image.dtype} as image")
+    _check_alike("image_all", image_all, "image", image)
     if len(image_all) != len(text_all):
         raise ValueError(f"text_all has {len(text_all)} rows, expected {len(image_all)} as image_all")
     if not (row_offset >= 0 and row_offset + len(image) <= len(image_all)):

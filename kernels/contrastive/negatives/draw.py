@@ -160,6 +160,7 @@ class Draw:
 
 
 def hard_negatives(
+    tile: Any,
     query: Tensor,
     keys: Tensor,
     scale: Tensor,
@@ -170,7 +171,6 @@ def hard_negatives(
     row_offset: int,
     mixture: float,
     both: bool,
-    tile: Any = TorchTile,
 ) -> tuple[Tensor, Tensor]:
     """The draws [B, k] of the rows and, if both, [N, k] of the columns, over blocks of rows."""
     acc = accumulation_dtype(query.dtype)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels._triton.tiles import aligned_rows, input_precision, products, tile_of
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import accumulator, aligned_rows, input_precision, products, tile_of
 from mmfuse.kernels.contrastive.kernel import stats
 from mmfuse.kernels.contrastive.negatives.draw import LOWEST, Draw
 
@@ -156,24 +157,25 @@ def hard_negatives(
     x, y = aligned_rows(query), aligned_rows(keys)
     tile = _TILE | _TILES[_kind(x.dtype)]
     across = triton.cdiv(n, tile["BLOCK_N"])
-    with torch.cuda.device_of(x):
-        for i in range(0, b, _ROWS):
-            block = slice(i, i + _ROWS)
-            left = x[block]
-            down, m = triton.cdiv(len(left), tile["BLOCK_M"]), len(left)
-            row_key = torch.empty(across, m, k, dtype=acc, device=device)
-            col_key = torch.empty(down if both else 0, n, k, dtype=acc, device=device)
-            row_index, col_index = (torch.empty(t.shape, dtype=torch.int32, device=device) for t in (row_key, col_key))
-            for race in range(2 if mixture else 1):
-                _race_kernel[(down * across,)](
-                    row_key, row_index, col_key, col_index, left, y, scale, ids[block], key_ids, seed,
-                    x.stride(0), y.stride(0), x.shape[1], m, n, i, row_offset, UNIFORM=race == 1, BOTH=both, K=k,
-                    ACC=tl.float64 if acc == torch.float64 else tl.float32, PRECISION=input_precision(x.dtype),
-                    EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **tile,
-                )  # fmt: skip
-                rows.take(race, block, row_key, row_index)
-                if both:
-                    columns.take(race, slice(None), col_key, col_index)
+    for i in range(0, b, _ROWS):
+        block = slice(i, i + _ROWS)
+        left = x[block]
+        down, m = triton.cdiv(len(left), tile["BLOCK_M"]), len(left)
+        row_key = torch.empty(across, m, k, dtype=acc, device=device)
+        col_key = torch.empty(down if both else 0, n, k, dtype=acc, device=device)
+        row_index, col_index = (torch.empty(t.shape, dtype=torch.int32, device=device) for t in (row_key, col_key))
+        for race in range(2 if mixture else 1):
+            launch(
+                _race_kernel, (down * across,), x,
+                row_key_ptr=row_key, row_index_ptr=row_index, col_key_ptr=col_key, col_index_ptr=col_index,
+                x_ptr=left, y_ptr=y, scale_ptr=scale, ids_ptr=ids[block], key_ids_ptr=key_ids, seed_ptr=seed,
+                stride_x=x.stride(0), stride_y=y.stride(0), D=x.shape[1], M=m, N=n, first=i, row_offset=row_offset,
+                UNIFORM=race == 1, BOTH=both, K=k, ACC=accumulator(acc), PRECISION=input_precision(x.dtype),
+                EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **tile,
+            )  # fmt: skip
+            rows.take(race, block, row_key, row_index)
+            if both:
+                columns.take(race, slice(None), col_key, col_index)
     if mixture:
         # positives past the last column: over all pairs
         row_max, row_sum, col_max, col_sum, *_ = stats(query, keys, scale, n, "")

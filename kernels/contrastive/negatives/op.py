@@ -1,22 +1,17 @@
-"""The public function of hard negatives: argument checks, registration and choice of implementation."""
+"""The public function of hard negatives: argument checks and declaration."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
-from mmfuse.kernels.contrastive import arguments
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cpu,
-    reasons_against_triton,
-)
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import integers, require_integer
+from mmfuse.kernels.contrastive.arguments import features
+from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.negatives import draw, reference
 
 # draws per row that a tile of the GPU's kernel keeps
@@ -25,7 +20,13 @@ _MOST = 16
 OTHER_DIRECTION = 0x1E3779B97F4A7C15
 
 
-def _draw(
+class Drawn(NamedTuple):
+    rows: Tensor  # [B, k], indices into the keys
+    columns: Tensor  # [N, k], indices into the queries, if both
+
+
+def _forward(
+    passes: Any,
     query: Tensor,
     keys: Tensor,
     scale: Tensor,
@@ -36,39 +37,33 @@ def _draw(
     row_offset: int,
     mixture: float,
     both: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    options = (query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, both)
-    if backend == "torch":
-        return reference.hard_negatives(*options)
-    if backend == "triton":
-        from mmfuse.kernels.contrastive.negatives import kernel
-
-        return kernel.hard_negatives(*options)
-    tile = draw.compiled_tile(torch.ops.mmfuse_cpu) if backend == "cpu" else draw.TorchTile
-    return draw.hard_negatives(*options, tile)
+) -> Drawn:
+    return Drawn(*passes.hard_negatives(query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, both))
 
 
-def _draw_fake(query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, both, backend):  # type: ignore[no-untyped-def]
+def _fake(query: Tensor, keys: Tensor, k: int, both: bool) -> Drawn:
     new = partial(query.new_empty, dtype=torch.int64)
-    return new((query.shape[0], k)), new((keys.shape[0] if both else 0, k))
+    return Drawn(new((query.shape[0], k)), new((keys.shape[0] if both else 0, k)))
 
 
-def _reasons_against_triton(query: Tensor, keys: Tensor, k: int = 1) -> list[str]:
-    many = [f"k is {k}: a tile keeps at most {_MOST}"] if k > _MOST else []
-    return reasons_against_triton(query) + many
+def _many(k: int) -> str | None:
+    return f"k is {k}: a tile keeps at most {_MOST}" if k > _MOST else None
 
 
-draw_op = register("hard_negatives", _draw, _draw_fake)
+_TILED = over_tiles(draw, "hard_negatives", tiles=draw)
 
-NEGATIVES = Op(
+NEGATIVES = Operator(
     "hard_negatives",
-    [
-        Impl("triton", draw_op, _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", draw_op, reasons_against_cpu),
-        Impl("chunked", draw_op, reasons_against_chunked),
-        Impl("torch", draw_op, no_reason),
+    forward=_forward,
+    fake=_fake,
+    implementations=[
+        Implementation("triton", passes=Deferred("mmfuse.kernels.contrastive.negatives.kernel"), against=[_many]),
+        Implementation("cpu", passes=_TILED["cpu"]),
+        Implementation("chunked", passes=_TILED["chunked"]),
+        # not traced: a compiler may round the noise otherwise, and then draw others
+        Implementation("torch", passes=reference),
     ],
+    example=lambda x, **how: hard_negatives(x, x, 1.0, **how),
 )
 
 
@@ -119,17 +114,15 @@ def hard_negatives(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    query, keys, scale = arguments.features(query, keys, logit_scale, row_offset, ids is None, ("query", "keys"))
-    arguments.require_integer("k", k)
+    query, keys, scale = features(query, keys, logit_scale, row_offset, ids is None, ("query", "keys"))
+    require_integer("k", k)
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
     if not 0.0 <= mixture < float("inf"):
         raise ValueError(f"mixture is {mixture}, expected a finite number >= 0")
     ids, key_ids = _ids(ids, key_ids, query, keys, row_offset)
-    impl = NEGATIVES.select(query, keys, k, backend=backend)
-    rows, columns = impl.fn(
-        query, keys, scale, ids, key_ids, seed_of(seed, query), k, row_offset, float(mixture), both, impl.name
-    )
+    options = (seed_of(seed, query), k, row_offset, float(mixture), both)
+    rows, columns = NEGATIVES(query, keys, scale, ids, key_ids, *options, backend=backend)
     return (rows, columns) if both else rows
 
 
@@ -143,14 +136,14 @@ def _ids(
         new = partial(torch.arange, device=query.device)
         return new(row_offset, row_offset + query.shape[0]), new(keys.shape[0])
     key_ids = ids if key_ids is None else key_ids
-    return arguments.integers("ids", ids, query, "query"), arguments.integers("key_ids", key_ids, keys, "keys")
+    return integers("ids", ids, query, "query"), integers("key_ids", key_ids, keys, "keys")
 
 
 def seed_of(seed: Tensor | int | None, query: Tensor) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (), device=query.device)
     if not isinstance(seed, Tensor):
-        arguments.require_integer("seed", seed)
+        require_integer("seed", seed)
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed is {seed}, expected an integer of 64 bits")
         return torch.full((), seed, dtype=torch.int64, device=query.device)

@@ -18,7 +18,8 @@ from torch import Tensor
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels._triton.tiles import aligned_rows, input_precision, products
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import accumulator, aligned_rows, input_precision, products
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -90,7 +91,7 @@ _TILES: dict[str, dict[str, int]] = {
 
 def similarity_topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values [B, k], indices [B, k])."""
-    acc, device, (b, n) = accumulation_dtype(queries.dtype), queries.device, (len(queries), len(gallery))
+    acc, device, b, n = accumulation_dtype(queries.dtype), queries.device, queries.shape[0], gallery.shape[0]
     x, y = aligned_rows(queries), aligned_rows(gallery)
     tile = _TILES["half" if x.dtype.itemsize == 2 else input_precision(x.dtype)]
     across, down = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(b, tile["BLOCK_M"])
@@ -100,13 +101,13 @@ def similarity_topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, T
     value = torch.empty(splits, b, k, dtype=acc, device=device)
     index = torch.empty(splits, b, k, dtype=torch.int32, device=device)
     if b:
-        with torch.cuda.device_of(x):
-            _topk_kernel[(down, splits)](
-                value, index, x, y, x.stride(0), y.stride(0), x.shape[1], b, n, tiles, k,
-                LOWEST=torch.finfo(acc).min, SLOTS=max(16, triton.next_power_of_2(k)),
-                ACC=tl.float64 if acc == torch.float64 else tl.float32, PRECISION=input_precision(x.dtype),
-                EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **tile,
-            )  # fmt: skip
+        launch(
+            _topk_kernel, (down, splits), x,
+            value_ptr=value, index_ptr=index, x_ptr=x, y_ptr=y, stride_x=x.stride(0), stride_y=y.stride(0),
+            D=x.shape[1], M=b, N=n, tiles=tiles, k=k, LOWEST=torch.finfo(acc).min,
+            SLOTS=max(16, triton.next_power_of_2(int(k))), ACC=accumulator(acc), PRECISION=input_precision(x.dtype),
+            EVEN_D=bool(x.shape[1] % tile["BLOCK_D"] == 0), **tile,
+        )  # fmt: skip
     index, order = index.transpose(0, 1).flatten(1).long().sort(1)
     value, best = value.transpose(0, 1).flatten(1).gather(1, order).sort(dim=1, descending=True, stable=True)
     return value[:, :k].contiguous(), index.gather(1, best[:, :k])

@@ -1,65 +1,60 @@
-"""The public function of the top k: argument checks, registration and choice of implementation."""
+"""The public function of the top k: argument checks and declaration."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels.contrastive import arguments
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cpu,
-    reasons_against_triton,
-)
+from mmfuse.kernels.contrastive.arguments import features
+from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.topk import blocked, reference
 
 # the longest list that a program of the GPU's kernel keeps
 _MOST = 64
 
 
-def _topk(queries: Tensor, gallery: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    if backend == "torch":
-        return reference.similarity_topk(queries, gallery, k)
-    if backend == "triton":
-        from mmfuse.kernels.contrastive.topk import kernel
-
-        return kernel.similarity_topk(queries, gallery, k)
-    tile = blocked.compiled_tile(torch.ops.mmfuse_cpu) if backend == "cpu" else blocked.TorchTile
-    return blocked.similarity_topk(tile, queries, gallery, k)
+class Top(NamedTuple):
+    value: Tensor  # [B, k]
+    index: Tensor  # [B, k]
 
 
-def _topk_fake(queries: Tensor, gallery: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    shape = (queries.shape[0], k)
-    return (
-        queries.new_empty(shape, dtype=accumulation_dtype(queries.dtype)),
-        queries.new_empty(shape, dtype=torch.int64),
-    )
+def _forward(passes: Any, queries: Tensor, gallery: Tensor, k: int) -> Top:
+    return Top(*passes.similarity_topk(queries, gallery, k))
 
 
-topk_op = register("similarity_topk", _topk, _topk_fake)
+def _fake(queries: Tensor, k: int) -> Top:
+    new, shape = queries.new_empty, (queries.shape[0], k)
+    return Top(new(shape, dtype=accumulation_dtype(queries.dtype)), new(shape, dtype=torch.int64))
 
 
-def _reasons_against_triton(queries: Tensor, gallery: Tensor, k: int = 1) -> list[str]:
-    many = [f"k is {k}: a program keeps lists of at most {_MOST}"] if k > _MOST else []
-    return reasons_against_triton(queries) + many
+def _long(k: int) -> str | None:
+    return f"k is {k}: a program keeps lists of at most {_MOST}" if k > _MOST else None
 
 
-def _few(queries: Tensor, gallery: Tensor, k: int = 1) -> list[str]:
-    return [f"k is {k}: a list is kept in order by insertion up to 256"] if k > 256 else []
+def _sorted(k: int) -> str | None:
+    return f"k is {k}: a list is kept in order by insertion up to 256" if k > 256 else None
 
 
-TOPK = Op(
+_TILED = over_tiles(blocked, "similarity_topk", tiles=blocked)
+
+TOPK = Operator(
     "similarity_topk",
-    [
-        Impl("triton", topk_op, _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", topk_op, reasons_against_cpu, _few),
-        Impl("chunked", topk_op, reasons_against_chunked),
-        Impl("torch", topk_op, no_reason),
+    forward=_forward,
+    fake=_fake,
+    implementations=[
+        Implementation(
+            "triton", passes=Deferred("mmfuse.kernels.contrastive.topk.kernel"), against=[_long], traceable=True
+        ),
+        Implementation("cpu", passes=_TILED["cpu"], prefer_eager=_sorted),
+        Implementation("chunked", passes=_TILED["chunked"]),
+        Implementation("torch", function=reference.similarity_topk),
     ],
+    example=lambda x, **how: similarity_topk(x, x, 1, **how),
 )
 
 
@@ -84,10 +79,9 @@ def similarity_topk(queries: Tensor, gallery: Tensor, k: int, *, backend: str | 
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    queries, gallery, _ = arguments.features(queries, gallery, 1.0, 0, False, ("queries", "gallery"))
-    arguments.require_integer("k", k)
+    queries, gallery, _ = features(queries, gallery, 1.0, 0, False, ("queries", "gallery"))
+    require_integer("k", k)
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"k is {k}, expected at least 1 and at most the {gallery.shape[0]} rows of gallery")
-    impl = TOPK.select(queries, gallery, k, backend=backend)
-    value, index = impl.fn(queries, gallery, k, impl.name)
+    value, index = TOPK(queries, gallery, k, backend=backend)
     return value, index

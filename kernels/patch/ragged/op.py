@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import constant
+from mmfuse.kernels._runtime.arguments import PIXELS, check, constant
 from mmfuse.kernels.patch.arguments import vector
 from mmfuse.kernels.patch.positions.op import check_factors, check_table
 from mmfuse.kernels.patch.ragged import blocked, reference
@@ -182,8 +182,8 @@ def patch_embed_packed(
         raise ValueError("patches is [B, L, K], expected [T, K] with ids_keep or padded_length")
     if ids_keep is not None and padded_length is not None:
         raise ValueError("ids_keep and padded_length are given, expected one of them")
-    if ids_keep is not None and (ids_keep.dim() != 1 or ids_keep.dtype != torch.int64):
-        raise ValueError(f"ids_keep is {ids_keep.dtype} {tuple(ids_keep.shape)}, expected int64 [T']")
+    if ids_keep is not None:
+        check("ids_keep", ids_keep, "[T']", (None,), torch.int64, ("patches", patches))
     x = patches.reshape(-1, k)
     if grids.device.type == "cpu" and not torch.compiler.is_compiling() and type(grids) is Tensor:
         _check_grids(grids, merge, padded_in or padded_length, len(x), ids_keep)
@@ -212,26 +212,17 @@ def patch_embed_packed(
 
 
 def _check(patches: Tensor, grids: Tensor, weight: Tensor) -> tuple[int, int]:
-    for name, t in (("patches", patches), ("grids", grids), ("weight", weight)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor")
-        if t.device != patches.device:
-            raise ValueError(f"{name} is on {t.device}, expected {patches.device} as patches")
-    if patches.dtype != torch.uint8 and not patches.is_floating_point():
-        raise TypeError(f"patches has dtype {patches.dtype}, expected uint8 or a floating-point dtype")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight has dtype {weight.dtype}, expected a floating-point dtype")
-    if weight.dim() < 2 or weight.numel() == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D, K], not empty")
-    if weight.dim() > 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D, K]: flatten a convolution's")
+    check("patches", patches, "of patches", None, PIXELS)
+    check("weight", weight, "[D, K]: flatten a convolution's", (None, None), like=("patches", patches))
+    meaning = "[B, 2] (h, w) or [B, 3] (frames, h, w)"
+    check("grids", grids, meaning, None, "integers", ("patches", patches))
     d, k = weight.shape
+    if weight.numel() == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D, K], not empty")
     if patches.dim() not in (2, 3) or patches.shape[-1] != k:
         raise ValueError(f"patches has shape {tuple(patches.shape)}, expected [T, {k}] or [B, L, {k}] as weight")
     if grids.dim() != 2 or grids.shape[1] not in (2, 3):
-        raise ValueError(f"grids has shape {tuple(grids.shape)}, expected [B, 2] (h, w) or [B, 3] (frames, h, w)")
-    if grids.is_floating_point() or grids.is_complex() or grids.dtype == torch.bool:
-        raise TypeError(f"grids has dtype {grids.dtype}, expected integers")
+        raise ValueError(f"grids has shape {tuple(grids.shape)}, expected {meaning}")
     if patches.dim() == 3 and patches.shape[0] != grids.shape[0]:  # len() of a traced tensor is a constant
         raise ValueError(f"grids has {grids.shape[0]} rows, expected {patches.shape[0]} as patches has images")
     return k, d
@@ -263,10 +254,7 @@ def _table(
     else:
         given = check_table(table, mode)
         joined, shape = given.flatten(0, 1), (given.shape[0], given.shape[1])
-    if joined.shape[1] != d:
-        raise ValueError(f"table has {joined.shape[1]} columns, expected {d} as weight has rows")
-    if joined.device != like.device:
-        raise ValueError(f"table is on {joined.device}, expected {like.device} as patches")
+    check("table", joined, f"[..., {d}] as weight has rows", (None, d), like=("patches", like))
     return joined, shape, isinstance(table, (tuple, list)), mode
 
 
@@ -276,8 +264,7 @@ def _channel_values(name: str, given: Any, k: int, channels_last: bool, like: Te
         return None
     v = given if isinstance(given, Tensor) else constant(given, like.device)
     v = v.reshape(-1)
-    if v.device != like.device:
-        raise ValueError(f"{name} is on {v.device}, expected {like.device} as patches")
+    check(name, v, "of numbers", like=("patches", like))
     if len(v) == 0 or k % len(v):
         raise ValueError(f"{name} has {len(v)} values, expected [C] with K = {k} a multiple of C, or [K]")
     return v.repeat(k // len(v)) if channels_last else v.repeat_interleave(k // len(v))
@@ -357,10 +344,8 @@ def drop_patches(noise: Tensor, grids: Tensor, keep: Tensor, total: int) -> Tens
 
     Deterministic: two runs are equal bitwise.
     """
-    if noise.dim() != 1 or not noise.is_floating_point():
-        raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}, expected a floating-point [T]")
-    if keep.shape != grids.shape[:1]:
-        raise ValueError(f"keep has shape {tuple(keep.shape)}, expected [{len(grids)}] as grids")
+    check("noise", noise, "[T]", (None,))
+    check("keep", keep, f"[{len(grids)}] as grids", grids.shape[:1], "integers")
     end = grids.prod(1).cumsum(0)
     image = torch.searchsorted(end, torch.arange(noise.shape[0], device=noise.device), right=True)
     by_noise = noise.argsort(stable=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import constant
+from mmfuse.kernels._runtime.arguments import PIXELS, check, constant
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.patch.reconstruction import blocked, reference
 from mmfuse.kernels.patch.reconstruction.target import Patches
@@ -143,17 +143,13 @@ def masked_patch_loss(
     gt, gh, gw = patches.grid(video)
     b, c = video.shape[0], video.shape[4]
     n, k = gt * gh * gw, patches.t * patches.p * patches.q * c
-    if not prediction.is_floating_point():
-        raise TypeError(f"prediction has dtype {prediction.dtype}, expected a floating-point dtype")
-    if prediction.dim() != 3 or prediction.shape[0] != b or prediction.shape[1] > n or prediction.shape[2] != k:
+    check("prediction", prediction, f"[{b}, {n} or fewer, {k}]", (b, None, k))
+    if prediction.shape[1] > n:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}, expected [{b}, {n} or fewer, {k}]")
-    if mask.shape != (b, n):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected [{b}, {n}], one for each patch")
-    for name, t in (("pixels", pixels), ("mask", mask)):
-        if t.device != prediction.device:
-            raise ValueError(f"{name} is on {t.device}, expected {prediction.device} as prediction")
-    if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
-        raise TypeError(f"pixels has dtype {pixels.dtype}, expected uint8 or a floating-point dtype")
+    check("pixels", pixels, "of pixels", None, PIXELS, ("prediction", prediction))
+    if mask.shape != (b, n) or mask.device != prediction.device:
+        where = f"{tuple(mask.shape)} on {mask.device}, expected [{b}, {n}] on {prediction.device}"
+        raise ValueError(f"mask has shape {where}, one for each patch")
     mask = mask if mask.dtype == torch.bool else mask != 0
     mean, std = (_per_channel(name, v, c, pixels) for name, v in (("mean", mean), ("std", std)))
     return LOSS(prediction, video.detach(), mask, mean, std, *patches, norm, backend=backend)  # type: ignore[no-any-return]

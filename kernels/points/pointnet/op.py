@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Implementation, Operator
-from mmfuse.kernels._runtime.arguments import autocast, check_features
+from mmfuse.kernels._runtime.arguments import autocast, check, check_features
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive import MAX_QUERY
 from mmfuse.kernels.points.pointnet import blocked, reference
@@ -179,10 +179,7 @@ def mini_pointnet_training(
     x, given = _arguments(groups, layers)
     if x.numel() == 0:
         raise ValueError(f"groups has shape {tuple(groups.shape)}, expected at least one point")
-    if scale.shape != given.b3.shape or scale.device != x.device:
-        raise ValueError(
-            f"scale is {tuple(scale.shape)} on {scale.device}, expected {tuple(given.b3.shape)} on {x.device}"
-        )
+    check("scale", scale, f"{list(given.b3.shape)}", given.b3.shape, like=("groups", groups))
     y, mean, var, *_ = TRAINING(x, given, scale, eps, backend=backend)
     return y.view(*groups.shape[:-2], y.shape[1]), mean, var
 
@@ -203,17 +200,11 @@ def _arguments(groups: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Layers]
         raise ValueError(f"layers has {len(tensors) // 2} pairs, expected 4 of (weight, bias)")
     width = groups.shape[-1]
     for name, t in zip(_NAMES, tensors, strict=True):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}, expected a tensor")
-        outputs = ["out"] if name.endswith("weight") else []
-        if t.dim() != len(outputs) + 1 or t.shape[-1] != width:
-            expected = ", ".join([*outputs, str(width)])
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected [{expected}]")
-        if t.device != groups.device:
-            raise ValueError(f"{name} is on {t.device}, expected {groups.device} as groups")
+        matrix = name.endswith("weight")
+        shape = (None, width) if matrix else (width,)
+        check(name, t, f"[out, {width}]" if matrix else f"[{width}]", shape, like=("groups", groups))
         width = 2 * t.shape[0] if name == "layers[1] bias" else t.shape[0]
     x, *operands = autocast(groups, *tensors)
     for name, t in zip(_NAMES, operands, strict=True):
-        if t.dtype != x.dtype:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected {x.dtype} as groups")
+        check(name, t, "as groups", None, x.dtype)
     return x.reshape(-1, *x.shape[-2:]), Layers(*operands)

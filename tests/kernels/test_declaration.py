@@ -1,0 +1,235 @@
+"""What derives from the declaration of an operator."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmfuse
+from mmfuse.kernels._runtime import Implementation, Operator, chosen, explain, operators
+from mmfuse.kernels._runtime.operator import reached
+from registered import opcheck, registered
+
+
+@dataclass(frozen=True)
+class Line:
+    """a x + b."""
+
+    a: Tensor
+    b: Tensor | None
+    power: int
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", self.a.numel())
+
+
+class Outputs(NamedTuple):
+    y: Tensor
+    total: Tensor
+    slope: Tensor
+
+
+def _forward(passes: Any, x: Tensor, line: Line, scale: float, needs: Any) -> Outputs:
+    passes.seen.append((line.size, tuple(needs)))
+    slope = line.a**line.power
+    y = passes.times(x, slope) * scale
+    y = y if line.b is None else y + line.b
+    return Outputs(y, y.sum(), slope)
+
+
+def _fake(x: Tensor, line: Line) -> Outputs:
+    return Outputs(torch.empty_like(x), x.new_empty(()), torch.empty_like(line.a))
+
+
+def _backward(
+    passes: Any,
+    g: Tensor | None,
+    g_total: Tensor | None,
+    x: Tensor,
+    slope: Tensor,
+    line: Line,
+    scale: float,
+    needs: Any,
+) -> dict[str, Tensor]:
+    d = torch.zeros_like(x) if g is None else g
+    d = d if g_total is None else d + g_total
+    grads = {"x": scale * d * slope}
+    if needs.a:
+        grads["a"] = (scale * d * x).sum(0) * line.power * line.a ** (line.power - 1)
+    if needs.b:
+        grads["b"] = d.sum(0)
+    return grads
+
+
+PASSES = SimpleNamespace(times=torch.mul, seen=[])
+LINE = Operator(
+    "_line",
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    differentiable=("x", "a", "b"),
+    implementations=[
+        Implementation(
+            "chunked",
+            passes=PASSES,
+            against=[lambda line: "power is 0" if line.power == 0 else None],
+            prefer_eager=lambda x: "one row" if len(x) == 1 else None,
+        ),
+        Implementation("torch", function=lambda x, line, scale: Outputs(x * line.a**line.power * scale, x.sum(), x)),
+    ],
+)
+
+
+def line(x: Tensor, a: Tensor, b: Tensor | None = None, power: int = 2, backend: str | None = "chunked") -> Outputs:
+    return LINE(x, Line(a, b, power), 0.5, backend=backend)
+
+
+def leaves(rows: int = 3) -> list[Tensor]:
+    return [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((rows, 4), (4,), (4,))]
+
+
+def test_gradients_by_name() -> None:
+    x, a, b = leaves()
+    y, total, _ = line(x, a, b)
+    want = 0.5 * x * a**2 + b
+    torch.testing.assert_close(y, want)
+    got = torch.autograd.grad((y.sin().sum() + total), (x, a, b))
+    torch.testing.assert_close(got, torch.autograd.grad(want.sin().sum() + want.sum(), (x, a, b)))
+    assert torch.autograd.gradcheck(lambda *t: line(*t)[:2], (x, a, b))
+
+
+@pytest.mark.parametrize("missing", ["x", "a", "b", "g", "g_total"])
+def test_what_is_not_needed_is_not_computed(missing: str) -> None:
+    x, a, b = leaves()
+    given = {"x": x, "a": a, "b": b}
+    if missing in given:
+        given[missing].requires_grad_(False)
+    y, total, slope = line(**given)
+    assert not slope.requires_grad and PASSES.seen[-1] == (4, tuple(t.requires_grad for t in (x, a, b)))
+    loss = total if missing == "g" else y.sum() if missing == "g_total" else y.sum() + total
+    loss.backward()
+    assert [t.grad is None for t in (x, a, b)] == [missing == name for name in given]
+
+
+def test_without_a_gradient_nothing_is_kept() -> None:
+    x, a, _ = leaves()
+    with torch.no_grad():
+        assert line(x, a).y.grad_fn is None
+    assert line(x.detach(), a.detach()).y.grad_fn is None
+    assert line(x, a, None).y.grad_fn is not None
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, a, b = leaves()
+    (d,) = torch.autograd.grad(line(x, a, b).y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(d.sum(), a)
+
+
+def test_registered_operators_are_the_same() -> None:
+    x, a, b = leaves()
+    opcheck(lambda: line(x, a, b))
+    opcheck(lambda: line(x, a.detach(), None))
+    op, args = registered(lambda: line(x, a, b))
+    assert str(op._schema).startswith("mmfuse::line_chunked(Tensor x, Tensor a, Tensor? b, SymInt power, float scale")
+    assert all(torch.equal(got, want) for got, want in zip(op(*args), line(x, a, b), strict=True))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: line(*t).y, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, a, b), line(x, a, b).y)
+
+
+def test_autocast_is_off_inside() -> None:
+    x, a = torch.randn(3, 4), torch.randn(4)
+    seen = []
+    passes = SimpleNamespace(times=lambda *t: seen.append(torch.is_autocast_enabled("cpu")) or torch.mul(*t), seen=[])
+    plain, LINE.implementations["chunked"].passes = LINE.implementations["chunked"].passes, passes
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            line(x, a)
+    finally:
+        LINE.implementations["chunked"].passes = plain
+    assert seen == [False]
+
+
+def test_the_choice(caplog: pytest.LogCaptureFixture) -> None:
+    x, a, _ = leaves()
+    assert chosen(lambda: line(x, a, backend=None)) == "chunked"
+    assert chosen(lambda: line(x[:1], a, backend=None)) == "torch"
+    assert chosen(lambda: line(x[:1], a, backend="chunked")) == "chunked"
+    with caplog.at_level(logging.INFO, logger="mmfuse"):
+        line(x, a, power=0, backend=None)
+        line(x, a, power=0, backend=None)
+    assert [r.getMessage() for r in caplog.records] == ["_line: using torch (chunked: power is 0)"]
+    with pytest.raises(mmfuse.UnsupportedError, match="chunked: power is 0"):
+        line(x, a, power=0)
+    with pytest.raises(mmfuse.UnsupportedError, match="cuda: not an implementation of _line"):
+        line(x, a, backend="cuda")
+    with pytest.raises(ValueError, match="backend is 'fast', expected one of cuda, triton"):
+        line(x, a, backend="fast")
+
+
+def test_a_function_that_asks_for_what_is_not_there() -> None:
+    def forward(x: Tensor, size: int) -> Tensor:
+        return x
+
+    with pytest.raises(TypeError, match="asks for rows, expected some of x, size"):
+        Operator("_wrong", forward=forward, implementations=[Implementation("torch", function=lambda rows: rows)])
+
+
+def test_explain_takes_the_arguments_of_the_call() -> None:
+    x = torch.randn(600, 8)
+    table = explain(mmfuse.clip_loss, x, x, 14.3, ids=torch.arange(600) // 2)
+    assert "chunked  eager is faster for fewer than 2048 x 2048 pairs in float32" in table
+    assert explain("clip_loss", x, x, 14.3).startswith("clip_loss\n")
+    # what a public function consists of
+    assert "\n ->" in explain(mmfuse.kernels.contrastive.matryoshka_clip_loss, x, x, 14.3, [4, 8])
+    with pytest.raises(ValueError, match="op is 'clap_loss', expected one of"):
+        explain("clap_loss", x)
+
+
+def test_every_operator_has_an_example() -> None:
+    x = torch.randn(32, 16)
+    for name, operator in operators().items():
+        found, args, backend = reached(lambda: operator.examples[name](x, backend="torch"))  # noqa: B023
+        assert found is operator and backend == "torch" and "torch" in found.available(args), name
+
+
+TRACED = """
+import torch
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from mmfuse.kernels._runtime import operators
+
+done = []
+for name, operator in operators().items():
+    triton = operator.implementations.get("triton")
+    if triton is None or not triton.traceable:
+        continue
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            out = operator.examples[name](x, backend="triton")
+            return tuple(t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
+    with FakeTensorMode():
+        graph, _ = aot_export_module(Module(), (torch.empty(32, 16, device="cuda"),), trace_joint=False)
+    assert "triton_kernel_wrapper_functional" in str(graph.graph), name
+    done.append(name)
+print(*done)
+"""
+
+
+def test_torch_takes_traceable_kernels_into_its_graph() -> None:
+    """On a machine without a GPU too: fake tensors of a CUDA device, outside of the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", TRACED], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert {"interpolate_position", "masked_patch_loss", "patch_embed_packed"} <= set(run.stdout.split())
