@@ -18,22 +18,25 @@ PIXELS = "uint8 or a floating-point dtype"
 def check(
     name: str,
     t: Any,
-    meaning: str,
-    shape: Sequence[int | None] | None = None,
+    shape: Sequence[int | str] | None = None,
+    note: str = "",
     dtype: torch.dtype | Sequence[torch.dtype] | str = "a floating-point dtype",
     like: tuple[str, Tensor] | None = None,
 ) -> None:
-    """Raise unless `t` is a tensor of this shape (None: any size), dtype, and the device of another argument.
+    """Raise unless `t` is a tensor of this shape, of this dtype, and on the device of another argument.
 
     Args:
-        meaning: the shape in words, e.g. "[B, L]" or "[3], one for each channel".
+        shape: sizes, or names of sizes that are free, e.g. ("B", 3).
+        note: on the shape, e.g. ", one for each row of image".
         dtype: one, several, "a floating-point dtype", `PIXELS` or "integers".
         like: name and tensor of the other argument.
     """
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is {type(t).__name__}, expected a tensor {meaning}")
-    if shape is not None and (len(shape) != t.dim() or any(n not in (None, m) for n, m in zip(shape, t.shape))):  # noqa: B905
-        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {meaning}")
+        raise TypeError(f"{name} is {type(t).__name__}, expected a tensor {_sizes(shape)}{note}")
+    if shape is not None and not (
+        len(shape) == t.dim() and all(isinstance(n, str) or n == m for n, m in zip(shape, t.shape, strict=True))
+    ):
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {_sizes(shape)}{note}")
     if dtype == "integers":
         fits = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
     elif isinstance(dtype, str):
@@ -46,6 +49,10 @@ def check(
         raise TypeError(f"{name} has dtype {t.dtype}, expected {expected}")
     if like is not None and t.device != like[1].device:
         raise ValueError(f"{name} is on {t.device}, expected {like[1].device} as {like[0]}")
+
+
+def _sizes(shape: Sequence[int | str] | None) -> str:
+    return "" if shape is None else f"[{', '.join(map(str, shape))}]"
 
 
 def norm_of(norm: Any) -> tuple[Tensor | None, Tensor | None, float]:
@@ -76,7 +83,7 @@ def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
 
 def integers(name: str, ids: Tensor | None, rows: Tensor, of: str) -> Tensor:
     """Ids of the rows of `of`, int64 and contiguous."""
-    check(name, ids, f"[{len(rows)}], one for each row of {of}", rows.shape[:1], "integers", (of, rows))
+    check(name, ids, rows.shape[:1], f", one for each row of {of}", "integers", (of, rows))
     return ids.to(torch.int64).contiguous()
 
 

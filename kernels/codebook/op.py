@@ -131,7 +131,7 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     """
     x, weight = _rows_and_codes(x, weight, ("x", "weight"))
     if bias is not None:
-        check("bias", bias, f"[{len(weight)}], one for each row of weight", weight.shape[:1], like=("x", x))
+        check("bias", bias, weight.shape[:1], ", one for each row of weight", like=("x", x))
     bias = None if bias is None else bias.double().contiguous()
     return NEAREST(x, weight, None, bias, None, True, backend=backend)  # type: ignore[no-any-return]
 
@@ -154,14 +154,14 @@ def _rows_and_codes(z: Tensor, codebook: Tensor, names: tuple[str, str] = ("z", 
         raise ValueError(f"{second} has shape {tuple(codebook.shape)}, expected at least one code and one feature")
     if z.shape[1] != codebook.shape[1]:
         raise ValueError(f"{second} has {codebook.shape[1]} features per row, expected {z.shape[1]} as in {first}")
-    check(second, codebook, "[K, D]", like=(first, z))
+    check(second, codebook, like=(first, z))
     wide = torch.promote_types(z.dtype, codebook.dtype)
     return z.to(wide), codebook.to(wide)
 
 
 def _mask_of(mask: Tensor | None, z: Tensor) -> Tensor | None:
     if mask is not None:
-        check("mask", mask, f"[{len(z)}], one for each row", z.shape[:1], torch.bool, ("z", z))
+        check("mask", mask, z.shape[:1], ", one for each row", torch.bool, ("z", z))
     return mask
 
 

@@ -76,7 +76,7 @@ SELECT_HEAD = Operator(
         Implementation("chunked", passes=blocked.TorchPasses, prefer_eager=_on_a_cpu),
         Implementation("torch", function=lambda **given: (reference.select_head(**given),)),
     ],
-    example=lambda x, **how: select_head(x[:, None], 0, (None, None, 1e-6), x, **how),
+    example=lambda x, **how: select_head(x.unsqueeze(1), 0, (None, None, 1e-6), x, **how),
 )
 
 
@@ -129,7 +129,7 @@ def _checked(
     scale: Tensor | float | None,
     clips: int | None,
 ) -> tuple[Any, ...]:
-    check("x", x, "[B, L, D]", (None,) * 3)
+    check("x", x, ("B", "L", "D"))
     b, length, d = x.shape
     if length == 0 or d == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, L, D] with at least one token and one feature")
@@ -143,9 +143,9 @@ def _checked(
     gamma, beta, eps = norm_of(norm)
     for name, t in (("norm's weight", gamma), ("norm's bias", beta)):
         if t is not None:
-            check(name, t, f"[{d}] as x has features", (d,), (x.dtype, accumulation_dtype(x.dtype)), ("x", x))
+            check(name, t, (d,), " as x has features", (x.dtype, accumulation_dtype(x.dtype)), ("x", x))
     if weight is not None:
-        check("weight", weight, f"[O, {d}] as x has features", (None, d), like=("x", x))
+        check("weight", weight, ("O", d), " as x has features", like=("x", x))
         cast = autocast(weight)[0]
         if cast is weight and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype} as x")

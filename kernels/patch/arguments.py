@@ -26,8 +26,8 @@ _SHAPES = {
 
 def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | None, layout: str, padding: str) -> int:
     """The number of channels."""
-    check("pixels", pixels, "of pixels", None, PIXELS)
-    check("weight", weight, "[D, K] or a convolution's", like=("pixels", pixels))
+    check("pixels", pixels, dtype=PIXELS)
+    check("weight", weight, like=("pixels", pixels))
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if padding not in ("error", "zero"):
@@ -65,7 +65,7 @@ def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | N
 def vector(name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, meaning: str) -> Tensor | None:
     """A floating-point tensor of this shape on the device of `like`, or None."""
     if t is not None:
-        check(name, t, f"{list(shape)}: {meaning}", shape, like=("pixels", like))
+        check(name, t, shape, f": {meaning}", like=("pixels", like))
     return t
 
 
@@ -75,7 +75,7 @@ def norm(name: str, given: Norm | None, weight: Tensor) -> tuple[Tensor | None, 
     if not (isinstance(given, (tuple, list)) and len(given) == 3):
         raise TypeError(f"{name} is {type(given).__name__}, expected (weight [D], bias [D] or None, eps)")
     d = (weight.shape[0],)
-    check(f"{name}'s weight", given[0], "[D]", d, like=("pixels", weight))
+    check(f"{name}'s weight", given[0], d, like=("pixels", weight))
     return given[0], vector(f"{name}'s bias", given[1], d, weight, "[D]"), float(given[2])
 
 

@@ -111,8 +111,10 @@ def pad(x: Tensor, g: Geometry) -> Tensor:
 
 def unfold(x: Tensor, g: Geometry) -> Tensor:
     """The patches of x [B, C, T, H, W] as a view [B, gt, gh, gw, C, kt, kh, kw]."""
-    for dim in range(3):
-        x = x.unfold(2 + dim, g.kernel[dim], g.stride[dim])
+    for dim, (k, step, n) in enumerate(zip(g.kernel, g.stride, g.grid, strict=True), 2):
+        # the same view, which an exported graph has as a reshape
+        tiles = k == step and n * k == x.shape[dim]
+        x = x.unflatten(dim, (n, k)).movedim(dim + 1, -1) if tiles else x.unfold(dim, k, step)
     return x.movedim(1, 4)
 
 

@@ -204,13 +204,12 @@ def stem_of(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is {dtype!r}, expected a floating-point dtype")
     b, d = pixels.shape[0], weight.shape[0]
-    for name, t, kind, meaning, size in (
-        ("prefix", prefix, "a floating-point dtype", f"[R, {d}]", d),
-        ("mask", mask, torch.bool, f"[{b}, N]: one for each patch", None),
-        ("ids_keep", ids_keep, torch.int64, f"[{b}, M]", None),
-    ):
-        if t is not None:
-            check(name, t, meaning, (None if name == "prefix" else b, size), kind, ("pixels", pixels))
+    if prefix is not None:
+        check("prefix", prefix, ("R", d), like=("pixels", pixels))
+    if mask is not None:
+        check("mask", mask, (b, "N"), ": one for each patch", torch.bool, ("pixels", pixels))
+    if ids_keep is not None:
+        check("ids_keep", ids_keep, (b, "M"), "", torch.int64, ("pixels", pixels))
     mean, std = (channel_values(n, v, channels, layout, pixels) for n, v in (("mean", mean), ("std", std)))
     stem_weight, stem_bias, stem_eps = norm("stem_norm", stem_norm, weight)
     pre_weight, pre_bias, pre_eps = norm("pre_norm", pre_norm, weight)

@@ -82,7 +82,7 @@ def farthest_points(points: Tensor, k: int, *, start: int | Tensor = 0, backend:
             raise ValueError(f"start is {start}, expected an index of the {n} points")
         start = torch.full((b,), int(start), device=points.device)
     else:
-        check("start", start, f"[{b}]", (b,), torch.int64, ("points", points))
+        check("start", start, (b,), "", torch.int64, ("points", points))
         _check_range("start", start, n)
     return FARTHEST(points, k, start, backend=backend)
 
@@ -213,7 +213,9 @@ GROUP = Operator(
     fake=lambda features, index: features.new_empty(*index.shape, features.shape[2]),
     differentiable=("features",),
     implementations=_implementations("cuda", "cpu", "torch"),
-    example=lambda x, **how: group_points(x[None], torch.zeros(1, 1, 1, dtype=torch.int64, device=x.device), **how),
+    example=lambda x, **how: group_points(
+        x.unsqueeze(0), torch.zeros(1, 1, 1, dtype=torch.int64, device=x.device), **how
+    ),
 )
 
 
@@ -238,7 +240,7 @@ def group_points(features: Tensor, idx: Tensor, *, backend: str | None = None) -
     """
     check_features("features", features, "[B, N, C]")
     b = features.shape[0]
-    check("idx", idx, f"[{b}, G, k] as features", (b, None, None), "integers", ("features", features))
+    check("idx", idx, (b, "G", "k"), " as features", "integers", ("features", features))
     return GROUP(features, idx.to(torch.int64), backend=backend)
 
 
@@ -256,7 +258,7 @@ def _check_pair(query: Tensor, points: Tensor, k: int) -> None:
     _check_points("points", points)
     if query.shape[0] != points.shape[0]:  # len() of a traced tensor is a constant
         raise ValueError(f"query has {query.shape[0]} clouds, expected {points.shape[0]} as points")
-    check("query", query, "[B, G, 3]", None, points.dtype, ("points", points))
+    check("query", query, dtype=points.dtype, like=("points", points))
     _check_count(k, points.shape[1])
 
 

@@ -154,8 +154,8 @@ def checked(
     pad_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float | None]:
     """(ids int64, position [L, D], gamma, beta, eps)."""
-    check("table", table, "[V, D]", (None, None))
-    check("ids", ids, "[B, L]", (None, None), (torch.int64, torch.int32), ("table", table))
+    check("table", table, ("V", "D"))
+    check("ids", ids, ("B", "L"), "", (torch.int64, torch.int32), ("table", table))
     v, d = table.shape
     if d == 0:
         raise ValueError(f"table has shape {tuple(table.shape)}, expected at least one feature")
@@ -164,7 +164,7 @@ def checked(
         raise ValueError(f"ids has {wrong}, expected 0 <= id < {v}, the rows of table")
     length = ids.shape[1]
     if position is not None:
-        check("position", position, f"[P, {d}] as table has features", (None, d), table.dtype, ("table", table))
+        check("position", position, ("P", d), " as table has features", table.dtype, ("table", table))
         if position_offset < 0 or position.shape[0] < length + position_offset:
             raise ValueError(
                 f"position has {position.shape[0]} rows, expected at least {length} + position_offset {position_offset}"
@@ -173,9 +173,9 @@ def checked(
     gamma, beta, eps = (None, None, None) if norm is None else norm_of(norm)
     for name, t in (("type_embed", type_embed), ("norm's weight", gamma), ("norm's bias", beta)):
         if t is not None:
-            check(name, t, f"[{d}] as table has features", (d,), table.dtype, ("table", table))
+            check(name, t, (d,), " as table has features", table.dtype, ("table", table))
     if padding_idx is not None and not 0 <= padding_idx < v:
         raise ValueError(f"padding_idx is {padding_idx}, expected 0 <= padding_idx < {v}, the rows of table")
     if pad_mask is not None:
-        check("pad_mask", pad_mask, f"{list(ids.shape)} as ids", ids.shape, torch.bool, ("table", table))
+        check("pad_mask", pad_mask, ids.shape, " as ids", torch.bool, ("table", table))
     return ids, position, gamma, beta, eps

@@ -49,32 +49,32 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] =
     ),
     "random_masking": (lambda noise: kernels.random_masking(noise, 4), lambda b: (torch.rand(b, 9, device=DEVICE),)),
     "nearest_code": (lambda z: kernels.nearest_code(z, TABLE, metric="cosine"), lambda b: (real(b, 6),)),
-    "linear_argmax": (lambda x: kernels.linear_argmax(x, TABLE, TABLE[:, 0]), lambda b: (real(b, 6),)),
-    "code_statistics": (lambda z, c: kernels.code_statistics(z, c, 5), lambda b: (real(b, 6), upto(5, b))),
+    "linear_argmax": (lambda x: kernels.codebook.linear_argmax(x, TABLE, TABLE[:, 0]), lambda b: (real(b, 6),)),
+    "code_statistics": (lambda z, c: kernels.codebook.code_statistics(z, c, 5), lambda b: (real(b, 6), upto(5, b))),
     "vector_quantize": (
         lambda z, mask: kernels.vector_quantize(z, TABLE, metric="euclidean", gradient="rotation", mask=mask),
         lambda b: (real(b, 6), some(b)),
     ),
-    "fsq": (lambda z: kernels.fsq(z, [8, 5, 5]), lambda b: (real(b, 3),)),
-    "lfq_entropy": (lambda z: kernels.lfq_entropy(z), lambda b: (real(b, 4),)),
-    "farthest_points": (lambda p: kernels.farthest_points(p, 4), lambda b: (real(b, 20, 3),)),
-    "nearest_neighbors": (lambda q, p: kernels.nearest_neighbors(q, p, 4), lambda b: (real(b, 5, 3), real(b, 20, 3))),
-    "ball_query": (lambda q, p: kernels.ball_query(q, p, 4, 0.9), lambda b: (real(b, 5, 3), real(b, 20, 3))),
-    "group_points": (kernels.group_points, lambda b: (real(b, 20, 6), upto(20, b, 5, 4))),
-    "mini_pointnet": (lambda x: kernels.mini_pointnet(x, LAYERS), lambda b: (real(b, 8, 3),)),
+    "fsq": (lambda z: kernels.codebook.fsq(z, [8, 5, 5]), lambda b: (real(b, 3),)),
+    "lfq_entropy": (lambda z: kernels.codebook.lfq_entropy(z), lambda b: (real(b, 4),)),
+    "farthest_points": (lambda p: kernels.points.farthest_points(p, 4), lambda b: (real(b, 20, 3),)),
+    "nearest_neighbors": (lambda q, p: kernels.points.nearest_neighbors(q, p, 4), lambda b: (real(b, 5, 3), real(b, 20, 3))),
+    "ball_query": (lambda q, p: kernels.points.ball_query(q, p, 4, 0.9), lambda b: (real(b, 5, 3), real(b, 20, 3))),
+    "group_points": (kernels.points.group_points, lambda b: (real(b, 20, 6), upto(20, b, 5, 4))),
+    "mini_pointnet": (lambda x: kernels.points.mini_pointnet(x, LAYERS), lambda b: (real(b, 8, 3),)),
     "mini_pointnet_training": (
-        lambda x: kernels.mini_pointnet_training(x, LAYERS, LAYERS[2][1]),
+        lambda x: kernels.points.mini_pointnet_training(x, LAYERS, LAYERS[2][1]),
         lambda b: (real(b, 8, 3),),
     ),
-    "embed_text": (lambda ids: kernels.embed_text(ids, TABLE), lambda b: (upto(9, b, 5),)),
-    "multiway_tokens": (
-        lambda x, ids: kernels.multiway_tokens(
+    "embed_text": (lambda ids: kernels.text.embed_text(ids, TABLE), lambda b: (upto(9, b, 5),)),
+    "embed_pair": (
+        lambda x, ids: kernels.text.embed_pair(
             x, ids, weight=WEIGHT, position=TABLE, table=TABLE, text_position=TABLE, pad_mask=ids < 3
         ),
         lambda b: (real(b, 3, 8, 8), upto(9, b, 5)),
     ),
     "select_head": (
-        lambda x, index: kernels.select_head(x, index, HEAD, PROJECTION),
+        lambda x, index: kernels.head.select_head(x, index, HEAD, PROJECTION),
         lambda b: (real(b, 7, 8), upto(7, b)),
     ),
     "interpolate_position": (

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels._triton.tiles import finite, products, tile_of
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import aligned_rows, finite, products, tile_of
 from mmfuse.kernels.contrastive import kernel as template
 from mmfuse.kernels.contrastive.distill.blocked import Side
 from mmfuse.kernels.contrastive.kernel import _finish_tile, _negatives_of, _parts, _softmaxes, _sums_of
@@ -228,24 +229,44 @@ def stats(
     for found in (rows, cols):
         found[0], found[2] = -torch.inf, -torch.inf
     positive, t_positive = torch.empty(2, b, **new)
-    x, y, x_t, y_t = map(template._operand, (x, y, x_t, y_t))
+    x, y, x_t, y_t = map(aligned_rows, (x, y, x_t, y_t))
     settings = _settings(x, x_t)
     tiles_n = triton.cdiv(n, settings["BLOCK_N"])
-    with torch.cuda.device_of(x):
-        for i in range(0, b if n else 0, template._ROWS):
-            m = min(b - i, template._ROWS)
-            here = slice(i, i + m)
-            tiles_m = triton.cdiv(m, settings["BLOCK_M"])
-            row, col = torch.empty(5, tiles_n, m, **new), torch.empty(5, tiles_m, n, **new)
-            _distill_stats_kernel[(tiles_m * tiles_n,)](
-                centre[here], centre[b:], row, col, positive[here], t_positive[here],
-                x[here], y, scale, x_t[here], y_t, t_scale,
-                x.stride(0), y.stride(0), x_t.stride(0), y_t.stride(0), x.shape[1], x_t.shape[1], m, n, i + row_offset,
-                **settings,
-            )  # fmt: skip
-            for into, parts in ((rows[:, here], row), (cols, col)):
-                template._merge((into[0], into[1]), parts[:2])
-                template._merge((into[2], into[3], into[4]), parts[2:])
+    for i in range(0, b if n else 0, template._ROWS):
+        m = min(b - i, template._ROWS)
+        here = slice(i, i + m)
+        tiles_m = triton.cdiv(m, settings["BLOCK_M"])
+        row, col = torch.empty(5, tiles_n, m, **new), torch.empty(5, tiles_m, n, **new)
+        launch(
+            _distill_stats_kernel,
+            (tiles_m * tiles_n,),
+            x,
+            centre_ptr=centre[here],
+            col_centre_ptr=centre[b:],
+            row_ptr=row,
+            col_ptr=col,
+            positive_ptr=positive[here],
+            t_positive_ptr=t_positive[here],
+            x_ptr=x[here],
+            y_ptr=y,
+            scale_ptr=scale,
+            t_x_ptr=x_t[here],
+            t_y_ptr=y_t,
+            t_scale_ptr=t_scale,
+            stride_x=x.stride(0),
+            stride_y=y.stride(0),
+            t_stride_x=x_t.stride(0),
+            t_stride_y=y_t.stride(0),
+            D=x.shape[1],
+            T_D=x_t.shape[1],
+            M=m,
+            N=n,
+            diagonal=i + row_offset,
+            **settings,
+        )
+        for into, parts in ((rows[:, here], row), (cols, col)):
+            template._merge((into[0], into[1]), parts[:2])
+            template._merge((into[2], into[3], into[4]), parts[2:])
     student, teacher = (rows[:2].unbind(), cols[:2].unbind()), (rows[2:4].unbind(), cols[2:4].unbind())
     return *student[0], *student[1], positive, *teacher[0], *teacher[1], t_positive, rows[4], cols[4]
 
@@ -290,7 +311,7 @@ def teacher_grad(
 
 def _grad(student, teacher, weights, alpha, d, row_offset, of_teacher, need_x, need_y, in_tiles, about=None):  # type: ignore[no-untyped-def]
     """(dx, dy, <x, G y>, the sum that the tiles make if `in_tiles`)."""
-    x, y, x_t, y_t = map(template._operand, (student.x, student.y, teacher.x, teacher.y))
+    x, y, x_t, y_t = map(aligned_rows, (student.x, student.y, teacher.x, teacher.y))
     settings = _settings(x, x_t)
     a, rho, b, kappa = weights
     row_about, col_about = about or (rho, kappa)
@@ -301,21 +322,51 @@ def _grad(student, teacher, weights, alpha, d, row_offset, of_teacher, need_x, n
         rows, cols = slice(i, i + m), slice(j, j + n)
         programs = triton.cdiv(m, settings["BLOCK_M"]) * triton.cdiv(n, settings["BLOCK_N"])
         part = torch.empty(programs if in_tiles else 0, dtype=alpha.dtype, device=x.device)
-        _distill_grad_kernel[(programs,)](
-            g, part, x[rows], y[cols], student.scale, x_t[rows], y_t[cols], teacher.scale,
-            a[rows], rho[rows], b[cols], kappa[cols], row_about[rows], col_about[cols],
-            teacher.a[rows], teacher.rho[rows], teacher.b[cols], teacher.kappa[cols], d[rows],
-            g.stride(0), x.stride(0), y.stride(0), x_t.stride(0), y_t.stride(0), x.shape[1], x_t.shape[1],
-            m, n, i + row_offset - j, TEACHER=of_teacher, STORE=store, DOT=in_tiles,
-            G_SCALE=template._g_scale(x.dtype), **settings,
-        )  # fmt: skip
+        launch(
+            _distill_grad_kernel,
+            (programs,),
+            x,
+            g_ptr=g,
+            dot_ptr=part,
+            x_ptr=x[rows],
+            y_ptr=y[cols],
+            scale_ptr=student.scale,
+            t_x_ptr=x_t[rows],
+            t_y_ptr=y_t[cols],
+            t_scale_ptr=teacher.scale,
+            a_ptr=a[rows],
+            rho_ptr=rho[rows],
+            b_ptr=b[cols],
+            kappa_ptr=kappa[cols],
+            row_about_ptr=row_about[rows],
+            col_about_ptr=col_about[cols],
+            t_a_ptr=teacher.a[rows],
+            t_rho_ptr=teacher.rho[rows],
+            t_b_ptr=teacher.b[cols],
+            t_kappa_ptr=teacher.kappa[cols],
+            d_ptr=d[rows],
+            stride_g=g.stride(0),
+            stride_x=x.stride(0),
+            stride_y=y.stride(0),
+            t_stride_x=x_t.stride(0),
+            t_stride_y=y_t.stride(0),
+            D=x.shape[1],
+            T_D=x_t.shape[1],
+            M=m,
+            N=n,
+            diagonal=i + row_offset - j,
+            TEACHER=of_teacher,
+            STORE=store,
+            DOT=in_tiles,
+            G_SCALE=template._g_scale(x.dtype),
+            **settings,
+        )
         if in_tiles:
             dot.add_(part.sum(dtype=torch.float64))
 
     side, left, right = (teacher, x_t, y_t) if of_teacher else (student, x, y)
     factor = side.scale * alpha
-    with torch.cuda.device_of(x):
-        dx, dy, xgy = template._gradients(side.x, side.y, left, right, factor, None, None, need_x, need_y, fill)
+    dx, dy, xgy = template._gradients(side.x, side.y, left, right, factor, None, None, need_x, need_y, fill)
     return dx, dy, xgy, dot
 
 

@@ -1,44 +1,33 @@
-"""The public function of distillation: argument checks, autograd, and choice of implementation."""
+"""The public function of distillation: argument checks and declaration."""
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import only_named_in_the_interpreter
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import check, scalar
+from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
-from mmfuse.kernels.contrastive.arguments import features, scalar, weights_of
-from mmfuse.kernels.contrastive.backends import (
-    no_reason,
-    reasons_against_chunked,
-    reasons_against_cpu,
-    reasons_against_triton,
-    tile,
-)
+from mmfuse.kernels.contrastive.arguments import features, weights_of
+from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.blocked import centres
 from mmfuse.kernels.contrastive.distill import blocked
 from mmfuse.kernels.contrastive.distill.blocked import Side
 from mmfuse.kernels.contrastive.normalisers import above, column_normaliser, normaliser
-from mmfuse.kernels.contrastive.op import steps_aside
 
 
-def _passes(backend: str) -> Any:
-    """`stats`, `grad` and `teacher_grad` of a backend."""
-    if backend == "triton":
-        from mmfuse.kernels.contrastive.distill import kernel
-
-        return kernel
-    return SimpleNamespace(
-        **{name: partial(getattr(blocked, name), tile(backend)) for name in ("stats", "grad", "teacher_grad")}
-    )
+class Outputs(NamedTuple):
+    contrastive: Tensor
+    distill: Tensor
+    rows: Tensor  # [8, b]: m and l of student and teacher, the positives' U of both, the rows' and the columns' mean
+    columns: Tensor  # [4, N]: m and l of student and teacher
 
 
-def _fwd(
+def _forward(
+    passes: Any,
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -48,11 +37,10 @@ def _fwd(
     w_image: float,
     w_text: float,
     row_offset: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     features = (image, text, scale, teacher_image, teacher_text, teacher_scale)
     centre = centres(image, text, row_offset)
-    *found, row_cross, col_cross = _passes(backend).stats(*features, centre, row_offset)
+    *found, row_cross, col_cross = passes.stats(*features, centre, row_offset)
     row_max, row_sum, col_max, col_sum, positive = found[:5]
     t_row_max, t_row_sum, t_col_max, t_col_sum, t_positive = found[5:]
     pairs = slice(row_offset, row_offset + len(image))
@@ -66,7 +54,7 @@ def _fwd(
     col_mean = _mean_above(t_col_max[pairs], t_col_sum[pairs], col_cross[pairs], t_diag, nearly)
     distill = (w_image * (row - row_mean) + w_text * (column - col_mean)).mean()
     rows = torch.stack([row_max, row_sum, t_row_max, t_row_sum, positive, t_positive, row_mean, col_mean])
-    return contrastive, distill, rows, torch.stack([col_max, col_sum, t_col_max, t_col_sum])
+    return Outputs(contrastive, distill, rows, torch.stack([col_max, col_sum, t_col_max, t_col_sum]))
 
 
 def _mean_above(m: Tensor, l: Tensor, cross: Tensor, t_diag: Tensor, centre: Tensor) -> Tensor:  # noqa: E741
@@ -75,32 +63,15 @@ def _mean_above(m: Tensor, l: Tensor, cross: Tensor, t_diag: Tensor, centre: Ten
     return (cross + centre * l) * torch.exp(m - r) * inverse
 
 
-def _fwd_fake(image, text, scale, *_):  # type: ignore[no-untyped-def]
+def _fake(image: Tensor, text: Tensor, scale: Tensor) -> Outputs:
     new = scale.new_empty
-    return new(()), new(()), new((8, image.shape[0])), new((4, text.shape[0]))
+    return Outputs(new(()), new(()), new((8, image.shape[0])), new((4, text.shape[0])))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = inputs[6:]
-    ctx.save_for_backward(*inputs[:6], *output[2:])
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, g: Tensor | None, g_distill: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if g is None and g_distill is None:
-        return (None,) * 10
-    zero = torch.zeros_like(ctx.saved_tensors[2])
-    # the contrastive loss does not see the teacher
-    needs = [*ctx.needs_input_grad[:3], *(need and g_distill is not None for need in ctx.needs_input_grad[3:6])]
-    upstream = (zero if g is None else g, zero if g_distill is None else g_distill)
-    grads = distill_bwd(*upstream, *ctx.saved_tensors, *ctx.options, *needs)
-    return (*(d if need else None for d, need in zip(grads, needs, strict=True)), *[None] * 4)
-
-
-def _bwd(
-    g: Tensor,
-    g_distill: Tensor,
+def _backward(
+    passes: Any,
+    g: Tensor | None,
+    g_distill: Tensor | None,
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -112,14 +83,16 @@ def _bwd(
     w_image: float,
     w_text: float,
     row_offset: int,
-    backend: str,
-    need_image: bool,
-    need_text: bool,
-    need_scale: bool,
-    need_teacher_image: bool,
-    need_teacher_text: bool,
-    need_teacher_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs: Any,
+) -> dict[str, Tensor]:
+    grads: dict[str, Tensor] = {}
+    of_student, of_teacher = needs[:3], needs[3:]
+    zero = torch.zeros_like(scale)
+    g = zero if g is None else g
+    if g_distill is None:  # the contrastive loss does not see the teacher
+        teacher_tensors = (teacher_image, teacher_text, teacher_scale)
+        grads |= zip(needs._fields[3:], map(torch.zeros_like, teacher_tensors), strict=True)
+        g_distill, of_teacher = zero, ()
     b = len(image)
     pairs = slice(row_offset, row_offset + b)
     row_max, row_sum, t_row_max, t_row_sum, positive, t_positive, row_mean, col_mean = rows
@@ -139,15 +112,12 @@ def _bwd(
     t_a, t_beta = c2 * w_image * t_a, c2 * w_text * t_beta
     student = Side(image, text, scale, (c1 + c2) * w_image * a, rho, (c1 + c2) * w_text * beta, kappa)
     teacher = Side(teacher_image, teacher_text, teacher_scale, t_a, t_rho, t_beta, t_kappa)
-    passes = _passes(backend)
-    grads: Any = [t.new_empty(0) for t in (image, text, scale, teacher_image, teacher_text, teacher_scale)]
-    needs = (need_image, need_text, need_scale)
-    if any(needs):
+    if any(of_student):
         # P_ii - 1 and P_ii - Pt_ii without cancellation
         d = w_image * (c2 * t_miss - (c1 + c2) * miss) + w_text * (c2 * t_col_miss - (c1 + c2) * col_miss)
-        grads[:3] = passes.grad(student, teacher, alpha, d, row_offset, *needs)
-    needs = (need_teacher_image, need_teacher_text, need_teacher_scale)
-    if any(needs):
+        found = passes.grad(student, teacher, alpha, d, row_offset, *of_student)
+        grads |= zip(("image", "text", "scale"), found, strict=True)
+    if any(of_teacher):
         # dT_ij = c2 [w_r Pt_ij (sum_k Pt_ik S_ik - S_ij) + w_c Qt_ij (sum_k Qt_kj S_kj - S_ij)] g / b
         d_row, d_col = c2 * w_image * (1 - t_miss) * row_mean, c2 * w_text * (1 - t_col_miss) * col_mean
         centre = centres(image, text, row_offset)
@@ -155,39 +125,36 @@ def _bwd(
         mean = torch.cat([nearly + row_mean, torch.zeros_like(col_max)])
         mean[b:][pairs] = nearly + col_mean
         about = (mean, centre, t_centre)
-        grads[3:] = passes.teacher_grad(student, teacher, alpha, *about, d_row + d_col, row_offset, *needs)
-        if need_teacher_scale:
+        dx, dy, dot = passes.teacher_grad(student, teacher, alpha, *about, d_row + d_col, row_offset, *of_teacher)
+        if needs.teacher_scale:
             own = d_row * (t_positive - t_centre[:b]) + d_col * (t_positive - t_centre[b:][pairs])
-            grads[5] = (alpha * (grads[5] + own.sum(dtype=torch.float64))).to(teacher_scale.dtype)
-    return tuple(grads)
+            dot = (alpha * (dot + own.sum(dtype=torch.float64))).to(teacher_scale.dtype)
+        grads |= {"teacher_image": dx, "teacher_text": dy, "teacher_scale": dot}
+    return grads
 
 
-def _bwd_fake(g, g_distill, image, text, scale, teacher_image, teacher_text, teacher_scale, *args):  # type: ignore[no-untyped-def]
-    leaves = (image, text, scale, teacher_image, teacher_text, teacher_scale)
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(leaves, args[-6:], strict=True))
+# on a CPU, eager is faster for fewer than side x side pairs, as for CLIP's loss
+_SIDES = {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 2048}
+_CHUNKED_SIDES = {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096}
+_TILED = over_tiles(blocked, "stats", "grad", "teacher_grad")
 
-
-distill_bwd = register("distill_bwd", _bwd, _bwd_fake)
-distill_fwd = register("distill_fwd", _fwd, _fwd_fake, setup_context=_setup, backward=_backward)
-
-
-def _fused(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
-    return distill_fwd(*args, backend)[:2]
-
-
-DISTILL = Op(
+DISTILL = Operator(
     "distill_clip_loss",
-    [
-        Impl("triton", partial(_fused, "triton"), reasons_against_triton, only_named_in_the_interpreter),
-        Impl("cpu", partial(_fused, "cpu"), reasons_against_cpu, partial(steps_aside, "distill_clip_loss")),
-        Impl(
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    differentiable=("image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale"),
+    implementations=[
+        Implementation("triton", passes=Deferred("mmfuse.kernels.contrastive.distill.kernel")),
+        Implementation("cpu", passes=_TILED["cpu"], prefer_eager=lambda image, text: few_pairs(image, text, _SIDES)),
+        Implementation(
             "chunked",
-            partial(_fused, "chunked"),
-            reasons_against_chunked,
-            partial(steps_aside, "distill_clip_loss, chunked"),
+            passes=_TILED["chunked"],
+            prefer_eager=lambda image, text: few_pairs(image, text, _CHUNKED_SIDES),
         ),
-        Impl("torch", reference.distill_loss, no_reason),
+        Implementation("torch", function=reference.distill_loss),
     ],
+    example=lambda x, **how: distill_clip_loss(x, x, 1.0, x, x, 1.0, **how),
 )
 
 
@@ -234,13 +201,8 @@ def distill_clip_loss(
     names = ("teacher_image", "teacher_text")
     teacher = features(teacher_image, teacher_text, 1.0, row_offset, names=names)[:2]
     for name, t, rows in zip(names, teacher, (image, text), strict=True):
-        if len(t) != len(rows):
-            raise ValueError(f"{name} has {len(t)} rows, expected {len(rows)} as {name[8:]}")
-        if t.dtype != image.dtype:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected {image.dtype} as image")
-        if t.device != image.device:
-            raise ValueError(f"{name} is on {t.device}, expected {image.device} as image")
+        check(name, t, (rows.shape[0], "Dt"), f" with the rows of {name[8:]}", image.dtype, ("image", image))
     t_scale = scalar("teacher_scale", teacher_scale, image)
     w_image, w_text = weights_of(weights)
-    impl = DISTILL.select(image, text, backend=backend)
-    return impl.fn(image, text, scale, *teacher, t_scale, w_image, w_text, row_offset)
+    found = DISTILL(image, text, scale, *teacher, t_scale, w_image, w_text, row_offset, backend=backend)
+    return found[0], found[1]

@@ -174,7 +174,7 @@ def global_contrastive_loss(
     if len(image) != len(text):
         raise ValueError(f"text has {len(text)} rows, expected {len(image)} as image")
     for name, t in (("log_u", log_u), ("log_w", log_w)):
-        check(name, t, f"[{len(image)}] as image has rows", image.shape[:1], like=("image", image))
+        check(name, t, image.shape[:1], " as image has rows", like=("image", image))
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma is {gamma}, expected a number in (0, 1]")
     if not 0 <= eps < math.inf:

@@ -81,7 +81,7 @@ MAX_QUERY = Operator(
         Implementation("torch", function=lambda image, text: Largest(reference.similarity(image, text))),
     ],
     example=lambda x, **how: max_query_similarity(x[:, None], x, **how),
-    also={"max_query_loss": lambda x, **how: max_query_loss(x[:, None], x, 1.0, **how)},
+    also={"max_query_loss": lambda x, **how: max_query_loss(x.unsqueeze(1), x, 1.0, **how)},
 )
 
 

@@ -6,12 +6,15 @@ Of the keys and the queue nothing is copied, unless 16-bit ones are widened on a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels.contrastive.negatives import Draw
 
 # logits that are held at a time, student's and teacher's, and those that a softmax goes over at once
 _LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -19,7 +22,76 @@ _PASS_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 _KEYS = 4096
 
 
+@dataclass(frozen=True)
+class Directions:
+    """W directions alike: each has queries, keys and, after the keys, a queue; W is 1 or 2."""
+
+    query: Tensor  # [W, B, D]
+    keys: Tensor  # [W, K, D]
+    queue: Tensor  # [M, D]
+    temp: Tensor  # []
+    alpha: Tensor  # [], of the teacher
+    query_m: Tensor | None = None  # [W, B, D], the teacher's
+    other_queue: Tensor | None = None  # [M, D], of the second direction
+    ids: Tensor | None = None  # [B]
+    key_ids: Tensor | None = None  # [K]
+    queue_ids: Tensor | None = None  # [M]
+
+    @property
+    def queues(self) -> list[Tensor]:
+        return [self.queue] if self.other_queue is None else [self.queue, self.other_queue]
+
+    def each(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+        """(query, query_m, keys, queue) of every direction."""
+        teachers = [None] * len(self.query) if self.query_m is None else self.query_m
+        return zip(self.query, teachers, self.keys, self.queues, strict=True)
+
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Ids of the queries and of the keys, equal where a key is not to be drawn."""
+        if self.ids is not None and self.key_ids is not None:
+            return self.ids, self.key_ids
+        b, k = (torch.arange(t.shape[1], device=t.device) for t in (self.query, self.keys))
+        return b, k
+
+    def drawn(self, hard_negatives: Callable[..., Any], k: int, mixture: float, seeds: Tensor) -> Tensor:
+        """[W, B, k], from a pass of its own over the keys."""
+        options = (k, 0, mixture, False)
+        ways = zip(self.query, self.keys, seeds, strict=True)
+        return torch.stack(
+            [hard_negatives(x, y.to(x.dtype), 1 / self.temp, *self.masks(), seed, *options)[0] for x, y, seed in ways]
+        )
+
+
 def scan(
+    given: Directions, paired: bool, need: bool, see: Callable[[int, Tensor, int], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(row [W, B], g [W, B, D]): row_i = sum_j T_ij (rho_i - S_ij) and g_i = sum_j (P_ij sum_k T_ik - T_ij) K_j.
+
+    T is `alpha` of the teacher's softmax and, where `paired`, 1 - alpha of the positives: equal ids, or column i.
+    Without `paired` there are no targets: row_i = rho_i and g_i = sum_j P_ij K_j. `g` is empty unless `need`.
+    `see(way, S, i)` gets each block of a direction's logits, rows i and following, all columns.
+    """
+    options = (given.temp, given.alpha, given.ids, given.key_ids, given.queue_ids, paired, need)
+    found = [_scan(*one, *options, see and partial(see, way)) for way, one in enumerate(given.each())]
+    rows, grads = zip(*found, strict=True)
+    return torch.stack(rows), torch.stack(grads)
+
+
+def scan_and_draw(
+    given: Directions, need: bool, k: int, mixture: float, seeds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with pairs, and draws [W, B, k] among the keys from the same logits."""
+    own, other = given.masks()
+    one = torch.ones_like(given.temp)
+    draws = [Draw(len(own), k, seed, given.temp.dtype, mixture=mixture) for seed in seeds]
+
+    def see(way: int, s: Tensor, first: int) -> None:
+        draws[way].add(s[:, : len(other)], one, own[first : first + len(s)], other, row=first)
+
+    return *scan(given, True, need, see), torch.stack([draw.result() for draw in draws])
+
+
+def _scan(
     x: Tensor,
     x_m: Tensor | None,
     keys: Tensor,
@@ -31,14 +103,9 @@ def scan(
     queue_ids: Tensor | None,
     paired: bool,
     need: bool,
-    see: Callable[[Tensor, int], None] | None = None,
+    see: Callable[[Tensor, int], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """(row [B], g [B, D]): row_i = sum_j T_ij (rho_i - S_ij) and g_i = sum_j (P_ij sum_k T_ik - T_ij) K_j.
-
-    T is `alpha` of the teacher's softmax and, where `paired`, 1 - alpha of the positives: equal ids, or column i.
-    Without `paired` there are no targets: row_i = rho_i and g_i = sum_j P_ij K_j. `g` is empty unless `need`.
-    `see(S, i)` gets each block of the student's logits, rows i and following, all columns.
-    """
+    """(row [B], g [B, D]) of one direction."""
     acc, b, n = accumulation_dtype(x.dtype), len(x), len(keys) + len(queue)
     new: dict[str, Any] = {"dtype": acc, "device": x.device}
     row, g = torch.zeros(b, **new), torch.zeros(x.shape if need else 0, **new)

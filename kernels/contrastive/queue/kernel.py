@@ -23,6 +23,10 @@ from torch import Tensor
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import accumulator
+from mmfuse.kernels.contrastive.negatives.kernel import hard_negatives
+from mmfuse.kernels.contrastive.queue.blocked import Directions
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -241,62 +245,62 @@ _TILES = {
 }
 
 
-def scan(
-    x: Tensor,
-    x_m: Tensor | None,
-    keys: Tensor,
-    queues: list[Tensor],
-    temp: Tensor,
-    alpha: Tensor,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    queue_ids: Tensor | None,
-    paired: bool,
-    need: bool,
-) -> tuple[Tensor, Tensor]:
-    """(row [W, B], g [W, B, D]) of x [W, B, D], keys [W, K, D] and W queues alike, in one launch; see `blocked.scan`.
+def scan(given: Directions, paired: bool, need: bool) -> tuple[Tensor, Tensor]:
+    """(row [W, B], g [W, B, D]) as `blocked.scan`, in one launch.
 
     Extra memory: 12 W B D bytes for each split of the keys; with one program per multiprocessor 26 MB at B = 64,
     D = 256 on 132 of them.
     """
-    (ways, b, dim), k, m, acc = x.shape, keys.shape[1], len(queues[0]), accumulation_dtype(x.dtype)
+    x, keys, queues = given.query, given.keys, given.queues
+    (ways, b, dim), k, m, acc = x.shape, keys.shape[1], queues[0].shape[0], accumulation_dtype(x.dtype)
     new = {"dtype": acc, "device": x.device}
     row, g = torch.zeros(ways, b, **new), torch.zeros(x.shape if need else 0, **new)
     if not b or not k + m:
         return (row if paired else row.fill_(-torch.inf)), g
     x, keys = _rows(x), keys.to(x.dtype).to(queues[0].dtype)
-    block_d = max(16 if INTERPRET else 128, triton.next_power_of_2(dim))
+    block_d = max(16 if INTERPRET else 128, triton.next_power_of_2(int(dim)))
     bits = (8 * x.dtype.itemsize, 8 * queues[0].dtype.itemsize)
-    tile = _INTERPRETED if INTERPRET else _TILES[(*bits, ids is not None)][block_d]
+    tile = _INTERPRETED if INTERPRET else _TILES[(*bits, given.ids is not None)][block_d]
     blocks = triton.cdiv(b, tile["BLOCK_B"])
     total = triton.cdiv(k, tile["BLOCK_N"]) + triton.cdiv(m, tile["BLOCK_N"])
     wanted = 3
     if not INTERPRET:
         wanted = max(1, torch.cuda.get_device_properties(x.device).multi_processor_count // (blocks * ways))
     tiles = triton.cdiv(total, wanted)
-    splits = triton.cdiv(total, tiles)
+    splits = int(triton.cdiv(total, tiles))
     part = torch.empty(ways, splits, 7, b, **new)
     o = torch.empty((ways, splits, 3, b, dim) if need else 1, **new)
     flags = {
         "PAIRED": paired,
-        "IDS": ids is not None,
-        "TEACHER": x_m is not None,
+        "IDS": given.ids is not None,
+        "TEACHER": given.query_m is not None,
         "GRAD": need,
-        "ACC": tl.float64 if acc == torch.float64 else tl.float32,
+        "ACC": accumulator(acc),
+        "BLOCK_D": block_d,
     }
-    x_m = x if x_m is None else _rows(x_m)
-    precision = "tf32" if x.dtype == torch.float32 and not INTERPRET else "ieee"
-    with torch.cuda.device_of(x):
-        _scan_kernel[(blocks, splits, ways)](
-            part, o, x, x_m, keys, queues[0], queues[-1], temp, ids, key_ids, queue_ids, x.stride(1), x_m.stride(1),
-            *keys.stride()[1:], *queues[0].stride(), b, k, m, dim, tiles, EVEN_D=dim == block_d,
-            PRECISION=precision, BLOCK_D=block_d, **flags, **tile,
-        )  # fmt: skip
-        _merge_kernel[(b, ways)](
-            row, g, part, o, keys, alpha, *keys.stride()[1:], b, k, dim, splits, SPLITS=triton.next_power_of_2(splits),
-            BLOCK_D=block_d, **flags,
-        )  # fmt: skip
+    x_m = x if given.query_m is None else _rows(given.query_m)
+    of_keys = {"keys_ptr": keys, "stride_k": keys.stride(1), "stride_kd": keys.stride(2), "B": b, "K": k, "D": dim}
+    launch(
+        _scan_kernel, (blocks, splits, ways), x,
+        part_ptr=part, o_ptr=o, x_ptr=x, x_m_ptr=x_m, queue_ptr=queues[0], other_queue_ptr=queues[-1],
+        temp_ptr=given.temp, ids_ptr=given.ids, key_ids_ptr=given.key_ids, queue_ids_ptr=given.queue_ids,
+        stride_x=x.stride(1), stride_x_m=x_m.stride(1), stride_q=queues[0].stride(0), stride_qd=queues[0].stride(1),
+        M=m, tiles=tiles, EVEN_D=bool(dim == block_d),
+        PRECISION="tf32" if x.dtype == torch.float32 and not INTERPRET else "ieee", **of_keys, **flags, **tile,
+    )  # fmt: skip
+    launch(
+        _merge_kernel, (b, ways), x,
+        row_ptr=row, g_ptr=g, part_ptr=part, o_ptr=o, alpha_ptr=given.alpha, splits=splits,
+        SPLITS=triton.next_power_of_2(splits), **of_keys, **flags,
+    )  # fmt: skip
     return row, g
+
+
+def scan_and_draw(
+    given: Directions, need: bool, k: int, mixture: float, seeds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `blocked.scan_and_draw`; the draws come from a pass of their own."""
+    return *scan(given, True, need), given.drawn(hard_negatives, k, mixture, seeds)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -1,64 +1,38 @@
-"""The public losses against a momentum queue: argument checks, autograd, and choice of implementation."""
+"""The public losses against a momentum queue: argument checks and declarations."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Impl, Op, register
-from mmfuse.kernels._runtime.device import INTERPRET, only_named_in_the_interpreter
-from mmfuse.kernels.contrastive.arguments import autocast, check_features, integers, require_integer, scalar
-from mmfuse.kernels.contrastive.backends import no_reason, reasons_against_chunked, reasons_against_triton
-from mmfuse.kernels.contrastive.negatives import Draw
-from mmfuse.kernels.contrastive.negatives.op import OTHER_DIRECTION, draw_op, seed_of
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import autocast, check_features, integers, require_integer, scalar
+from mmfuse.kernels._runtime.device import INTERPRET
+from mmfuse.kernels.contrastive.negatives.op import NEGATIVES, OTHER_DIRECTION, seed_of
 from mmfuse.kernels.contrastive.queue import blocked, reference
+from mmfuse.kernels.contrastive.queue.blocked import Directions
+
+_KERNEL = Deferred("mmfuse.kernels.contrastive.queue.kernel")
+_NONE = torch.empty(0)
 
 
-def _scan(
-    backend: str, x: Tensor, x_m: Tensor | None, keys: Tensor, queues: list[Tensor], *options: Any, see: Any = None
-) -> tuple[Tensor, Tensor]:
-    """(row [W, B], g [W, B, D]) of W directions, as `blocked.scan` has them of one; `see` also gets the direction."""
-    if backend == "triton":
-        from mmfuse.kernels.contrastive.queue import kernel
-
-        return kernel.scan(x, x_m, keys, queues, *options)
-    scan: Any = blocked.scan
-    rows, grads = [], []
-    for way, queue in enumerate(queues):
-        teacher = None if x_m is None else x_m[way]
-        row, g = scan(x[way], teacher, keys[way], queue, *options, see and partial(see, way))
-        rows.append(row)
-        grads.append(g)
-    return torch.stack(rows), torch.stack(grads)
-
-
-def _reasons_against_triton(query: Tensor, *keys: Any) -> list[str]:
-    why = reasons_against_triton(query)
+def _too_wide(given: Directions) -> str | None:
     # accumulators of D columns stay in registers
-    widest = 256 if any(t.dtype == torch.float32 for t in (query, *keys[:2])) else 512
-    if query.shape[1] > widest:
-        why.append(f"{query.shape[1]} features per row, above {widest}")
-    if query.dtype == torch.float32 and not INTERPRET and not _tf32():
-        why.append("float32 products without TF32 do not fit its registers")
-    return why
+    width = given.query.shape[-1]
+    widest = 256 if any(t.dtype == torch.float32 for t in (given.query, given.keys, given.queue)) else 512
+    return f"{width} features per row, above {widest}" if width > widest else None
 
 
-# on a CPU eager is faster below so many keys: few are over before the blocks have begun, and it multiplies in bfloat16.
-# Measured on one core with AVX-512 BF16
-_EAGER_KEYS = {
-    "queue_itc_loss": {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 65536},
-    "moco_loss": {torch.float32: 2048, torch.float64: 2048, torch.bfloat16: 1 << 62},
-}
-
-
-def _aside(name: str, query: Tensor, *keys: Any) -> list[str]:
-    least = _EAGER_KEYS[name].get(query.dtype, 0) if query.device.type == "cpu" else 0
-    few = sum(len(k) for k in keys[:2]) < least
-    return [f"eager is faster for less than {least} keys in {str(query.dtype)[6:]}"] if few else []
+def _without_tf32(given: Directions) -> str | None:
+    if given.query.dtype != torch.float32 or INTERPRET or _tf32():
+        return None
+    return "float32 products without TF32 do not fit its registers"
 
 
 @torch.compiler.assume_constant_result
@@ -66,139 +40,93 @@ def _tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def _loss_and_grads(x: Tensor, temp: Tensor, row: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _few_keys(least: Mapping[torch.dtype, int], given: Directions, own: int) -> str | None:
+    few = least.get(given.query.dtype, 0)
+    if given.query.device.type != "cpu" or own + given.queue.shape[0] >= few:
+        return None
+    return f"eager is faster for fewer than {few} keys in {str(given.query.dtype)[6:]}"
+
+
+def _loss_and_grads(given: Directions, row: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dx, dtau) for g = tau d(row)/dx. S is homogeneous in x / tau: dtau = -<x, dx> / tau."""
-    loss = row.mean(-1)
+    x, temp, loss = given.query, given.temp, row.mean(-1)
     if g.shape != x.shape:
         return loss, temp.new_empty(0), temp.new_empty(0)
     dx = g / (max(1, x.shape[-2]) * temp)
     return loss, dx, -(x * dx).sum((-2, -1), dtype=torch.float64).to(temp.dtype) / temp
 
 
-def _fake_loss_and_grads(x: Tensor, temp: Tensor, need: bool) -> tuple[Tensor, Tensor, Tensor]:
-    new = temp.new_empty
-    return new(x.shape[:-2]), new(x.shape if need else 0), new(x.shape[:-2] if need else 0)
+def _empty_loss_and_grads(given: Directions, needs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    new, shape = given.temp.new_empty, given.query.shape
+    return new(shape[0]), new(shape if any(needs) else 0), new(shape[0] if any(needs) else 0)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:3])
-    ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(inputs: int, at_temp: int, ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(g: Tensor, d_query: Tensor, d_temp: Tensor, query_dtype: torch.dtype) -> dict[str, Tensor]:
     """The gradients are there: scale them."""
-    grads: list[Tensor | None] = [None] * inputs
-    if g is not None:
-        dx, dtemp = ctx.saved_tensors
-        grads[0] = (g[..., None, None] * dx).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grads[at_temp] = (g * dtemp).sum() if ctx.needs_input_grad[at_temp] else None
-    return tuple(grads)
+    return {"query": (g[:, None, None] * d_query).to(query_dtype), "temp": (g * d_temp).sum()}
 
 
 # --- ALBEF ----------------------------------------------------------------------------------------------------------
 
 
-def _itc_fwd(
-    query: Tensor,
-    query_m: Tensor | None,
-    keys: Tensor,
-    queue: Tensor,
-    other_queue: Tensor | None,
-    temp: Tensor,
-    alpha: Tensor,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    queue_ids: Tensor | None,
-    k: int,
-    mixture: float,
-    seeds: Tensor | None,
-    need: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of one direction or two, query [W, B, D] and keys [W, K, D]: losses [W], their gradients, draws [W, B, k]."""
-    queues = [queue] if other_queue is None else [queue, other_queue]
-    options = (query, query_m, keys, queues, temp, alpha, ids, key_ids, queue_ids, True, need)
-    drawn = query.new_empty((*query.shape[:2], k), dtype=torch.int64)
+class ItcOutputs(NamedTuple):
+    loss: Tensor  # [W]
+    d_query: Tensor = _NONE  # [W, B, D] the gradients for g = 1, empty where none is needed
+    d_temp: Tensor = _NONE  # [W]
+    drawn: Tensor = _NONE  # [W, B, k]
+
+
+def _itc_forward(
+    passes: Any, given: Directions, k: int, mixture: float, seeds: Tensor | None, needs: Any
+) -> ItcOutputs:
+    given = replace(given, alpha=given.alpha.to(given.temp.dtype))
     if seeds is None:
-        row, g = _scan(backend, *options)
-    elif backend == "triton":
-        row, g = _scan(backend, *options)
-        drawn = _draw_apart(backend, query, keys, temp, ids, key_ids, k, mixture, seeds)
+        row, g = passes.scan(given, True, any(needs))
+        drawn = _empty_draws(given, k)
     else:
-        own, other = _masked_ids(query, keys, ids, key_ids)
-        one = torch.ones_like(temp)
-        draws = [Draw(len(own), k, seed, temp.dtype, mixture=mixture) for seed in seeds]
-
-        def see(way: int, s: Tensor, first: int) -> None:
-            draws[way].add(s[:, : len(other)], one, own[first : first + len(s)], other, row=first)
-
-        row, g = _scan(backend, *options, see=see)
-        drawn = torch.stack([draw.result() for draw in draws])
-    return *_loss_and_grads(query, temp, row, g), drawn
+        row, g, drawn = passes.scan_and_draw(given, any(needs), k, mixture, seeds)
+    return ItcOutputs(*_loss_and_grads(given, row, g), drawn)
 
 
-def _masked_ids(query: Tensor, keys: Tensor, ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    if ids is not None and key_ids is not None:
-        return ids, key_ids
-    return torch.arange(query.shape[1], device=query.device), torch.arange(keys.shape[1], device=query.device)
+def _empty_draws(given: Directions, k: int) -> Tensor:
+    return given.query.new_empty((*given.query.shape[:2], k), dtype=torch.int64)
 
 
-def _draw_apart(
-    backend: str, query: Tensor, keys: Tensor, temp: Tensor, ids: Tensor | None, key_ids: Tensor | None, *draw: Any
-) -> Tensor:
-    """The same draws from a pass of their own over the K keys."""
-    k, mixture, seeds = draw
-    masks = _masked_ids(query, keys, ids, key_ids)
-    return torch.stack(
-        [
-            draw_op(x, y.to(x.dtype), 1 / temp, *masks, seed, k, 0, mixture, False, backend)[0]
-            for x, y, seed in zip(query, keys, seeds, strict=True)
-        ]
-    )
+def _itc_fake(given: Directions, k: int, needs: Any) -> ItcOutputs:
+    return ItcOutputs(*_empty_loss_and_grads(given, needs), _empty_draws(given, k))
 
 
-def _itc_fwd_fake(  # type: ignore[no-untyped-def]
-    query, query_m, keys, queue, other, temp, alpha, ids, key_ids, queue_ids, k, mixture, seeds, need, backend
-):
-    drawn = query.new_empty((*query.shape[:2], k), dtype=torch.int64)
-    return *_fake_loss_and_grads(query, temp, need), drawn
-
-
-queue_itc_fwd = register(
-    "queue_itc_fwd", _itc_fwd, _itc_fwd_fake, setup_context=_setup, backward=partial(_backward, 15, 5)
-)
-
-
-def _fused_itc(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
-    query, query_m, keys, queues, temp, alpha, *options = args
-    queue, other = (*queues, None)[:2]
-    need = torch.is_grad_enabled() and (query.requires_grad or temp.requires_grad)
-    # as a number it would be compiled anew for each value, and it is warmed up step by step
-    alpha = torch.ones_like(temp) * alpha if query_m is not None else torch.zeros_like(temp)
-    loss, _, _, drawn = queue_itc_fwd(query, query_m, keys, queue, other, temp, alpha, *options, need, backend)
-    return loss, drawn
-
-
-def _reference_itc(*args: Any) -> tuple[Tensor, Tensor | None]:
-    query, query_m, keys, queues, temp, alpha, ids, key_ids, queue_ids, k, mixture, seeds = args
-    teachers = [None] * len(query) if query_m is None else query_m
-    options = (temp, alpha, ids, key_ids, queue_ids)
-    ways = zip(query, teachers, keys, queues, strict=True)
-    loss = torch.stack([reference.queue_itc_loss(*way, *options) for way in ways])
+def _itc_reference(given: Directions, k: int, mixture: float, seeds: Tensor | None) -> ItcOutputs:
+    options = (given.temp, given.alpha, given.ids, given.key_ids, given.queue_ids)
+    loss = torch.stack([reference.queue_itc_loss(*one, *options) for one in given.each()])
+    if seeds is None:
+        return ItcOutputs(loss)
     with torch.no_grad():
-        given = (query.detach(), keys.detach(), temp.detach(), ids, key_ids, k, mixture, seeds)
-        return loss, _draw_apart("torch", *given) if k else None
+        return ItcOutputs(loss, drawn=given.drawn(partial(NEGATIVES, backend="torch"), k, mixture, seeds))
 
 
-QUEUE_ITC = Op(
+# on a CPU eager is faster for so few keys, which are over before the blocks have begun, and it multiplies in bfloat16.
+# Measured on one core with AVX-512 BF16
+_ITC_KEYS = {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 65536}
+_MOCO_KEYS = {torch.float32: 2048, torch.float64: 2048, torch.bfloat16: 1 << 62}
+
+QUEUE_ITC = Operator(
     "queue_itc_loss",
-    [
-        Impl("triton", partial(_fused_itc, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("chunked", partial(_fused_itc, "chunked"), reasons_against_chunked, partial(_aside, "queue_itc_loss")),
-        Impl("torch", _reference_itc, no_reason),
+    forward=_itc_forward,
+    backward=_backward,
+    fake=_itc_fake,
+    differentiable=("query", "temp"),
+    on=lambda given: given.query,
+    implementations=[
+        Implementation("triton", passes=_KERNEL, against=[_too_wide, _without_tf32]),
+        Implementation(
+            "chunked",
+            passes=blocked,
+            prefer_eager=lambda given: _few_keys(_ITC_KEYS, given, given.keys.shape[1]),
+        ),
+        Implementation("torch", function=_itc_reference),
     ],
+    example=lambda x, **how: queue_itc_loss(x, x, x, 1.0, **how),
 )
 
 
@@ -371,10 +299,21 @@ def _itc(
         raise ValueError(f"negatives is {negatives}, expected a number of draws per row")
     if not 0.0 <= mixture < math.inf:
         raise ValueError(f"mixture is {mixture}, expected a finite number >= 0")
-    impl = QUEUE_ITC.select(queries[0], keys[0], queues[0], backend=backend)
-    teacher = None if teachers[0] is None else _stacked(teachers)
-    features, masks = (_stacked(queries), teacher, _stacked(keys), list(queues)), (ids, key_ids, queue_ids)
-    return impl.fn(*features, temp, float(alpha), *masks, negatives, float(mixture), seeds)
+    given = Directions(
+        _stacked(queries),
+        _stacked(keys),
+        queues[0],
+        temp,
+        # as a number it would be compiled anew for each value, and it is warmed up step by step
+        torch.ones((), dtype=torch.float64, device=temp.device) * alpha,
+        None if teachers[0] is None else _stacked(teachers),
+        queues[1] if len(queues) == 2 else None,
+        ids,
+        key_ids,
+        queue_ids,
+    )
+    found = QUEUE_ITC(given, negatives, float(mixture), seeds, backend=backend)
+    return found.loss, found.drawn
 
 
 def _stacked(ways: tuple[Tensor, ...]) -> Tensor:
@@ -384,38 +323,42 @@ def _stacked(ways: tuple[Tensor, ...]) -> Tensor:
 # --- MoCo -----------------------------------------------------------------------------------------------------------
 
 
-def _moco_fwd(
-    query: Tensor, key: Tensor, queue: Tensor, temp: Tensor, need: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    unused = (torch.zeros_like(temp), None, None, None)  # alpha and ids
-    scanned = _scan(backend, query[None], None, queue[None, :0], [queue], temp, *unused, False, need)
-    rho, o = (t[0] if len(t) else t for t in scanned)
-    own = (query.to(temp.dtype) * key).sum(1) / temp
+class MocoOutputs(NamedTuple):
+    loss: Tensor  # [1]
+    d_query: Tensor = _NONE  # [1, B, D] the gradients for g = 1, empty where none is needed
+    d_temp: Tensor = _NONE  # [1]
+
+
+def _moco_forward(passes: Any, given: Directions, key: Tensor, needs: Any) -> MocoOutputs:
+    rho, o = passes.scan(given, False, any(needs))
+    own = (given.query.to(given.temp.dtype) * key).sum(-1) / given.temp
     # log(e^rho + e^own) - own keeps its digits down to a loss of 0 as log(1 + e^(rho - own))
     row = torch.logaddexp(rho - own, rho.new_zeros(()))
-    g = torch.sigmoid(rho - own)[:, None] * (o - key) if need else o
-    return _loss_and_grads(query, temp, row, g)
+    g = torch.sigmoid(rho - own)[..., None] * (o - key) if any(needs) else o
+    return MocoOutputs(*_loss_and_grads(given, row, g))
 
 
-def _moco_fwd_fake(query, key, queue, temp, need, backend):  # type: ignore[no-untyped-def]
-    return _fake_loss_and_grads(query, temp, need)
-
-
-moco_fwd = register("moco_fwd", _moco_fwd, _moco_fwd_fake, setup_context=_setup, backward=partial(_backward, 6, 3))
-
-
-def _fused_moco(backend: str, query: Tensor, key: Tensor, queue: Tensor, temp: Tensor) -> Tensor:
-    need = torch.is_grad_enabled() and (query.requires_grad or temp.requires_grad)
-    return moco_fwd(query, key, queue, temp, need, backend)[0]
-
-
-MOCO = Op(
+MOCO = Operator(
     "moco_loss",
-    [
-        Impl("triton", partial(_fused_moco, "triton"), _reasons_against_triton, only_named_in_the_interpreter),
-        Impl("chunked", partial(_fused_moco, "chunked"), reasons_against_chunked, partial(_aside, "moco_loss")),
-        Impl("torch", reference.moco_loss, no_reason),
+    forward=_moco_forward,
+    backward=_backward,
+    fake=lambda given, needs: MocoOutputs(*_empty_loss_and_grads(given, needs)),
+    differentiable=("query", "temp"),
+    implementations=[
+        Implementation("triton", passes=_KERNEL, against=[_too_wide, _without_tf32], traceable=True),
+        Implementation(
+            "chunked",
+            passes=blocked,
+            prefer_eager=lambda given: _few_keys(_MOCO_KEYS, given, given.query.shape[1]),
+        ),
+        Implementation(
+            "torch",
+            function=lambda given, key: MocoOutputs(
+                reference.moco_loss(given.query[0], key, given.queue, given.temp)[None]
+            ),
+        ),
     ],
+    example=lambda x, **how: moco_loss(x, x, x, 1.0, **how),
 )
 
 
@@ -445,8 +388,9 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor | float, *
     query, key, queue = _features(query=query, key=key, queue=queue)
     if key.shape != query.shape:
         raise ValueError(f"key has shape {tuple(key.shape)}, expected {tuple(query.shape)} as query")
-    impl = MOCO.select(query, key, queue, backend=backend)
-    return impl.fn(query, key.to(query.dtype), queue, scalar("temp", temp, query))
+    temp = scalar("temp", temp, query)
+    given = Directions(query[None], queue[None, :0], queue, temp, torch.zeros_like(temp))
+    return MOCO(given, key.to(query.dtype), backend=backend).loss[0]  # type: ignore[no-any-return]
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

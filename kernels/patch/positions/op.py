@@ -42,7 +42,7 @@ INTERPOLATE = Operator(
             ),
         ),
     ],
-    example=lambda x, **how: interpolate_position(x[:, None], (2 * len(x), 1), "bilinear", **how),
+    example=lambda x, **how: interpolate_position(x.unsqueeze(1), (2 * len(x), 1), "bilinear", **how),
 )
 
 

@@ -183,7 +183,7 @@ def patch_embed_packed(
     if ids_keep is not None and padded_length is not None:
         raise ValueError("ids_keep and padded_length are given, expected one of them")
     if ids_keep is not None:
-        check("ids_keep", ids_keep, "[T']", (None,), torch.int64, ("patches", patches))
+        check("ids_keep", ids_keep, ("T'",), "", torch.int64, ("patches", patches))
     x = patches.reshape(-1, k)
     if grids.device.type == "cpu" and not torch.compiler.is_compiling() and type(grids) is Tensor:
         _check_grids(grids, merge, padded_in or padded_length, len(x), ids_keep)
@@ -212,17 +212,16 @@ def patch_embed_packed(
 
 
 def _check(patches: Tensor, grids: Tensor, weight: Tensor) -> tuple[int, int]:
-    check("patches", patches, "of patches", None, PIXELS)
-    check("weight", weight, "[D, K]: flatten a convolution's", (None, None), like=("patches", patches))
-    meaning = "[B, 2] (h, w) or [B, 3] (frames, h, w)"
-    check("grids", grids, meaning, None, "integers", ("patches", patches))
+    check("patches", patches, dtype=PIXELS)
+    check("weight", weight, ("D", "K"), ": flatten a convolution's", like=("patches", patches))
+    check("grids", grids, dtype="integers", like=("patches", patches))
     d, k = weight.shape
     if weight.numel() == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D, K], not empty")
     if patches.dim() not in (2, 3) or patches.shape[-1] != k:
         raise ValueError(f"patches has shape {tuple(patches.shape)}, expected [T, {k}] or [B, L, {k}] as weight")
     if grids.dim() != 2 or grids.shape[1] not in (2, 3):
-        raise ValueError(f"grids has shape {tuple(grids.shape)}, expected {meaning}")
+        raise ValueError(f"grids has shape {tuple(grids.shape)}, expected [B, 2] (h, w) or [B, 3] (frames, h, w)")
     if patches.dim() == 3 and patches.shape[0] != grids.shape[0]:  # len() of a traced tensor is a constant
         raise ValueError(f"grids has {grids.shape[0]} rows, expected {patches.shape[0]} as patches has images")
     return k, d
@@ -254,7 +253,7 @@ def _table(
     else:
         given = check_table(table, mode)
         joined, shape = given.flatten(0, 1), (given.shape[0], given.shape[1])
-    check("table", joined, f"[..., {d}] as weight has rows", (None, d), like=("patches", like))
+    check("table", joined, ("S", d), " as weight has rows", like=("patches", like))
     return joined, shape, isinstance(table, (tuple, list)), mode
 
 
@@ -264,7 +263,7 @@ def _channel_values(name: str, given: Any, k: int, channels_last: bool, like: Te
         return None
     v = given if isinstance(given, Tensor) else constant(given, like.device)
     v = v.reshape(-1)
-    check(name, v, "of numbers", like=("patches", like))
+    check(name, v, like=("patches", like))
     if len(v) == 0 or k % len(v):
         raise ValueError(f"{name} has {len(v)} values, expected [C] with K = {k} a multiple of C, or [K]")
     return v.repeat(k // len(v)) if channels_last else v.repeat_interleave(k // len(v))
@@ -344,8 +343,8 @@ def drop_patches(noise: Tensor, grids: Tensor, keep: Tensor, total: int) -> Tens
 
     Deterministic: two runs are equal bitwise.
     """
-    check("noise", noise, "[T]", (None,))
-    check("keep", keep, f"[{len(grids)}] as grids", grids.shape[:1], "integers")
+    check("noise", noise, ("T",))
+    check("keep", keep, grids.shape[:1], " as grids", "integers")
     end = grids.prod(1).cumsum(0)
     image = torch.searchsorted(end, torch.arange(noise.shape[0], device=noise.device), right=True)
     by_noise = noise.argsort(stable=True)

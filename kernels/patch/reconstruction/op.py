@@ -83,7 +83,7 @@ LOSS = Operator(
         ),
     ],
     example=lambda x, **how: masked_patch_loss(
-        x[None], x.t()[None, :, :, None], x.new_ones(1, len(x)), patch=1, norm_pix=False, **how
+        x.unsqueeze(0), x.t()[None, :, :, None], x.new_ones(1, len(x)), patch=1, norm_pix=False, **how
     ),
 )
 
@@ -143,10 +143,10 @@ def masked_patch_loss(
     gt, gh, gw = patches.grid(video)
     b, c = video.shape[0], video.shape[4]
     n, k = gt * gh * gw, patches.t * patches.p * patches.q * c
-    check("prediction", prediction, f"[{b}, {n} or fewer, {k}]", (b, None, k))
+    check("prediction", prediction, (b, "M", k))
     if prediction.shape[1] > n:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}, expected [{b}, {n} or fewer, {k}]")
-    check("pixels", pixels, "of pixels", None, PIXELS, ("prediction", prediction))
+    check("pixels", pixels, dtype=PIXELS, like=("prediction", prediction))
     if mask.shape != (b, n) or mask.device != prediction.device:
         where = f"{tuple(mask.shape)} on {mask.device}, expected [{b}, {n}] on {prediction.device}"
         raise ValueError(f"mask has shape {where}, one for each patch")

@@ -179,7 +179,7 @@ def mini_pointnet_training(
     x, given = _arguments(groups, layers)
     if x.numel() == 0:
         raise ValueError(f"groups has shape {tuple(groups.shape)}, expected at least one point")
-    check("scale", scale, f"{list(given.b3.shape)}", given.b3.shape, like=("groups", groups))
+    check("scale", scale, given.b3.shape, like=("groups", groups))
     y, mean, var, *_ = TRAINING(x, given, scale, eps, backend=backend)
     return y.view(*groups.shape[:-2], y.shape[1]), mean, var
 
@@ -200,11 +200,9 @@ def _arguments(groups: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Layers]
         raise ValueError(f"layers has {len(tensors) // 2} pairs, expected 4 of (weight, bias)")
     width = groups.shape[-1]
     for name, t in zip(_NAMES, tensors, strict=True):
-        matrix = name.endswith("weight")
-        shape = (None, width) if matrix else (width,)
-        check(name, t, f"[out, {width}]" if matrix else f"[{width}]", shape, like=("groups", groups))
+        check(name, t, ("out", width) if name.endswith("weight") else (width,), like=("groups", groups))
         width = 2 * t.shape[0] if name == "layers[1] bias" else t.shape[0]
     x, *operands = autocast(groups, *tensors)
     for name, t in zip(_NAMES, operands, strict=True):
-        check(name, t, "as groups", None, x.dtype)
+        check(name, t, dtype=x.dtype)
     return x.reshape(-1, *x.shape[-2:]), Layers(*operands)
