@@ -57,7 +57,7 @@ def stats(
             largest = (teacher.row_max[i:j], before, teacher.col_max)
             into = (centre[i:j], centre[len(x) :], row_sum[i:j], col_sum, row_cross[i:j], col_cross)
             tile.cross_stats(u, t, scale, t_scale, diagonal, *largest, *into)
-    return *student.found(), teacher.row_max, row_sum, teacher.col_max, col_sum, teacher.positive, row_cross, col_cross
+    return *student.all(), teacher.row_max, row_sum, teacher.col_max, col_sum, teacher.positive, row_cross, col_cross
 
 
 def grad(

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Implementation, Operator, UnsupportedError
 from mmfuse.kernels._runtime.arguments import check, scalar
 from mmfuse.kernels._runtime.dispatch import forced_backend
+from mmfuse.kernels._runtime.registration import without_autocast
 from mmfuse.kernels._runtime.thresholds import fewer_pairs
 from mmfuse.kernels.contrastive import op
 from mmfuse.kernels.contrastive.arguments import features, needs_gradient, weights_of
@@ -49,10 +50,6 @@ def _implementations(
     return [*implementations, Implementation("torch", function=plain)]
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def _nonzero(number: Tensor) -> Tensor:
     """Where 0, a number next to it: one can divide by it, and what it multiplies vanishes all the same."""
     return torch.where(number == 0, 1e-30, number)
@@ -68,7 +65,7 @@ class _Clip(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode, backend: str) -> Tensor:
         exchange = (RingExchange if mode.ring else Gather)(peers)
         stats = TEMPLATE[backend].stats
-        with _no_autocast(image):
+        with without_autocast(image.device.type):
             ys: list[Tensor] = []
             found = []
             for y, at in exchange.blocks(text):
@@ -102,7 +99,7 @@ class _Clip(torch.autograd.Function):
         x, scale, row_max, row_sum, diag, kappa, negatives, positives, *kept = ctx.saved_tensors
         need_x, need_y, need_s = ctx.needs_input_grad[:3]
         peers = exchange.peers
-        with _no_autocast(x):
+        with without_autocast(x.device.type):
             z = negatives + positives
             rho, a, miss = normaliser(row_max, row_sum, diag)
             a, b = mode.w_image * a, mode.w_text / z
@@ -319,7 +316,7 @@ class _Siglip(torch.autograd.Function):
         sums = scale.new_zeros(3)
         dx = torch.zeros(image.shape if need_x else 0, dtype=scale.dtype, device=image.device)
         dys = []
-        with _no_autocast(image):
+        with without_autocast(image.device.type):
             for y, positives_at in exchange.blocks(text):
                 paired = positives_at is not None
                 loss, dx_part, dy, ds, db = TEMPLATE[backend].sigmoid(

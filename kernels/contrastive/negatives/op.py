@@ -13,6 +13,7 @@ from mmfuse.kernels._runtime.arguments import check, integers, require_integer
 from mmfuse.kernels.contrastive.arguments import features
 from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.negatives import draw, reference
+from mmfuse.kernels.contrastive.negatives.draw import Candidates
 
 # draws per row that a tile of the GPU's kernel keeps
 _MOST = 16
@@ -25,29 +26,17 @@ class Drawn(NamedTuple):
     columns: Tensor  # [N, k], indices into the queries, if both
 
 
-def _forward(
-    passes: Any,
-    query: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    ids: Tensor,
-    key_ids: Tensor,
-    seed: Tensor,
-    k: int,
-    row_offset: int,
-    mixture: float,
-    both: bool,
-) -> Drawn:
-    return Drawn(*passes.hard_negatives(query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, both))
+def _forward(passes: Any, given: Candidates) -> Drawn:
+    return Drawn(*passes.hard_negatives(given))
 
 
-def _fake(query: Tensor, keys: Tensor, k: int, both: bool) -> Drawn:
-    new = partial(query.new_empty, dtype=torch.int64)
-    return Drawn(new((query.shape[0], k)), new((keys.shape[0] if both else 0, k)))
+def _fake(given: Candidates) -> Drawn:
+    new, n = partial(given.query.new_empty, dtype=torch.int64), given.keys.shape[0]
+    return Drawn(new((given.query.shape[0], given.k)), new((n if given.both else 0, given.k)))
 
 
-def _many(k: int) -> str | None:
-    return f"k is {k}: a tile keeps at most {_MOST}" if k > _MOST else None
+def _many(given: Candidates) -> str | None:
+    return f"k is {given.k}: a tile keeps at most {_MOST}" if given.k > _MOST else None
 
 
 _TILED = over_tiles(draw, "hard_negatives", tiles=draw)
@@ -56,6 +45,7 @@ NEGATIVES = Operator(
     "hard_negatives",
     forward=_forward,
     fake=_fake,
+    on=lambda given: given.query,
     implementations=[
         Implementation("triton", passes=Deferred("mmfuse.kernels.contrastive.negatives.kernel"), against=[_many]),
         Implementation("cpu", passes=_TILED["cpu"]),
@@ -127,8 +117,8 @@ def hard_negatives(
         raise ValueError("key_ids is given without ids, expected both")
     else:  # a pair has its key's index
         ids, key_ids = (torch.arange(i, i + t.shape[0], device=t.device) for i, t in ((row_offset, query), (0, keys)))
-    options = (seed_of(seed, query), k, row_offset, float(mixture), both)
-    rows, columns = NEGATIVES(query, keys, scale, ids, key_ids, *options, backend=backend)
+    given = Candidates(query, keys, scale, ids, key_ids, seed_of(seed, query), k, row_offset, float(mixture), both)
+    rows, columns = NEGATIVES(given, backend=backend)
     return (rows, columns) if both else rows
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels.contrastive.negatives import Draw
+from mmfuse.kernels.contrastive.negatives.draw import Candidates, Draw
 
 # logits that are held at a time, student's and teacher's, and those that a softmax goes over at once
 _LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -54,11 +54,11 @@ class Directions:
 
     def drawn(self, hard_negatives: Callable[..., Any], k: int, mixture: float, seeds: Tensor) -> Tensor:
         """[W, B, k], from a pass of its own over the keys."""
-        options = (k, 0, mixture, False)
-        ways = zip(self.query, self.keys, seeds, strict=True)
-        return torch.stack(
-            [hard_negatives(x, y.to(x.dtype), 1 / self.temp, *self.masks(), seed, *options)[0] for x, y, seed in ways]
-        )
+        draws = [
+            hard_negatives(Candidates(x, y.to(x.dtype), 1 / self.temp, *self.masks(), seed, k, 0, mixture, False))[0]
+            for x, y, seed in zip(self.query, self.keys, seeds, strict=True)
+        ]
+        return torch.stack(draws)
 
 
 def scan(
