@@ -333,11 +333,11 @@ def recorded(late: int, told: Any) -> Iterator[list[str]]:
 
         return collective
 
-    real = op.template("chunked")
+    real = op.TEMPLATE["chunked"]
     # the own block is the first of the forward, and the last of the backward
     blocks = {k: computes(k, getattr(real, k), size if k == "grad" else 1) for k in ("stats", "grad", "sigmoid")}
     with (
-        patch.object(op, "template", lambda _: SimpleNamespace(**blocks)),
+        patch.dict(op.TEMPLATE, {"chunked": SimpleNamespace(**blocks)}),
         patch.object(peers, "_gather_into", exchanges("gather", peers._gather_into, after="")),
         patch.object(peers, "_scatter_into", exchanges("scatter", peers._scatter_into, after="grad")),
     ):

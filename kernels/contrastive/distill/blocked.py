@@ -10,12 +10,28 @@ c are U near the positives: with them the sums keep their digits where S hardly 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmfuse.kernels.contrastive.blocked import Blocks, Gradients, Statistics
+
+
+@dataclass(frozen=True)
+class Models:
+    """A student, its teacher, and how much the directions count."""
+
+    image: Tensor  # [b, D]
+    text: Tensor  # [N, D]
+    scale: Tensor
+    teacher_image: Tensor  # [b, Dt]
+    teacher_text: Tensor  # [N, Dt]
+    teacher_scale: Tensor
+    w_image: float
+    w_text: float
+    row_offset: int
 
 
 class Side(NamedTuple):
@@ -30,33 +46,23 @@ class Side(NamedTuple):
     kappa: Tensor
 
 
-def stats(
-    tile: Any,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    x_t: Tensor,
-    y_t: Tensor,
-    t_scale: Tensor,
-    centre: Tensor,
-    row_offset: int,
-) -> tuple[Tensor, ...]:
+def stats(tile: Any, given: Models, centre: Tensor) -> tuple[Tensor, ...]:
     """(row_max, row_sum, col_max, col_sum, positive) of S and of T, and the sums of exp(T - m) S, [b] and [N]."""
-    of_s, of_t = Blocks(x, y), Blocks(x_t, y_t)
-    student, teacher = Statistics(of_s, scale), Statistics(of_t, t_scale)
+    of_s, of_t = Blocks(given.image, given.text), Blocks(given.teacher_image, given.teacher_text)
+    student, teacher = Statistics(of_s, given.scale), Statistics(of_t, given.teacher_scale)
     # the teacher's sums again, of the same exponentials as the products with S
     row_sum, row_cross = torch.zeros_like(teacher.row_sum), torch.zeros_like(teacher.row_sum)
     col_sum, col_cross = torch.zeros_like(teacher.col_sum), torch.zeros_like(teacher.col_sum)
-    if len(x) and len(y):
+    if len(given.image) and len(given.text):
         u_block, t_block, none = of_s.block(of_s.acc), of_t.block(of_t.acc), centre[:0]
         for i, j in of_s.spans:
             u, t = of_s.logits(i, j, u_block[: j - i]), of_t.logits(i, j, t_block[: j - i])
-            diagonal, before = i + row_offset, teacher.col_max.clone()
+            diagonal, before = i + given.row_offset, teacher.col_max.clone()
             student.add(tile, u, i, diagonal, none, none)
             teacher.add(tile, t, i, diagonal, none, none)
             largest = (teacher.row_max[i:j], before, teacher.col_max)
-            into = (centre[i:j], centre[len(x) :], row_sum[i:j], col_sum, row_cross[i:j], col_cross)
-            tile.cross_stats(u, t, scale, t_scale, diagonal, *largest, *into)
+            into = (centre[i:j], centre[len(given.image) :], row_sum[i:j], col_sum, row_cross[i:j], col_cross)
+            tile.cross_stats(u, t, given.scale, given.teacher_scale, diagonal, *largest, *into)
     return *student.all(), teacher.row_max, row_sum, teacher.col_max, col_sum, teacher.positive, row_cross, col_cross
 
 

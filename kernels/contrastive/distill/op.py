@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from mmfuse.kernels.contrastive.arguments import features, weights_of
 from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.blocked import positive_logits
 from mmfuse.kernels.contrastive.distill import blocked
-from mmfuse.kernels.contrastive.distill.blocked import Side
+from mmfuse.kernels.contrastive.distill.blocked import Models, Side
 from mmfuse.kernels.contrastive.normalisers import column_normaliser, negative_log_prob, normaliser
 
 
@@ -28,31 +27,14 @@ class Outputs(NamedTuple):
     columns: Tensor  # [4, N]: m and l of student and teacher
 
 
-@dataclass(frozen=True)
-class Models:
-    """A student, its teacher, and how much the directions count."""
-
-    image: Tensor  # [b, D]
-    text: Tensor  # [N, D]
-    scale: Tensor
-    teacher_image: Tensor  # [b, Dt]
-    teacher_text: Tensor  # [N, Dt]
-    teacher_scale: Tensor
-    w_image: float
-    w_text: float
-    row_offset: int
-
-
 def _forward(passes: Any, given: Models) -> Outputs:
-    image, text, scale, teacher_image, teacher_text, teacher_scale, w_image, w_text, row_offset = vars(given).values()
-    centre = positive_logits(image, text, row_offset)
-    *found, row_cross, col_cross = passes.stats(
-        image, text, scale, teacher_image, teacher_text, teacher_scale, centre, row_offset
-    )
+    image, scale, w_image, w_text, row_offset = given.image, given.scale, given.w_image, given.w_text, given.row_offset
+    centre = positive_logits(image, given.text, row_offset)
+    *found, row_cross, col_cross = passes.stats(given, centre)
     row_max, row_sum, col_max, col_sum, positive = found[:5]
     t_row_max, t_row_sum, t_col_max, t_col_sum, t_positive = found[5:]
     pairs = slice(row_offset, row_offset + len(image))
-    diag, t_diag = scale * positive, teacher_scale * t_positive
+    diag, t_diag = scale * positive, given.teacher_scale * t_positive
     row = negative_log_prob(row_max, row_sum, diag)
     column = negative_log_prob(col_max[pairs], col_sum[pairs], diag)
     contrastive = (w_image * row + w_text * column).mean()

@@ -301,17 +301,8 @@ class _Siglip(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        peers: Peers,
-        dist_impl: str,
-        needs: tuple[bool, bool],
-        backend: str,
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, exchange: Any, needs: Any, backend: str
     ) -> Tensor:
-        exchange = EXCHANGES[dist_impl](peers)
         need_x, need_y = needs
         sums = scale.new_zeros(3)
         dx = torch.zeros(image.shape if need_x else 0, dtype=scale.dtype, device=image.device)
@@ -337,14 +328,14 @@ class _Siglip(torch.autograd.Function):
         dx, ds, db, *dys = ctx.saved_tensors
         dy = ctx.exchange.home((g * dy).to(dy.dtype) for dy in reversed(dys)) if ctx.text_grad else None
         x, _, s, b = ctx.needs_input_grad[:4]
-        return (g * dx).to(dx.dtype) if x else None, dy, g * ds if s else None, g * db if b else None, *[None] * 4
+        return (g * dx).to(dx.dtype) if x else None, dy, g * ds if s else None, g * db if b else None, *[None] * 3
 
 
 def _fused_siglip(
     backend: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, peers: Peers, dist_impl: str
 ) -> Tensor:
     needs = (needs_gradient(image), needs_gradient(text))
-    return _Siglip.apply(image, text, scale, bias, peers, dist_impl, needs, backend)
+    return _Siglip.apply(image, text, scale, bias, EXCHANGES[dist_impl](peers), needs, backend)
 
 
 DISTRIBUTED_SIGLIP = Operator(

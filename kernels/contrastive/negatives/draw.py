@@ -55,19 +55,7 @@ class TorchTile:
         return (u * scale).logsumexp(dim)
 
     @staticmethod
-    def race(
-        u: Tensor,
-        scale: Tensor,
-        ids: Tensor,
-        key_ids: Tensor,
-        seed: Tensor,
-        row: int,
-        col: int,
-        stream: int,
-        first: int,
-        key: Tensor,
-        index: Tensor,
-    ) -> None:
+    def race(u, scale, ids, key_ids, seed, row, col, stream, first, key, index) -> None:  # type: ignore[no-untyped-def]
         """Merge the keys scale * u + G of a block into the running largest `key` and their `index`, both [count, k].
 
         An odd stream is the rows' own race among the columns, an even one the columns' among the rows; `first` is the
