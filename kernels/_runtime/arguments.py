@@ -55,6 +55,17 @@ def _sizes(shape: Sequence[int | str] | None) -> str:
     return "" if shape is None else f"[{', '.join(map(str, shape))}]"
 
 
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    if value not in (allowed := tuple(allowed)):
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """What a matrix product of `t` rounds its operands to, where autocast is on; it leaves float64 alone."""
+    on = torch.is_autocast_enabled(t.device.type) and t.dtype != torch.float64
+    return torch.get_autocast_dtype(t.device.type) if on else None
+
+
 def norm_of(norm: Any) -> tuple[Tensor | None, Tensor | None, float]:
     """(weight, bias, eps) of a LayerNorm as it is given."""
     try:
@@ -74,11 +85,9 @@ def check_features(name: str, t: Tensor, shape: str = "[N, D]") -> None:
 
 
 def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
-    """As a matrix product would take them: in the dtype of autocast where it is on, except for float64."""
-    kind = operands[0].device.type
-    if not torch.is_autocast_enabled(kind) or operands[0].dtype == torch.float64:
-        return operands
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in operands)
+    """As a matrix product would take them."""
+    dtype = autocast_dtype(operands[0])
+    return operands if dtype is None else tuple(t.to(dtype) for t in operands)
 
 
 def integers(name: str, ids: Tensor | None, rows: Tensor, of: str) -> Tensor:

@@ -116,11 +116,11 @@ class Operator:
         on: str | Callable[..., Tensor] | None = None,
         instead: Mapping[str, str] | None = None,
     ):
-        self.name, self.forward, self.backward, self.fake = name, forward, backward, fake
+        self.name, self.backward = name, backward
         self.examples = {name: example} | dict(also or {})
         self.instead, self.differentiable = dict(instead or {}), tuple(differentiable)
         hints = hints_of(forward)
-        self.wants_passes, self.wants_needs = (hints.pop(n, None) is not None for n in ("passes", "needs"))
+        self.wants_needs, _ = hints.pop("needs", None) is not None, hints.pop("passes", None)
         self.signature = Signature(hints)
         self.leaves = [self.signature.at[n] for n in differentiable]
         self.Needs: Any = namedtuple("Needs", differentiable)  # noqa: PYI024
@@ -131,6 +131,7 @@ class Operator:
         on = on or next(n for n, hint in hints.items() if is_tensor(hint))
         at = 0 if callable(on) else names.index(on)
         self._on = asking(on, names) if callable(on) else lambda args: args[at]
+        self._forward = asking(forward, (*names, "passes", "needs"))
         self._fake = None if fake is None else asking(fake, (*names, "needs"))
         self.implementations = {i.name: i for i in implementations}
         self._run: dict[str, Callable[[Sequence[Any]], Any]] = {}
@@ -141,7 +142,8 @@ class Operator:
             self._reasons[i.name] = [asking(reason, names) for reason in i.against]
             if i.prefer_eager is not None:
                 self._prefer[i.name] = asking(i.prefer_eager, names)
-        self._told: set[str] = set()
+        # where its public function stands, too
+        self._module, self._told = (example or forward).__module__, set[str]()
         if not name.startswith("_"):
             _OPERATORS.update(dict.fromkeys(self.examples, self))
 
@@ -202,21 +204,16 @@ class Operator:
 
     def function(self, name: str) -> Callable[..., Any]:
         """The public function of this name, which stands beside the declaration."""
-        return getattr(sys.modules[self.forward.__module__], name)  # type: ignore[no-any-return]
+        return getattr(sys.modules[self._module], name)  # type: ignore[no-any-return]
 
     def compute(self, implementation: Implementation, args: Sequence[Any], needs: Sequence[bool]) -> Any:
         """The forward with an implementation's passes, outside of autograd and autocast."""
-        given = dict(zip(self.signature.names, args, strict=True))
-        if self.wants_passes:
-            given["passes"] = implementation.passes
-        if self.wants_needs:
-            given["needs"] = self.Needs(*needs)
         with without_autocast(self._on(args).device.type):
-            return self.forward(**given)
+            return self._forward((*args, implementation.passes, needs and self.Needs(*needs)))
 
     def empty(self, args: Sequence[Any], needs: Sequence[bool]) -> Any:
         """The forward's outputs without their numbers."""
-        return self._fake((*args, self.Needs(*needs) if self.wants_needs else None))  # type: ignore[misc]
+        return self._fake((*args, needs and self.Needs(*needs)))  # type: ignore[misc]
 
     def _tell(self, chosen: str, args: Sequence[Any]) -> None:
         why = "; ".join(f"{i}: {', '.join(why)}" for i, why in self.explain(args).items() if why)

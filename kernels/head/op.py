@@ -118,7 +118,7 @@ def select_head(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     at, gamma, beta, eps, weight, factor, per = _checked(x, index, norm, weight, scale, clips)
-    return SELECT_HEAD(x, at, gamma, beta, weight, factor, eps, normalize, per, backend=backend)[0]  # type: ignore[no-any-return]
+    return SELECT_HEAD(x, at, gamma, beta, weight, factor, eps, normalize, per, backend=backend)[0]
 
 
 def _checked(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime.arguments import PIXELS, check, constant
+from mmfuse.kernels._runtime.arguments import PIXELS, check, constant, one_of
 from mmfuse.kernels.patch.geometry import LAYOUTS, is_still, view
 
 Norm = tuple[Tensor, Tensor | None, float]
@@ -28,10 +28,8 @@ def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | N
     """The number of channels."""
     check("pixels", pixels, dtype=PIXELS)
     check("weight", weight, like=("pixels", pixels))
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    if padding not in ("error", "zero"):
-        raise ValueError(f'padding is {padding!r}, expected "error" or "zero"')
+    one_of("layout", layout, LAYOUTS)
+    one_of("padding", padding, ("error", "zero"))
     if weight.dim() not in (2, 3, 4, 5) or weight.numel() == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D, K] or a convolution's, not empty")
     if layout == "patches":
@@ -89,8 +87,7 @@ def channel_values(name: str, given: Any, channels: int, layout: str, pixels: Te
     blocks = layout == "patches" and n > 0 and channels % n == 0
     if given.dim() > 1 or not (n == channels or blocks):
         raise ValueError(f"{name} has shape {tuple(given.shape)}, expected [{channels}], one for each channel")
-    if given.device != pixels.device:
-        raise ValueError(f"{name} is on {given.device}, expected {pixels.device} as pixels")
+    check(name, given, dtype=given.dtype, like=("pixels", pixels))
     return given if n == channels else given.reshape(-1).repeat_interleave(channels // n)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check
+from mmfuse.kernels._runtime.arguments import autocast_dtype, check
 from mmfuse.kernels._runtime.device import triton_missing
 from mmfuse.kernels.patch import blocked, reference
 from mmfuse.kernels.patch.arguments import Norm, channel_values, check_source, norm, vector
@@ -179,26 +179,13 @@ def patch_embed(
 
 
 def stem_of(
-    pixels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int | tuple[int, ...] | None = None,
-    layout: Literal["nchw", "nhwc", "ntchw", "patches"] = "nchw",
-    mean: Any = None,
-    std: Any = None,
-    stem_norm: Norm | None = None,
-    prefix: Tensor | None = None,
-    position: Tensor | None = None,
-    prefix_position: Tensor | None = None,
-    mask: Tensor | None = None,
-    mask_token: Tensor | None = None,
-    ids_keep: Tensor | None = None,
-    type_embed: Tensor | None = None,
-    pre_norm: Norm | None = None,
-    padding: Literal["error", "zero"] = "error",
+    pixels: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int | tuple[int, ...] | None = None,
+    layout: str = "nchw", mean: Any = None, std: Any = None, stem_norm: Norm | None = None,
+    prefix: Tensor | None = None, position: Tensor | None = None, prefix_position: Tensor | None = None,
+    mask: Tensor | None = None, mask_token: Tensor | None = None, ids_keep: Tensor | None = None,
+    type_embed: Tensor | None = None, pre_norm: Norm | None = None, padding: str = "error",
     dtype: torch.dtype | None = None,
-) -> Stem:
+) -> Stem:  # fmt: skip
     """The checked arguments of `patch_embed`."""
     channels = check_source(pixels, weight, stride, layout, padding)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -213,9 +200,7 @@ def stem_of(
     mean, std = (channel_values(n, v, channels, layout, pixels) for n, v in (("mean", mean), ("std", std)))
     stem_weight, stem_bias, stem_eps = norm("stem_norm", stem_norm, weight)
     pre_weight, pre_bias, pre_eps = norm("pre_norm", pre_norm, weight)
-    compute, kind = weight.dtype, pixels.device.type
-    if torch.is_autocast_enabled(kind) and compute != torch.float64:
-        compute = torch.get_autocast_dtype(kind)
+    compute = autocast_dtype(weight) or weight.dtype
     stride = (stride,) * (weight.dim() - 2) if isinstance(stride, int) else stride
     stem = Stem(
         pixels, weight, bias, stem_weight, stem_bias, prefix, position, prefix_position, mask_token, type_embed,

@@ -70,19 +70,9 @@ class Stem:
 
 # the fields that may need a gradient
 DIFFERENTIABLE = (
-    "pixels",
-    "weight",
-    "bias",
-    "stem_weight",
-    "stem_bias",
-    "prefix",
-    "position",
-    "prefix_position",
-    "mask_token",
-    "type_embed",
-    "pre_weight",
-    "pre_bias",
-)
+    "pixels", "weight", "bias", "stem_weight", "stem_bias", "prefix", "position", "prefix_position", "mask_token",
+    "type_embed", "pre_weight", "pre_bias",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def embed_text(
     given = checked(ids, table, position, position_offset, type_embed, norm, padding_idx, pad_mask)
     ids, position, *affine, eps = given
     arguments = (ids, table, position, type_embed, *affine, pad_mask, float(scale), eps, padding_idx)
-    return EMBED_TEXT(*arguments, backend=backend)[0]  # type: ignore[no-any-return]
+    return EMBED_TEXT(*arguments, backend=backend)[0]
 
 
 def checked(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import PIXELS, check, constant
+from mmfuse.kernels._runtime.arguments import PIXELS, autocast_dtype, check, constant, one_of
 from mmfuse.kernels.patch.arguments import vector
 from mmfuse.kernels.patch.positions.op import check_factors, check_table
 from mmfuse.kernels.patch.ragged import blocked, reference
@@ -23,6 +23,9 @@ class PackedTokens(NamedTuple):
     tokens: Tensor
     cu_seqlens: Tensor
     ids: Tensor
+
+
+_MERGES = {"raster": 1, "merge2": 2}
 
 
 def _forward(
@@ -55,7 +58,7 @@ def _backward(
 ) -> dict[str, Tensor]:
     f, source, grads = fold(x, weight, bias, mean, std, compute), places.source, {}
     if needs.weight or needs.bias:
-        product, total = blocked.backward(g, x, f.near, source, compute, needs.weight)
+        product, total = blocked.backward(g, x, f.subtract, source, compute, needs.weight)
         if needs.weight:
             grads["weight"] = weight_grad(f, product, total).to(weight.dtype)
         grads["bias"] = total.to(weight.dtype if bias is None else bias.dtype)
@@ -169,11 +172,9 @@ def patch_embed_packed(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     k, d = _check(patches, grids, weight)
-    merge = {"raster": 1, "merge2": 2}.get(order)
-    if merge is None:
-        raise ValueError(f'order is {order!r}, expected "raster" or "merge2"')
-    if pad_position not in ("first", "none"):
-        raise ValueError(f'pad_position is {pad_position!r}, expected "first" or "none"')
+    one_of("order", order, _MERGES)
+    one_of("pad_position", pad_position, ("first", "none"))
+    merge = _MERGES[order]
     bias = vector("bias", bias, (d,), patches, "[D]")
     mean, std = (_channel_values(n, v, k, channels_last, patches) for n, v in (("mean", mean), ("std", std)))
     joined, shape, factored, mode = _table(table, mode, d, patches, keep_aspect)
@@ -197,9 +198,7 @@ def patch_embed_packed(
     if padded_length == 0:
         source = torch.zeros(0, dtype=torch.int64, device=x.device)
 
-    compute = weight.dtype
-    if torch.is_autocast_enabled(x.device.type) and compute != torch.float64:
-        compute = torch.get_autocast_dtype(x.device.type)
+    compute = autocast_dtype(weight) or weight.dtype
     thw = torch.nn.functional.pad(grids, (3 - grids.shape[1], 0), value=1)
     places = Places(
         thw, at.place, source, at.start, padded_in, pads, merge, keep_aspect, *shape, factored, mode
@@ -289,7 +288,7 @@ def pack_images(
     Raises:
         ValueError: an image does not fit; the message names it.
     """
-    m, rows, grids = {"raster": 1, "merge2": 2}[order], [], []
+    m, rows, grids = _MERGES[order], [], []
     for i, image in enumerate(images):
         if image.dim() != 3 or any(n % (patch * m) for n in image.shape[1:]):
             shape = tuple(image.shape)
