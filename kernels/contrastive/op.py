@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Operator
-from mmfuse.kernels._runtime.arguments import scalar
+from mmfuse.kernels._runtime.arguments import one_of, scalar
 from mmfuse.kernels._runtime.device import total_memory
 from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
@@ -282,8 +282,7 @@ def clip_loss(
         raise ValueError("decoupled is set, expected neither label_smoothing nor ids beside it")
     if decoupled and b == 1:
         raise ValueError("decoupled is set and image has 1 row, expected at least 2: a pair alone has no negatives")
-    if save not in ("auto", "recompute", "store"):
-        raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
+    one_of("save", save, get_args(Save))
     kept = kept_logits(save, store_budget, image, n) if needs_gradient(image, text, scale) else ""
     of_ids = positives(ids, image, text, row_offset)
     want = Targets(*of_ids, w_image, w_text, float(label_smoothing), decoupled, row_offset)

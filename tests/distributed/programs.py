@@ -257,6 +257,11 @@ def kept_by_a_ring(rank: int, size: int, sizes: list[int], d: int) -> int:
     return max(t.numel() for t in loss.grad_fn.saved_tensors)
 
 
+def explained(rank: int, size: int) -> str:
+    x = torch.ones(2, 16)
+    return mmfuse.explain("distributed_clip_loss", x, x, 10.0)
+
+
 def disagree(rank: int, size: int) -> dict[str, str]:
     """What a rank is told where another one's arguments are different, or wrong."""
     x, y = pairs([3], 5)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Implementation, Operator, UnsupportedError
-from mmfuse.kernels._runtime.arguments import check, scalar
+from mmfuse.kernels._runtime.arguments import check, one_of, scalar
 from mmfuse.kernels._runtime.dispatch import forced_backend
 from mmfuse.kernels._runtime.registration import without_autocast
 from mmfuse.kernels._runtime.thresholds import fewer_pairs
@@ -245,12 +245,9 @@ def distributed_clip_loss(
         image, text, scale = features(image, text, logit_scale, None)
         check("text", text, image.shape, ", as image: row i of both is a pair")
         w = weights_of(weights)
-        if grad_scale not in ("open_clip", "true"):
-            raise ValueError(f"grad_scale is {grad_scale!r}, expected 'open_clip' or 'true'")
-        if save not in ("auto", "recompute", "store"):
-            raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
-        if dist_impl not in ("gather", "ring"):
-            raise ValueError(f"dist_impl is {dist_impl!r}, expected 'gather' or 'ring'")
+        one_of("grad_scale", grad_scale, get_args(GradScale))
+        one_of("save", save, get_args(op.Save))
+        one_of("dist_impl", dist_impl, ("gather", "ring"))
         true = grad_scale == "true"
         local_loss = bool(local_loss)
         gather_with_grad = bool(gather_with_grad) or true or members(group)[1] == 1  # alone, there is nothing to gather
@@ -394,8 +391,7 @@ def distributed_siglip_loss(
         image, text, scale = features(image, text, logit_scale, None)
         check("text", text, image.shape, ", as image: row i of both is a pair")
         bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
-        if dist_impl not in EXCHANGES:
-            raise ValueError(f"dist_impl is {dist_impl!r}, expected 'bidir', 'shift', 'reduce' or 'gather'")
+        one_of("dist_impl", dist_impl, EXCHANGES)
         DISTRIBUTED_SIGLIP.choose((image, text, scale, bias, None, dist_impl), backend)
     given = {"image": image, "text": text, "logit_scale": scale}
     peers = _agree(group, sizes, backend, given, loss="siglip_loss", dist_impl=dist_impl)
