@@ -429,7 +429,7 @@ def test_bad_arguments() -> None:
         (ValueError, "label_smoothing is 1.5", (image, text, 1.0), {"label_smoothing": 1.5}),
         (ValueError, "all_ids is given without ids", (image, text, 1.0), {"all_ids": four}),
         (ValueError, r"ids has shape \(3,\)", (image, text, 1.0), {"ids": three}),
-        (TypeError, "ids is list, expected integers", (image, text, 1.0), {"ids": [1, 2, 3, 4]}),
+        (TypeError, "ids is list, expected a tensor", (image, text, 1.0), {"ids": [1, 2, 3, 4]}),
         (ValueError, r"all_ids has shape \(4,\).*expected \[8\]", (image, text, 1.0), {**more, "ids": four}),
         (ValueError, "backend is 'nope'", (image, text, 1.0), {"backend": "nope"}),
     ):  # fmt: skip

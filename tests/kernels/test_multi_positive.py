@@ -239,7 +239,7 @@ def test_errors() -> None:
         (ValueError, r"ids\[0\] has shape \(6,\), expected \[4\]", (ids, ids)),
         (ValueError, r"ids\[1\] has shape \(4,\), expected \[6\]", (ids[:4], ids[:4])),
         (TypeError, "ids has dtype torch.float32, expected integers", ids.float()),
-        (ValueError, "the text ids are on meta", (ids[:4], ids.to("meta"))),
+        (ValueError, r"ids\[1\] is on meta", (ids[:4], ids.to("meta"))),
     ):
         with pytest.raises(error, match=message):
             clip_loss(image, text, 1.0, ids=given)
