@@ -484,8 +484,8 @@ def test_steps_aside_for_eager_where_that_is_faster() -> None:
 def test_bad_arguments(loss) -> None:  # type: ignore[no-untyped-def]
     image, text = features(4, 8)
     for error, message, args in (
-        (ValueError, r"image has shape \(8,\), expected features", (image[0], text, 1.0)),
-        (ValueError, "text has 7 features per row, expected 8", (image, text[:, :7], 1.0)),
+        (ValueError, r"image has shape \(8,\), expected \[N, D\]", (image[0], text, 1.0)),
+        (ValueError, r"text has shape \(4, 7\), expected \[N, 8\]", (image, text[:, :7], 1.0)),
         (ValueError, "image has 4 rows at row_offset 0", (image, text[:3], 1.0)),
         (TypeError, "image has dtype torch.int64", (image.long(), text.long(), 1.0)),
         (TypeError, "text has dtype torch.float64, expected torch.float32", (image, text.double(), 1.0)),
@@ -512,7 +512,7 @@ def test_bad_options_of_clip() -> None:
         ("weights is", {"weights": (math.nan, 1.0)}),
         ("label_smoothing is 1.5", {"label_smoothing": 1.5}),
         ("expected as many images as texts, got 3 and 4", {"label_smoothing": 0.1}),
-        ("save is 'all', expected 'auto', 'recompute' or 'store'", {"save": "all"}),
+        ("save is 'all', expected one of 'auto', 'recompute', 'store'", {"save": "all"}),
         ("row_offset 2", {"row_offset": 2}),
     ):
         with pytest.raises(ValueError, match=message):

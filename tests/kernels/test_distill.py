@@ -326,8 +326,8 @@ def test_opcheck() -> None:
 def test_errors() -> None:
     image, text, t_image, t_text = features(4, 8, 6)
     for error, message, args in (
-        (ValueError, "teacher_image has 3 rows, expected 4 as image", (t_image[:3], t_text, 1.0)),
-        (ValueError, "teacher_text has 5 features per row, expected 6", (t_image, t_text[:, :5], 1.0)),
+        (ValueError, r"teacher_image has shape \(3, 6\), expected \[4, Dt\]", (t_image[:3], t_text, 1.0)),
+        (ValueError, r"teacher_text has shape \(4, 5\), expected \[N, 6\]", (t_image, t_text[:, :5], 1.0)),
         (
             TypeError,
             "teacher_image has dtype torch.float64, expected torch.float32",

@@ -307,7 +307,7 @@ def test_opcheck(normalize: bool) -> None:
 def test_errors() -> None:
     image, text, log_u, log_w = batch(4, 8)
     for error, message, change in (
-        (ValueError, "text has 6 rows, expected 4 as image", {"text": unit(6, 8)}),
+        (ValueError, "text has shape (6, 8), expected [4, 8] as image", {"text": unit(6, 8)}),
         (ValueError, r"log_u has shape (3,), expected [4]", {"log_u": log_u[:3]}),
         (TypeError, "log_w has dtype torch.int64", {"log_w": log_w.to(torch.int64)}),
         (ValueError, "gamma is 0, expected a number in (0, 1]", {"gamma": 0}),

@@ -175,10 +175,10 @@ def test_errors() -> None:
         (ValueError, "have 0, 0, 0 groups, expected as many", ([], [], [])),
         (
             ValueError,
-            r"texts\[1\] has 16 features per row, expected 40 as in images\[1\]",
+            r"texts\[1\] has shape .*expected \[N, 40\], as many features per row as images\[1\]",
             (images, [texts[0]] * 2, (1.0, 1.0)),
         ),
-        (ValueError, r"texts\[0\] has 5 rows, expected 4 as images\[0\]", ([images[0][:4]], texts[:1], (1.0,))),
+        (ValueError, r"texts\[0\] has shape .*expected \[4, 16\] as images\[0\]", ([images[0][:4]], texts[:1], (1.0,))),
         (
             TypeError,
             r"images\[1\] has dtype torch.float64",

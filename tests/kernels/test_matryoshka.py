@@ -128,7 +128,7 @@ def test_errors() -> None:
         ("dims is (4, 9), expected lengths of prefixes from 1 to 8", {"dims": (4, 9)}),
         ("weights is (1.0,), expected 2 finite numbers", {"weights": (1.0,)}),
         ("weights is (1.0, inf), expected 2 finite numbers", {"weights": (1.0, float("inf"))}),
-        ("text has 5 rows, expected 4 as image", {"text": torch.randn(5, 8, device=DEVICE)}),
+        ("text has shape (5, 8), expected [4, 8] as image", {"text": torch.randn(5, 8, device=DEVICE)}),
     ):
         given = {"image": image, "text": text, "logit_scale": 1.0, "dims": (4, 8)} | change
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -236,10 +236,10 @@ def test_errors() -> None:
     for error, message, given in (
         (ValueError, r"ids has shape \(4,\), expected \[6\]", ids[:4]),
         (TypeError, "ids is list, expected a tensor", [1, 2, 3, 4, 5, 6]),
-        (ValueError, r"the image ids have shape \(6,\), expected \[4\]", (ids, ids)),
-        (ValueError, r"the text ids have shape \(4,\), expected \[6\]", (ids[:4], ids[:4])),
-        (TypeError, "the image ids have dtype torch.float32, expected integers", ids.float()),
-        (ValueError, "the text ids are on meta", (ids[:4], ids.to("meta"))),
+        (ValueError, r"ids\[0\] has shape \(6,\), expected \[4\]", (ids, ids)),
+        (ValueError, r"ids\[1\] has shape \(4,\), expected \[6\]", (ids[:4], ids[:4])),
+        (TypeError, "ids has dtype torch.float32, expected integers", ids.float()),
+        (ValueError, r"ids\[1\] is on meta", (ids[:4], ids.to("meta"))),
     ):
         with pytest.raises(error, match=message):
             clip_loss(image, text, 1.0, ids=given)

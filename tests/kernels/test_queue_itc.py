@@ -317,7 +317,7 @@ def test_both_directions_are_two_losses(backend: str, options: Case) -> None:
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"text": torch.ones(9, 25)}, "text has shape|image_m has 24"),
+        ({"text": torch.ones(9, 25)}, "text has shape|image_m has shape"),
         ({"text_queue": torch.ones(35, 24)}, "text_queue is torch.float32"),
         ({"text_queue": torch.ones(24, 36).t()}, "text_queue has strides"),
         ({"image_m": None}, "alpha is 0.4 and image_m is None"),
@@ -398,7 +398,7 @@ def test_autocast_rounds_like_a_product() -> None:
         ({"query_m": None}, ValueError, "alpha is 0.4 and query_m is None"),
         ({"query_m": torch.ones(3, 24)}, ValueError, "query_m has shape"),
         ({"keys": torch.ones(3, 24)}, ValueError, "keys has 3 rows, expected at least the 9"),
-        ({"queue": torch.ones(3, 25)}, ValueError, "queue has 25 features per row, expected 24"),
+        ({"queue": torch.ones(3, 25)}, ValueError, r"queue has shape \(3, 25\), expected \[N, 24\]"),
         ({"queue": torch.ones(3, 24, dtype=torch.float64)}, TypeError, "queue has dtype torch.float64"),
         ({"queue": torch.ones(3)}, ValueError, "queue has shape"),
         ({"queue": None}, TypeError, "queue is NoneType"),
