@@ -27,7 +27,8 @@ from torch import Tensor
 
 from mmfuse._compat import allow_torchvision
 from mmfuse.bench import store
-from mmfuse.bench.cases import Case, Check, differentiated
+from mmfuse.bench.cases import Check
+from mmfuse.bench.inputs import differentiated, features
 from mmfuse.kernels import distributed_clip_loss, distributed_siglip_loss
 from mmfuse.kernels.contrastive.distributed import peers
 
@@ -215,33 +216,20 @@ def _of_one(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor
     return run
 
 
-def _inputs(**scalars: float) -> Callable[[torch.device], dict[str, Tensor]]:
-    def draw(device: torch.device) -> dict[str, Tensor]:
-        image, text = torch.nn.functional.normalize(torch.randn(2, 129, 96), dim=-1)
-        return {k: t.to(device) for k, t in {"image": image, "text": text}.items()} | {
-            k: torch.tensor(v, device=device) for k, v in scalars.items()
-        }
-
-    return draw
-
-
-CASES: list[Case] = []
 CHECKS = [
     Check(
         "distributed_clip_loss",
         f"N=129 D=96, one rank, local={local}",
-        _inputs(scale=14.3),
+        features(scale=14.3),
         differentiated(_of_one(distributed_clip_loss, local_loss=local)),
-        lambda inputs: (inputs["image"],),
     )
     for local in (False, True)
 ] + [
     Check(
         "distributed_siglip_loss",
         "N=129 D=96, one rank",
-        _inputs(scale=10.0, bias=-10.0),
+        features(scale=10.0, bias=-10.0),
         differentiated(_of_one(distributed_siglip_loss)),
-        lambda inputs: (inputs["image"],),
     )
 ]
 

@@ -15,51 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.bench.cases import Anchor, Case, Check, differentiated
-from mmfuse.bench.providers import chosen, compiled, eager, ours
-from mmfuse.kernels.head.op import SELECT_HEAD, select_head
-from mmfuse.kernels.text.op import EMBED_TEXT, embed_text
-from mmfuse.kernels.text.pair import EMBED_PAIR, embed_pair
+from mmfuse.bench import inputs
+from mmfuse.bench.cases import Case, Check
+from mmfuse.bench.inputs import differentiated, of_case, ramp
+from mmfuse.bench.providers import Fn, copy, eager, formula, products, then
+from mmfuse.kernels.head import select_head
+from mmfuse.kernels.text import embed_pair, embed_text
 
 _P, _V, _OFFSET = 16, 64010, 2  # BEiT-3's
 _EPS = 1e-6
 
-
-def _leaf(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    return (0.5 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
-
-
-def _ramp(y: Tensor) -> Tensor:
-    """A scalar whose gradient is another number for every feature and every token."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    features = torch.linspace(-1, 1, y.shape[-1], dtype=wide, device=y.device)
-    return (y.to(wide).flatten(0, -2) @ features).mean()
-
-
-def _loss(fn: Any, *args: Tensor, **options: Any) -> Tensor:
-    return _ramp(fn(*args, **options))
-
-
-def _loss_of(load: Any) -> Any:
-    return lambda device, dtype: partial(_loss, load(device, dtype))
-
-
-def _default(op: Any, probe: Any, baselines: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
-    first = op.select(*probe(device, dtype)).name
-    named = ["mmfuse-triton"] if device.type == "cuda" and first != "triton" else []
-    return [*baselines, "mmfuse", *named, "mmfuse-chunked"]
-
-
-def _written(device: torch.device, dtype: torch.dtype) -> Any:
-    """A copy of as many numbers as the result has."""
-    kept: list[Tensor] = []
-
-    def run(*args: Tensor) -> Tensor:
-        if not kept:
-            kept[:] = (torch.ones(args[-1].numel(), args[0].shape[1], dtype=dtype, device=device) for _ in range(2))
-        return kept[0].copy_(kept[1])
-
-    return run
+_leaf = partial(inputs.leaf, scale=0.5)
 
 
 # --- embed_text -----------------------------------------------------------------------------------------------------
@@ -82,11 +48,6 @@ def _bert(
     table: Tensor, position: Tensor, kind: Tensor, gamma: Tensor, beta: Tensor, ids: Tensor, **options: Any
 ) -> Tensor:
     return embed_text(ids, table, position=position, type_embed=kind, norm=(gamma, beta, _EPS), **options)
-
-
-def _text_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
-    return ids, torch.empty(4, 64, device=device, dtype=dtype)
 
 
 # --- embed_pair ------------------------------------------------------------------------------------------------
@@ -121,7 +82,7 @@ def beit3(
     return x * (1 - padded[..., None].type_as(x))
 
 
-def _torchscale(device: torch.device, dtype: torch.dtype) -> Any:
+def _torchscale(device: torch.device, dtype: torch.dtype) -> Fn:
     """torchscale's own modules, with the given tensors as their parameters."""
     from torchscale.component import embedding, multiway_network
 
@@ -142,7 +103,7 @@ def _torchscale(device: torch.device, dtype: torch.dtype) -> Any:
         seen = ids.new_zeros(len(ids), position.split_position, dtype=torch.bool)
         return x * (1 - torch.cat([seen, _padded(ids)], dim=1)[..., None].type_as(x))
 
-    return eager(run)(device, dtype)
+    return eager(then(ramp, run))(device, dtype)
 
 
 def _multiway(
@@ -162,30 +123,13 @@ def _multiway(
     )  # fmt: skip
 
 
-def _multiway_arguments(weight: Tensor, *others: Tensor) -> tuple[Any, ...]:
-    *_, table, _, pixels, ids = (weight, *others)
-    return (pixels, weight, *[None] * 7, ids, table)
-
-
-def _multiway_probe(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    return _multiway_arguments(*_multiway_inputs(device, dtype, 1, 16, 4, 64, 8))
+def _patches(weight: Tensor, *others: Tensor) -> list[Any]:
+    # rows of as many numbers, in whatever order
+    return [(others[-2].view(-1, weight[0].numel()), weight.flatten(1), 1)]
 
 
 def _product_flops(mode: str, B: int, S: int, L: int, D: int) -> float:
     return (2 if mode == "fwd" else 4) * B * (S // _P) ** 2 * 3 * _P * _P * D
-
-
-def _patch_product(device: torch.device, dtype: torch.dtype) -> Any:
-    """The product of the patches, of rows that are there."""
-    kept: list[Tensor] = []
-
-    def run(weight: Tensor, *others: Tensor) -> Tensor:
-        if not kept:  # fresh memory costs page faults, which are no part of a product
-            m = others[-2].numel() // weight[0].numel()
-            kept[:] = weight.new_ones(m, weight[0].numel()), weight.new_empty(m, len(weight))
-        return torch.mm(kept[0], weight.flatten(1).T, out=kept[1])
-
-    return run
 
 
 # --- select_head ----------------------------------------------------------------------------------------------------
@@ -211,51 +155,16 @@ def _head(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, **options: Any
     return select_head(x, 0, (gamma, beta, _EPS), weight, scale=20.0, **options)
 
 
-def _head_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor]:
-    return (torch.empty(4, 2, 64, device=device, dtype=dtype),)
-
-
-def _selected_rows(device: torch.device, dtype: torch.dtype) -> Any:
-    """The product of the rows that are read."""
-
-    def run(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
-        return torch.mm(x[:, 0], weight.T)
-
-    return run
-
-
 # --- cases ----------------------------------------------------------------------------------------------------------
 
-
-def _case(name: str, op: Any, official: Any, function: Any, probe: Any, others: dict[str, Any], **facts: Any) -> Case:
-    loss = partial(_loss, official)
-    baselines = ["eager", "compile", *others]
-    return Case(
-        name=name,
-        providers={
-            "eager": eager(loss),
-            "compile": compiled(eager(loss)),
-            **{n: _loss_of(load) for n, load in others.items()},
-            **ours(op, partial(_loss, function), probe),
-        },
-        definitions=("eager", *others),
-        default=partial(_default, op, probe, baselines),
-        **facts,
-    )
-
-
 CASES = [
-    _case(
-        "embed_text",
-        EMBED_TEXT,
-        bert,
-        _bert,
-        _text_probe,
-        {},
+    Case(
+        name="embed_text",
+        op="embed_text",
+        ours=then(ramp, _bert),
+        peers=formula(then(ramp, bert)),
         inputs=_text_inputs,
         outputs=("loss", "d table", "d position", "d type", "d gamma", "d beta"),
-        chosen=lambda inputs, backend=None: chosen(EMBED_TEXT, 2, (inputs[-1], inputs[0]), backend),
-        dims=("B", "L", "V", "D"),
         shapes={
             "cpu": [
                 {"B": b, "L": 128, "V": v, "D": d}
@@ -267,20 +176,16 @@ CASES = [
         small={"B": 3, "L": 6, "V": 50, "D": 32},
         flops=lambda mode, B, L, V, D: (10 if mode == "fwd" else 30) * B * L * D,
         bytes=lambda mode, size, B, L, V, D: (2 * B * L * D if mode == "fwd" else (4 * B * L + V) * D) * size,
-        anchors={"copy": Anchor(_written, lambda B, L, V, D: B * L * D)},
-        anchor=lambda provider, mode: "copy",
+        anchors={"copy": copy(lambda table, *others: (others[-1].numel(), table.shape[1]), lambda B, L, V, D: B * L * D)},
     ),
-    _case(
-        "multiway",
-        EMBED_PAIR,
-        beit3,
-        _multiway,
-        _multiway_probe,
-        {"torchscale": _torchscale},
+    Case(
+        name="multiway",
+        op="embed_pair",
+        ours=then(ramp, _multiway),
+        peers={**formula(then(ramp, beit3)), "torchscale": _torchscale},
+        definitions=("eager", "torchscale"),
         inputs=_multiway_inputs,
         outputs=("loss", "d weight", "d bias", "d cls", "d A", "d table", "d B"),
-        chosen=lambda inputs, backend=None: chosen(EMBED_PAIR, 11, _multiway_arguments(*inputs), backend),
-        dims=("B", "S", "L", "D"),
         shapes={
             "cpu": [{"B": b, "S": 224, "L": 64, "D": 768} for b in (4, 16, 32)],
             "cuda": [{"B": b, "S": 224, "L": 64, "D": 768} for b in (32, 256, 1024)],
@@ -289,20 +194,16 @@ CASES = [
         small={"B": 2, "S": 32, "L": 5, "D": 16},
         flops=_product_flops,
         bytes=lambda mode, size, B, S, L, D: B * ((S // _P) ** 2 + 1 + 2 * L) * D * size + 3 * B * S * S * size,
-        anchors={"product": Anchor(_patch_product, partial(_product_flops, "fwd"))},
-        anchor=lambda provider, mode: "product",
+        anchors={"product": products(_patches, partial(_product_flops, "fwd"))},
     ),
-    _case(
-        "select_head",
-        SELECT_HEAD,
-        imagebind,
-        _head,
-        _head_probe,
-        {"selected-first": eager(selected_first)},
+    Case(
+        name="select_head",
+        op="select_head",
+        ours=then(ramp, _head),
+        peers={**formula(then(ramp, imagebind)), "selected-first": eager(then(ramp, selected_first))},
+        definitions=("eager", "selected-first"),
         inputs=_head_inputs,
         outputs=("loss", "d x", "d gamma", "d beta", "d weight"),
-        chosen=partial(chosen, SELECT_HEAD, 1),
-        dims=("B", "L", "D", "O"),
         shapes={
             "cpu": [{"B": b, "L": 257, "D": 1280, "O": 1024} for b in (8, 32, 64)],
             "cuda": [{"B": b, "L": 257, "D": 1280, "O": 1024} for b in (64, 256, 1024)],
@@ -313,51 +214,35 @@ CASES = [
         bytes=lambda mode, size, B, L, D, O: (  # noqa: E741
             ((2 if mode == "fwd" else 4) * B * D + D * O + B * O + (0 if mode == "fwd" else B * L * D)) * size
         ),
-        anchors={"product": Anchor(_selected_rows, lambda B, L, D, O: 2 * B * D * O)},  # noqa: E741
-        anchor=lambda provider, mode: "product",
+        anchors={
+            "product": products(
+                lambda x, gamma, beta, weight: [(x[:, 0], weight, 1)],
+                lambda B, L, D, O: 2 * B * D * O,  # noqa: E741
+            )
+        },
     ),
 ]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
-
-def _head_check(device: torch.device) -> dict[str, Tensor]:
-    names = ("x", "gamma", "beta", "weight")
-    return dict(zip(names, (t.detach() for t in _head_inputs(device, torch.float32, 9, 5, 48, 40)), strict=True))
-
-
-def _text_check(device: torch.device) -> dict[str, Tensor]:
-    names = ("table", "position", "type", "gamma", "beta", "ids")
-    return dict(zip(names, (t.detach() for t in _text_inputs(device, torch.float32, 5, 9, 30, 48)), strict=True))
-
-
-def _multiway_check(device: torch.device) -> dict[str, Tensor]:
-    names = ("weight", "bias", "cls", "A", "table", "B", "pixels", "ids")
-    given = _multiway_inputs(device, torch.float32, 3, 32, 6, 48, 30)
-    return dict(zip(names, (t.detach() for t in given), strict=True))
-
-
 CHECKS = [
     Check(
         "embed_text",
         "B=5 L=9 V=30 D=48",
-        _text_check,
-        differentiated(partial(_loss, _bert)),
-        lambda inputs: (inputs["ids"], inputs["table"]),
+        of_case(_text_inputs, "table position type gamma beta ids", B=5, L=9, V=30, D=48),
+        differentiated(then(ramp, _bert)),
     ),
     Check(
         "embed_pair",
         "B=3 S=32 L=6 D=48",
-        _multiway_check,
-        differentiated(partial(_loss, _multiway)),
-        lambda inputs: _multiway_arguments(*inputs.values()),
+        of_case(_multiway_inputs, "weight bias cls A table B pixels ids", B=3, S=32, L=6, D=48, V=30),
+        differentiated(then(ramp, _multiway)),
     ),
     Check(
         "select_head",
         "B=9 L=5 D=48 O=40",
-        _head_check,
-        differentiated(partial(_loss, _head)),
-        lambda inputs: (inputs["x"],),
+        of_case(_head_inputs, "x gamma beta weight", B=9, L=5, D=48, O=40),
+        differentiated(then(ramp, _head)),
     ),
 ]
