@@ -47,7 +47,8 @@ class Case:
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)  # at most one of ours, with its values
     inputs: Callable[..., tuple[Any, ...]]
     outputs: Sequence[str]  # names of the result and of the gradients of the inputs that require one
-    shapes: dict[str, list[Shape]]  # by device type, smallest first
+    cpu: list[Shape]  # the sizes that are measured there, smallest first
+    cuda: list[Shape]
     growth: str  # the dimension over which cost is fitted
     small: Shape  # for tests
     flops: Callable[..., float]  # (mode, **shape): the fewest that compute it
@@ -59,15 +60,19 @@ class Case:
     distance: Callable[[Tensor, Tensor], float] = relative  # (got, definition's); large where it is another function
 
     @property
+    def shapes(self) -> dict[str, list[Shape]]:
+        return {"cpu": self.cpu, "cuda": self.cuda}
+
+    @property
     def dims(self) -> tuple[str, ...]:
         """What the numbers of a size such as 8192x512 are."""
-        return tuple(self.shapes["cpu"][0])
+        return tuple(self.cpu[0])
 
     def shape(self, size: str) -> Shape:
         """`8192x512` as {"N": 8192, "D": 512}."""
         numbers = size.split("x")
         if len(numbers) != len(self.dims) or not all(n.isdecimal() and int(n) > 0 for n in numbers):
-            raise ValueError(f"size is {size!r}, expected {'x'.join(self.dims)} such as {label(self.shapes['cpu'][0])}")
+            raise ValueError(f"size is {size!r}, expected {'x'.join(self.dims)} such as {label(self.cpu[0])}")
         return dict(zip(self.dims, map(int, numbers), strict=True))
 
     def anchor(self, provider: str, mode: str) -> str:
@@ -105,7 +110,7 @@ class Case:
         kinds = {name: getattr(load, "kind", device.type) for name, load in self.peers.items()}
         names, spare = ["mmfuse"], self.spare()
         if device.type == "cuda" and "mmfuse-triton" in self.providers:
-            inputs = self.inputs(device, dtype, **self.shapes["cuda"][0])
+            inputs = self.inputs(device, dtype, **self.cuda[0])
             names += ["mmfuse-triton"] if self.chosen(inputs) != "triton" else []
         values = [f"[{value}]" for _, value in self._values()] or [""]
         peers = [name for name, kind in kinds.items() if kind == device.type and name != spare]

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-
 from torch.utils._pytree import tree_leaves
 
 from mmfuse.bench import cases

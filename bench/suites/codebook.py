@@ -134,14 +134,11 @@ def _flops(mode: str, N: int, K: int, D: int) -> float:
     return 2 * N * K * D
 
 
-# BEiT-v2: 196 patches of 16 to 1024 images
-_SHAPES = {
-    "cpu": [{"N": n, "K": 8192, "D": 32} for n in (784, 3136, 12544, 50176)],
-    "cuda": [{"N": n, "K": 8192, "D": 32} for n in (12544, 50176, 200704)],
-}
-
 _case = partial(
     Case,
+    # BEiT-v2: 196 patches of 16 to 1024 images
+    cpu=[{"N": n, "K": 8192, "D": 32} for n in (784, 3136, 12544, 50176)],
+    cuda=[{"N": n, "K": 8192, "D": 32} for n in (12544, 50176, 200704)],
     growth="N",
     flops=_flops,
     anchors={
@@ -166,7 +163,6 @@ CASES = [
         definitions=("eager", "beit2"),
         inputs=lambda device, dtype, N, K, D: (unit(device, dtype, N, D), unit(device, dtype, K, D)),
         outputs=("codes",),
-        shapes=_SHAPES,
         small={"N": 70, "K": 50, "D": 16},
         bytes=lambda mode, itemsize, N, K, D: (N + K) * D * itemsize + 8 * N,
         modes=("fwd",),
@@ -180,10 +176,8 @@ CASES = [
         inputs=_features,
         outputs=("codes",),
         # 14 x 14 codes of 112 x 112 pixels, as BEiT takes them
-        shapes={
-            "cpu": [{"N": n, "K": 8192, "D": 2048} for n in (196, 784, 3136)],
-            "cuda": [{"N": n, "K": 8192, "D": 2048} for n in (12544, 50176)],
-        },
+        cpu=[{"N": n, "K": 8192, "D": 2048} for n in (196, 784, 3136)],
+        cuda=[{"N": n, "K": 8192, "D": 2048} for n in (12544, 50176)],
         small={"N": 70, "K": 50, "D": 16},
         bytes=lambda mode, itemsize, N, K, D: ((N + K) * D + K) * itemsize + 8 * N,
         modes=("fwd",),
@@ -196,7 +190,6 @@ CASES = [
         peers=formula(beit2),
         inputs=_maps,
         outputs=("loss", "d z"),
-        shapes=_SHAPES,
         small={"N": 100, "K": 40, "D": 16},
         # z is read, z_q and dz are written, with what comes back for z_q
         bytes=lambda mode, itemsize, N, K, D: ((2 if mode == "fwd" else 4) * N + 2 * K) * D * itemsize,

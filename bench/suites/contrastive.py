@@ -131,11 +131,9 @@ _case = partial(
     Case,
     definitions=("eager", "open_clip"),
     spare=lambda: "eager" if _has_open_clip() else "open_clip",
-    shapes={
-        "cpu": [{"N": n, "D": 512} for n in (512, 2048, 8192)],
-        # ViT-B, ViT-L and the batches that contrastive training uses
-        "cuda": [{"N": n, "D": d} for n, d in ((4096, 512), (32768, 768), (65536, 768))],
-    },
+    cpu=[{"N": n, "D": 512} for n in (512, 2048, 8192)],
+    # ViT-B, ViT-L and the batches that contrastive training uses
+    cuda=[{"N": n, "D": d} for n, d in ((4096, 512), (32768, 768), (65536, 768))],
     growth="N",
     small={"N": 40, "D": 32},
     flops=lambda mode, N, D: (2 if mode == "fwd" else 6) * N * N * D,

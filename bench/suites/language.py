@@ -53,11 +53,9 @@ CASES = [
         },
         inputs=_inputs,
         outputs=("loss", "d hidden", "d weight"),
-        shapes={
-            # a small one, BERT's masked words of a batch of 64, CoCa's captions
-            "cpu": [{"N": n, "D": d, "V": v} for n, d, v in ((128, 256, 8192), (288, 768, 30522), (1024, 768, 49408))],
-            "cuda": [{"N": n, "D": 768, "V": v} for n, v in ((2048, 30522), (19456, 49408), (65536, 49408))],
-        },
+        # a small one, BERT's masked words of a batch of 64, CoCa's captions
+        cpu=[{"N": n, "D": d, "V": v} for n, d, v in ((128, 256, 8192), (288, 768, 30522), (1024, 768, 49408))],
+        cuda=[{"N": n, "D": 768, "V": v} for n, v in ((2048, 30522), (19456, 49408), (65536, 49408))],
         growth="N",
         small={"N": 70, "D": 16, "V": 90},
         flops=_flops,

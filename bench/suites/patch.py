@@ -7,7 +7,6 @@ the stem alone on a picture that something else has normalised already.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -130,11 +129,9 @@ def _bytes(mode: str, itemsize: int, B: int, S: int, P: int, D: int) -> float:
 _case = partial(
     Case,
     op="patch_embed",
-    shapes={
-        "cpu": [{"B": b, "S": 224, "P": p, "D": d} for b, p, d in ((1, 16, 768), (8, 14, 1024), (32, 16, 768))],
-        # ViT-B/16, and ViT-g/14 of BLIP-2 and ImageBind's size
-        "cuda": [{"B": b, "S": 224, "P": p, "D": d} for b, p, d in ((32, 16, 768), (256, 16, 768), (1024, 14, 1408))],
-    },
+    cpu=[{"B": b, "S": 224, "P": p, "D": d} for b, p, d in ((1, 16, 768), (8, 14, 1024), (32, 16, 768))],
+    # ViT-B/16, and ViT-g/14 of BLIP-2 and ImageBind's size
+    cuda=[{"B": b, "S": 224, "P": p, "D": d} for b, p, d in ((32, 16, 768), (256, 16, 768), (1024, 14, 1408))],
     growth="B",
     small={"B": 3, "S": 28, "P": 14, "D": 40},
     flops=_flops,

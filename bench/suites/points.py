@@ -217,10 +217,8 @@ _indices = partial(Case, outputs=("index",), modes=("fwd",), judged=False, dista
 _search = partial(
     _indices,
     inputs=_pairs,
-    shapes={
-        "cpu": [{"B": b, "N": n, "G": g} for b, n, g in ((1, 1024, 256), (1, 8192, 512), (1, 8192, 2048))],
-        "cuda": [{"B": b, "N": n, "G": g} for b, n, g in ((128, 1024, 256), (32, 8192, 2048), (32, 16384, 1024))],
-    },
+    cpu=[{"B": b, "N": n, "G": g} for b, n, g in ((1, 1024, 256), (1, 8192, 512), (1, 8192, 2048))],
+    cuda=[{"B": b, "N": n, "G": g} for b, n, g in ((128, 1024, 256), (32, 8192, 2048), (32, 16384, 1024))],
     growth="G",
     small={"B": 2, "N": 70, "G": 5},
     flops=lambda mode, B, N, G: 8 * B * N * G,
@@ -230,10 +228,8 @@ _search = partial(
 
 _pointnet = partial(
     Case,
-    shapes={
-        "cpu": [{"B": b, "G": g, "D": 768} for b, g in ((1, 64), (4, 64), (4, 256))],
-        "cuda": [{"B": b, "G": g, "D": 768} for b, g in ((8, 64), (32, 64), (128, 64), (32, 512))],
-    },
+    cpu=[{"B": b, "G": g, "D": 768} for b, g in ((1, 64), (4, 64), (4, 256))],
+    cuda=[{"B": b, "G": g, "D": 768} for b, g in ((8, 64), (32, 64), (128, 64), (32, 512))],
     growth="G",
     small={"B": 2, "G": 3, "D": 24},
     flops=_flops,
@@ -248,11 +244,9 @@ CASES = [
         ours=farthest_points,
         peers={"eager": eager(pointnet_loop), "fpsample": Only("cpu", _fpsample)},
         inputs=_samples,
-        shapes={
-            "cpu": [{"B": b, "N": n, "k": k} for b, n, k in ((1, 1024, 256), (1, 8192, 512), (1, 8192, 2048))],
-            # ModelNet40 with Meta-Transformer, and OneLLM
-            "cuda": [{"B": b, "N": n, "k": k} for b, n, k in ((128, 1024, 256), (32, 8192, 512), (32, 16384, 1024))],
-        },
+        cpu=[{"B": b, "N": n, "k": k} for b, n, k in ((1, 1024, 256), (1, 8192, 512), (1, 8192, 2048))],
+        # ModelNet40 with Meta-Transformer, and OneLLM
+        cuda=[{"B": b, "N": n, "k": k} for b, n, k in ((128, 1024, 256), (32, 8192, 512), (32, 16384, 1024))],
         growth="k",
         small={"B": 2, "N": 300, "k": 20},
         flops=lambda mode, B, N, k: 8 * B * N * k,
@@ -321,9 +315,7 @@ CHECKS = [
     Check("nearest_neighbors", "G=17 N=150 k=8", _lattice, _found(lambda q, p, **o: nearest_neighbors(q, p, 8, **o))),
     Check("ball_query", "G=17 N=150 k=8", _lattice, _found(lambda q, p, **o: ball_query(q, p, 8, 2.5, **o))),
     Check("group_points", "G=17 N=150 k=8", _lattice, _grouping),
-    Check(
-        "mini_pointnet", "M=9 k=8 widths 5-16-12-20-24", _layers, differentiated(_tokens, ("tokens",), _total)
-    ),
+    Check("mini_pointnet", "M=9 k=8 widths 5-16-12-20-24", _layers, differentiated(_tokens, ("tokens",), _total)),
     Check(
         "mini_pointnet_training",
         "M=9 k=8 widths 5-16-12-20-24",

@@ -72,11 +72,9 @@ CASES = [
         definitions=("eager", "lavis"),
         inputs=_inputs,
         outputs=("loss", "d image", "d text", "d temp"),
-        shapes={
-            "cpu": [{"B": b, "N": n, "Q": 32, "D": 256} for b, n in ((16, 256), (32, 512), (128, 2048))],
-            # the Q-Former's published batch, 100 on each of 16 GPUs
-            "cuda": [{"B": b, "N": n, "Q": 32, "D": 256} for b, n in ((100, 100), (100, 1600), (256, 8192))],
-        },
+        cpu=[{"B": b, "N": n, "Q": 32, "D": 256} for b, n in ((16, 256), (32, 512), (128, 2048))],
+        # the Q-Former's published batch, 100 on each of 16 GPUs
+        cuda=[{"B": b, "N": n, "Q": 32, "D": 256} for b, n in ((100, 100), (100, 1600), (256, 8192))],
         growth="N",
         small={"B": 6, "N": 15, "Q": 5, "D": 16},
         flops=_flops,

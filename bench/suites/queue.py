@@ -74,6 +74,8 @@ def _products(count: int) -> Anchor:
     return anchor(run, lambda B, M, D: count * 4 * B * M * D)
 
 
+_SIZES = [{"B": 64, "M": m, "D": 256} for m in (4096, 16384, 65536)]
+
 CASES = [
     Case(
         name="queue_itc",
@@ -82,9 +84,9 @@ CASES = [
         peers=formula(official),
         inputs=_inputs,
         outputs=("loss", "d image", "d text", "d temp"),
-        shapes={
-            kind: [{"B": 64, "M": m, "D": 256} for m in (4096, 16384, 65536)] for kind in ("cpu", "cuda")
-        },  # ALBEF's and BLIP's batch per GPU and queue
+        # ALBEF's and BLIP's batch per GPU and queue
+        cpu=_SIZES,
+        cuda=_SIZES,
         growth="M",
         small={"B": 5, "M": 40, "D": 16},
         flops=lambda mode, B, M, D: (2 if mode == "fwd" else 3) * 4 * B * M * D,

@@ -77,10 +77,8 @@ CASES = [
         definitions=("eager", "batched"),
         inputs=lambda device, dtype, B, D: (unit(device, dtype, B, D), unit(device, dtype, B, D)),
         outputs=("similarity of the texts", "similarity of the images"),
-        shapes={
-            "cpu": [{"B": b, "D": 256} for b in (256, 1024, 4096)],
-            "cuda": [{"B": b, "D": 256} for b in (512, 4096, 16384)],
-        },
+        cpu=[{"B": b, "D": 256} for b in (256, 1024, 4096)],
+        cuda=[{"B": b, "D": 256} for b in (512, 4096, 16384)],
         growth="B",
         small={"B": 512, "D": 32},
         flops=lambda mode, B, D: 2 * B * B * D,
@@ -98,12 +96,8 @@ CASES = [
         peers={**formula(eager_topk), "faiss": faiss("IndexFlatIP", _K, lambda values, index: values)},
         inputs=lambda device, dtype, B, N, D: (unit(device, dtype, B, D), unit(device, dtype, N, D)),
         outputs=("values",),
-        shapes={
-            "cpu": [
-                {"B": b, "N": n, "D": 256} for b, n in ((256, 10000), (1000, 10000), (1000, 100000), (10000, 100000))
-            ],
-            "cuda": [{"B": b, "N": n, "D": 256} for b, n in ((1000, 100000), (10000, 100000), (10000, 1000000))],
-        },
+        cpu=[{"B": b, "N": n, "D": 256} for b, n in ((256, 10000), (1000, 10000), (1000, 100000), (10000, 100000))],
+        cuda=[{"B": b, "N": n, "D": 256} for b, n in ((1000, 100000), (10000, 100000), (10000, 1000000))],
         growth="N",
         small={"B": 9, "N": 300, "D": 32},
         flops=lambda mode, B, N, D: 2 * B * N * D,

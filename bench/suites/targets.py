@@ -111,7 +111,7 @@ def _gemms(sides: Callable[..., list[tuple[Tensor, Tensor, int]]], flops: Callab
 
 
 def _case(problems: int, sides: Callable[..., list[tuple[Tensor, Tensor, int]]], **facts: Any) -> Case:
-    flops, (_, *others) = partial(_flops, problems=problems), facts["shapes"]["cpu"][0]
+    flops, (_, *others) = partial(_flops, problems=problems), facts["cpu"][0]
     return Case(
         growth="N",
         small={"N": 40} | dict.fromkeys(others, 32),
@@ -138,10 +138,8 @@ CASES = [
         inputs=_distill_inputs,
         outputs=_OUTPUTS,
         # TinyCLIP: a ViT-B as the teacher of a smaller model, and a ViT-L as that of a ViT-B
-        shapes={
-            "cpu": [{"N": n, "D": 512, "T": 512} for n in (512, 2048)],
-            "cuda": [{"N": n, "D": 512, "T": 768} for n in (4096, 16384)],
-        },
+        cpu=[{"N": n, "D": 512, "T": 512} for n in (512, 2048)],
+        cuda=[{"N": n, "D": 512, "T": 768} for n in (4096, 16384)],
     ),
     _case(
         1,
@@ -152,10 +150,8 @@ CASES = [
         peers=formula(eager_multi_positive),
         inputs=_multi_positive_inputs,
         outputs=_OUTPUTS,
-        shapes={
-            "cpu": [{"N": n, "D": 512} for n in (512, 2048)],
-            "cuda": [{"N": n, "D": 512} for n in (4096, 16384)],
-        },
+        cpu=[{"N": n, "D": 512} for n in (512, 2048)],
+        cuda=[{"N": n, "D": 512} for n in (4096, 16384)],
     ),
     _case(
         2,
@@ -166,7 +162,8 @@ CASES = [
         peers=formula(eager_grouped),
         inputs=_grouped_inputs,
         outputs=("loss", *(f"d {t}{i}" for i in (1, 2) for t in ("image", "text", "logit_scale"))),
-        shapes={"cpu": [{"N": n, "D": 768} for n in (384, 1024)], "cuda": [{"N": 1024, "D": 768}]},
+        cpu=[{"N": n, "D": 768} for n in (384, 1024)],
+        cuda=[{"N": 1024, "D": 768}],
     ),
 ]
 

@@ -44,9 +44,8 @@ def bert(table: Tensor, position: Tensor, kind: Tensor, gamma: Tensor, beta: Ten
     return F.layer_norm(x, x.shape[-1:], gamma, beta, _EPS)
 
 
-def _bert(
-    table: Tensor, position: Tensor, kind: Tensor, gamma: Tensor, beta: Tensor, ids: Tensor, **options: Any
-) -> Tensor:
+def _bert(*given: Tensor, **options: Any) -> Tensor:
+    table, position, kind, gamma, beta, ids = given
     return embed_text(ids, table, position=position, type_embed=kind, norm=(gamma, beta, _EPS), **options)
 
 
@@ -68,10 +67,9 @@ def _padded(ids: Tensor) -> Tensor:
     return (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] * 3 // 4).expand_as(ids)
 
 
-def beit3(
-    weight: Tensor, bias: Tensor, cls: Tensor, a: Tensor, table: Tensor, b: Tensor, pixels: Tensor, ids: Tensor
-) -> Tensor:
+def beit3(*given: Tensor) -> Tensor:
     """torchscale's steps: two concatenations, a split of the sequence, a product with the padding mask."""
+    weight, bias, cls, a, table, b, pixels, ids = given
     x = F.conv2d(pixels, weight, bias, stride=_P).flatten(2).transpose(1, 2)
     x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
     x = torch.cat([x, F.embedding(ids, table)], dim=1)
@@ -86,9 +84,8 @@ def _torchscale(device: torch.device, dtype: torch.dtype) -> Fn:
     """torchscale's own modules, with the given tensors as their parameters."""
     from torchscale.component import embedding, multiway_network
 
-    def run(
-        weight: Tensor, bias: Tensor, cls: Tensor, a: Tensor, table: Tensor, b: Tensor, pixels: Tensor, ids: Tensor
-    ) -> Tensor:
+    def run(*given: Tensor) -> Tensor:
+        weight, bias, cls, a, table, b, pixels, ids = given
         with torch.device("meta"):
             side, d = pixels.shape[-1], len(weight)
             vision = embedding.VisionEmbedding(side, _P, 3, d, prepend_cls_token=True)
@@ -106,21 +103,10 @@ def _torchscale(device: torch.device, dtype: torch.dtype) -> Fn:
     return eager(then(ramp, run))(device, dtype)
 
 
-def _multiway(
-    weight: Tensor,
-    bias: Tensor,
-    cls: Tensor,
-    a: Tensor,
-    table: Tensor,
-    b: Tensor,
-    pixels: Tensor,
-    ids: Tensor,
-    **options: Any,
-) -> Tensor:
-    return embed_pair(
-        pixels, ids, weight=weight, bias=bias, cls_token=cls, position=a, table=table, text_position=b,
-        pad_mask=_padded(ids), **options,
-    )  # fmt: skip
+def _multiway(*given: Tensor, **options: Any) -> Tensor:
+    names = ("weight", "bias", "cls_token", "position", "table", "text_position")
+    *parameters, pixels, ids = given
+    return embed_pair(pixels, ids, **dict(zip(names, parameters, strict=True)), pad_mask=_padded(ids), **options)
 
 
 def _patches(weight: Tensor, *others: Tensor) -> list[Any]:
@@ -165,18 +151,18 @@ CASES = [
         peers=formula(then(ramp, bert)),
         inputs=_text_inputs,
         outputs=("loss", "d table", "d position", "d type", "d gamma", "d beta"),
-        shapes={
-            "cpu": [
-                {"B": b, "L": 128, "V": v, "D": d}
-                for b, v, d in ((8, 8192, 256), (8, 30522, 768), (32, 30522, 768), (128, 30522, 768))
-            ],
-            "cuda": [{"B": b, "L": 128, "V": 30522, "D": 768} for b in (64, 256, 1024)],
-        },
+        cpu=[
+            {"B": b, "L": 128, "V": v, "D": d}
+            for b, v, d in ((8, 8192, 256), (8, 30522, 768), (32, 30522, 768), (128, 30522, 768))
+        ],
+        cuda=[{"B": b, "L": 128, "V": 30522, "D": 768} for b in (64, 256, 1024)],
         growth="B",
         small={"B": 3, "L": 6, "V": 50, "D": 32},
         flops=lambda mode, B, L, V, D: (10 if mode == "fwd" else 30) * B * L * D,
         bytes=lambda mode, size, B, L, V, D: (2 * B * L * D if mode == "fwd" else (4 * B * L + V) * D) * size,
-        anchors={"copy": copy(lambda table, *others: (others[-1].numel(), table.shape[1]), lambda B, L, V, D: B * L * D)},
+        anchors={
+            "copy": copy(lambda table, *others: (others[-1].numel(), table.shape[1]), lambda B, L, V, D: B * L * D)
+        },
     ),
     Case(
         name="multiway",
@@ -186,10 +172,8 @@ CASES = [
         definitions=("eager", "torchscale"),
         inputs=_multiway_inputs,
         outputs=("loss", "d weight", "d bias", "d cls", "d A", "d table", "d B"),
-        shapes={
-            "cpu": [{"B": b, "S": 224, "L": 64, "D": 768} for b in (4, 16, 32)],
-            "cuda": [{"B": b, "S": 224, "L": 64, "D": 768} for b in (32, 256, 1024)],
-        },
+        cpu=[{"B": b, "S": 224, "L": 64, "D": 768} for b in (4, 16, 32)],
+        cuda=[{"B": b, "S": 224, "L": 64, "D": 768} for b in (32, 256, 1024)],
         growth="B",
         small={"B": 2, "S": 32, "L": 5, "D": 16},
         flops=_product_flops,
@@ -204,10 +188,8 @@ CASES = [
         definitions=("eager", "selected-first"),
         inputs=_head_inputs,
         outputs=("loss", "d x", "d gamma", "d beta", "d weight"),
-        shapes={
-            "cpu": [{"B": b, "L": 257, "D": 1280, "O": 1024} for b in (8, 32, 64)],
-            "cuda": [{"B": b, "L": 257, "D": 1280, "O": 1024} for b in (64, 256, 1024)],
-        },
+        cpu=[{"B": b, "L": 257, "D": 1280, "O": 1024} for b in (8, 32, 64)],
+        cuda=[{"B": b, "L": 257, "D": 1280, "O": 1024} for b in (64, 256, 1024)],
         growth="B",
         small={"B": 4, "L": 5, "D": 32, "O": 16},
         flops=lambda mode, B, L, D, O: (2 if mode == "fwd" else 6) * B * D * O,  # noqa: E741

@@ -73,10 +73,8 @@ def _case(dims: Callable[[Tensor], list[int]], **facts: Any) -> Case:
     anchors = {f"gemm{count}": _products(dims, count) for count in (1, 3)}
     return Case(
         outputs=("loss", "d image", "d text", "d logit_scale"),
-        shapes={
-            "cpu": [{"N": n, "D": 512} for n in (512, 2048)],
-            "cuda": [{"N": n, "D": d} for n, d in ((4096, 512), (8192, 768))],
-        },
+        cpu=[{"N": n, "D": 512} for n in (512, 2048)],
+        cuda=[{"N": n, "D": d} for n, d in ((4096, 512), (8192, 768))],
         growth="N",
         small={"N": 40, "D": 32},
         flops=lambda mode, N, D: anchors["gemm1" if mode == "fwd" else "gemm3"].flops(N=N, D=D),

@@ -52,7 +52,7 @@ class Deferred:
     """An object that is made on first use: a module that imports triton, or the functions of a compiled part."""
 
     def __init__(self, make: str | Callable[[], Any]):
-        self._make = make
+        self._make, self.module = make, make if isinstance(make, str) else None
 
     def __getattr__(self, name: str) -> Any:
         made = import_module(self._make) if isinstance(self._make, str) else self._make()
@@ -69,6 +69,7 @@ class Implementation:
         function: in place of passes, a function of the operator's arguments that torch differentiates and traces.
         against: functions that say why it cannot run; None: it can.
         prefer_eager: says why a later one is the better choice, unless this one is named.
+        kernels: modules of the Triton kernels that it launches, if its passes are not deferred to one.
         traceable: the passes are launches and torch operations: where a GPU compiles them, torch.compile and
             AOTInductor take the kernels into their graph.
     """
@@ -81,10 +82,13 @@ class Implementation:
         function: Callable[..., Any] | None = None,
         against: Sequence[Reason] = (),
         prefer_eager: Reason | None = None,
+        kernels: Sequence[str] = (),
         traceable: bool = False,
     ):
         self.name, self.passes, self.function, self.traceable = name, passes, function, traceable
         self.against, self.prefer_eager = against, prefer_eager
+        deferred = passes.module if isinstance(passes, Deferred) else None
+        self.kernels = tuple(kernels) or ((deferred,) if deferred else ())
         self.op: Any = None  # as registered with torch, where there are passes
 
 
@@ -151,7 +155,7 @@ class Operator:
         if named:
             args = (*args, *(named[n] for n in self.signature.names[len(args) :]))
         if not torch.compiler.is_compiling() and (tell := _asked.get()) is not None:
-            tell(self, args, backend)
+            tell(self, args, backend or dispatch.forced_backend())
         return self._run[self.choose(args, backend)](args)
 
     def choose(self, args: Sequence[Any], backend: str | None = None) -> str:
