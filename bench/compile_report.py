@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mmfuse.bench import csrc_report
 from mmfuse.kernels._runtime import UnsupportedError, operators
 from mmfuse.kernels._runtime.aot import SHARED_LIMIT, Facts, Spec, compile_all, violations
 from mmfuse.kernels._runtime.device import INTERPRET, triton_missing
@@ -108,11 +109,7 @@ def _triton_row(spec: Spec, arch: int, facts: Facts | str) -> Row:
 
 def _csrc_rows(arch: int, name: str) -> list[Row] | str:
     try:
-        from mmfuse.bench.csrc_report import resource_usage
-    except ImportError as error:
-        return str(error)
-    try:
-        found: list[dict[str, Any]] | str = resource_usage({90: "sm_90a"}.get(arch, f"sm_{arch}"))
+        found: list[dict[str, Any]] | str = csrc_report.resource_usage({90: "sm_90a"}.get(arch, f"sm_{arch}"))
     except RuntimeError as error:
         return [Row(arch, "csrc", "", violations=[f"does not compile: {error}"])]
     if isinstance(found, str):

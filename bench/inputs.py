@@ -87,12 +87,29 @@ def of_case(inputs: Callable[..., Sequence[Tensor]], names: str, **shape: int) -
     }
 
 
+Run = Callable[[dict[str, Tensor], "str | None"], dict[str, Tensor]]
+
+
+def computed(fn: Callable[..., Any], *names: str) -> Run:
+    """A check's `run` for a function of its inputs that has no gradient: its results by name."""
+
+    def run(inputs: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
+        return by_name(names, fn(*inputs.values(), backend=backend))
+
+    return run
+
+
+def by_name(names: Sequence[str], results: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+    results = [results] if isinstance(results, Tensor) else results
+    return {name: t.detach() if t.is_floating_point() else t.double() for name, t in zip(names, results, strict=True)}
+
+
 def differentiated(
     fn: Callable[..., Any],
     names: Sequence[str] = ("loss",),
     loss: Callable[[Tensor], Tensor] = lambda result: result,
     constants: Sequence[str] = (),
-) -> Callable[[dict[str, Tensor], str | None], dict[str, Tensor]]:
+) -> Run:
     """A check's `run` for a function of its inputs: its results by name, and the gradients of the first one's loss.
 
     Every floating-point input has one, but for the `constants`.
@@ -102,9 +119,8 @@ def differentiated(
         given = {k: v.detach() for k, v in inputs.items()}
         leaves = {k: v.requires_grad_() for k, v in given.items() if v.is_floating_point() and k not in constants}
         results = fn(*given.values(), backend=backend)
-        results = results if isinstance(results, tuple) else (results,)
-        grads = torch.autograd.grad(loss(results[0]), list(leaves.values()))
-        found = {name: result.detach() for name, result in zip(names, results, strict=True)}
-        return found | {f"d {k}": g for k, g in zip(leaves, grads, strict=True)}
+        first = results if isinstance(results, Tensor) else results[0]
+        grads = torch.autograd.grad(loss(first), list(leaves.values()))
+        return by_name(names, results) | {f"d {k}": g for k, g in zip(leaves, grads, strict=True)}
 
     return run

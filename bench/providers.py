@@ -133,7 +133,9 @@ def anchor(run: Callable[..., Tensor], flops: Callable[..., float]) -> Anchor:
     return Anchor(load, flops)
 
 
-def products(pairs: Callable[..., Iterable[tuple[Tensor, Tensor, int]]], flops: Callable[..., float]) -> Anchor:
+def products(
+    pairs: Callable[..., Iterable[tuple[Tensor, Tensor, int]]], flops: Callable[..., float], name: str = "product"
+) -> dict[str, Anchor]:
     """Of each (X, Y, count) among the inputs the first `count` of U = X YT, U Y, UT X, and X YT again."""
 
     def run(scratch: Scratch, *inputs: Any) -> Tensor:
@@ -146,14 +148,14 @@ def products(pairs: Callable[..., Iterable[tuple[Tensor, Tensor, int]]], flops: 
                 torch.mm(x, y.T, out=u)
         return u
 
-    return anchor(run, flops)
+    return {name: anchor(run, flops)}
 
 
-def copy(shape: Callable[..., tuple[int, ...]], flops: Callable[..., float]) -> Anchor:
+def copy(shape: Callable[..., tuple[int, ...]], flops: Callable[..., float]) -> dict[str, Anchor]:
     """A copy of as many numbers as the result has: `shape` of the inputs."""
 
     def run(scratch: Scratch, *inputs: Any) -> Tensor:
         target, source = (scratch.kept(lambda: inputs[0].new_ones(shape(*inputs))) for _ in range(2))
         return target.copy_(source)
 
-    return anchor(run, flops)
+    return {"copy": anchor(run, flops)}

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmfuse.bench import cases
 from mmfuse.bench.cases import Check
-from mmfuse.bench.inputs import units, weighted
+from mmfuse.bench.inputs import by_name, units, weighted
 from mmfuse.kernels._runtime import operators
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dispatch import BACKENDS
@@ -50,7 +50,7 @@ def of_example(name: str) -> Check:
     def run(inputs: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
         features = inputs["features"].detach().requires_grad_()
         results = tree_leaves(operators()[name].examples[name](features, backend=backend))
-        found = {f"result {i}": t.detach() if t.is_floating_point() else t.double() for i, t in enumerate(results)}
+        found = by_name([f"result {i}" for i in range(len(results))], results)
         if scalars := [weighted(t) for t in results if t.requires_grad]:
             found["d features"] = torch.autograd.grad(torch.stack(scalars).sum(), features)[0]
         return found
@@ -115,9 +115,6 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({**asdict(row), "holds": row.holds}))
         else:
             errors = (f"{v:.2e}" for v in (row.error, row.eager, row.allowed))
-            print(
-                line.format(
-                    row.op, row.case, row.dtype, row.backend, row.quantity, *errors, "ok" if row.holds else "WORSE"
-                )
-            )
+            facts = (row.op, row.case, row.dtype, row.backend, row.quantity)
+            print(line.format(*facts, *errors, "ok" if row.holds else "WORSE"))
     return 0 if holds else 1

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.bench.cases import Case, Check, relative
-from mmfuse.bench.inputs import differentiated, leaf, unit, weighted
+from mmfuse.bench.inputs import computed, differentiated, leaf, unit, weighted
 from mmfuse.bench.providers import eager, faiss, formula, products, then
 from mmfuse.fused.quantizer import NormEMAVectorQuantizer
 from mmfuse.kernels import nearest_code, vector_quantize
@@ -141,11 +141,7 @@ _case = partial(
     cuda=[{"N": n, "K": 8192, "D": 32} for n in (12544, 50176, 200704)],
     growth="N",
     flops=_flops,
-    anchors={
-        "product": products(
-            lambda z, codebook, *_: [(z.reshape(-1, codebook.shape[1]), codebook, 1)], partial(_flops, "fwd")
-        )
-    },
+    anchors=products(lambda z, codebook, *_: [(z.reshape(-1, codebook.shape[1]), codebook, 1)], partial(_flops, "fwd")),
 )
 
 CASES = [
@@ -205,13 +201,12 @@ def _check_inputs(device: torch.device) -> dict[str, Tensor]:
     return {"z": torch.randn(45, 24, device=device), "codebook": torch.randn(140, 24, device=device)}
 
 
-def _check_statistics(inputs: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
-    counts, sums = code_statistics(inputs["z"], inputs["codes"], 20, backend=backend)
-    return {"counts": counts, "sums": sums}
-
-
 def _statistics_inputs(device: torch.device) -> dict[str, Tensor]:
     return {"z": torch.randn(200, 24, device=device), "codes": torch.randint(0, 20, (200,), device=device)}
+
+
+def _both(z: Tensor, codebook: Tensor, backend: str | None) -> list[Tensor]:
+    return [nearest_code(z, codebook, metric=metric, backend=backend) for metric in ("euclidean", "cosine")]
 
 
 def _quantize(z: Tensor, codebook: Tensor, backend: str | None) -> Tensor:
@@ -220,21 +215,13 @@ def _quantize(z: Tensor, codebook: Tensor, backend: str | None) -> Tensor:
 
 
 CHECKS = [
+    Check("nearest_code", "N=45 K=140 D=24", _check_inputs, computed(_both, "euclidean", "cosine")),
+    Check("linear_argmax", "N=45 K=140 D=24", _check_inputs, computed(linear_argmax, "codes")),
     Check(
-        "nearest_code",
-        "N=45 K=140 D=24",
-        _check_inputs,
-        lambda inputs, backend: {
-            metric: nearest_code(*inputs.values(), metric=metric, backend=backend).double()
-            for metric in ("euclidean", "cosine")
-        },
+        "code_statistics",
+        "N=200 K=20 D=24",
+        _statistics_inputs,
+        computed(lambda z, codes, backend: code_statistics(z, codes, 20, backend=backend), "counts", "sums"),
     ),
-    Check(
-        "linear_argmax",
-        "N=45 K=140 D=24",
-        _check_inputs,
-        lambda inputs, backend: {"codes": linear_argmax(*inputs.values(), backend=backend).double()},
-    ),
-    Check("code_statistics", "N=200 K=20 D=24", _statistics_inputs, _check_statistics),
     Check("vector_quantize", "N=45 K=140 D=24", _check_inputs, differentiated(_quantize)),
 ]

@@ -123,8 +123,8 @@ def _cut_cross_entropy() -> _Loss:
 # --- cases ----------------------------------------------------------------------------------------------------------
 
 
-def _products(count: int) -> Anchor:
-    return products(lambda image, text, *_: [(image, text, count)], lambda N, D: count * 2 * N * N * D)
+def _gemms(count: int) -> dict[str, Anchor]:
+    return products(lambda image, text, *_: [(image, text, count)], lambda N, D: count * 2 * N * N * D, f"gemm{count}")
 
 
 _case = partial(
@@ -138,7 +138,7 @@ _case = partial(
     small={"N": 40, "D": 32},
     flops=lambda mode, N, D: (2 if mode == "fwd" else 6) * N * N * D,
     bytes=lambda mode, itemsize, N, D: (2 if mode == "fwd" else 4) * N * D * itemsize,
-    anchors={f"gemm{count}": _products(count) for count in (1, 3, 4)},
+    anchors=_gemms(1) | _gemms(3) | _gemms(4),
     beside=lambda provider, mode: "gemm1" if mode == "fwd" else "gemm4" if "recompute" in provider else "gemm3",
 )
 

@@ -60,7 +60,7 @@ CASES = [
         small={"N": 70, "D": 16, "V": 90},
         flops=_flops,
         bytes=lambda mode, itemsize, N, D, V: (1 if mode == "fwd" else 2) * (N + V) * D * itemsize,
-        anchors={"product": products(lambda hidden, weight, labels: [(hidden, weight, 1)], partial(_flops, "fwd"))},
+        anchors=products(lambda hidden, weight, labels: [(hidden, weight, 1)], partial(_flops, "fwd")),
     ),
 ]
 

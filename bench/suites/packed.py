@@ -135,12 +135,10 @@ CASES = [
         small={"B": 2, "L": 8, "G": 2, "D": 16},
         flops=lambda mode, B, L, G, D: (2 if mode == "fwd" else 4) * B * L * _K * D,
         bytes=lambda mode, size, B, L, G, D: (1 if mode == "fwd" else 2) * B * L * (_K + D) * size,
-        anchors={
-            "product": products(
-                lambda weight, bias, table, patches, grids: [(patches.flatten(0, 1), weight, 1)],
-                lambda B, L, G, D: 2 * B * L * _K * D,
-            )
-        },
+        anchors=products(
+            lambda weight, bias, table, patches, grids: [(patches.flatten(0, 1), weight, 1)],
+            lambda B, L, G, D: 2 * B * L * _K * D,
+        ),
     ),
     Case(
         name="masked_loss",
@@ -155,7 +153,7 @@ CASES = [
         small={"B": 2, "S": 32},
         flops=lambda mode, B, S: (8 if mode == "fwd" else 16) * B * 3 * S * S,
         bytes=lambda mode, size, B, S: 3 * B * S * S * (1 + size if mode == "fwd" else 2 + 3 * size),
-        anchors={"copy": copy(lambda prediction, *_: prediction.shape, lambda B, S: 3 * B * S * S)},
+        anchors=copy(lambda prediction, *_: prediction.shape, lambda B, S: 3 * B * S * S),
     ),
     Case(
         name="position",
@@ -170,7 +168,7 @@ CASES = [
         small={"G": 2, "H": 3, "D": 16},
         flops=lambda mode, G, H, D: (2 if mode == "fwd" else 4) * H * (G * G + H * G) * D,
         bytes=lambda mode, size, G, H, D: (1 if mode == "fwd" else 2) * (G * G + H * H) * D * size,
-        anchors={"copy": copy(lambda table, side: (len(side) ** 2, table.shape[-1]), lambda G, H, D: H * H * D)},
+        anchors=copy(lambda table, side: (len(side) ** 2, table.shape[-1]), lambda G, H, D: H * H * D),
     ),
 ]
 

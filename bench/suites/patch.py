@@ -85,12 +85,8 @@ def _vllm(device: torch.device, dtype: torch.dtype) -> Fn:
     return run
 
 
-_PEERS: dict[str, Load] = {
-    "eager": eager(torchvision_timm),
-    "compile": compiled(eager(torchvision_timm)),
-    "normalised-in": _normalised_in,
-    "vllm": _vllm,
-}
+_EAGER = eager(torchvision_timm)
+_PEERS = {"eager": _EAGER, "compile": compiled(_EAGER), "normalised-in": _normalised_in, "vllm": _vllm}
 
 
 def _squares(y: Tensor) -> Tensor:
@@ -101,9 +97,12 @@ def _trained(load: Load) -> Load:
     return lambda device, dtype: then(_squares, load(device, dtype))
 
 
+def _embed(pixels: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, position: Tensor, **options: Any) -> Tensor:
+    return patch_embed(pixels, weight, bias, mean=_MEAN, std=_STD, prefix=prefix, position=position, **options)
+
+
 def _ours(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor, **options: Any) -> Tensor:
-    embed = partial(patch_embed, pixels, weight, bias, mean=_MEAN, std=_STD)
-    return embed(prefix=cls, position=position[1:], prefix_position=position[:1], **options)
+    return _embed(pixels, weight, bias, cls, position[1:], prefix_position=position[:1], **options)
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------
@@ -151,8 +150,7 @@ CASES = [
     _case(
         name="patch_embed_train",
         ours=then(_squares, _ours),
-        peers={name: _trained(load) for name, load in _PEERS.items()}
-        | {"compile": compiled(_trained(_PEERS["eager"]))},
+        peers={name: _trained(load) for name, load in _PEERS.items()} | {"compile": compiled(_trained(_EAGER))},
         inputs=partial(_inputs, True),
         outputs=("loss", "d weight", "d bias", "d cls", "d position"),
         modes=("fwd+bwd",),
@@ -171,10 +169,6 @@ def _check_inputs(device: torch.device) -> dict[str, Tensor]:
         name: torch.randn(shape, device=device) * (0.04 if name == "weight" else 1.0) for name, shape in shapes.items()
     }
     return {"pixels": pixels, **values, "norm": 1 + 0.1 * torch.randn(d, device=device)}
-
-
-def _embed(pixels: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, position: Tensor, **options: Any) -> Tensor:
-    return patch_embed(pixels, weight, bias, mean=_MEAN, std=_STD, prefix=prefix, position=position, **options)
 
 
 def _check_norms(*given: Tensor, backend: str | None) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.bench.cases import Case, Check, relative
-from mmfuse.bench.inputs import differentiated
+from mmfuse.bench.inputs import computed, differentiated, weighted
 from mmfuse.bench.providers import Anchor, Only, eager, formula, then
 from mmfuse.kernels.points import (
     ball_query,
@@ -92,12 +92,8 @@ def openpoints_knn(query: Tensor, points: Tensor) -> Tensor:
 
 def eager_knn(query: Tensor, points: Tensor) -> Tensor:
     """The same along rows, which torch does faster, one cloud at a time."""
-    return torch.stack(
-        [
-            torch.cdist(q, p).topk(_K, 1, largest=False).indices
-            for q, p in zip(query.float(), points.float(), strict=True)
-        ]
-    )
+    clouds = zip(query.float(), points.float(), strict=True)
+    return torch.stack([torch.cdist(q, p).topk(_K, 1, largest=False).indices for q, p in clouds])
 
 
 def _pairs(device: torch.device, dtype: torch.dtype, B: int, N: int, G: int) -> tuple[Tensor, Tensor]:
@@ -126,12 +122,17 @@ def _ball(query: Tensor, points: Tensor, **options: Any) -> Tensor:
 
 
 def _groups(device: torch.device, dtype: torch.dtype, B: int, G: int, D: int) -> tuple[Tensor, ...]:
-    c, c1, c2, c3, d = _widths(D)
+    layers = _layers(device, *_widths(D))
+    groups = torch.randn(B, G, _K, 3, device=device)
+    return groups.to(dtype), *(t.to(dtype).requires_grad_() for t in layers)
+
+
+def _layers(device: torch.device, c: int, c1: int, c2: int, c3: int, d: int) -> list[Tensor]:
+    """Four weights, each with its bias."""
     layers = []
     for outputs, inputs in ((c1, c), (c2, c1), (c3, 2 * c2), (d, c3)):
         layers += [torch.randn(outputs, inputs, device=device) / inputs**0.5, torch.randn(outputs, device=device)]
-    groups = torch.randn(B, G, _K, c, device=device)
-    return groups.to(dtype), *(t.to(dtype).requires_grad_() for t in layers)
+    return layers
 
 
 def _total(y: Tensor) -> Tensor:
@@ -260,7 +261,12 @@ CASES = [
         peers={"openpoints": eager(openpoints_knn), "eager": eager(eager_knn)},
         definitions=("eager", "openpoints"),
     ),
-    _search(name="ball_query", op="ball_query", ours=_ball, peers={"eager": eager(pointnet_ball)}),
+    _search(
+        name="ball_query",
+        op="ball_query",
+        ours=_ball,
+        peers={"eager": eager(pointnet_ball)},
+    ),
     _pointnet(
         name="mini_pointnet",
         op="mini_pointnet",
@@ -290,36 +296,33 @@ def _lattice(device: torch.device) -> dict[str, Tensor]:
     return {n: torch.randint(-4, 5, (2, m, 3), device=device).float() for n, m in (("query", 17), ("points", 150))}
 
 
-def _found(find: Callable[..., Tensor]) -> Callable[[dict[str, Tensor], str | None], dict[str, Tensor]]:
-    return lambda inputs, backend: {"index": find(inputs["query"], inputs["points"], backend=backend).double()}
+def _sampled(query: Tensor, points: Tensor, backend: str | None) -> Tensor:
+    return farthest_points(points, 40, backend=backend)
 
 
-def _grouping(inputs: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
-    features = inputs["points"].detach().requires_grad_()
-    idx = nearest_neighbors(inputs["query"], inputs["points"], 8, backend="torch")
-    grouped = group_points(features, idx, backend=backend)
-    grad = torch.autograd.grad(grouped, features, torch.sin(grouped.detach() + idx[..., None]))[0]
-    return {"groups": grouped.detach(), "d features": grad}
+def _grouped(query: Tensor, points: Tensor, backend: str | None) -> Tensor:
+    return group_points(points, nearest_neighbors(query, points, 8, backend="torch"), backend=backend)
 
 
-def _layers(device: torch.device) -> dict[str, Tensor]:
-    groups = {"groups": torch.randn(9, 8, 5, device=device)}
-    for i, (outputs, inputs) in enumerate(((16, 5), (12, 16), (20, 24), (24, 20)), 1):
-        groups |= {f"w{i}": torch.randn(outputs, inputs, device=device) / inputs**0.5}
-        groups |= {f"b{i}": torch.randn(outputs, device=device)}
-    return groups
+def _layers_by_name(device: torch.device) -> dict[str, Tensor]:
+    groups, layers = torch.randn(9, 8, 5, device=device), _layers(device, 5, 16, 12, 20, 24)
+    return {"groups": groups} | dict(zip(["w1", "b1", "w2", "b2", "w3", "b3", "w4", "b4"], layers, strict=True))
 
 
 CHECKS = [
-    Check("farthest_points", "N=150 k=40", _lattice, _found(lambda q, p, **o: farthest_points(p, 40, **o))),
-    Check("nearest_neighbors", "G=17 N=150 k=8", _lattice, _found(lambda q, p, **o: nearest_neighbors(q, p, 8, **o))),
-    Check("ball_query", "G=17 N=150 k=8", _lattice, _found(lambda q, p, **o: ball_query(q, p, 8, 2.5, **o))),
-    Check("group_points", "G=17 N=150 k=8", _lattice, _grouping),
-    Check("mini_pointnet", "M=9 k=8 widths 5-16-12-20-24", _layers, differentiated(_tokens, ("tokens",), _total)),
+    Check("farthest_points", "N=150 k=40", _lattice, computed(_sampled, "index")),
+    Check("nearest_neighbors", "G=17 N=150 k=8", _lattice, computed(partial(nearest_neighbors, k=8), "index")),
+    Check("ball_query", "G=17 N=150 k=8", _lattice, computed(partial(ball_query, k=8, radius=2.5), "index")),
+    Check(
+        "group_points", "G=17 N=150 k=8", _lattice, differentiated(_grouped, ("groups",), weighted, constants=["query"])
+    ),
+    Check(
+        "mini_pointnet", "M=9 k=8 widths 5-16-12-20-24", _layers_by_name, differentiated(_tokens, ("tokens",), _total)
+    ),
     Check(
         "mini_pointnet_training",
         "M=9 k=8 widths 5-16-12-20-24",
-        _layers,
+        _layers_by_name,
         # the second bias has no gradient: what normalises takes it out
         differentiated(_training, ("tokens", "mean", "var"), _total, constants=("b2",)),
     ),

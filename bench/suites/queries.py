@@ -79,7 +79,7 @@ CASES = [
         small={"B": 6, "N": 15, "Q": 5, "D": 16},
         flops=_flops,
         bytes=lambda mode, itemsize, B, N, Q, D: (B + N + (0 if mode == "fwd" else B)) * (Q + 1) * D * itemsize,
-        anchors={"products": products(_sides, partial(_flops, "fwd"))},
+        anchors=products(_sides, partial(_flops, "fwd"), "products"),
     ),
 ]
 

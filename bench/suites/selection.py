@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.bench.cases import Case, Check, relative
-from mmfuse.bench.inputs import TEMPERATURE, unit, units
+from mmfuse.bench.inputs import TEMPERATURE, computed, unit, units
 from mmfuse.bench.providers import eager, faiss, formula, products
 from mmfuse.kernels import hard_negatives, similarity_topk
 
@@ -83,7 +83,7 @@ CASES = [
         small={"B": 512, "D": 32},
         flops=lambda mode, B, D: 2 * B * B * D,
         bytes=lambda mode, itemsize, B, D: 2 * B * D * itemsize + 16 * B,
-        anchors={"product": products(lambda image, text: [(image, text, 1)], lambda B, D: 2 * B * B * D)},
+        anchors=products(lambda image, text: [(image, text, 1)], lambda B, D: 2 * B * B * D),
         modes=("fwd",),
         judged=False,
         # draws differ: a mean of 512 of them by some 6 %, and uniform draws have none of the similarity
@@ -102,7 +102,7 @@ CASES = [
         small={"B": 9, "N": 300, "D": 32},
         flops=lambda mode, B, N, D: 2 * B * N * D,
         bytes=lambda mode, itemsize, B, N, D: (B + N) * D * itemsize + 12 * B * _K,
-        anchors={"product": products(lambda queries, gallery: [(queries, gallery, 1)], lambda B, N, D: 2 * B * N * D)},
+        anchors=products(lambda queries, gallery: [(queries, gallery, 1)], lambda B, N, D: 2 * B * N * D),
         modes=("fwd",),
     ),
 ]
@@ -111,19 +111,13 @@ CASES = [
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_negatives(inputs: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
-    drawn = hard_negatives(*inputs.values(), _SCALE, k=2, mixture=1e-4, seed=1, both=True, backend=backend)
-    return {name: t.double() for name, t in zip(("keys", "queries"), drawn, strict=True)}
+def _check_negatives(query: Tensor, keys: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+    return hard_negatives(query, keys, _SCALE, k=2, mixture=1e-4, seed=1, both=True, backend=backend)
 
 
 _INPUTS = units(query=(37, 48), keys=(129, 48))
 
 CHECKS = [
-    Check("hard_negatives", "B=37 N=129 D=48", _INPUTS, _check_negatives),
-    Check(
-        "similarity_topk",
-        "B=37 N=129 D=48",
-        _INPUTS,
-        lambda inputs, backend: {"values": _topk(*inputs.values(), backend=backend)},
-    ),
+    Check("hard_negatives", "B=37 N=129 D=48", _INPUTS, computed(_check_negatives, "keys", "queries")),
+    Check("similarity_topk", "B=37 N=129 D=48", _INPUTS, computed(_topk, "values")),
 ]

@@ -104,20 +104,18 @@ def _bytes(mode: str, itemsize: int, N: int, D: int, T: int = 0, problems: int =
     return 2 * N * itemsize * (problems * D * (1 if mode == "fwd" else 2) + T)
 
 
-def _gemms(sides: Callable[..., list[tuple[Tensor, Tensor, int]]], flops: Callable[..., float]) -> dict[str, Anchor]:
-    """X YT of each side, and G Y and GT X of those that are trained."""
-    counts = {"fwd": 1, "fwd+bwd": 3}
-    return {f"gemm {m}": products(partial(sides, count), partial(flops, m)) for m, count in counts.items()}
-
-
 def _case(problems: int, sides: Callable[..., list[tuple[Tensor, Tensor, int]]], **facts: Any) -> Case:
     flops, (_, *others) = partial(_flops, problems=problems), facts["cpu"][0]
+
+    def gemms(mode: str, count: int) -> dict[str, Anchor]:
+        return products(partial(sides, count), partial(flops, mode), f"gemm {mode}")
+
     return Case(
         growth="N",
         small={"N": 40} | dict.fromkeys(others, 32),
         flops=flops,
         bytes=partial(_bytes, problems=problems),
-        anchors=_gemms(sides, flops),
+        anchors=gemms("fwd", 1) | gemms("fwd+bwd", 3),
         beside=lambda provider, mode: f"gemm {mode}",
         **facts,
     )

@@ -141,6 +141,14 @@ def _head(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, **options: Any
     return select_head(x, 0, (gamma, beta, _EPS), weight, scale=20.0, **options)
 
 
+def _head_flops(mode: str, B: int, L: int, D: int, O: int) -> float:  # noqa: E741
+    return (2 if mode == "fwd" else 6) * B * D * O
+
+
+def _head_bytes(mode: str, itemsize: int, B: int, L: int, D: int, O: int) -> float:  # noqa: E741
+    return (D * O + B * O + (2 * B * D if mode == "fwd" else 4 * B * D + B * L * D)) * itemsize
+
+
 # --- cases ----------------------------------------------------------------------------------------------------------
 
 CASES = [
@@ -160,9 +168,7 @@ CASES = [
         small={"B": 3, "L": 6, "V": 50, "D": 32},
         flops=lambda mode, B, L, V, D: (10 if mode == "fwd" else 30) * B * L * D,
         bytes=lambda mode, size, B, L, V, D: (2 * B * L * D if mode == "fwd" else (4 * B * L + V) * D) * size,
-        anchors={
-            "copy": copy(lambda table, *others: (others[-1].numel(), table.shape[1]), lambda B, L, V, D: B * L * D)
-        },
+        anchors=copy(lambda *t: (t[-1].numel(), t[0].shape[1]), lambda B, L, V, D: B * L * D),
     ),
     Case(
         name="multiway",
@@ -178,7 +184,7 @@ CASES = [
         small={"B": 2, "S": 32, "L": 5, "D": 16},
         flops=_product_flops,
         bytes=lambda mode, size, B, S, L, D: B * ((S // _P) ** 2 + 1 + 2 * L) * D * size + 3 * B * S * S * size,
-        anchors={"product": products(_patches, partial(_product_flops, "fwd"))},
+        anchors=products(_patches, partial(_product_flops, "fwd")),
     ),
     Case(
         name="select_head",
@@ -192,16 +198,9 @@ CASES = [
         cuda=[{"B": b, "L": 257, "D": 1280, "O": 1024} for b in (64, 256, 1024)],
         growth="B",
         small={"B": 4, "L": 5, "D": 32, "O": 16},
-        flops=lambda mode, B, L, D, O: (2 if mode == "fwd" else 6) * B * D * O,  # noqa: E741
-        bytes=lambda mode, size, B, L, D, O: (  # noqa: E741
-            ((2 if mode == "fwd" else 4) * B * D + D * O + B * O + (0 if mode == "fwd" else B * L * D)) * size
-        ),
-        anchors={
-            "product": products(
-                lambda x, gamma, beta, weight: [(x[:, 0], weight, 1)],
-                lambda B, L, D, O: 2 * B * D * O,  # noqa: E741
-            )
-        },
+        flops=_head_flops,
+        bytes=_head_bytes,
+        anchors=products(lambda x, gamma, beta, weight: [(x[:, 0], weight, 1)], partial(_head_flops, "fwd")),
     ),
 ]
 

@@ -14,6 +14,7 @@ from mmfuse.bench import inputs
 from mmfuse.bench.cases import Case, Check
 from mmfuse.bench.inputs import differentiated, features
 from mmfuse.bench.providers import Anchor, formula, products
+from mmfuse.bench.suites.contrastive import eager_clip
 from mmfuse.kernels import clip_loss
 from mmfuse.kernels.contrastive import global_contrastive_loss, matryoshka_clip_loss
 
@@ -40,11 +41,9 @@ def eager_global(image: Tensor, text: Tensor, scale: Tensor, log_u: Tensor, log_
 
 def eager_matryoshka(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """Two cross-entropies for each prefix, normalised for itself."""
-    label = torch.arange(len(image), device=image.device)
     loss = torch.zeros((), device=image.device)
     for d in _dims(image):
-        x, y = (F.normalize(t[:, :d], dim=-1) for t in (image, text))
-        loss = loss + (F.cross_entropy(scale * x @ y.T, label) + F.cross_entropy(scale * y @ x.T, label)) / 2
+        loss = loss + eager_clip(*(F.normalize(t[:, :d], dim=-1) for t in (image, text)), scale)
     return loss
 
 
@@ -60,17 +59,17 @@ def _matryoshka(image: Tensor, text: Tensor, scale: Tensor, backend: str | None 
     return matryoshka_clip_loss(image, text, scale, _dims(image), backend=backend)
 
 
-def _products(dims: Callable[[Tensor], list[int]], count: int) -> Anchor:
+def _gemms(dims: Callable[[Tensor], list[int]], count: int) -> dict[str, Anchor]:
     """Those of each prefix."""
 
     def sides(image: Tensor, text: Tensor, *rest: Tensor) -> Iterable[tuple[Tensor, Tensor, int]]:
         return ((image[:, :d], text[:, :d], count) for d in dims(image))
 
-    return products(sides, lambda N, D: count * 2 * N * N * sum(dims(torch.empty(0, D))))
+    return products(sides, lambda N, D: count * 2 * N * N * sum(dims(torch.empty(0, D))), f"gemm{count}")
 
 
 def _case(dims: Callable[[Tensor], list[int]], **facts: Any) -> Case:
-    anchors = {f"gemm{count}": _products(dims, count) for count in (1, 3)}
+    anchors = _gemms(dims, 1) | _gemms(dims, 3)
     return Case(
         outputs=("loss", "d image", "d text", "d logit_scale"),
         cpu=[{"N": n, "D": 512} for n in (512, 2048)],

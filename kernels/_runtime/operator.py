@@ -206,6 +206,10 @@ class Operator:
         """The implementations that run for these arguments when they are named."""
         return [i for i in self.implementations if not self.reasons_against(i, args)]
 
+    def of_example(self, name: str, features: Tensor) -> Sequence[Any]:
+        """The arguments that the example of a public function comes to."""
+        return reached(lambda: self.examples[name](features), self.name)[1]
+
     def function(self, name: str) -> Callable[..., Any]:
         """The public function of this name, which stands beside the declaration."""
         return getattr(sys.modules[self._module], name)  # type: ignore[no-any-return]
@@ -285,9 +289,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
         op = known[op].function(op)
     function = op
     operator, given, _ = reached(lambda: function(*args, **options))
-    lines, found = [function.__name__], False
-    for name, why in operator.explain(given).items():
-        mark = "  " if why or found else "->"
-        found = found or not why
-        lines.append(f" {mark} {name:8} {'; '.join(why) or 'accepts these arguments'}")
-    return "\n".join(lines)
+    return table(function.__name__, operator.explain(given))
+
+
+def table(op: str, reasons: Mapping[str, list[str]]) -> str:
+    """What `explain` says about an operator, from each implementation's reasons not to run."""
+    chosen = next((name for name, why in reasons.items() if not why), None)
+    rows = (
+        f" {'->' if name == chosen else '  '} {name:8} {'; '.join(why) or 'accepts these arguments'}"
+        for name, why in reasons.items()
+    )
+    return "\n".join([op, *rows])

@@ -50,6 +50,7 @@ def _implementations(
             name,
             function=partial(fused, name),
             prefer_eager=partial(_few_pairs, sides[name]) if name in sides else None,
+            kernels=[TEMPLATE["triton"].module] if name == "triton" else (),
         )
         for name in ("cuda", "triton", "cpu", "chunked")
     ] + [Implementation("torch", function=plain)]
