@@ -109,7 +109,8 @@ def _one_by_one(
 
 
 def _largest(images: list[Tensor]) -> Tensor:
-    return max(images, key=len)
+    sizes = [len(image) for image in images]
+    return images[sizes.index(max(sizes))]
 
 
 def _many_rows(images: list[Tensor]) -> str | None:
