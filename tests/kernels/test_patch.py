@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 import mmfuse
 from judge import Results, cast, compared, judge
 from mmfuse.kernels import patch_embed
+from mmfuse.kernels._runtime import chosen
 from mmfuse.kernels.patch.op import PATCH_EMBED, stem_of
 from registered import backends, opcheck
 
