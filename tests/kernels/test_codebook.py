@@ -31,11 +31,7 @@ AVAILABLE = {t: backends(lambda t=t: nearest_code(PROBE.to(t), PROBE.to(t))) for
 def pairs(names: list[str], dtypes: tuple[torch.dtype, ...] = DTYPES) -> pytest.MarkDecorator:
     """Each implementation with the dtypes that it takes; the interpreter's bfloat16 is not a GPU's."""
     found = [
-        (b, t)
-        for b in names
-        for t in dtypes
-        if b in AVAILABLE[t]
-        and (b != "triton" or t != torch.bfloat16 or GPU)
+        (b, t) for b in names for t in dtypes if b in AVAILABLE[t] and (b != "triton" or t != torch.bfloat16 or GPU)
     ]
     return pytest.mark.parametrize("backend, dtype", found, ids=[f"{b}-{t}" for b, t in found])
 
