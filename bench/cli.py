@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -17,13 +16,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mmfuse.bench import report, runner, store
-from mmfuse.bench.cases import SUITES, Case, Record, Shape, everything, is_ours, label, suite
+from mmfuse.bench.cases import Case, Record, Shape, everything, is_ours, label, suite, suite_module, suites
 from mmfuse.bench.row import first_line
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MINUTE = 60.0
-# what is counted, not timed: a module with `run(args)`
-COUNTED = {"contrastive-dist": "mmfuse.bench.distributed", "max-batch": "mmfuse.bench.max_batch"}
 
 Job = tuple[Case, Shape, list[str]]
 
@@ -32,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "suite",
         nargs="?",
-        choices=list(dict.fromkeys([*SUITES, *COUNTED, "all"])),
+        choices=[*suites(), "all"],
         help="what to measure, or to count; without it, a table of one minute",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -47,15 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the records as DIR/<device>/<suite>.jsonl")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="show these records, measure nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the records into a PNG")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the records as a page of Markdown")
     parser.add_argument("--json", action="store_true", help="print the records as JSON lines")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--list", action="store_true", help="list the cases, their sizes and providers")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.suite in COUNTED:
-        counted: int = import_module(COUNTED[args.suite]).run(args)
-        return counted
+    count = None if args.suite in (None, "all") else getattr(suite_module(args.suite), "run", None)
+    if count is not None:  # counted, not timed
+        return count(args)  # type: ignore[no-any-return]
     device = torch.device(args.device)
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.set_device(device)
@@ -66,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
         if not args.source.exists():
             raise ValueError(f"--from is {str(args.source)!r}, expected a file of records or a folder of such files")
         records = store.read(args.source)
+        if args.cases:
+            wanted = args.cases.split(",")
+            _check("--cases", wanted, {r["case"] for r in records})
+            records = [r for r in records if r["case"] in wanted]
     else:
         jobs = list(_jobs(args, device, dtype))
         if args.list:
@@ -82,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(json.dumps(record) for record in records))
     elif args.markdown:
         print(report.markdown(records), end="")
+    elif args.report is not None:
+        args.report.write_text(report.page(records))
     else:
         _show(records)
     if args.plot is not None:
@@ -132,7 +136,7 @@ def _check(option: str, given: list[str], known: list[str] | set[str]) -> None:
 
 
 def _suite_of(case: str) -> str:
-    return next(name for name in SUITES if any(c.name == case for c in suite(name)))
+    return next(name for name in suites() if any(c.name == case for c in suite(name)))
 
 
 @contextmanager

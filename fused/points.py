@@ -24,6 +24,7 @@ from mmfuse.kernels.points import (
     mini_pointnet_training,
     nearest_neighbors,
 )
+from mmfuse.kernels.points.pointnet.blocked import Layers
 from mmfuse.kernels.points.pointnet.op import POINTNET
 
 Layer = tuple[Any, Any, Any]  # a 1x1 convolution, its normalisation, its activation
@@ -422,7 +423,7 @@ def _layers(conv1: nn.Sequential, conv2: nn.Sequential) -> list[Layer] | None:
 def _gains(layers: Sequence[Layer], x: Tensor) -> bool:
     """Whether the operator would be more than these layers one after another."""
     x = x.detach().flatten(0, -3)
-    return POINTNET.select(x, *(None,) * 6, layers[3][0].weight, None).name != "torch"
+    return POINTNET.choose((x, Layers(*(None,) * 6, layers[3][0].weight, None))) != "torch"  # type: ignore[arg-type]
 
 
 def _fused(layers: Sequence[Layer], x: Tensor) -> Tensor:

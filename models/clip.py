@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import vit_tokens
-from mmfuse.kernels import clip_loss, embed_text, select_head
+from mmfuse.kernels import clip_loss
+from mmfuse.kernels.head import select_head
+from mmfuse.kernels.text import embed_text
 from mmfuse.models.registry import System, check_keys, instantiate
 
 

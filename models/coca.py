@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mmfuse.fused import linear_cross_entropy, vit_tokens
 from mmfuse.fused.captioning import CaptionDecoder, attend, generate, project, residual, visible_keys
-from mmfuse.kernels import clip_loss, embed_text
+from mmfuse.kernels import clip_loss
+from mmfuse.kernels.text import embed_text
 from mmfuse.models.registry import System, check_keys, instantiate
 
 Norm = Callable[[int], nn.Module]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.device import INTERPRET
-from mmfuse.kernels._runtime.signature import Signature, hints_of, is_tensor
+from mmfuse.kernels._runtime.signature import Signature, asking, hints_of, is_tensor
 
 if TYPE_CHECKING:
     from mmfuse.kernels._runtime.operator import Implementation, Operator
@@ -68,36 +68,33 @@ class Backward:
     def __init__(self, operator: Operator, implementation: Implementation, name: str):
         self.operator, self.implementation = operator, implementation
         hints = hints_of(operator.backward)  # type: ignore[arg-type]
-        self.wants = {n for n in ("passes", "needs") if hints.pop(n, None) is not None}
-        self.asked = list(hints)
+        # what has no passes is torch's own, which traces it
+        registered, _ = hints.pop("passes", None) is not None, hints.pop("needs", None)
         of_output = {"g": 0} | {f"g_{output}": i for i, output in enumerate(operator.outputs)}
         self.grads = {n: of_output[n] for n in hints if n in of_output}
         # a gradient is like its argument: which is kept, stood for by an output, or told by shape and dtype
         standing = {argument: output for output, argument in operator.instead.items()}
         self.like = {n: standing.get(n, n) for n in operator.differentiable}
-        for n in self.like if "passes" in self.wants else ():
-            if self.like[n] not in Signature(hints).flat:
-                hints |= {f"{n}_shape": Sequence[int], f"{n}_dtype": torch.dtype}
+        flat = Signature(hints).flat
+        self.told = [n for n, like in self.like.items() if like not in flat]
+        for n in self.told if registered else ():
+            hints |= {f"{n}_shape": Sequence[int], f"{n}_dtype": torch.dtype}
         self.signature = Signature(hints)
         self.kept = {n: is_tensor(hint) for n, hint in self.signature.flat.items() if n not in self.grads}
+        self.ask = asking(operator.backward, (*self.signature.names, "passes", "needs"))  # type: ignore[arg-type]
         self.op: Callable[..., list[Tensor]] = self.compute
-        if "passes" in self.wants:  # otherwise it is torch's own, which traces it
-            hints = self.signature.flat | _NEEDS
-            op = _registered(
-                f"{name}_backward", self.compute, self.empty, hints, list[Tensor], implementation.traceable
-            )
+        if registered:
+            hints, traceable = self.signature.flat | _NEEDS, implementation.traceable
+            op = _registered(f"{name}_backward", self.compute, self.empty, hints, list[Tensor], traceable)
             self.op = op._opoverload
 
     def compute(self, *flat: Any) -> list[Tensor]:
         """The gradients of the differentiable arguments, an empty one where it is not needed."""
         *kept, needs = flat
-        given = dict(zip(self.signature.names, self.signature.restore(kept), strict=True))
-        given = {n: given[n] for n in self.asked}
-        given |= {n: value for n, value in (("passes", self.implementation.passes),) if n in self.wants}
-        given |= {n: self.operator.Needs(*needs) for n in ("needs",) if n in self.wants}
         g = next(t for t in flat if isinstance(t, Tensor))
         with without_autocast(g.device.type):
-            found = self.operator.backward(**given)  # type: ignore[misc]
+            args = self.signature.restore(kept)
+            found = self.ask((*args, self.implementation.passes, self.operator.Needs(*needs)))
         return [found[n] if need else g.new_empty(0) for n, need in zip(self.like, needs, strict=True)]
 
     def empty(self, *flat: Any) -> list[Tensor]:
@@ -106,29 +103,23 @@ class Backward:
         g = next(t for t in flat if isinstance(t, Tensor))
 
         def gradient(name: str, like: str) -> Tensor:
-            if like in given:
-                return torch.empty_like(given[like], memory_format=torch.contiguous_format)
-            return g.new_empty(given[f"{name}_shape"], dtype=given[f"{name}_dtype"])
+            if name in self.told:
+                return g.new_empty(given[f"{name}_shape"], dtype=given[f"{name}_dtype"])
+            return torch.empty_like(given[like], memory_format=torch.contiguous_format)
 
-        return [
-            gradient(*names) if need else g.new_empty(0) for names, need in zip(self.like.items(), needs, strict=True)
-        ]
+        every = zip(self.like.items(), needs, strict=True)
+        return [gradient(*names) if need else g.new_empty(0) for names, need in every]
 
     def setup(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         op, outputs = self.operator, (output,) if isinstance(output, Tensor) else output
-
-        def find(name: str) -> Any:
-            if name in op.signature.at:
-                return inputs[op.signature.at[name]]
-            if name not in op.outputs:
-                argument, _, fact = name.rpartition("_")
-                return getattr(inputs[op.signature.at[argument]], fact)
-            t = outputs[op.outputs.index(name)]
-            absent = name in op.instead and t.dim() == 1 and t.shape[0] == 0
-            return inputs[op.signature.at[op.instead[name]]] if absent else t
-
-        ctx.save_for_backward(*[find(n) for n, tensor in self.kept.items() if tensor])
-        ctx.options = [find(n) for n, tensor in self.kept.items() if not tensor]
+        values = dict(zip(op.signature.flat, inputs, strict=False)) | dict(zip(op.outputs, outputs, strict=True))
+        for absent, argument in op.instead.items():
+            if values[absent].dim() == 1 and values[absent].shape[0] == 0:
+                values[absent] = values[argument]
+        for n in self.told:
+            values |= {f"{n}_shape": values[n].shape, f"{n}_dtype": values[n].dtype}
+        ctx.save_for_backward(*[values[n] for n, tensor in self.kept.items() if tensor])
+        ctx.options = [values[n] for n, tensor in self.kept.items() if not tensor]
         ctx.mark_non_differentiable(*[t for i, t in enumerate(outputs) if i not in self.grads.values()])
         ctx.set_materialize_grads(False)  # zeros for every other output, kept logits among them
 
@@ -136,12 +127,12 @@ class Backward:
         self, op: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Any], needs: Sequence[bool]
     ) -> list[Any]:
         """Of the differentiable arguments; None where it is not needed."""
-        given = {n: grads[i] for n, i in self.grads.items()}
-        if all(g is None for g in given.values()):
+        values = {n: grads[i] for n, i in self.grads.items()}
+        if all(g is None for g in values.values()):
             return [None] * len(needs)
         tensors, options = iter(ctx.saved_tensors), iter(ctx.options)
-        kept = {n: next(tensors if tensor else options) for n, tensor in self.kept.items()}
-        found = op(*((given | kept)[n] for n in self.signature.flat), list(needs))
+        values |= {n: next(tensors if tensor else options) for n, tensor in self.kept.items()}
+        found = op(*(values[n] for n in self.signature.flat), list(needs))
         return [d if need else None for d, need in zip(found, needs, strict=True)]
 
     def of_registered(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:

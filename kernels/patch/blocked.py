@@ -148,7 +148,7 @@ def blocks(stem: Stem, f: Folded, itemsize: int) -> Iterator[tuple[int, int]]:
 
 
 def whole(stem: Stem, r: int, n: int) -> bool:
-    """Whether the images have all their patches, beside which the prefix does not count."""
+    """Whether every patch is computed, and the prefix is so short that its rows may join the product."""
     return stem.ids_keep is None and r <= n // 16
 
 

@@ -74,7 +74,7 @@ def _fold_kernel(
         v = (w * up).to(v_ptr.dtype.element_ty)
         tl.store(v_ptr + k, v, mask=k < KP)
         if rest_ptr is not None:
-            # of the rounded weight: the picture's mean does not multiply its rounding error
+            # of the rounded weight: the image's mean does not multiply its rounding error
             shift += v.to(ACC) * tl.load(rest_ptr + channel, mask=k < K, other=0.0).to(ACC)
     if c_ptr is not None:
         c = -tl.sum(shift, axis=0) / up
@@ -102,7 +102,7 @@ def _scaled(
 
 @triton.jit
 def _token(row, order_ptr):
-    """Which of the images' computed patches, all in a row, a row of A is."""
+    """The number of the patch in a row of A, counted over the computed patches of all images."""
     if order_ptr is not None:
         row = tl.load(order_ptr + row).to(tl.int32)
     return row

@@ -62,7 +62,9 @@ def _implementation(name: str) -> Implementation:
     passes = SimpleNamespace(
         patches=PATCH_EMBED.implementations[name].passes, words=WORDS["triton" if on_gpu else "chunked"]
     )
-    return Implementation(name, passes=passes, against=[partial(_of_patches, name), *([too_wide] if on_gpu else [])])
+    against = [partial(_of_patches, name), *([too_wide] if on_gpu else [])]
+    kernels = [*PATCH_EMBED.implementations[name].kernels, WORDS["triton"].module] if name == "triton" else []
+    return Implementation(name, passes=passes, against=against, kernels=kernels)
 
 
 def _example(x: Tensor, **how: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import linear_cross_entropy
-from mmfuse.kernels import embed_text
+from mmfuse.kernels.text import embed_text
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import PointPatchEmbed
-from mmfuse.kernels import embed_text
+from mmfuse.kernels.text import embed_text
 from mmfuse.models.metatransformer.audio import AudioEmbed
 from mmfuse.models.metatransformer.encoder import Encoder
 from mmfuse.models.metatransformer.graph import GraphFeatureTokenizer

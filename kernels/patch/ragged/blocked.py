@@ -59,7 +59,7 @@ class Positions:
         return resample_adjoint(g, rows, columns).flatten(0, 1)
 
     def images(self) -> Iterator[tuple[tuple[int, int, int], int]]:
-        """(grid, first patch) of what is no empty image, equal sizes in a row."""
+        """(grid, first patch) of every image that has patches, images of the same size one after the other."""
         for grid, first in sorted(zip(self.grids, self.start, strict=True), key=lambda image: image[0][1:]):
             if all(grid):
                 yield grid, first
@@ -94,7 +94,7 @@ def forward(x: Tensor, f: Folded, table: Tensor | None, places: Places, dtype: t
     for i in range(0, len(out), _ROWS):
         block = slice(i, i + _ROWS)
         a = x[block] if source is None else at_source(x, source[block])
-        a = a.to(acc) if f.near is None else a.to(acc) - f.near
+        a = a.to(acc) if f.subtract is None else a.to(acc) - f.subtract
         torch.addmm(out[block], a, v, out=out[block])
     if source is not None:
         out.masked_fill_((source < 0)[:, None], 0)
@@ -109,9 +109,9 @@ def at_source(rows: Tensor, source: Tensor) -> Tensor:
 
 
 def backward(
-    g: Tensor, x: Tensor, near: Tensor | None, source: Tensor | None, compute: torch.dtype, need_weight: bool
+    g: Tensor, x: Tensor, subtract: Tensor | None, source: Tensor | None, compute: torch.dtype, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dyT (x - near) [D, K], sum dy [D]) of g [R, D], in float32 (float64 for float64)."""
+    """(dyT (x - subtract) [D, K], sum dy [D]) of g [R, D], in float32 (float64 for float64)."""
     acc = accumulation_dtype(compute)
     product = torch.zeros(g.shape[1], x.shape[1] if need_weight else 0, dtype=acc, device=g.device)
     total = torch.zeros(g.shape[1], dtype=acc, device=g.device)
@@ -124,8 +124,8 @@ def backward(
         total += dy.sum(0, dtype=acc)
         if need_weight:
             a = x[block] if source is None else at_source(x, source[block])
-            if near is not None:
-                a = a.to(acc) - near
+            if subtract is not None:
+                a = a.to(acc) - subtract
             if g.is_cuda and compute != acc:
                 product = torch.mm(dy.t().to(compute), a.to(compute), out_dtype=acc)
             else:

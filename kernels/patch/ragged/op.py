@@ -58,7 +58,7 @@ def _backward(
 ) -> dict[str, Tensor]:
     f, source, grads = fold(x, weight, bias, mean, std, compute), places.source, {}
     if needs.weight or needs.bias:
-        product, total = blocked.backward(g, x, f.near, source, compute, needs.weight)
+        product, total = blocked.backward(g, x, f.subtract, source, compute, needs.weight)
         if needs.weight:
             grads["weight"] = weight_grad(f, product, total).to(weight.dtype)
         grads["bias"] = total.to(weight.dtype if bias is None else bias.dtype)

@@ -14,8 +14,8 @@ class Folded(NamedTuple):
     weight: Tensor  # [D, K] V = W s, rounded to `compute`
     bias: Tensor  # [D] c = b - V (m - n)
     scale: Tensor | None  # [K] s
-    shift: Tensor | None  # [K] m - n, m the mean
-    near: Tensor | None  # [K] n, for bytes the whole number next to m: x - n is exact in 16 bits, sums do not cancel
+    rest: Tensor | None  # [K] m - n, m the mean
+    subtract: Tensor | None  # [K] n, for bytes the whole number next to m: x - n is exact in 16 bits, nothing cancels
 
 
 def fold(
@@ -32,17 +32,17 @@ def fold(
     v = (weight.to(acc) * scale).to(compute)
     if mean is None:
         return Folded(v, c, scale, None, None)
-    shift, near = mean.to(acc) * unit, None
+    rest, subtract = mean.to(acc) * unit, None
     if x.dtype == torch.uint8:
-        near = shift.round()
-        shift = shift - near
-    return Folded(v, c - v.to(acc) @ shift, scale, shift, near)
+        subtract = rest.round()
+        rest = rest - subtract
+    return Folded(v, c - v.to(acc) @ rest, scale, rest, subtract)
 
 
 def weight_grad(f: Folded, product: Tensor, total: Tensor) -> Tensor:
     """dW = s (dyT (x - n) - (m - n) sum dy), of the product dyT (x - n) [D, K] and the sum of dy [D]."""
-    if f.shift is not None:
-        product = product - total[:, None] * f.shift
+    if f.rest is not None:
+        product = product - total[:, None] * f.rest
     return product if f.scale is None else product * f.scale
 
 
