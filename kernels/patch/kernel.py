@@ -712,7 +712,7 @@ def backward_from(gather: Gather, grad: Tensor, stem: Stem, wanted: Collection[s
         "bias": (total - masked)[r:].sum(0),
         "prefix": total[:r],
         "prefix_position": total[:r],
-        "position": total[r:],
+        "position": total[r:].clone(),  # results may not share memory
         "mask_token": masked.sum(0),
         "type_embed": total.sum(0),
     }

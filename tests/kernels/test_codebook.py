@@ -181,15 +181,15 @@ def test_dtypes_that_differ_meet_in_the_wider_one() -> None:
 
 def test_errors() -> None:
     z, codebook = random(7, 6, 4)
-    with pytest.raises(ValueError, match="codebook has 3 features per row, expected 4 as in z"):
+    with pytest.raises(ValueError, match=r"codebook has shape \(6, 3\), expected \[K, 4\] as z has features"):
         nearest_code(z, codebook[:, :3])
     with pytest.raises(ValueError, match=r"codebook has shape \(0, 4\), expected at least one code"):
         nearest_code(z, codebook[:0])
-    with pytest.raises(ValueError, match="metric is 'dot', expected one of euclidean, cosine"):
+    with pytest.raises(ValueError, match="metric is 'dot', expected one of 'euclidean', 'cosine'"):
         nearest_code(z, codebook, metric="dot")
-    with pytest.raises(TypeError, match=r"mask is torch.int64, expected torch.bool"):
+    with pytest.raises(TypeError, match=r"mask has dtype torch.int64, expected torch.bool"):
         nearest_code(z, codebook, mask=torch.ones(7, dtype=torch.int64, device=DEVICE))
-    with pytest.raises(TypeError, match=r"mask is list, expected torch.bool"):
+    with pytest.raises(TypeError, match=r"mask is list, expected a tensor"):
         nearest_code(z, codebook, mask=[True] * 7)
     for wrong in (-2, 6) if DEVICE == "cpu" else ():
         with pytest.raises(ValueError, match=rf"codes has {wrong}, expected -1 <= code < 6, the rows of codebook"):
@@ -354,7 +354,7 @@ def test_opcheck(backend: str) -> None:
     opcheck(lambda: code_statistics(z, codes, 7, backend=backend))
     z.requires_grad_(), codebook.requires_grad_()
     for gradient in GRADIENTS:
-        opcheck(lambda gradient=gradient: assign_code(z, codebook, codes, 0.3, gradient=gradient, backend=backend))
+        opcheck(lambda gradient=gradient: assign_code(z, codebook, codes, beta=0.3, gradient=gradient, backend=backend))
 
 
 def test_compile() -> None:

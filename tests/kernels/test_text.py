@@ -172,12 +172,13 @@ def test_errors() -> None:
         ("type_embed has shape .3,., expected .24.", {"type_embed": table[0, :3]}),
         ("norm is 1, expected .weight", {"norm": 1}),
         ("padding_idx is 11, expected 0 <= padding_idx < 11", {"padding_idx": 11}),
-        ("pad_mask is torch.int64 .3, 5., expected bool .3, 5.", {"pad_mask": ids}),
     ):
         with pytest.raises(ValueError, match=message):
             embed_text(ids, table, **options)
-    with pytest.raises(TypeError, match="ids is torch.float32, expected int64 or int32"):
+    with pytest.raises(TypeError, match="ids has dtype torch.float32, expected torch.int64 or torch.int32"):
         embed_text(ids.float(), table)
+    with pytest.raises(TypeError, match="pad_mask has dtype torch.int64, expected torch.bool"):
+        embed_text(ids, table, pad_mask=ids)
     with pytest.raises(TypeError, match="position has dtype torch.float64, expected torch.float32"):
         embed_text(ids, table, position=position.double())
     if not GPU:
@@ -290,7 +291,7 @@ def test_embed_pair_without_a_class_token_or_a_mask() -> None:
     assert (torch.autograd.grad(got.sum(), fewer["mask_token"], allow_unused=True)[0] == 0).all()
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", [n for n in BOTH if n != "torch"])
 def test_embed_pair_opcheck(backend: str) -> None:
     leaves, options = beit3(torch.float32)
     opcheck(lambda: embed_pair(backend=backend, **leaves, **options))
