@@ -15,14 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mmfuse.kernels._runtime import UnsupportedError
+from mmfuse.bench import csrc_report
+from mmfuse.kernels._runtime import UnsupportedError, operators
 from mmfuse.kernels._runtime.aot import SHARED_LIMIT, Facts, Spec, compile_all, violations
 from mmfuse.kernels._runtime.device import INTERPRET, triton_missing
 
@@ -91,12 +92,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def triton_specs(name: str = "") -> Iterator[Spec]:
-    """What every `kernel.py` ships."""
-    import mmfuse.kernels
-
-    root = Path(mmfuse.kernels.__file__).parent
-    for path in sorted(root.rglob("kernel.py")):
-        module = ".".join(("mmfuse.kernels", *path.relative_to(root).with_suffix("").parts))
+    """What the modules ship that the operators' Triton implementations launch."""
+    launched = (op.implementations["triton"].kernels for op in operators().values() if "triton" in op.implementations)
+    for module in sorted(set(chain.from_iterable(launched))):
         for spec in import_module(module).aot_specs():
             if name in f"{spec.kernel} {spec.variant}":
                 yield spec
@@ -111,11 +109,7 @@ def _triton_row(spec: Spec, arch: int, facts: Facts | str) -> Row:
 
 def _csrc_rows(arch: int, name: str) -> list[Row] | str:
     try:
-        from mmfuse.bench.csrc_report import resource_usage
-    except ImportError as error:
-        return str(error)
-    try:
-        found: list[dict[str, Any]] | str = resource_usage({90: "sm_90a"}.get(arch, f"sm_{arch}"))
+        found: list[dict[str, Any]] | str = csrc_report.resource_usage({90: "sm_90a"}.get(arch, f"sm_{arch}"))
     except RuntimeError as error:
         return [Row(arch, "csrc", "", violations=[f"does not compile: {error}"])]
     if isinstance(found, str):

@@ -1,21 +1,17 @@
-"""What the providers of every case are made of: the eager formula, torch.compile of it, ours, and published kernels."""
+"""What the peers and anchors of a case are made of: formulas, torch.compile of them, published kernels, products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfuse.bench.cases import Load
-from mmfuse.kernels._runtime import Op
-
 Fn = Callable[..., Any]
-Probe = Callable[[torch.device, torch.dtype], tuple[Any, ...]]  # small arguments of an operator's choice
-
-BACKENDS = ("cuda", "triton", "cpu", "chunked", "torch")
+# (device, dtype) -> the function to measure; raising means absent, with the exception as the reason
+Load = Callable[[torch.device, torch.dtype], Fn]
 
 
 def amp(fn: Fn) -> Fn:
@@ -44,41 +40,122 @@ def compiled(load: Load) -> Load:
     return run
 
 
-def peer(make: Callable[[], Fn]) -> Load:
+def formula(fn: Fn) -> dict[str, Load]:
+    """As it stands, and compiled."""
+    return {"eager": eager(fn), "compile": compiled(eager(fn))}
+
+
+@dataclass(frozen=True)
+class Only:
+    """A peer for one kind of device."""
+
+    kind: str
+    load: Load
+
+    def __call__(self, device: torch.device, dtype: torch.dtype) -> Fn:
+        if device.type != self.kind:
+            raise NotImplementedError(f"needs a {self.kind.upper()} device")
+        return self.load(device, dtype)
+
+
+def gpu(make: Callable[[], Fn]) -> Load:
     """A published kernel for CUDA."""
+    return Only("cuda", lambda device, dtype: make())
+
+
+def faiss(index: str, k: int, found: Callable[[Tensor, Tensor], Tensor]) -> Load:
+    """faiss's exact index on the CPU, filled in the same call; `found` of the values and indices that it gives."""
 
     def load(device: torch.device, dtype: torch.dtype) -> Fn:
-        if device.type != "cuda":
-            raise NotImplementedError("needs a CUDA device")
-        return make()
+        if dtype != torch.float32:
+            raise NotImplementedError("needs float32")
+        import faiss
 
-    return load
+        faiss.omp_set_num_threads(torch.get_num_threads())
 
+        def run(queries: Tensor, rows: Tensor) -> Tensor:
+            flat = getattr(faiss, index)(rows.shape[1])
+            flat.add(rows.numpy())
+            return found(*map(torch.from_numpy, flat.search(queries.numpy(), k)))
 
-def chosen(op: Op, count: int, inputs: tuple[Any, ...], backend: str | None = None) -> str:
-    """The implementation that runs, which an operator chooses by its first `count` arguments."""
-    return op.select(*inputs[:count], backend=backend).name
+        return run
 
-
-def ours(op: Op, fn: Fn, probe: Probe, **options: tuple[Any, ...]) -> dict[str, Load]:
-    """`mmfuse` is what the dispatcher chooses, `mmfuse-triton[store]` names the implementation and an option's value.
-
-    `options`: at most one option, with the values it is also measured at, e.g. save=("store", "recompute").
-    """
-    values = [(name, value) for name, each in options.items() for value in each]
-    return {
-        "mmfuse" + (f"-{backend}" if backend else "") + (f"[{option[1]}]" if option else ""): _ours(
-            op, fn, probe, backend, dict([option] if option else [])
-        )
-        for backend in (None, *BACKENDS)
-        for option in ((None, *values) if backend != "torch" else (None,))
-        if backend is None or backend in {i.name for i in op.implementations}
-    }
+    return Only("cpu", load)
 
 
-def _ours(op: Op, fn: Fn, probe: Probe, backend: str | None, bound: dict[str, Any]) -> Load:
+def then(of: Fn, fn: Fn) -> Fn:
+    """`of` the result of `fn`."""
+    return lambda *args, **options: of(fn(*args, **options))
+
+
+# --- anchors --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Work that no implementation can do without, timed beside the providers."""
+
+    load: Load
+    flops: Callable[..., float]  # (**shape)
+
+
+class Scratch:
+    """Memory that is made by the first call, and kept: page faults are no part of a product or a copy."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self.at = 0
+
+    def kept(self, make: Callable[[], Tensor]) -> Tensor:
+        if self.at == len(self._kept):
+            self._kept.append(make())
+        self.at += 1
+        return self._kept[self.at - 1]
+
+    def mm(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.is_cuda:  # where fresh memory is free, and results are large
+            return a @ b
+        return torch.mm(a, b, out=self.kept(lambda: a.new_empty(len(a), b.shape[1])))
+
+
+def anchor(run: Callable[..., Tensor], flops: Callable[..., float]) -> Anchor:
+    """`run(scratch, *inputs)`, which asks `scratch` for the same things at every call."""
+
     def load(device: torch.device, dtype: torch.dtype) -> Fn:
-        op.select(*probe(device, dtype), backend=backend)  # raises where it cannot run
-        return partial(fn, backend=backend, **bound)
+        scratch = Scratch()
 
-    return load
+        def call(*inputs: Any) -> Tensor:
+            scratch.at = 0
+            return run(scratch, *inputs)
+
+        return call
+
+    return Anchor(load, flops)
+
+
+def products(
+    pairs: Callable[..., Iterable[tuple[Tensor, Tensor, int]]], flops: Callable[..., float], name: str = "product"
+) -> dict[str, Anchor]:
+    """Of each (X, Y, count) among the inputs the first `count` of U = X YT, U Y, UT X, and X YT again."""
+
+    def run(scratch: Scratch, *inputs: Any) -> Tensor:
+        for x, y, count in pairs(*inputs):
+            u = scratch.mm(x, y.T)
+            if count > 1:
+                scratch.mm(u, y)
+                scratch.mm(u.T, x)
+            if count > 3:
+                torch.mm(x, y.T, out=u)
+        return u
+
+    return {name: anchor(run, flops)}
+
+
+def copy(shape: Callable[..., tuple[int, ...]], flops: Callable[..., float]) -> dict[str, Anchor]:
+    """A copy of as many numbers as the result has: `shape` of the inputs."""
+
+    def run(scratch: Scratch, *inputs: Any) -> Tensor:
+        target, source = (scratch.kept(lambda: inputs[0].new_ones(shape(*inputs))) for _ in range(2))
+        return target.copy_(source)
+
+    return {"copy": anchor(run, flops)}

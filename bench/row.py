@@ -99,7 +99,7 @@ class Row:
     def _judge(self, fn: Callable[..., Tensor]) -> Record:
         """The project's rule of tolerance, over a few draws so that a lucky sum of eager's does not decide."""
         eager, exact = _judges(self.case, tuple(self.small.items()), self.device, self.dtype, self.mode)
-        got = _draws(fn, self.case, self.small, self.device, self.dtype, self.mode)
+        got = _draws(fn, functools.partial(_draw, self.case, self.small, self.device, self.dtype), self.mode)
         shares = {}
         for name, g, e, x in zip(self.case.outputs, got, eager, exact, strict=False):
             error, allowed, _ = error_and_bound(g, e, x)
@@ -143,22 +143,9 @@ class Row:
             raise
 
 
-def _draws(
-    fn: Callable[..., Tensor],
-    case: Case,
-    shape: Shape,
-    device: torch.device,
-    dtype: torch.dtype,
-    mode: str,
-    exact: bool = False,
-) -> list[Tensor]:
-    """The outputs over a few draws of the inputs, in float64 if `exact`."""
-    results = []
-    for seed in range(_DRAWS):
-        inputs = _draw(case, shape, device, dtype, seed)
-        if exact:
-            inputs = tuple(_exact(t) for t in inputs)
-        results.append(_call(fn, inputs, mode))
+def _draws(fn: Callable[..., Tensor], draw: Callable[[int], tuple[Tensor, ...]], mode: str) -> list[Tensor]:
+    """The outputs over a few draws of the inputs."""
+    results = [_call(fn, draw(seed), mode) for seed in range(_DRAWS)]
     return [torch.stack(ts) for ts in zip(*results, strict=True)]
 
 
@@ -170,9 +157,10 @@ def _exact(t: Tensor) -> Tensor:
 def _judges(
     case: Case, shape: tuple[tuple[str, int], ...], device: torch.device, dtype: torch.dtype, mode: str
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """The definition's, in the dtype and in float64."""
     define = case.providers[case.definitions[0]](device, dtype)
-    eager, exact = (_draws(define, case, dict(shape), device, dtype, mode, exact) for exact in (False, True))
-    return eager, exact
+    draw = functools.partial(_draw, case, dict(shape), device, dtype)
+    return _draws(define, draw, mode), _draws(define, lambda seed: tuple(map(_exact, draw(seed))), mode)
 
 
 def first_line(error: BaseException) -> str:

@@ -107,19 +107,19 @@ def measure(
     After the time `until` only what a row needs is measured: the baselines, the first of ours, and one round of them.
     """
     case = row.case
-    common = {"case": case.name, "shape": row.shape, "dtype": str(row.dtype)[6:], "mode": row.mode}
+    record = functools.partial(_record, case, row.shape, row.dtype, row.mode)
     records: dict[str, Record] = {}
     for i, name in enumerate(names):
         tick(f"checking {name}", i / len(names) / 2)
         late = time.perf_counter() > until and any(is_ours(n) for n in records)
         found = {"status": "skipped", "reason": "no time is left"} if late else probes.probe(row, name)
-        records[name] = {**common, "provider": name, "role": "provider", **found}
+        records[name] = record(name, **found)
     timed = [name for name in names if records[name]["status"] == "ok"]
     anchors = list(dict.fromkeys(case.anchor(name, row.mode) for name in timed))
     peak_flops, peak_bytes = clock.ceilings(row.device, row.dtype)
     for name in anchors:
         seconds = case.anchors[name].flops(**row.shape) / peak_flops
-        records[name] = {**common, "provider": name, "role": "anchor", "status": "ok", "seconds": seconds}
+        records[name] = record(name, role="anchor", status="ok", seconds=seconds)
     samples: dict[str, list[float]] = {}
     first: dict[str, float] = {}
     for name in (*anchors, *timed):
@@ -212,7 +212,7 @@ def run(
                 left = budget - (begun - start)
                 if expected > left:
                     reason = f"would take about {expected:.0f} s, {max(0.0, left):.0f} s are left of {budget:.0f}"
-                    yield [_skipped(case, shape, dtype, of_case, reason)]
+                    yield [_record(case, shape, dtype, of_case, "all", status="skipped", reason=reason)]
                     continue
             row = Row(case, shape, device, dtype, of_case)
             step = functools.partial(_step, tick, f"{case.name} {label(shape)}", i)
@@ -228,17 +228,11 @@ def _step(tick: Tick, job: str, before: int, text: str, share: float) -> None:
     tick(f"{job}: {text}", before + share)
 
 
-def _skipped(case: Case, shape: Shape, dtype: torch.dtype, mode: str, reason: str) -> Record:
-    return {
-        "case": case.name,
-        "shape": shape,
-        "dtype": str(dtype)[6:],
-        "mode": mode,
-        "provider": "all",
-        "role": "provider",
-        "status": "skipped",
-        "reason": reason,
-    }
+def _record(
+    case: Case, shape: Shape, dtype: torch.dtype, mode: str, provider: str, role: str = "provider", **found: Any
+) -> Record:
+    of = {"case": case.name, "shape": shape, "dtype": str(dtype)[6:], "mode": mode}
+    return {**of, "provider": provider, "role": role, **found}
 
 
 def holds(records: Sequence[Record]) -> bool:

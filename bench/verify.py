@@ -9,12 +9,16 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from mmfuse.bench.cases import Check, checks
+from mmfuse.bench import cases
+from mmfuse.bench.cases import Check
+from mmfuse.bench.inputs import by_name, units, weighted
 from mmfuse.kernels._runtime import operators
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dispatch import BACKENDS
 from mmfuse.kernels._runtime.numerics import error_and_bound
+from mmfuse.kernels._runtime.operator import reached
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DRAWS = 4
@@ -36,6 +40,24 @@ class Row:
         return self.error <= self.allowed
 
 
+def checks() -> list[Check]:
+    """Those of the suites, and the example of an operator that has none."""
+    found = list(cases.checks())
+    return found + [of_example(name) for name in operators() if all(check.op != name for check in found)]
+
+
+def of_example(name: str) -> Check:
+    def run(inputs: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
+        features = inputs["features"].detach().requires_grad_()
+        results = tree_leaves(operators()[name].examples[name](features, backend=backend))
+        found = by_name([f"result {i}" for i in range(len(results))], results)
+        if scalars := [weighted(t) for t in results if t.requires_grad]:
+            found["d features"] = torch.autograd.grad(torch.stack(scalars).sum(), features)[0]
+        return found
+
+    return Check(name, "example", units(features=(33, 48)), run)
+
+
 def verify(op: str | None = None, device: str = "cpu", seed: int = 0) -> Iterator[Row]:
     """The errors of every implementation that runs on `device`, over a few draws of each check's inputs."""
     for check in checks():
@@ -46,9 +68,9 @@ def verify(op: str | None = None, device: str = "cpu", seed: int = 0) -> Iterato
 
 def _rows(check: Check, dtype: torch.dtype, device: str, seed: int) -> Iterator[Row]:
     drawn = _rounded(check, dtype, device)
-    available = operators()[check.op].available(*check.arguments(drawn))
+    operator, args, _ = reached(lambda: check.run(drawn, None), operators()[check.op].name)
     # another package's implementation is not ours to verify
-    backends = [n for n in available if n in BACKENDS and n != "torch"]
+    backends = [n for n in operator.available(args) if n in BACKENDS and n != "torch"]
     if INTERPRET and dtype == torch.bfloat16 and "triton" in backends:  # it truncates where a GPU rounds
         backends.remove("triton")
     results: dict[str, list[dict[str, Tensor]]] = {n: [] for n in ("exact", "torch", *backends)}
@@ -93,9 +115,6 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({**asdict(row), "holds": row.holds}))
         else:
             errors = (f"{v:.2e}" for v in (row.error, row.eager, row.allowed))
-            print(
-                line.format(
-                    row.op, row.case, row.dtype, row.backend, row.quantity, *errors, "ok" if row.holds else "WORSE"
-                )
-            )
+            facts = (row.op, row.case, row.dtype, row.backend, row.quantity)
+            print(line.format(*facts, *errors, "ok" if row.holds else "WORSE"))
     return 0 if holds else 1

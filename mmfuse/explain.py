@@ -8,7 +8,8 @@ import json
 import torch
 
 import mmfuse.fused.language  # noqa: F401  (registers its operator)
-from mmfuse.kernels._runtime import explain, operators
+from mmfuse.kernels._runtime import operators
+from mmfuse.kernels._runtime.operator import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +33,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"op is {args.op!r}, expected one of {', '.join(sorted(known))}")
     features = torch.empty(shape, dtype=dtype, device=args.device)
     names = [args.op] if args.op else list(known)
-    if args.json:
-        print(json.dumps({name: known[name].explain(*known[name].example(features)) for name in names}, indent=1))
-    else:
-        print("\n".join(explain(name, *known[name].example(features)) for name in names))
+    reasons = {name: known[name].explain(known[name].of_example(name, features)) for name in names}
+    print(json.dumps(reasons, indent=1) if args.json else "\n".join(table(*each) for each in reasons.items()))
     return 0

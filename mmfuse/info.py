@@ -78,7 +78,7 @@ def _operators() -> dict[str, dict[str, list[str]]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     features = torch.ones(1024, 512, dtype=dtype, device=device)
-    return {name: op.explain(*op.example(features)) for name, op in operators().items()}
+    return {name: op.explain(op.of_example(name, features)) for name, op in operators().items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -52,7 +52,7 @@ class Deferred:
     """An object that is made on first use: a module that imports triton, or the functions of a compiled part."""
 
     def __init__(self, make: str | Callable[[], Any]):
-        self._make = make
+        self._make, self.module = make, make if isinstance(make, str) else None
 
     def __getattr__(self, name: str) -> Any:
         made = import_module(self._make) if isinstance(self._make, str) else self._make()
@@ -69,6 +69,7 @@ class Implementation:
         function: in place of passes, a function of the operator's arguments that torch differentiates and traces.
         against: functions that say why it cannot run; None: it can.
         prefer_eager: says why a later one is the better choice, unless this one is named.
+        kernels: modules of the Triton kernels that it launches, if its passes are not deferred to one.
         traceable: the passes are launches and torch operations: where a GPU compiles them, torch.compile and
             AOTInductor take the kernels into their graph.
     """
@@ -81,10 +82,13 @@ class Implementation:
         function: Callable[..., Any] | None = None,
         against: Sequence[Reason] = (),
         prefer_eager: Reason | None = None,
+        kernels: Sequence[str] = (),
         traceable: bool = False,
     ):
         self.name, self.passes, self.function, self.traceable = name, passes, function, traceable
         self.against, self.prefer_eager = against, prefer_eager
+        deferred = passes.module if isinstance(passes, Deferred) else None
+        self.kernels = tuple(kernels) or ((deferred,) if deferred else ())
         self.op: Any = None  # as registered with torch, where there are passes
 
 
@@ -151,7 +155,7 @@ class Operator:
         if named:
             args = (*args, *(named[n] for n in self.signature.names[len(args) :]))
         if not torch.compiler.is_compiling() and (tell := _asked.get()) is not None:
-            tell(self, args, backend)
+            tell(self, args, backend or dispatch.forced_backend())
         return self._run[self.choose(args, backend)](args)
 
     def choose(self, args: Sequence[Any], backend: str | None = None) -> str:
@@ -201,6 +205,10 @@ class Operator:
     def available(self, args: Sequence[Any]) -> list[str]:
         """The implementations that run for these arguments when they are named."""
         return [i for i in self.implementations if not self.reasons_against(i, args)]
+
+    def of_example(self, name: str, features: Tensor) -> Sequence[Any]:
+        """The arguments that the example of a public function comes to."""
+        return reached(lambda: self.examples[name](features), self.name)[1]
 
     def function(self, name: str) -> Callable[..., Any]:
         """The public function of this name, which stands beside the declaration."""
@@ -281,9 +289,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
         op = known[op].function(op)
     function = op
     operator, given, _ = reached(lambda: function(*args, **options))
-    lines, found = [function.__name__], False
-    for name, why in operator.explain(given).items():
-        mark = "  " if why or found else "->"
-        found = found or not why
-        lines.append(f" {mark} {name:8} {'; '.join(why) or 'accepts these arguments'}")
-    return "\n".join(lines)
+    return table(function.__name__, operator.explain(given))
+
+
+def table(op: str, reasons: Mapping[str, list[str]]) -> str:
+    """What `explain` says about an operator, from each implementation's reasons not to run."""
+    chosen = next((name for name, why in reasons.items() if not why), None)
+    rows = (
+        f" {'->' if name == chosen else '  '} {name:8} {'; '.join(why) or 'accepts these arguments'}"
+        for name, why in reasons.items()
+    )
+    return "\n".join([op, *rows])

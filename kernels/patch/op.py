@@ -85,7 +85,7 @@ PATCH_EMBED = Operator(
     on=lambda stem: stem.weight,
     implementations=[
         Implementation("cuda", passes=Deferred(partial(_kernel, "cuda")), against=[_no_bytes]),
-        Implementation("triton", passes=Deferred(partial(_kernel, "triton"))),
+        Implementation("triton", passes=Deferred(partial(_kernel, "triton")), kernels=["mmfuse.kernels.patch.kernel"]),
         Implementation(
             "cpu",
             passes=Deferred(partial(_blocks, lambda: blocked.compiled_tile(torch.ops.mmfuse_cpu))),

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from mmfuse.bench.cases import everything, find, label, suite
+from mmfuse.bench import suites as folder
+from mmfuse.bench.cases import everything, find, label, suite, suite_module, suites
 from mmfuse.bench.row import Row
 from mmfuse.bench.runner import InProcess, measure
 
@@ -18,7 +20,7 @@ def test_every_provider_agrees_or_says_why_not(
     case: str, provider: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = find(case)
-    if provider == "compile" and of is not CASES[0]:
+    if provider == "compile" and case != "clip":
         # traced as ever; that the generated code runs too is shown by one, for it takes half a minute
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     found = Row(of, of.small, torch.device(device), torch.float32, of.modes[0]).probe(provider)
@@ -76,6 +78,15 @@ def test_anchors_are_timed_beside_the_providers() -> None:
     torch.testing.assert_close(product, row.inputs[0] @ row.inputs[1].T)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_anchors_compute_the_same_twice(case, device: str) -> None:  # type: ignore[no-untyped-def]
+    square = {"N": 32, "D": 32} if case.name == "clip" else case.small  # where results have the operands' shape
+    row = Row(case, square, torch.device(device), torch.float32, case.modes[0])
+    for name in case.anchors:
+        first = row.call(name)[0].clone()
+        assert first.numel() and torch.equal(row.call(name)[0], first)
+
+
 @pytest.mark.parametrize("size", ["64", "64x32x1", "64x0", "ax32", "-1x32"])
 def test_sizes_are_checked(size: str) -> None:
     with pytest.raises(ValueError, match="expected NxD"):
@@ -84,5 +95,17 @@ def test_sizes_are_checked(size: str) -> None:
 
 def test_suites() -> None:
     assert [c.name for c in suite("contrastive")][:2] == ["clip", "siglip"]
-    with pytest.raises(ValueError, match="expected one of"):
+    assert suite("max-batch") == []
+    with pytest.raises(ValueError, match="expected one of .*contrastive-dist"):
         suite("nothing")
+
+
+def test_a_new_suite_is_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])
+    (tmp_path / "one_more.py").write_text(
+        "import dataclasses\n"
+        "from mmfuse.bench.suites.contrastive import CASES, CHECKS\n"
+        "CASES, CHECKS = [dataclasses.replace(CASES[0], name='again')], CHECKS[:1]\n"
+    )
+    assert "one-more" in suites() and find("again").providers.keys() == find("clip").providers.keys()
+    assert [check.op for check in suite_module("one-more").CHECKS] == ["clip_loss"]

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from mmfuse.bench import compile_report, csrc_report  # noqa: E402
-from mmfuse.kernels._runtime import UnsupportedError, aot, configs  # noqa: E402
+from mmfuse.kernels._runtime import UnsupportedError, aot, configs, operators  # noqa: E402
 from mmfuse.kernels._runtime.aot import Facts, Spec, violations  # noqa: E402
 from mmfuse.kernels.contrastive import kernel  # noqa: E402
 
@@ -107,6 +107,15 @@ def test_every_dot_says_what_it_must_compile_to():
         for name in ("_stats_fwd_kernel", "_grad_kernel", "_sigmoid_fwd_kernel"):
             dtypes = {s.variant.split()[0] for s in specs if arch in s.archs and s.kernel.endswith(":" + name)}
             assert dtypes == {"bf16", "fp16", "fp32-tf32", "fp32-ieee"}
+
+
+def test_every_operator_with_a_triton_implementation_ships_kernels():
+    found = {spec.kernel.split(":")[0] for spec in compile_report.triton_specs()}
+    with_triton = [name for name, op in operators().items() if "triton" in op.implementations]
+    assert len(with_triton) > 10
+    for name in with_triton:
+        kernels = operators()[name].implementations["triton"].kernels
+        assert kernels and found.issuperset(kernels), name
 
 
 @pytest.fixture

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 import mmfuse.cli
-from mmfuse.bench import distributed, max_batch
+from mmfuse.bench.suites import contrastive_dist, max_batch
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_counts_are_the_formulas(size: int) -> None:
-    found = distributed._world(size, 8, 6)
+    found = contrastive_dist._world(size, 8, 6)
     assert {provider.split("[")[0] for _, provider, *_ in found} >= {"mmfuse"}
     for loss, provider, flops, sends in found:
-        assert (flops, pytest.approx(sends)) == distributed.expected(loss, provider, size, 8, 6), (loss, provider)
+        assert (flops, pytest.approx(sends)) == contrastive_dist.expected(loss, provider, size, 8, 6), (loss, provider)
 
 
 def test_counts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(distributed, "WORLDS", (1,))
+    monkeypatch.setattr(contrastive_dist, "WORLDS", (1,))
     assert mmfuse.cli.main(["bench", "contrastive-dist", "--sizes", "4x3", "--json", "--out", str(tmp_path)]) == 0
     (kept,) = tmp_path.rglob("contrastive-dist.json")
     assert json.loads(kept.read_text())["counts"] == [*map(json.loads, capsys.readouterr().out.splitlines())]

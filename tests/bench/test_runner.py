@@ -25,12 +25,12 @@ def _with(**providers: Callable[..., Tensor]) -> Case:
     """The clip case with providers of the test's own; `ours_x` stands for mmfuse-x."""
     case = find("clip")
     mine = {n.replace("ours_", "mmfuse-"): (lambda device, dtype, fn=fn: fn) for n, fn in providers.items()}
-    return dataclasses.replace(case, providers={"eager": case.providers["eager"], **mine})
+    return dataclasses.replace(case, peers={"eager": case.peers["eager"], **mine})
 
 
 def _measure(case: Case, n: int = 48) -> dict[str, Record]:
     row = Row(case, {"N": n, "D": 32}, CPU, torch.float32, "fwd+bwd")
-    return {r["provider"]: r for r in measure(row, list(case.providers), InProcess(), lambda *_: None, limit=0.05)}
+    return {r["provider"]: r for r in measure(row, list(case.peers), InProcess(), lambda *_: None, limit=0.05)}
 
 
 def _no_attraction(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -85,7 +85,8 @@ def test_what_cannot_run_is_listed_with_its_reason() -> None:
         raise ModuleNotFoundError("No module named 'cutlass'")
 
     case = _with(breaks=breaks, exhausts=exhausts, misses=misses)
-    case.providers["absent"] = lambda device, dtype: (_ for _ in ()).throw(SystemError("built for another torch"))
+    absent = lambda device, dtype: (_ for _ in ()).throw(SystemError("built for another torch"))  # noqa: E731
+    case = dataclasses.replace(case, peers={**case.peers, "absent": absent})
     found = _measure(case)
     assert {n: (r["status"], r["reason"]) for n, r in found.items() if "reason" in r} == {
         "breaks": ("failed", "a kernel of another architecture"),
@@ -106,7 +107,7 @@ def test_a_definition_that_does_not_fit_is_replaced_by_a_smaller_comparison(monk
         return _eager(image, text, scale)
 
     case = _with(peer=_eager, wrong=lambda *a: _eager(*a) * 1.1)
-    case.providers["eager"] = lambda device, dtype: small_only
+    case = dataclasses.replace(case, peers={**case.peers, "eager": lambda device, dtype: small_only})
     found = _measure(case)
     assert [found[n]["status"] for n in ("eager", "peer", "wrong")] == ["out of memory", "ok", "wrong"]
     assert "at 32x32" in found["wrong"]["reason"]
@@ -137,7 +138,7 @@ def test_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_case_keeps_to_its_share_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "prober", lambda device: InProcess())
     case = _with(ours_a=_eager, ours_b=_eager)
-    jobs = [(case, {"N": n, "D": 32}, list(case.providers)) for n in (32, 48)]
+    jobs = [(case, {"N": n, "D": 32}, list(case.peers)) for n in (32, 48)]
     monkeypatch.setattr(clock, "ceilings", lambda device, dtype: (1.0, 1.0))
     now = iter(range(10**6))  # every look at the clock takes a second
     monkeypatch.setattr(runner.time, "perf_counter", lambda: float(next(now)))

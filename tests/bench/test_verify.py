@@ -41,6 +41,14 @@ def test_a_wrong_gradient_is_reported(capsys: pytest.CaptureFixture[str], monkey
     assert bad and all("d text" in line for line in bad)
 
 
+def test_without_a_check_it_is_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify.cases, "checks", lambda: [])
+    assert [check.op for check in verify.checks()] == list(operators())
+    rows = list(verify.verify("vector_quantize"))
+    assert {row.quantity for row in rows} == {"result 0", "result 1", "result 2", "d features"}
+    assert {row.backend for row in rows} >= {"chunked"} and all(row.holds for row in rows)
+
+
 def test_unknown_operator(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "nope"]) == 2
     told = capsys.readouterr().err

@@ -208,7 +208,7 @@ def test_distribution(both: bool, masked_by: str, mixture: float) -> None:
     x, y, scale, own, other = query, s.float()[:, None], 1.0, row, ids
     if both:
         x, y, own, other = y, x, other, own
-    drawn = hard_negatives(x, y, scale, ids=own, key_ids=other, mixture=mixture, seed=8, both=both)
+    drawn = hard_negatives(x, y, scale, ids=own, key_ids=other, mixture=mixture, seed=8, both=both, backend="torch")
     drawn = drawn[1] if both else drawn
     assert_distributed(drawn[:, 0], weights(s, ids == 1, mixture))
 
@@ -219,7 +219,7 @@ def test_distribution_of_two_without_replacement(mixture: float) -> None:
     other = (torch.arange(6) == 5).long()
     own = torch.ones(DRAWS, dtype=torch.int64)
     drawn = hard_negatives(torch.ones(DRAWS, 1), s.float()[:, None], 1.0, ids=own, key_ids=other, k=2, seed=9,
-                           mixture=mixture)  # fmt: skip
+                           mixture=mixture, backend="torch")  # fmt: skip
     p = weights(s, other == 1, mixture)
     pairs = torch.zeros(36, dtype=torch.float64)
     for i, j in permutations(range(5), 2):

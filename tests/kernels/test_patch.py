@@ -1,7 +1,9 @@
-"""patch_embed, every implementation and its gradients against float64 and against eager in the same dtype."""
+"""patch_embed and its gradients: the reference against the convolution, every implementation against the reference."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmfuse
-from judge import assert_no_worse
+from judge import Results, cast, compared, judge
 from mmfuse.kernels import patch_embed
 from mmfuse.kernels.patch import backward_from, forward_into
 from mmfuse.kernels.patch.op import PATCH_EMBED, patch_bwd, patch_fwd, stem_of
@@ -143,57 +145,103 @@ CASES: dict[str, Any] = {
 SMALL = ["everything", "mae", "imagebind audio", "still", "padded", "nhwc", "patches"]
 
 
-def tokens_and_grads(
-    pixels: Tensor, weight: Tensor, options: dict[str, Any], dtype: torch.dtype, backend: str
-) -> dict[str, Tensor]:
+Given = tuple[Tensor, Tensor, dict[str, Any]]
+
+
+def drawn(case: str) -> Given:
+    """(pixels, weight, options)"""
+    pixels, shape, options = CASES[case]()
+    return pixels, real(*shape) / prod(shape[1:]) ** 0.5, options
+
+
+def results(embed: Callable[..., Tensor], given: Given) -> Results:
+    """The tokens, and the gradient of everything that has one."""
+    pixels, weight, options = given
     leaves: dict[str, Tensor] = {}
 
-    def leaf(name: str, t: Tensor) -> Tensor:
-        leaves[name] = t.detach().to(dtype).requires_grad_()
+    def leaf(name: str, t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        leaves[name] = t.detach().requires_grad_()
         return leaves[name]
 
-    given: dict[str, Any] = {}
-    for name, value in options.items():
-        if name.endswith("_norm"):
-            scale, shift, eps = value
-            given[name] = (leaf(name, scale), None if shift is None else leaf(name + " bias", shift), eps)
-        else:
-            given[name] = leaf(name, value) if isinstance(value, Tensor) and value.is_floating_point() else value
-    if pixels.is_floating_point():  # to(dtype) keeps the strides of a crop only where it copies nothing
-        leaves["pixels"] = pixels = (pixels if pixels.dtype == dtype else pixels.to(dtype)).detach().requires_grad_()
-    y = patch_embed(pixels, leaf("weight", weight), backend=backend, **given)
+    named = {
+        k: (leaf(k, v[0]), leaf(k + " bias", v[1]), v[2]) if k.endswith("_norm") else leaf(k, v)
+        for k, v in options.items()
+    }
+    y = embed(leaf("pixels", pixels), leaf("weight", weight), **named)
     g = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).sin().reshape(y.shape)
     grads = torch.autograd.grad(y, list(leaves.values()), g.to(y.dtype))
     return {"tokens": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def judge(make: Any, backend: str, dtype: torch.dtype) -> None:
-    """Over a few draws of the case: in one, eager's error may be nothing by luck."""
-    results: list[list[dict[str, Tensor]]] = [[], [], []]
-    for _ in range(3 if backend in FAST else 1):
-        pixels, shape, options = make()
-        weight = (real(*shape) / prod(shape[1:]) ** 0.5).to(dtype)
-        if backend not in PATCH_EMBED.available(pixels, weight):  # bytes alone, on a GPU
-            pytest.skip(f"{backend} does not take {pixels.dtype}")
-        pixels = pixels.to(dtype) if pixels.is_floating_point() and dtype != torch.float32 else pixels
-        options = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
-        for of, kind, name in zip(results, (dtype, dtype, torch.float64), (backend, "torch", "torch"), strict=True):
-            of.append(tokens_and_grads(pixels, weight, options, kind, name))
-    for name in results[0][0]:
-        got, eager, exact = (torch.stack([r[name] for r in rs]) for rs in results)
-        assert_no_worse(got, eager, exact, name)
+def tokens(given: Given, backend: str) -> Results:
+    return results(partial(patch_embed, backend=backend), given)
+
+
+def check(case: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
+    pixels, weight, _ = drawn(case)
+    if backend not in PATCH_EMBED.available(pixels, weight):  # bytes alone, on a GPU
+        pytest.skip(f"{backend} does not take {pixels.dtype}")
+    judge(compared(tokens, lambda: drawn(case), backend, dtype, draws=3 if backend in FAST else 2))
+
+
+def written_out(
+    x: Tensor, weight: Tensor, bias=None, *, stride=None, layout="nchw", mean=None, std=None, padding="error",
+    stem_norm=None, prefix=None, position=None, prefix_position=None, mask=None, mask_token=None, ids_keep=None,
+    type_embed=None, pre_norm=None,
+) -> Tensor:  # type: ignore[no-untyped-def]  # fmt: skip
+    """The convolution of the normalised pixels, and then what the docstring of `patch_embed` says, step by step."""
+    channels = {"nchw": 1, "nhwc": x.dim() - 1, "ntchw": 2, "patches": 2}[layout]
+    if x.dtype == torch.uint8:
+        x = x.to(weight.dtype) / (1 if mean is None and std is None else 255)
+    x = x.movedim(channels, -1)
+    for value, change in ((mean, torch.sub), (std, torch.div)):
+        if value is not None:
+            each = torch.tensor(value, dtype=x.dtype, device=x.device).reshape(-1)
+            x = change(x, each.repeat_interleave(x.shape[-1] // len(each)))
+    if layout == "patches":
+        y = x @ weight.flatten(1).t() + (0 if bias is None else bias)
+    else:
+        x = x.movedim(-1, 1)
+        if x.dim() < weight.dim():  # a still under a temporal kernel
+            x = x[:, :, None].expand(-1, -1, weight.shape[2], -1, -1)
+        if padding == "zero":
+            x = F.pad(
+                x, [n for size, k in zip(x.shape[:1:-1], weight.shape[:1:-1], strict=True) for n in (0, -size % k)]
+            )
+        conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
+        y = conv(x, weight, bias, stride=stride or tuple(weight.shape[2:])).flatten(2).mT
+    if stem_norm is not None:
+        y = F.layer_norm(y, (len(weight),), *stem_norm)
+    if mask is not None:
+        y = torch.where(mask[:, :, None], mask_token, y)
+    y = y if position is None else y + position
+    if ids_keep is not None:
+        y = torch.stack([rows[at] for rows, at in zip(y, ids_keep, strict=True)])
+    if prefix is not None:
+        front = prefix if prefix_position is None else prefix + prefix_position
+        y = torch.cat([front.expand(len(y), -1, -1), y], 1)
+    y = y if type_embed is None else y + type_embed
+    return y if pre_norm is None else F.layer_norm(y, (len(weight),), *pre_norm)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_the_formula(case: str) -> None:
+    given = cast(drawn(case), torch.float64)
+    torch.testing.assert_close(tokens(given, "torch"), results(written_out, given), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(case: str, backend: str) -> None:
-    judge(CASES[case], backend, torch.float32)
+    check(case, backend)
 
 
 @pytest.mark.parametrize("backend", [n for n in FUSED if n not in FAST])
 @pytest.mark.parametrize("case", SMALL)
 def test_in_the_interpreter(case: str, backend: str) -> None:
-    judge(CASES[case], backend, torch.float32)
+    check(case, backend)
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -202,14 +250,14 @@ def test_in_the_interpreter(case: str, backend: str) -> None:
 def test_16_bits(case: str, dtype: torch.dtype, backend: str) -> None:
     if backend not in FAST and (dtype == torch.bfloat16 or case == "vit"):
         pytest.skip("the interpreter's bfloat16 is not a GPU's, and it is slow")
-    judge(CASES[case], backend, dtype)
+    check(case, backend, dtype)
 
 
 @pytest.mark.parametrize("backend", [n for n in FUSED if n != "triton"])
 def test_blocks_of_one_image(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmfuse.kernels.patch.blocked._BLOCK_BYTES", {"cpu": 1, "cuda": 1})
     for case in ("vit", "everything", "mae", "beit"):
-        judge(CASES[case], backend, torch.float32)
+        check(case, backend)
 
 
 def test_is_the_convolution() -> None:
@@ -271,9 +319,8 @@ def test_range_of_a_checkpoint(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", FUSED)
 def test_equal_bitwise(backend: str) -> None:
     for case in ("everything", "mae") if backend in FAST else ("mae",):
-        pixels, shape, options = CASES[case]()
-        weight = real(*shape)
-        first, second = (tokens_and_grads(pixels, weight, options, torch.float32, backend) for _ in range(2))
+        given = drawn(case)
+        first, second = (tokens(given, backend) for _ in range(2))
         assert all(torch.equal(first[k], second[k]) for k in first)
 
 

@@ -58,7 +58,10 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] =
     "fsq": (lambda z: kernels.codebook.fsq(z, [8, 5, 5]), lambda b: (real(b, 3),)),
     "lfq_entropy": (lambda z: kernels.codebook.lfq_entropy(z), lambda b: (real(b, 4),)),
     "farthest_points": (lambda p: kernels.points.farthest_points(p, 4), lambda b: (real(b, 20, 3),)),
-    "nearest_neighbors": (lambda q, p: kernels.points.nearest_neighbors(q, p, 4), lambda b: (real(b, 5, 3), real(b, 20, 3))),
+    "nearest_neighbors": (
+        lambda q, p: kernels.points.nearest_neighbors(q, p, 4),
+        lambda b: (real(b, 5, 3), real(b, 20, 3)),
+    ),
     "ball_query": (lambda q, p: kernels.points.ball_query(q, p, 4, 0.9), lambda b: (real(b, 5, 3), real(b, 20, 3))),
     "group_points": (kernels.points.group_points, lambda b: (real(b, 20, 6), upto(20, b, 5, 4))),
     "mini_pointnet": (lambda x: kernels.points.mini_pointnet(x, LAYERS), lambda b: (real(b, 8, 3),)),

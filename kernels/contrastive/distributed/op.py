@@ -44,8 +44,12 @@ def _implementations(
         return None if peers is None else fewer_pairs(sides[name], image, max(peers.sizes) * peers.total)
 
     prefer = {name: partial(few_pairs, name) for name in sides}
+    kernels = {"triton": [TEMPLATE["triton"].module]}
     implementations = [
-        Implementation(name, function=partial(fused, name), prefer_eager=prefer.get(name)) for name in TEMPLATE
+        Implementation(
+            name, function=partial(fused, name), prefer_eager=prefer.get(name), kernels=kernels.get(name, ())
+        )
+        for name in TEMPLATE
     ]
     return [*implementations, Implementation("torch", function=plain)]
 

@@ -109,7 +109,8 @@ def _one_by_one(
 
 
 def _largest(images: list[Tensor]) -> Tensor:
-    return max(images, key=len)
+    sizes = [len(image) for image in images]
+    return images[sizes.index(max(sizes))]
 
 
 def _many_rows(images: list[Tensor]) -> str | None:
@@ -127,7 +128,12 @@ GROUPED = Operator(
     forward=_one_launch,
     on=_largest,
     implementations=[
-        Implementation("triton", function=_one_launch, against=[_many_rows]),
+        Implementation(
+            "triton",
+            function=_one_launch,
+            against=[_many_rows],
+            kernels=_LAUNCH.implementations["triton"].kernels,
+        ),
         Implementation("cuda", function=partial(_one_by_one, "cuda")),
         Implementation("cpu", function=partial(_one_by_one, "cpu"), prefer_eager=_few_pairs),
         Implementation("chunked", function=partial(_one_by_one, "chunked"), prefer_eager=_few_pairs),

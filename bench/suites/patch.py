@@ -7,7 +7,6 @@ the stem alone on a picture that something else has normalised already.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,19 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.bench.cases import Anchor, Case, Check, differentiated
-from mmfuse.bench.providers import chosen, compiled, eager, ours
-from mmfuse.kernels.patch.op import PATCH_EMBED, patch_embed
+from mmfuse.bench.cases import Case, Check
+from mmfuse.bench.inputs import differentiated, leaf, weighted
+from mmfuse.bench.providers import Fn, Load, Scratch, anchor, compiled, eager, then
+from mmfuse.kernels import patch_embed
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Fn = Callable[..., Tensor]
 
 
 def _inputs(grad: bool, device: torch.device, dtype: torch.dtype, B: int, S: int, P: int, D: int) -> tuple[Tensor, ...]:
     """(weight, bias, class token [1, D], positions [1 + N, D], pixels)"""
     n, k = (S // P) ** 2, 3 * P * P
     shapes = ((D, 3, P, P), k**-0.5), ((D,), 0.1), ((1, D), 0.1), ((1 + n, D), 0.1)
-    leaves = [(scale * torch.randn(shape, device=device)).to(dtype).requires_grad_(grad) for shape, scale in shapes]
+    leaves = [leaf(device, dtype, *shape, scale=scale).requires_grad_(grad) for shape, scale in shapes]
     return (*leaves, torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8, device=device))
 
 
@@ -86,41 +85,34 @@ def _vllm(device: torch.device, dtype: torch.dtype) -> Fn:
     return run
 
 
-def _ours(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor, **options: Any) -> Tensor:
-    return patch_embed(
-        pixels,
-        weight,
-        bias,
-        mean=_MEAN,
-        std=_STD,
-        prefix=cls,
-        position=position[1:],
-        prefix_position=position[:1],
-        **options,
-    )
+_EAGER = eager(torchvision_timm)
+_PEERS = {"eager": _EAGER, "compile": compiled(_EAGER), "normalised-in": _normalised_in, "vllm": _vllm}
 
 
-def _squares(fn: Fn, *args: Tensor, **options: Any) -> Tensor:
-    y = fn(*args, **options)
+def _squares(y: Tensor) -> Tensor:
     return y.to(torch.promote_types(y.dtype, torch.float32)).square().mean()
 
 
-def _loss_of(load: Any) -> Any:
-    return lambda device, dtype: partial(_squares, load(device, dtype))
+def _trained(load: Load) -> Load:
+    return lambda device, dtype: then(_squares, load(device, dtype))
 
 
-def _product(device: torch.device, dtype: torch.dtype) -> Any:
+def _embed(pixels: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, position: Tensor, **options: Any) -> Tensor:
+    return patch_embed(pixels, weight, bias, mean=_MEAN, std=_STD, prefix=prefix, position=position, **options)
+
+
+def _ours(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor, **options: Any) -> Tensor:
+    return _embed(pixels, weight, bias, cls, position[1:], prefix_position=position[:1], **options)
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+def _product(scratch: Scratch, weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor) -> Tensor:
     """The stem's own product, of rows that are there, and one copy of the bytes."""
-    kept: list[Tensor] = []
-
-    def run(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor) -> Tensor:
-        if not kept:  # fresh memory costs page faults, which are no part of a product
-            m = len(pixels) * (len(position) - 1)
-            kept[:] = weight.new_ones(m, weight[0].numel()), weight.new_empty(m, len(weight)), pixels.clone()
-        kept[2].copy_(pixels)
-        return torch.mm(kept[0], weight.flatten(1).T, out=kept[1])
-
-    return run
+    m, k = len(pixels) * (len(position) - 1), weight[0].numel()
+    scratch.kept(pixels.clone).copy_(pixels)
+    return scratch.mm(scratch.kept(lambda: weight.new_ones(m, k)), weight.flatten(1).T)
 
 
 def _flops(mode: str, B: int, S: int, P: int, D: int) -> float:
@@ -133,71 +125,34 @@ def _bytes(mode: str, itemsize: int, B: int, S: int, P: int, D: int) -> float:
     return once if mode == "fwd" else 2 * once
 
 
-def _probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    weight = torch.empty(768, 3, 16, 16, device=device, dtype=dtype)
-    return torch.empty(8, 3, 224, 224, device=device, dtype=torch.uint8), weight
-
-
-def _default(device: torch.device, dtype: torch.dtype) -> list[str]:
-    first = chosen(PATCH_EMBED, 2, _probe(device, dtype))
-    named = ["mmfuse-triton"] if device.type == "cuda" and first != "triton" else []
-    return ["eager", "compile", "normalised-in", "vllm", "mmfuse", *named, "mmfuse-chunked"]
-
-
-_PROVIDERS = {
-    "eager": eager(torchvision_timm),
-    "compile": compiled(eager(torchvision_timm)),
-    "normalised-in": _normalised_in,
-    "vllm": _vllm,
-}
-_SHAPES = {
-    "cpu": [{"B": b, "S": 224, "P": p, "D": d} for b, p, d in ((1, 16, 768), (8, 14, 1024), (32, 16, 768))],
-    # ViT-B/16, and ViT-g/14 of BLIP-2 and ImageBind's size
-    "cuda": [{"B": b, "S": 224, "P": p, "D": d} for b, p, d in ((32, 16, 768), (256, 16, 768), (1024, 14, 1408))],
-}
-
-
-def _chosen(inputs: tuple[Tensor, ...], backend: str | None = None) -> str:
-    return chosen(PATCH_EMBED, 2, (inputs[4], inputs[0]), backend)
-
-
-_embed = partial(
+_case = partial(
     Case,
-    chosen=_chosen,
-    definitions=("eager",),
-    default=_default,
-    dims=("B", "S", "P", "D"),
-    shapes=_SHAPES,
+    op="patch_embed",
+    cpu=[{"B": b, "S": 224, "P": p, "D": d} for b, p, d in ((1, 16, 768), (8, 14, 1024), (32, 16, 768))],
+    # ViT-B/16, and ViT-g/14 of BLIP-2 and ImageBind's size
+    cuda=[{"B": b, "S": 224, "P": p, "D": d} for b, p, d in ((32, 16, 768), (256, 16, 768), (1024, 14, 1408))],
     growth="B",
     small={"B": 3, "S": 28, "P": 14, "D": 40},
     flops=_flops,
     bytes=_bytes,
-    anchors={"product": Anchor(_product, partial(_flops, "fwd"))},
-    anchor=lambda provider, mode: "product",
+    anchors={"product": anchor(_product, partial(_flops, "fwd"))},
 )
 
-
-def _loss(*args: Tensor, **options: Any) -> Tensor:
-    return _squares(_ours, *args, **options)
-
-
 CASES = [
-    _embed(
+    _case(
         name="patch_embed",
+        ours=_ours,
+        peers=_PEERS,
         inputs=partial(_inputs, False),
         outputs=("tokens",),
-        providers={**_PROVIDERS, **ours(PATCH_EMBED, _ours, _probe)},
         modes=("fwd",),
     ),
-    _embed(
+    _case(
         name="patch_embed_train",
+        ours=then(_squares, _ours),
+        peers={name: _trained(load) for name, load in _PEERS.items()} | {"compile": compiled(_trained(_EAGER))},
         inputs=partial(_inputs, True),
         outputs=("loss", "d weight", "d bias", "d cls", "d position"),
-        providers={
-            **{name: _loss_of(load) for name, load in _PROVIDERS.items() if name != "compile"},
-            "compile": compiled(_loss_of(_PROVIDERS["eager"])),
-            **ours(PATCH_EMBED, _loss, _probe),
-        },
         modes=("fwd+bwd",),
     ),
 ]
@@ -216,38 +171,16 @@ def _check_inputs(device: torch.device) -> dict[str, Tensor]:
     return {"pixels": pixels, **values, "norm": 1 + 0.1 * torch.randn(d, device=device)}
 
 
-def _weighted(y: Tensor) -> Tensor:
-    # weights that differ, so that a gradient in the wrong place shows
-    y = y.to(torch.promote_types(y.dtype, torch.float32))
-    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).sum()
-
-
-def _check_norms(
-    pixels: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, position: Tensor, mask_token: Tensor, norm: Tensor,
-    backend: str,
-) -> Tensor:  # fmt: skip
+def _check_norms(*given: Tensor, backend: str | None) -> Tensor:
+    pixels, _, bias, *_, mask_token, norm = given
     mask = torch.arange(18, device=pixels.device).view(3, 6) % 4 == 1
-    more: dict[str, Any] = {
-        "mask": mask,
-        "mask_token": mask_token,
-        "stem_norm": (norm, None, 1e-5),
-        "pre_norm": (norm, bias, 1e-6),
-    }
-    y = patch_embed(
-        pixels, weight, bias, mean=_MEAN, std=_STD, prefix=prefix, position=position, **more, backend=backend
-    )
-    return _weighted(y)
+    norms: dict[str, Any] = {"stem_norm": (norm, None, 1e-5), "pre_norm": (norm, bias, 1e-6)}
+    return weighted(_embed(*given[:5], mask=mask, mask_token=mask_token, **norms, backend=backend))
 
 
-def _check_kept(
-    pixels: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, position: Tensor, mask_token: Tensor, norm: Tensor,
-    backend: str,
-) -> Tensor:  # fmt: skip
-    ids = torch.tensor([[4, 0], [1, 5], [3, 2]], device=pixels.device)
-    y = patch_embed(
-        pixels, weight, bias, mean=_MEAN, std=_STD, prefix=prefix, position=position, ids_keep=ids, backend=backend
-    )
-    return _weighted(y) + 0 * (mask_token.sum() + norm.sum())
+def _check_kept(*given: Tensor, backend: str | None) -> Tensor:
+    ids = torch.tensor([[4, 0], [1, 5], [3, 2]], device=given[0].device)
+    return weighted(_embed(*given[:5], ids_keep=ids, backend=backend)) + 0 * sum(t.sum() for t in given[5:])
 
 
 CHECKS = [

@@ -16,10 +16,11 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,8 @@ from torch import Tensor
 
 from mmfuse._compat import allow_torchvision
 from mmfuse.bench import store
-from mmfuse.bench.cases import Case, Check, differentiated
+from mmfuse.bench.cases import Check
+from mmfuse.bench.inputs import differentiated, features
 from mmfuse.kernels import distributed_clip_loss, distributed_siglip_loss
 from mmfuse.kernels.contrastive.distributed import peers
 
@@ -35,10 +37,7 @@ allow_torchvision()  # open_clip is imported after this module, by the server th
 
 WORLDS = (1, 2, 4, 8)
 SIZE = "64x64"  # pairs per rank, features
-_MODES = {
-    f"{name} local={int(a)} grad={int(b)}": (a, b)
-    for name, a, b in (("clip", a, b) for a in (False, True) for b in (False, True))
-}
+_MODES = {f"clip local={int(a)} grad={int(b)}": (a, b) for a in (False, True) for b in (False, True)}
 _IMPLS = ("bidir", "shift", "reduce", "gather")
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}
 
@@ -84,7 +83,6 @@ def sent(size: int) -> Iterator[list[float]]:
     }
     owners = [(dist, name, name) for name in rules]
     owners += [(peers, "_gather_into", "all_gather_into_tensor"), (peers, "_scatter_into", "reduce_scatter_tensor")]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in owners]
 
     def counted(fn: Callable[..., Any], rule: Callable[..., float]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -93,13 +91,10 @@ def sent(size: int) -> Iterator[list[float]]:
 
         return call
 
-    for (owner, name, rule), (*_, fn) in zip(owners, before, strict=True):
-        setattr(owner, name, counted(fn, rules[rule]))
-    try:
+    with ExitStack() as patches:
+        for owner, name, rule in owners:
+            patches.enter_context(patch.object(owner, name, counted(getattr(owner, name), rules[rule])))
         yield found
-    finally:
-        for owner, name, fn in before:
-            setattr(owner, name, fn)
 
 
 # --- the ranks -------------------------------------------------------------------------------------------------------
@@ -215,33 +210,20 @@ def _of_one(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor
     return run
 
 
-def _inputs(**scalars: float) -> Callable[[torch.device], dict[str, Tensor]]:
-    def draw(device: torch.device) -> dict[str, Tensor]:
-        image, text = torch.nn.functional.normalize(torch.randn(2, 129, 96), dim=-1)
-        return {k: t.to(device) for k, t in {"image": image, "text": text}.items()} | {
-            k: torch.tensor(v, device=device) for k, v in scalars.items()
-        }
-
-    return draw
-
-
-CASES: list[Case] = []
 CHECKS = [
     Check(
         "distributed_clip_loss",
         f"N=129 D=96, one rank, local={local}",
-        _inputs(scale=14.3),
+        features(scale=14.3),
         differentiated(_of_one(distributed_clip_loss, local_loss=local)),
-        lambda inputs: (inputs["image"],),
     )
     for local in (False, True)
 ] + [
     Check(
         "distributed_siglip_loss",
         "N=129 D=96, one rank",
-        _inputs(scale=10.0, bias=-10.0),
+        features(scale=10.0, bias=-10.0),
         differentiated(_of_one(distributed_siglip_loss)),
-        lambda inputs: (inputs["image"],),
     )
 ]
 

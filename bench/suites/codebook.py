@@ -14,19 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.bench.cases import Anchor, Case, Check, differentiated, relative
-from mmfuse.bench.providers import chosen, compiled, eager, ours
+from mmfuse.bench.cases import Case, Check, relative
+from mmfuse.bench.inputs import computed, differentiated, leaf, unit, weighted
+from mmfuse.bench.providers import eager, faiss, formula, products, then
 from mmfuse.fused.quantizer import NormEMAVectorQuantizer
 from mmfuse.kernels import nearest_code, vector_quantize
 from mmfuse.kernels._runtime import use_backend
 from mmfuse.kernels.codebook import code_statistics, linear_argmax
-from mmfuse.kernels.codebook.op import NEAREST
 
 _BETA, _DECAY = 1.0, 0.99
-
-
-def _unit(device: torch.device, dtype: torch.dtype, n: int, d: int) -> Tensor:
-    return F.normalize(torch.randn(n, d, device=device), dim=-1).to(dtype)
 
 
 def _differing(got: Tensor, want: Tensor) -> float:
@@ -81,44 +77,9 @@ def _vector_quantize_pytorch(device: torch.device, dtype: torch.dtype) -> Any:
     return run
 
 
-def _faiss(device: torch.device, dtype: torch.dtype) -> Any:
-    """faiss's exact index on the CPU, filled in the same call."""
-    if device.type != "cpu" or dtype != torch.float32:
-        raise NotImplementedError("needs float32 on a CPU")
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-
-    def run(z: Tensor, codebook: Tensor) -> Tensor:
-        index = faiss.IndexFlatL2(codebook.shape[1])
-        index.add(codebook.numpy())
-        return torch.from_numpy(index.search(z.numpy(), 1)[1][:, 0]).double()
-
-    return run
-
-
-def _nearest(z: Tensor, codebook: Tensor, **options: Any) -> Tensor:
-    return nearest_code(z, codebook, **options).double()
-
-
-def _product(device: torch.device, dtype: torch.dtype) -> Any:
-    kept: list[Tensor] = []
-
-    def run(z: Tensor, codebook: Tensor, *_: Tensor) -> Tensor:
-        if not kept:  # fresh memory costs page faults, which are no part of a product
-            kept.append(codebook.new_empty(z.numel() // codebook.shape[1], len(codebook)))
-        return torch.mm(z.detach().reshape(-1, codebook.shape[1]), codebook.T, out=kept[0])
-
-    return run
-
-
 def dalle_codes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """DALL-E's dVAE: the argmax of the encoder's last convolution, 1 x 1, over its rows."""
     return F.linear(x, weight, bias).argmax(1).double()
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
-    return linear_argmax(x, weight, bias, **options).double()
 
 
 def _features(device: torch.device, dtype: torch.dtype, N: int, K: int, D: int) -> tuple[Tensor, ...]:
@@ -162,154 +123,105 @@ def _module(k: int, d: int) -> NormEMAVectorQuantizer:
 
 
 def _maps(device: torch.device, dtype: torch.dtype, N: int, K: int, D: int) -> tuple[Tensor, ...]:
-    z = torch.randn(1, D, N, 1, device=device).to(dtype).requires_grad_()
-    return z, _unit(device, dtype, K, D), torch.zeros(K, device=device), torch.empty(K, D, device=device, dtype=dtype)
+    z, codebook = leaf(device, dtype, 1, D, N, 1), unit(device, dtype, K, D)
+    return z, codebook, torch.zeros(K, device=device), torch.empty_like(codebook)
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------
-
-
-def _probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rows = torch.empty(16, 1, device=device, dtype=dtype)
-    return rows, rows
-
-
-def _default(baselines: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
-    first = chosen(NEAREST, 2, _probe(device, dtype))
-    named = ["mmfuse-triton"] if device.type == "cuda" and first != "triton" else []
-    return [*baselines, "mmfuse", *named, "mmfuse-chunked"]
 
 
 def _flops(mode: str, N: int, K: int, D: int) -> float:
     return 2 * N * K * D
 
 
-# BEiT-v2: 196 patches of 16 to 1024 images
-_SHAPES = {
-    "cpu": [{"N": n, "K": 8192, "D": 32} for n in (784, 3136, 12544, 50176)],
-    "cuda": [{"N": n, "K": 8192, "D": 32} for n in (12544, 50176, 200704)],
-}
-_BASELINES = ["beit2", "eager", "compile", "loop", "vector-quantize-pytorch"]
+_case = partial(
+    Case,
+    # BEiT-v2: 196 patches of 16 to 1024 images
+    cpu=[{"N": n, "K": 8192, "D": 32} for n in (784, 3136, 12544, 50176)],
+    cuda=[{"N": n, "K": 8192, "D": 32} for n in (12544, 50176, 200704)],
+    growth="N",
+    flops=_flops,
+    anchors=products(lambda z, codebook, *_: [(z.reshape(-1, codebook.shape[1]), codebook, 1)], partial(_flops, "fwd")),
+)
 
 CASES = [
-    Case(
+    _case(
         name="nearest_code",
-        inputs=lambda device, dtype, N, K, D: (_unit(device, dtype, N, D), _unit(device, dtype, K, D)),
-        outputs=("codes",),
-        providers={
+        op="nearest_code",
+        ours=then(Tensor.double, nearest_code),
+        peers={
             "beit2": eager(beit2_codes),
-            "eager": eager(distances),
-            "compile": compiled(eager(distances)),
+            **formula(distances),
             "loop": eager(loop),
             "vector-quantize-pytorch": _vector_quantize_pytorch,
-            "faiss": _faiss,
-            **ours(NEAREST, _nearest, _probe),
+            "faiss": faiss("IndexFlatL2", 1, lambda values, index: index[:, 0].double()),
         },
         definitions=("eager", "beit2"),
-        chosen=partial(chosen, NEAREST, 2),
-        default=lambda device, dtype: _default(
-            [*_BASELINES, *(["faiss"] if device.type == "cpu" else [])], device, dtype
-        ),
-        dims=("N", "K", "D"),
-        shapes=_SHAPES,
-        growth="N",
+        inputs=lambda device, dtype, N, K, D: (unit(device, dtype, N, D), unit(device, dtype, K, D)),
+        outputs=("codes",),
         small={"N": 70, "K": 50, "D": 16},
-        flops=_flops,
         bytes=lambda mode, itemsize, N, K, D: (N + K) * D * itemsize + 8 * N,
-        anchors={"product": Anchor(_product, partial(_flops, "fwd"))},
-        anchor=lambda provider, mode: "product",
         modes=("fwd",),
         distance=_differing,
     ),
-    Case(
+    _case(
         name="linear_argmax",
+        op="linear_argmax",
+        ours=then(Tensor.double, linear_argmax),
+        peers=formula(dalle_codes),
         inputs=_features,
         outputs=("codes",),
-        providers={
-            "eager": eager(dalle_codes),
-            "compile": compiled(eager(dalle_codes)),
-            **ours(NEAREST, _linear, _probe),
-        },
-        definitions=("eager",),
-        chosen=partial(chosen, NEAREST, 2),
-        default=partial(_default, ["eager", "compile"]),
-        dims=("N", "K", "D"),
         # 14 x 14 codes of 112 x 112 pixels, as BEiT takes them
-        shapes={
-            "cpu": [{"N": n, "K": 8192, "D": 2048} for n in (196, 784, 3136)],
-            "cuda": [{"N": n, "K": 8192, "D": 2048} for n in (12544, 50176)],
-        },
-        growth="N",
+        cpu=[{"N": n, "K": 8192, "D": 2048} for n in (196, 784, 3136)],
+        cuda=[{"N": n, "K": 8192, "D": 2048} for n in (12544, 50176)],
         small={"N": 70, "K": 50, "D": 16},
-        flops=_flops,
         bytes=lambda mode, itemsize, N, K, D: ((N + K) * D + K) * itemsize + 8 * N,
-        anchors={"product": Anchor(_product, partial(_flops, "fwd"))},
-        anchor=lambda provider, mode: "product",
         modes=("fwd",),
         distance=_differing,
     ),
-    Case(
+    _case(
         name="quantizer",
+        op="nearest_code",
+        ours=_step,
+        peers=formula(beit2),
         inputs=_maps,
         outputs=("loss", "d z"),
-        providers={
-            "eager": eager(beit2),
-            "compile": compiled(eager(beit2)),
-            **ours(NEAREST, _step, _probe),
-        },
-        definitions=("eager",),
-        chosen=partial(chosen, NEAREST, 2),
-        default=partial(_default, ["eager", "compile"]),
-        dims=("N", "K", "D"),
-        shapes=_SHAPES,
-        growth="N",
         small={"N": 100, "K": 40, "D": 16},
-        flops=_flops,
         # z is read, z_q and dz are written, with what comes back for z_q
         bytes=lambda mode, itemsize, N, K, D: ((2 if mode == "fwd" else 4) * N + 2 * K) * D * itemsize,
-        anchors={"product": Anchor(_product, partial(_flops, "fwd"))},
-        anchor=lambda provider, mode: "product",
         distance=_moved,
     ),
 ]
 
 
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
 def _check_inputs(device: torch.device) -> dict[str, Tensor]:
-    z, codebook = (torch.randn(n, 24).to(device) for n in (45, 140))
-    return {"z": z, "codebook": codebook}
-
-
-def _check_statistics(inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    counts, sums = code_statistics(inputs["z"], inputs["codes"], 20, backend=backend)
-    return {"counts": counts, "sums": sums}
+    return {"z": torch.randn(45, 24, device=device), "codebook": torch.randn(140, 24, device=device)}
 
 
 def _statistics_inputs(device: torch.device) -> dict[str, Tensor]:
-    return {"z": torch.randn(200, 24).to(device), "codes": torch.randint(0, 20, (200,)).to(device)}
+    return {"z": torch.randn(200, 24, device=device), "codes": torch.randint(0, 20, (200,), device=device)}
 
 
-def _quantize(z: Tensor, codebook: Tensor, backend: str) -> Tensor:
-    # weights that differ, so that a gradient in the wrong place shows
+def _both(z: Tensor, codebook: Tensor, backend: str | None) -> list[Tensor]:
+    return [nearest_code(z, codebook, metric=metric, backend=backend) for metric in ("euclidean", "cosine")]
+
+
+def _quantize(z: Tensor, codebook: Tensor, backend: str | None) -> Tensor:
     z_q, _, loss = vector_quantize(z, codebook, beta=0.25, gradient="rotation", backend=backend)
-    return loss + (z_q * torch.linspace(-1, 1, z_q.numel(), dtype=z.dtype, device=z.device).view_as(z_q)).mean()
+    return loss + weighted(z_q) / z_q.numel()
 
 
 CHECKS = [
+    Check("nearest_code", "N=45 K=140 D=24", _check_inputs, computed(_both, "euclidean", "cosine")),
+    Check("linear_argmax", "N=45 K=140 D=24", _check_inputs, computed(linear_argmax, "codes")),
     Check(
-        "nearest_code",
-        "N=45 K=140 D=24",
-        _check_inputs,
-        lambda inputs, backend: {
-            metric: nearest_code(*inputs.values(), metric=metric, backend=backend).double()
-            for metric in ("euclidean", "cosine")
-        },
+        "code_statistics",
+        "N=200 K=20 D=24",
+        _statistics_inputs,
+        computed(lambda z, codes, backend: code_statistics(z, codes, 20, backend=backend), "counts", "sums"),
     ),
-    Check(
-        "linear_argmax",
-        "N=45 K=140 D=24",
-        _check_inputs,
-        lambda inputs, backend: {"codes": linear_argmax(*inputs.values(), backend=backend).double()},
-    ),
-    Check("code_statistics", "N=200 K=20 D=24", _statistics_inputs, _check_statistics),
     Check("vector_quantize", "N=45 K=140 D=24", _check_inputs, differentiated(_quantize)),
 ]

@@ -9,34 +9,19 @@ resize of a G x G table to H x H.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.bench.cases import Anchor, Case, Check, differentiated
-from mmfuse.bench.providers import chosen, compiled, eager, ours
-from mmfuse.kernels.patch.positions.op import INTERPOLATE, interpolate_position
-from mmfuse.kernels.patch.ragged.op import PACKED, patch_embed_packed
-from mmfuse.kernels.patch.reconstruction.op import LOSS, masked_patch_loss
+from mmfuse.bench.cases import Case, Check
+from mmfuse.bench.inputs import differentiated, leaf, of_case, ramp
+from mmfuse.bench.providers import copy, eager, formula, products, then
+from mmfuse.kernels import interpolate_position, masked_patch_loss, patch_embed_packed
 
 _P, _K = 16, 768
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Fn = Callable[..., Tensor]
-
-
-def _ramp(y: Tensor) -> Tensor:
-    """A scalar whose gradient is another number for every feature."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    features = torch.linspace(-1, 1, y.shape[-1], dtype=wide, device=y.device)
-    return (y.to(wide).flatten(0, -2) @ features).mean()
-
-
-def _loss(fn: Fn, *args: Tensor, **options: Any) -> Tensor:
-    return _ramp(fn(*args, **options))
 
 
 # --- SigLIP2 --------------------------------------------------------------------------------------------------------
@@ -53,7 +38,7 @@ def _shapes(B: int, L: int) -> Tensor:
 
 def _packed_inputs(device: torch.device, dtype: torch.dtype, B: int, L: int, G: int, D: int) -> tuple[Tensor, ...]:
     shapes = ((D, _K), _K**-0.5), ((D,), 0.1), ((G * G, D), 0.1)
-    leaves = [(scale * torch.randn(shape, device=device)).to(dtype).requires_grad_() for shape, scale in shapes]
+    leaves = [leaf(device, dtype, *shape, scale=scale) for shape, scale in shapes]
     return (*leaves, torch.randn(B, L, _K, device=device).to(dtype), _shapes(B, L).to(device))
 
 
@@ -88,21 +73,6 @@ def _packed(weight: Tensor, bias: Tensor, table: Tensor, patches: Tensor, grids:
     return patch_embed_packed(patches, grids, weight, bias, table=table, **options).tokens
 
 
-def _packed_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return (torch.empty(4, 64, device=device, dtype=dtype),) * 2
-
-
-def _product(device: torch.device, dtype: torch.dtype) -> Any:
-    kept: list[Tensor] = []
-
-    def run(weight: Tensor, bias: Tensor, table: Tensor, patches: Tensor, grids: Tensor) -> Tensor:
-        if not kept:  # fresh memory costs page faults, which are no part of a product
-            kept.append(weight.new_empty(patches.shape[0] * patches.shape[1], len(weight)))
-        return torch.mm(patches.flatten(0, 1), weight.detach().t(), out=kept[0])
-
-    return run
-
-
 # --- MAE ------------------------------------------------------------------------------------------------------------
 
 
@@ -130,27 +100,11 @@ def _mae(prediction: Tensor, pixels: Tensor, mask: Tensor, **options: Any) -> Te
     return masked_patch_loss(prediction, pixels, mask, patch=_P, mean=_MEAN, std=_STD, **options)
 
 
-def _mae_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor]:
-    return (torch.empty(1, 4, 64, device=device, dtype=dtype),)
-
-
-def _copy(device: torch.device, dtype: torch.dtype) -> Any:
-    """Of the prediction."""
-    kept: list[Tensor] = []
-
-    def run(prediction: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
-        if not kept:
-            kept.append(torch.empty_like(prediction))
-        return kept[0].copy_(prediction.detach())
-
-    return run
-
-
 # --- positions ------------------------------------------------------------------------------------------------------
 
 
 def _position_inputs(device: torch.device, dtype: torch.dtype, G: int, H: int, D: int) -> tuple[Tensor, ...]:
-    return ((0.1 * torch.randn(G, G, D, device=device)).to(dtype).requires_grad_(), torch.empty(H, device=device))
+    return leaf(device, dtype, G, G, D, scale=0.1), torch.empty(H, device=device)
 
 
 def timm_resize(table: Tensor, side: Tensor) -> Tensor:
@@ -164,111 +118,57 @@ def _resize(table: Tensor, side: Tensor, **options: Any) -> Tensor:
     return interpolate_position(table, (len(side), len(side)), "bicubic_aa", **options)
 
 
-def _position_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor]:
-    return (torch.empty(2, 2, 64, device=device, dtype=dtype),)
-
-
-def _written(device: torch.device, dtype: torch.dtype) -> Any:
-    kept: list[Tensor] = []
-
-    def run(table: Tensor, side: Tensor) -> Tensor:
-        if not kept:
-            kept[:] = (torch.ones(len(side) ** 2, table.shape[-1], dtype=dtype, device=device) for _ in range(2))
-        return kept[0].copy_(kept[1])
-
-    return run
-
-
 # --- cases ----------------------------------------------------------------------------------------------------------
 
-
-def _default(op: Any, probe: Any, baselines: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
-    first = op.select(*probe(device, dtype)).name
-    named = ["mmfuse-triton"] if device.type == "cuda" and first != "triton" else []
-    return [*baselines, "mmfuse", *named, *(["mmfuse-chunked"] if device.type == "cpu" else [])]
-
-
-def _case(name: str, op: Any, official: Fn, function: Fn, probe: Any, others: dict[str, Fn], **facts: Any) -> Case:
-    return Case(
-        name=name,
-        providers={
-            "eager": eager(official),
-            "compile": compiled(eager(official)),
-            **{n: eager(fn) for n, fn in others.items()},
-            **ours(op, function, probe),
-        },
-        definitions=("eager", *others),
-        default=partial(_default, op, probe, ["eager", "compile", *others]),
-        **facts,
-    )
-
-
 CASES = [
-    _case(
-        "packed",
-        PACKED,
-        partial(_loss, siglip2),
-        partial(_loss, _packed),
-        _packed_probe,
-        {"loop": partial(_loss, loop)},
+    Case(
+        name="packed",
+        op="patch_embed_packed",
+        ours=then(ramp, _packed),
+        peers={**formula(then(ramp, siglip2)), "loop": eager(then(ramp, loop))},
+        definitions=("eager", "loop"),
         inputs=_packed_inputs,
         outputs=("loss", "d weight", "d bias", "d table"),
-        chosen=lambda inputs, backend=None: chosen(PACKED, 2, (inputs[3], inputs[0]), backend),
-        dims=("B", "L", "G", "D"),
-        shapes={
-            "cpu": [{"B": b, "L": 256, "G": 16, "D": d} for b, d in ((8, 384), (32, 768), (64, 1152), (256, 1152))],
-            "cuda": [{"B": b, "L": 256, "G": 16, "D": 1152} for b in (32, 256, 1024)],
-        },
+        cpu=[{"B": b, "L": 256, "G": 16, "D": d} for b, d in ((8, 384), (32, 768), (64, 1152), (256, 1152))],
+        cuda=[{"B": b, "L": 256, "G": 16, "D": 1152} for b in (32, 256, 1024)],
         growth="B",
         small={"B": 2, "L": 8, "G": 2, "D": 16},
         flops=lambda mode, B, L, G, D: (2 if mode == "fwd" else 4) * B * L * _K * D,
         bytes=lambda mode, size, B, L, G, D: (1 if mode == "fwd" else 2) * B * L * (_K + D) * size,
-        anchors={"product": Anchor(_product, lambda B, L, G, D: 2 * B * L * _K * D)},
-        anchor=lambda provider, mode: "product",
+        anchors=products(
+            lambda weight, bias, table, patches, grids: [(patches.flatten(0, 1), weight, 1)],
+            lambda B, L, G, D: 2 * B * L * _K * D,
+        ),
     ),
-    _case(
-        "masked_loss",
-        LOSS,
-        mae,
-        _mae,
-        _mae_probe,
-        {},
+    Case(
+        name="masked_loss",
+        op="masked_patch_loss",
+        ours=_mae,
+        peers=formula(mae),
         inputs=_mae_inputs,
         outputs=("loss", "d prediction"),
-        chosen=partial(chosen, LOSS, 1),
-        dims=("B", "S"),
-        shapes={
-            "cpu": [{"B": b, "S": 224} for b in (8, 32, 64)],
-            "cuda": [{"B": b, "S": 224} for b in (64, 256, 1024)],
-        },
+        cpu=[{"B": b, "S": 224} for b in (8, 32, 64)],
+        cuda=[{"B": b, "S": 224} for b in (64, 256, 1024)],
         growth="B",
         small={"B": 2, "S": 32},
         flops=lambda mode, B, S: (8 if mode == "fwd" else 16) * B * 3 * S * S,
         bytes=lambda mode, size, B, S: 3 * B * S * S * (1 + size if mode == "fwd" else 2 + 3 * size),
-        anchors={"copy": Anchor(_copy, lambda B, S: 3 * B * S * S)},
-        anchor=lambda provider, mode: "copy",
+        anchors=copy(lambda prediction, *_: prediction.shape, lambda B, S: 3 * B * S * S),
     ),
-    _case(
-        "position",
-        INTERPOLATE,
-        partial(_loss, timm_resize),
-        partial(_loss, _resize),
-        _position_probe,
-        {},
+    Case(
+        name="position",
+        op="interpolate_position",
+        ours=then(ramp, _resize),
+        peers=formula(then(ramp, timm_resize)),
         inputs=_position_inputs,
         outputs=("loss", "d table"),
-        chosen=partial(chosen, INTERPOLATE, 1),
-        dims=("G", "H", "D"),
-        shapes={
-            "cpu": [{"G": 14, "H": h, "D": 768} for h in (16, 24, 37)],
-            "cuda": [{"G": 14, "H": h, "D": 1024} for h in (24, 37, 64)],
-        },
+        cpu=[{"G": 14, "H": h, "D": 768} for h in (16, 24, 37)],
+        cuda=[{"G": 14, "H": h, "D": 1024} for h in (24, 37, 64)],
         growth="H",
         small={"G": 2, "H": 3, "D": 16},
         flops=lambda mode, G, H, D: (2 if mode == "fwd" else 4) * H * (G * G + H * G) * D,
         bytes=lambda mode, size, G, H, D: (1 if mode == "fwd" else 2) * (G * G + H * H) * D * size,
-        anchors={"copy": Anchor(_written, lambda G, H, D: H * H * D)},
-        anchor=lambda provider, mode: "copy",
+        anchors=copy(lambda table, side: (len(side) ** 2, table.shape[-1]), lambda G, H, D: H * H * D),
     ),
 ]
 
@@ -282,27 +182,21 @@ def _packed_check(device: torch.device) -> dict[str, Tensor]:
     return {k: t.to(device) for k, t in tensors.items()}
 
 
-def _mae_check(device: torch.device) -> dict[str, Tensor]:
-    prediction, pixels, mask = _mae_inputs(device, torch.float32, 2, 48)
-    return {"prediction": prediction.detach(), "pixels": pixels, "mask": mask}
-
-
 def _position_check(device: torch.device) -> dict[str, Tensor]:
     return {"table": torch.randn(3, 3, 24, device=device)}
 
 
-def _resized(table: Tensor, **options: Any) -> Tensor:
-    return _ramp(interpolate_position(table, (5, 2), "bicubic", **options))
+def _resized(table: Tensor, backend: str | None) -> Tensor:
+    return ramp(interpolate_position(table, (5, 2), "bicubic", backend=backend))
 
 
 CHECKS = [
+    Check("patch_embed_packed", "B=3 L=8 K=12 D=24", _packed_check, differentiated(then(ramp, _packed))),
     Check(
-        "patch_embed_packed",
-        "B=3 L=8 K=12 D=24",
-        _packed_check,
-        differentiated(partial(_loss, _packed)),
-        lambda inputs: (inputs["patches"], inputs["weight"]),
+        "masked_patch_loss",
+        "B=2 S=48 P=16",
+        of_case(_mae_inputs, "prediction pixels mask", B=2, S=48),
+        differentiated(_mae),
     ),
-    Check("masked_patch_loss", "B=2 S=48 P=16", _mae_check, differentiated(_mae)),
     Check("interpolate_position", "3x3 to 5x2 D=24", _position_check, differentiated(_resized)),
 ]

@@ -14,80 +14,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.bench.cases import Anchor, Case, Check, differentiated
-from mmfuse.bench.providers import compiled, eager, peer
-from mmfuse.fused.language import chosen, linear_cross_entropy
+from mmfuse.bench.cases import Case, Check
+from mmfuse.bench.inputs import differentiated, leaf
+from mmfuse.bench.providers import Load, formula, gpu, products
+from mmfuse.fused.language import linear_cross_entropy
 
 
 def _inputs(device: torch.device, dtype: torch.dtype, N: int, D: int, V: int) -> tuple[Tensor, ...]:
-    hidden, weight = torch.randn(N, D, device=device).to(dtype), (D**-0.5 * torch.randn(V, D, device=device)).to(dtype)
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(V, (N,), device=device)
+    hidden, weight = leaf(device, dtype, N, D), leaf(device, dtype, V, D, scale=D**-0.5)
+    return hidden, weight, torch.randint(V, (N,), device=device)
 
 
 def eager_formula(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), labels)
 
 
-def _ours(backend: str | None = None) -> Any:
-    return lambda device, dtype: partial(linear_cross_entropy, backend=backend)
-
-
-def _peer(backend: str, module: str) -> Any:
+def _peer(backend: str, module: str) -> Load:
     def make() -> Any:
         import_module(module)  # absent if it is not installed
         return partial(linear_cross_entropy, backend=backend)
 
-    return peer(make)
-
-
-def _product(device: torch.device, dtype: torch.dtype) -> Any:
-    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return hidden @ weight.T
-
-    return run
+    return gpu(make)
 
 
 def _flops(mode: str, N: int, D: int, V: int) -> float:
     return (2 if mode == "fwd" else 6) * N * D * V
 
 
-def _bytes(mode: str, itemsize: int, N: int, D: int, V: int) -> float:
-    return (1 if mode == "fwd" else 2) * (N + V) * D * itemsize
-
-
-def _default(device: torch.device, dtype: torch.dtype) -> list[str]:
-    peers = ["liger", "cut_cross_entropy"] if device.type == "cuda" else []
-    return ["eager", "compile", *peers, "mmfuse", "mmfuse-chunked"]
-
-
 CASES = [
     Case(
         name="linear_cross_entropy",
-        inputs=_inputs,
-        outputs=("loss", "d hidden", "d weight"),
-        providers={
-            "eager": eager(eager_formula),
-            "compile": compiled(eager(eager_formula)),
+        op="linear_cross_entropy",
+        ours=linear_cross_entropy,
+        peers={
+            **formula(eager_formula),
             "liger": _peer("liger", "liger_kernel"),
             "cut_cross_entropy": _peer("cut_cross_entropy", "cut_cross_entropy"),
-            "mmfuse": _ours(),
-            "mmfuse-chunked": _ours("chunked"),
         },
-        definitions=("eager",),
-        chosen=lambda inputs, backend=None: chosen(inputs[0], backend=backend),
-        default=_default,
-        dims=("N", "D", "V"),
-        shapes={
-            # a small one, BERT's masked words of a batch of 64, CoCa's captions
-            "cpu": [{"N": n, "D": d, "V": v} for n, d, v in ((128, 256, 8192), (288, 768, 30522), (1024, 768, 49408))],
-            "cuda": [{"N": n, "D": 768, "V": v} for n, v in ((2048, 30522), (19456, 49408), (65536, 49408))],
-        },
+        inputs=_inputs,
+        outputs=("loss", "d hidden", "d weight"),
+        # a small one, BERT's masked words of a batch of 64, CoCa's captions
+        cpu=[{"N": n, "D": d, "V": v} for n, d, v in ((128, 256, 8192), (288, 768, 30522), (1024, 768, 49408))],
+        cuda=[{"N": n, "D": 768, "V": v} for n, v in ((2048, 30522), (19456, 49408), (65536, 49408))],
         growth="N",
         small={"N": 70, "D": 16, "V": 90},
         flops=_flops,
-        bytes=_bytes,
-        anchors={"product": Anchor(_product, partial(_flops, "fwd"))},
-        anchor=lambda provider, mode: "product",
+        bytes=lambda mode, itemsize, N, D, V: (1 if mode == "fwd" else 2) * (N + V) * D * itemsize,
+        anchors=products(lambda hidden, weight, labels: [(hidden, weight, 1)], partial(_flops, "fwd")),
     ),
 ]
 
