@@ -11,28 +11,27 @@ from torch import Tensor
 
 import mmfuse
 from judge import Results, cast, compared, judge
+from mmfuse.kernels._runtime import chosen
 from mmfuse.kernels.codebook import assign_code, code_statistics, linear_argmax, nearest_code, vector_quantize
-from mmfuse.kernels.codebook.op import NEAREST, QUANTIZE, STATISTICS, argmax_op, assign_op, statistics_op
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = NEAREST.available(PROBE, PROBE)
+ALL = backends(lambda: nearest_code(PROBE, PROBE))
 OURS = [n for n in ALL if n != "torch"]
 METRICS = ("euclidean", "cosine")
 GRADIENTS = ("straight_through", "rotation", "none")
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+AVAILABLE = {t: backends(lambda t=t: nearest_code(PROBE.to(t), PROBE.to(t))) for t in DTYPES}
 
 
-def pairs(backends: list[str], dtypes: tuple[torch.dtype, ...] = DTYPES) -> pytest.MarkDecorator:
+def pairs(names: list[str], dtypes: tuple[torch.dtype, ...] = DTYPES) -> pytest.MarkDecorator:
     """Each implementation with the dtypes that it takes; the interpreter's bfloat16 is not a GPU's."""
     found = [
-        (b, t)
-        for b in backends
-        for t in dtypes
-        if b in NEAREST.available(PROBE.to(t)) and (b != "triton" or t != torch.bfloat16 or GPU)
+        (b, t) for b in names for t in dtypes if b in AVAILABLE[t] and (b != "triton" or t != torch.bfloat16 or GPU)
     ]
     return pytest.mark.parametrize("backend, dtype", found, ids=[f"{b}-{t}" for b, t in found])
 
@@ -349,14 +348,13 @@ def test_only_what_is_asked_for() -> None:
 @pytest.mark.parametrize("backend", ["chunked", *(["cpu"] if "cpu" in ALL else [])])
 def test_opcheck(backend: str) -> None:
     z, codebook = random(9, 7, 4)
-    bias = codebook.double().square().sum(1)
     mask = torch.arange(9, device=DEVICE) > 2
-    torch.library.opcheck(argmax_op.op, (z, codebook, None, bias, mask, True, backend))
-    torch.library.opcheck(statistics_op.op, (z, nearest_code(z, codebook), 7, backend))
+    opcheck(lambda: nearest_code(z, codebook, mask=mask, backend=backend))
     codes = nearest_code(z, codebook, mask=mask)
-    leaves = z.requires_grad_(), codebook.requires_grad_()
+    opcheck(lambda: code_statistics(z, codes, 7, backend=backend))
+    z.requires_grad_(), codebook.requires_grad_()
     for gradient in GRADIENTS:
-        torch.library.opcheck(assign_op.op, (*leaves, codes, 0.3, 1.0, gradient, backend))
+        opcheck(lambda gradient=gradient: assign_code(z, codebook, codes, 0.3, gradient=gradient, backend=backend))
 
 
 def test_compile() -> None:
@@ -373,8 +371,11 @@ def test_compile() -> None:
 
 
 def test_explain_names_the_choice() -> None:
-    assert "->" in mmfuse.explain("nearest_code", PROBE, PROBE)
-    assert {n for op in (NEAREST, STATISTICS, QUANTIZE) for n in op.available(PROBE)} == set(ALL)
+    running = chosen(lambda: nearest_code(PROBE, PROBE))
+    assert f"-> {running}" in mmfuse.explain("nearest_code", PROBE, PROBE)
+    codes = nearest_code(PROBE, PROBE)
+    for call in (lambda: code_statistics(PROBE, codes, 8), lambda: assign_code(PROBE, PROBE, codes)):
+        assert backends(call) == ALL
 
 
 @pytest.mark.gpu

@@ -14,13 +14,15 @@ from torch import Tensor
 
 import mmfuse
 from judge import Results, compared, judge
+from mmfuse.kernels._runtime import chosen
 from mmfuse.kernels.contrastive import clip_loss, siglip_loss
-from mmfuse.kernels.contrastive.op import CLIP, SIGLIP, clip_bwd, clip_fwd, siglip_fwd
+from mmfuse.kernels.contrastive.op import CLIP, kept_logits
+from registered import backends, opcheck, reasons, watched
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = CLIP.available(PROBE, PROBE)
+ALL = backends(lambda: clip_loss(PROBE, PROBE, 1.0))
 # the interpreter runs a Triton program in Python: it takes the small cases
 FUSED = [n for n in ALL if n != "torch"]
 FAST = [n for n in FUSED if GPU or n != "triton"]
@@ -287,28 +289,11 @@ def test_frozen_inputs_get_no_gradient(backend: str, frozen: str, save: str, mon
     text.requires_grad_(frozen not in ("text", "both"))
     s = torch.tensor(7.0, device=DEVICE, requires_grad=frozen != "scale")
     inputs = [t for t in (image, text, s) if t.requires_grad]
-    seen: list[tuple[int, ...]] = []
-    inner = mmfuse.kernels.contrastive.op.template
-
-    def spy(name: str):  # type: ignore[no-untyped-def]
-        template = inner(name)
-
-        class Spy:
-            stats, sigmoid = staticmethod(template.stats), staticmethod(template.sigmoid)
-
-            @staticmethod
-            def grad(*args):  # type: ignore[no-untyped-def]
-                out = template.grad(*args)
-                seen.append(tuple(t.numel() for t in out))
-                return out
-
-        return Spy
-
-    monkeypatch.setattr("mmfuse.kernels.contrastive.op.template", spy)
+    seen = watched(monkeypatch, CLIP, backend, "grad")
     got = torch.autograd.grad(clip_loss(image, text, s, backend=backend, save=save), inputs)
     monkeypatch.undo()
     torch.testing.assert_close(got, torch.autograd.grad(clip_loss(image, text, s, backend="torch"), inputs))
-    assert seen == [tuple(t.numel() if t.requires_grad else 0 for t in (image, text, s))]
+    assert seen == [[t.numel() if t.requires_grad else 0 for t in (image, text, s)]]
     got = torch.autograd.grad(siglip_loss(image, text, s, backend=backend), inputs)
     torch.testing.assert_close(got, torch.autograd.grad(siglip_loss(image, text, s, backend="torch"), inputs))
 
@@ -446,14 +431,10 @@ def test_opcheck() -> None:
     image, text = features(9, 16, m=12)
     s, bias = (torch.tensor(v, device=DEVICE) for v in (10.0, -1.0))
     grads = [t.clone().requires_grad_() for t in (image, text, s)]
-    for normalize, save in ((False, ""), (True, "full"), (False, "int16")):
-        options = (0.5, 0.5, 0.0, False, normalize, 2, save, True, "chunked")
-        torch.library.opcheck(clip_fwd.op, (*grads, None, None, *options))
-    out = clip_fwd.op(image, text, s, None, None, 0.5, 0.5, 0.0, False, False, 2, "", False, "chunked")
-    empty = image.new_empty(0)
-    args = (out[0], image, text, s, None, None, *out[1:6], out[7], empty, empty, 0.5, 0.5, 0.0, False, 2, "chunked")
-    torch.library.opcheck(clip_bwd.op, (*args, True, False, True))
-    torch.library.opcheck(siglip_fwd.op, (*grads, bias.requires_grad_(), False, 2, False, True, True, "chunked"))
+    for options in ({}, {"normalize": True, "save": "store"}, {"save": "store", "store_budget": 0}):
+        opcheck(lambda options=options: clip_loss(*grads, metrics=True, backend="chunked", **options))
+    opcheck(lambda: clip_loss(grads[0], text, s, backend="chunked"))
+    opcheck(lambda: siglip_loss(*grads, bias.requires_grad_(), backend="chunked"))
 
 
 def test_transforms_see_the_operator() -> None:
@@ -466,15 +447,13 @@ def test_transforms_see_the_operator() -> None:
 
 
 def test_what_auto_keeps() -> None:
-    from mmfuse.kernels.contrastive.op import _kept_logits
-
     wide, narrow = torch.empty(8192, 1), torch.empty(8192, 1, dtype=torch.bfloat16)
-    assert _kept_logits("auto", None, wide, 8192) == "full"
-    assert _kept_logits("auto", None, torch.empty(16384, 1), 16384) == ""
-    assert _kept_logits("auto", None, narrow, 8192) == "int16"
-    assert _kept_logits("auto", 2 * 8192**2, wide, 8192) == ""
-    assert _kept_logits("store", 2 * 8192**2, wide, 8192) == "int16"
-    assert _kept_logits("recompute", None, wide, 8) == ""
+    assert kept_logits("auto", None, wide, 8192) == "full"
+    assert kept_logits("auto", None, torch.empty(16384, 1), 16384) == ""
+    assert kept_logits("auto", None, narrow, 8192) == "int16"
+    assert kept_logits("auto", 2 * 8192**2, wide, 8192) == ""
+    assert kept_logits("store", 2 * 8192**2, wide, 8192) == "int16"
+    assert kept_logits("recompute", None, wide, 8) == ""
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -507,20 +486,22 @@ def test_choice_of_implementation() -> None:
         x = image.clone().requires_grad_()
         (g,) = torch.autograd.grad(clip_loss(x, text, 1.0), x, create_graph=True)
         g.sum().backward()
-    assert "-> " in mmfuse.explain(mmfuse.clip_loss, image, text)
     scale = torch.tensor(14.0, device=DEVICE)
-    assert mmfuse.explain(mmfuse.clip_loss, image, text, scale) == mmfuse.explain("clip_loss", image, text)
-    assert set(SIGLIP.explain(image, text)) == {"cuda", "triton", "cpu", "chunked", "torch"}
+    running = chosen(lambda: clip_loss(image, text, scale))
+    assert f"-> {running}" in mmfuse.explain(mmfuse.clip_loss, image, text, scale)
+    assert mmfuse.explain(mmfuse.clip_loss, image, text, scale) == mmfuse.explain("clip_loss", image, text, scale)
+    assert set(reasons(lambda: siglip_loss(image, text, scale))) == {"cuda", "triton", "cpu", "chunked", "torch"}
 
 
 @pytest.mark.skipif(GPU, reason="what is small there was not measured")
 def test_steps_aside_for_eager_where_that_is_faster() -> None:
     small, large = torch.empty(100, 16), torch.empty(16384, 16)
-    for op in (CLIP, SIGLIP):
-        assert op.select(small, small).name == "torch"
-        assert op.select(large, large).name in ("cpu", "chunked")
-        assert op.select(small, small, backend="chunked").name == "chunked"
-        assert op.explain(small, small)["chunked"][0].startswith("eager is faster for less than")
+    for loss in (clip_loss, siglip_loss):
+        assert chosen(lambda loss=loss: loss(small, small, 1.0)) == "torch"
+        assert chosen(lambda loss=loss: loss(large, large, 1.0)) in ("cpu", "chunked")
+        assert chosen(lambda loss=loss: loss(small, small, 1.0, backend="chunked")) == "chunked"
+        why = reasons(lambda loss=loss: loss(small, small, 1.0))["chunked"]
+        assert why[0].startswith("eager is faster for fewer than")
 
 
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from judge import Results, compared, judge
-from mmfuse.kernels import clip_loss, global_contrastive_loss
-from mmfuse.kernels.contrastive.op import CLIP, clip_bwd, clip_fwd
+from mmfuse.kernels import clip_loss
+from mmfuse.kernels.contrastive import global_contrastive_loss
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = CLIP.available(PROBE, PROBE)
+ALL = backends(lambda: clip_loss(PROBE, PROBE, 1.0, decoupled=True))
 FUSED = [n for n in ALL if n != "torch"]
 FAST = [n for n in FUSED if GPU or n != "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -174,12 +175,8 @@ def test_compiles_whole(backend: str) -> None:
 
 def test_opcheck() -> None:
     leaves = [t.requires_grad_() for t in (*pairs(9, 16, 12), torch.tensor(9.0, device=DEVICE))]
-    given = (*leaves, None, None, 0.5, 0.5, 0.0, True, False, 2, "", False, "chunked")
-    torch.library.opcheck(clip_fwd.op, given)
-    out = [t.detach() for t in clip_fwd.op(*given)]
-    x, y, s = (t.detach() for t in leaves)
-    saved = (out[0], x, y, s, None, None, *out[1:6], out[7], *out[-2:])
-    torch.library.opcheck(clip_bwd.op, (*saved, 0.5, 0.5, 0.0, True, 2, "chunked", True, False, True))
+    opcheck(lambda: clip_loss(*leaves, decoupled=True, backend="chunked"))
+    opcheck(lambda: clip_loss(leaves[0], *(t.detach() for t in leaves[1:]), decoupled=True, backend="chunked"))
 
 
 def test_errors() -> None:

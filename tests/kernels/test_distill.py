@@ -15,12 +15,13 @@ from torch import Tensor
 import mmfuse
 from judge import Results, compared, judge
 from mmfuse.kernels import clip_loss, distill_clip_loss
-from mmfuse.kernels.contrastive.distill.op import DISTILL, distill_bwd, distill_fwd
+from mmfuse.kernels.contrastive.distill.op import DISTILL
+from registered import backends, opcheck, watched
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = DISTILL.available(PROBE, PROBE)
+ALL = backends(lambda: distill_clip_loss(PROBE, PROBE, 1.0, PROBE, PROBE, 1.0))
 FUSED = [n for n in ALL if n != "torch"]
 FAST = [n for n in FUSED if GPU or n != "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -165,23 +166,7 @@ def test_the_first_loss_is_the_clip_loss(backend: str) -> None:
 def test_one_backward_for_both_losses(
     backend: str, dtype: torch.dtype, weights: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[str] = []
-    inner = mmfuse.kernels.contrastive.distill.op._passes
-
-    def spy(name: str):  # type: ignore[no-untyped-def]
-        passes = inner(name)
-
-        class Spy:
-            stats = staticmethod(passes.stats)
-
-            @staticmethod
-            def grad(*args):  # type: ignore[no-untyped-def]
-                calls.append("grad")
-                return passes.grad(*args)
-
-        return Spy
-
-    monkeypatch.setattr("mmfuse.kernels.contrastive.distill.op._passes", spy)
+    calls = watched(monkeypatch, DISTILL, backend, "grad")
     image, text, t_image, t_text = features(70, 16, 24)
 
     def run(given: list[Tensor], name: str) -> Results:
@@ -191,7 +176,7 @@ def test_one_backward_for_both_losses(
         return dict(zip(("image", "text"), grads, strict=True))
 
     judge([next(compared(run, lambda: [image, text, t_image, t_text], backend, dtype))])
-    assert calls == ["grad"]
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("needs", [*NAMES, "none of the teacher"])
@@ -203,27 +188,7 @@ def test_nothing_is_computed_that_is_not_needed(backend: str, needs: str, monkey
     wanted = NAMES[:3] if needs == "none of the teacher" else (needs,)
     for name in wanted:
         leaves[name].requires_grad_()
-    seen: list[list[int]] = []
-    inner = mmfuse.kernels.contrastive.distill.op._passes
-
-    def spy(name: str):  # type: ignore[no-untyped-def]
-        passes = inner(name)
-
-        def watched(f):  # type: ignore[no-untyped-def]
-            def call(*args):  # type: ignore[no-untyped-def]
-                out = f(*args)
-                seen.append([t.numel() for t in out])
-                return out
-
-            return call
-
-        class Spy:
-            stats, grad, teacher_grad = passes.stats, watched(passes.grad), watched(passes.teacher_grad)
-
-        Spy.grad, Spy.teacher_grad = staticmethod(Spy.grad), staticmethod(Spy.teacher_grad)
-        return Spy
-
-    monkeypatch.setattr("mmfuse.kernels.contrastive.distill.op._passes", spy)
+    seen = watched(monkeypatch, DISTILL, backend, "grad", "teacher_grad")
     inputs = [leaves[name] for name in wanted]
     got = torch.autograd.grad(distill_clip_loss(*leaves.values(), backend=backend)[1], inputs)
     want = torch.autograd.grad(distill_clip_loss(*leaves.values(), backend="torch")[1], inputs)
@@ -315,11 +280,9 @@ def test_opcheck() -> None:
     image, text, t_image, t_text = features(9, 16, 24, n=12)
     s, s_t = (torch.tensor(v, device=DEVICE) for v in (10.0, 20.0))
     leaves = [t.requires_grad_() for t in (image, text, s, t_image, t_text, s_t)]
-    torch.library.opcheck(distill_fwd.op, (*leaves, 0.5, 0.5, 2, "chunked"))
-    saved = [t.detach() for t in (*leaves, *distill_fwd.op(*leaves, 0.5, 0.5, 2, "chunked")[2:])]
-    one = torch.ones((), device=DEVICE)
     for needs in ((True,) * 6, (True, False, True, False, False, True)):
-        torch.library.opcheck(distill_bwd.op, (one, one, *saved, 0.5, 0.5, 2, "chunked", *needs))
+        given = [t if need else t.detach() for t, need in zip(leaves, needs, strict=True)]
+        opcheck(lambda given=given: distill_clip_loss(*given, backend="chunked"))
 
 
 def test_errors() -> None:

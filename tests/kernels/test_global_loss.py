@@ -16,13 +16,15 @@ from torch import Tensor
 import mmfuse
 from judge import Results, compared, judge
 from mmfuse.fused import GlobalContrastiveLoss
-from mmfuse.kernels import global_contrastive_loss
-from mmfuse.kernels.contrastive.global_loss.op import GLOBAL, global_contrastive_bwd, global_contrastive_fwd
+from mmfuse.kernels.contrastive import global_contrastive_loss
+from mmfuse.kernels.contrastive.global_loss.op import GLOBAL
+from registered import backends, opcheck, watched
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = GLOBAL.available(PROBE, PROBE)
+STATE = torch.zeros(len(PROBE), device=DEVICE)
+ALL = backends(lambda: global_contrastive_loss(PROBE, PROBE, 1.0, STATE, STATE, 0.5))
 FUSED = [n for n in ALL if n != "torch"]
 FAST = [n for n in FUSED if GPU or n != "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -163,24 +165,7 @@ def test_nothing_is_computed_that_is_not_needed(backend: str, trained: str, monk
     image, text, log_u, log_w = batch(70, 16)
     leaves = {"image": image, "text": text, "scale": torch.tensor(9.0, device=DEVICE)}
     leaves[trained].requires_grad_()
-    seen: list[list[int]] = []
-    inner = mmfuse.kernels.contrastive.global_loss.op.template
-
-    def spy(name: str):  # type: ignore[no-untyped-def]
-        passes = inner(name)
-
-        class Spy:
-            stats = staticmethod(passes.stats)
-
-            @staticmethod
-            def grad(*args):  # type: ignore[no-untyped-def]
-                out = passes.grad(*args)
-                seen.append([t.numel() for t in out])
-                return out
-
-        return Spy
-
-    monkeypatch.setattr("mmfuse.kernels.contrastive.global_loss.op.template", spy)
+    seen = watched(monkeypatch, GLOBAL, backend, "grad")
     got, want = (
         torch.autograd.grad(global_contrastive_loss(*leaves.values(), log_u, log_w, 0.5, backend=n)[0], leaves[trained])
         for n in (backend, "torch")
@@ -281,13 +266,13 @@ def test_compiles_whole(backend: str | None) -> None:
 def test_opcheck(normalize: bool) -> None:
     image, text, log_u, log_w = batch(9, 16)
     leaves = [t.requires_grad_() for t in (image, text, torch.tensor(9.0, device=DEVICE))]
-    given = (*leaves, log_u, log_w, 0.5, 1e-14, normalize, "", "chunked")
-    torch.library.opcheck(global_contrastive_fwd.op, given)
-    out = [t.detach() for t in global_contrastive_fwd.op(*given)]
-    x, y = out[-4:-2] if normalize else (t.detach() for t in leaves[:2])
-    saved = (out[0], x, y, leaves[2].detach(), *out[3:9], *out[-2:])
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(global_contrastive_bwd.op, (*saved, 0.5, "chunked", *needs))
+        given = [t if need else t.detach() for t, need in zip(leaves, needs, strict=True)]
+        opcheck(
+            lambda given=given: global_contrastive_loss(
+                *given, log_u, log_w, 0.5, normalize=normalize, backend="chunked"
+            )[0]
+        )
 
 
 def test_errors() -> None:
@@ -307,7 +292,7 @@ def test_errors() -> None:
             continue
         with pytest.raises(error, match=re.escape(message)):
             global_contrastive_loss(**given, logit_scale=1.0, **named)
-    assert "-> " in mmfuse.explain(mmfuse.global_contrastive_loss, PROBE, PROBE)
+    assert "-> " in mmfuse.explain(global_contrastive_loss, PROBE, PROBE, 1.0, STATE, STATE, 0.5)
 
 
 # --- the module -----------------------------------------------------------------------------------------------------

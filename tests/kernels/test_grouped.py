@@ -14,12 +14,12 @@ from torch import Tensor
 import mmfuse
 from judge import Results, compared, judge
 from mmfuse.kernels import grouped_clip_loss
-from mmfuse.kernels.contrastive.grouped.op import GROUPED, grouped_bwd, grouped_fwd
+from registered import backends, opcheck, reasons
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = GROUPED.available(PROBE, PROBE)
+ALL = backends(lambda: grouped_clip_loss([PROBE], [PROBE], [1.0]))
 FUSED = [n for n in ALL if n != "torch"]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 SHAPES = [(5, 16), (70, 40), (1, 16), (65, 100)]
@@ -173,15 +173,10 @@ def test_compiles_whole(backend: str | None) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_opcheck(normalize: bool) -> None:
     images, texts = features([(3, 16), (5, 16)])
-    leaves = [torch.cat(side).requires_grad_() for side in (images, texts)]
     s = torch.tensor([3.0, 9.0], device=DEVICE, requires_grad=True)
-    options = ([3, 5], [16, 16], 0.5, 0.5)
-    needs = ([True, False], [True, True])
-    torch.library.opcheck(grouped_fwd.op, (*leaves, s, *options, normalize, *needs))
-    losses, found, *unit = (t.detach() for t in grouped_fwd.op(*leaves, s, *options, normalize, *needs))
-    x, y, *inverse = unit if normalize else (*leaves, *unit[2:])
-    args = (losses, x.detach(), y.detach(), s.detach(), found, *inverse, *options, *needs, True)
-    torch.library.opcheck(grouped_bwd.op, args)
+    for t in (images[0], *texts):
+        t.requires_grad_()
+    opcheck(lambda: grouped_clip_loss(images, texts, list(s), normalize=normalize, backend="triton"))
 
 
 def test_errors() -> None:
@@ -206,6 +201,7 @@ def test_errors() -> None:
         with pytest.raises(error, match=message):
             grouped_clip_loss(*args[:3], **({"weights": args[3]} if len(args) > 3 else {}))
     large = torch.empty(9000, 1, device=DEVICE)
-    assert "triton" not in ALL or "9000 rows, more than 8192" in GROUPED.explain(large, large)["triton"][0]
-    assert "triton" not in ALL or "9000 rows" in GROUPED.explain([PROBE, large], [PROBE, large])["triton"][0]
+    for side in ([large], [PROBE, large]):
+        why = reasons(lambda side=side: grouped_clip_loss(side, side, [1.0] * len(side)))
+        assert "triton" not in ALL or "9000 rows, more than 8192" in why["triton"][0]
     assert "-> " in mmfuse.explain(mmfuse.grouped_clip_loss, [PROBE, PROBE], [PROBE, PROBE], [1.0, 2.0])

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from judge import Results, compared, judge
-from mmfuse.kernels import clip_loss, matryoshka_clip_loss
-from mmfuse.kernels.contrastive.grouped.op import GROUPED
+from mmfuse.kernels import clip_loss
+from mmfuse.kernels.contrastive import matryoshka_clip_loss
+from registered import backends
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = GROUPED.available(PROBE, PROBE)
+ALL = backends(lambda: matryoshka_clip_loss(PROBE, PROBE, 1.0, (8, 16)))
 FUSED = [n for n in ALL if n != "torch"]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 DIMS = (8, 20, 48)

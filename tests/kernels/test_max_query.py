@@ -14,15 +14,18 @@ from torch import Tensor
 import mmfuse
 from judge import Results, compared, judge
 from mmfuse.kernels import clip_loss, max_query_loss, max_query_similarity
-from mmfuse.kernels.contrastive.max_query.op import MAX_QUERY, max_query_bwd, max_query_fwd
+from mmfuse.kernels._runtime import chosen
+from mmfuse.kernels.contrastive.max_query.op import MAX_QUERY
+from registered import backends, opcheck, reasons, registered, watched
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ALL = MAX_QUERY.available(torch.ones(1, 1, 1, device=DEVICE), torch.ones(1, 1, device=DEVICE))
+PROBE = torch.ones(1, 1, 1, device=DEVICE)
+ALL = backends(lambda: max_query_similarity(PROBE, PROBE[0]))
 # the interpreter runs a Triton program in Python: it takes the small cases
 FUSED = [n for n in ALL if n != "torch"]
 FAST = [n for n in FUSED if GPU or n != "triton"]
-DOUBLE = MAX_QUERY.available(*(torch.ones(1, 1, 1, device=DEVICE, dtype=torch.float64)[i] for i in (..., 0)))
+DOUBLE = backends(lambda: max_query_similarity(PROBE.double(), PROBE[0].double()))
 
 
 def unit(*shape: int) -> Tensor:
@@ -254,22 +257,9 @@ def test_empty(backend: str, b: int, n: int) -> None:
 def test_frozen_inputs_get_no_gradient(backend: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image, text = features(6, 3, 16)
     (text if frozen == "image" else image).requires_grad_()
-    inner, seen = mmfuse.kernels.contrastive.max_query.op._passes, []
-
-    def spy(name: str):  # type: ignore[no-untyped-def]
-        class Spy:
-            maximum = staticmethod(inner(name).maximum)
-
-            @staticmethod
-            def gradient(*args):  # type: ignore[no-untyped-def]
-                seen.append([t.numel() > 0 for t in inner(name).gradient(*args)])
-                return inner(name).gradient(*args)
-
-        return Spy
-
-    monkeypatch.setattr("mmfuse.kernels.contrastive.max_query.op._passes", spy)
+    seen = watched(monkeypatch, MAX_QUERY, backend, "gradient")
     max_query_loss(image, text, 0.07, backend=backend).backward()
-    assert seen == [[image.requires_grad, text.requires_grad]]
+    assert seen == [[t.numel() if t.requires_grad else 0 for t in (image, text)]]
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -298,7 +288,7 @@ def test_the_number_of_threads_changes_nothing(backend: str) -> None:
     runs, before = [], torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        runs.append(max_query_bwd(g, k, image, text, True, True, backend))
+        runs.append(MAX_QUERY.implementations[backend].passes.gradient(g, k, image, text, True, True))
     torch.set_num_threads(before)
     assert all(map(torch.equal, *runs))
 
@@ -362,11 +352,11 @@ def test_compiles_whole(backend: str | None) -> None:
 @pytest.mark.parametrize("backend", FUSED)
 def test_opcheck(backend: str) -> None:
     image, text = features(3, 4, 16, n=5)[0], features(3, 4, 16, n=5)[3]
-    torch.library.opcheck(max_query_fwd.op, (image.requires_grad_(), text.requires_grad_(), backend))
-    u, k = max_query_fwd(image.detach(), text.detach(), backend)
-    assert k.dtype == torch.uint8
+    op, args = registered(lambda: max_query_similarity(image, text, backend=backend))
+    assert op(*args)[1].dtype == torch.uint8
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(max_query_bwd.op, (u, k, image.detach(), text.detach(), *needs, backend))
+        image.requires_grad_(needs[0]), text.requires_grad_(needs[1])
+        opcheck(lambda: max_query_similarity(image, text, backend=backend))
 
 
 # --- memory, choice and errors --------------------------------------------------------------------------------------
@@ -378,18 +368,18 @@ def test_many_queries() -> None:
     image[:, 290] *= 9
     got, want = (run([image.double(), text.double()], name, 1.0) for name in ("chunked", "torch"))
     torch.testing.assert_close(got, want)
-    assert "chunked" in MAX_QUERY.available(image, text)
+    why = reasons(lambda: max_query_similarity(image, text))
     for name in ("cpu", "triton"):
-        assert any("300 queries, more than 256" in why for why in MAX_QUERY.explain(image, text)[name])
+        assert any("300 queries, more than 256" in reason for reason in why[name])
 
 
 @pytest.mark.skipif(GPU, reason="what is small there was not measured")
 def test_steps_aside_for_eager_where_that_is_faster() -> None:
-    def chosen(b: int, q: int, n: int) -> str:
-        return MAX_QUERY.select(torch.empty(b, q, 8), torch.empty(n, 8)).name
+    def runs(b: int, q: int, n: int) -> str:
+        return chosen(lambda: max_query_similarity(torch.empty(b, q, 8), torch.empty(n, 8)))
 
-    assert chosen(4, 4, 4) == chosen(4096, 1, 4096) == "torch"
-    assert chosen(1024, 32, 1024) in ("cpu", "chunked")
+    assert runs(4, 4, 4) == runs(4096, 1, 4096) == "torch"
+    assert runs(1024, 32, 1024) in ("cpu", "chunked")
     assert "-> " in mmfuse.explain(mmfuse.max_query_loss, torch.empty(4, 4, 8), torch.empty(4, 8), 0.07)
 
 

@@ -15,13 +15,12 @@ import mmfuse
 from judge import Results, compared, judge
 from mmfuse.kernels import clip_loss
 from mmfuse.kernels.contrastive.arguments import positives
-from mmfuse.kernels.contrastive.op import CLIP, clip_bwd, clip_fwd
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-KEYS = torch.zeros(16, dtype=torch.int32, device=DEVICE)
-ALL = CLIP.available(PROBE, PROBE, KEYS)
+ALL = backends(lambda: clip_loss(PROBE, PROBE, 1.0, ids=torch.arange(8, device=DEVICE)))
 FUSED = [n for n in ALL if n != "torch"]
 FAST = [n for n in FUSED if GPU or n != "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -226,14 +225,9 @@ def test_compiles_whole(backend: str | None) -> None:
 
 def test_opcheck() -> None:
     image, text, ids = unit(9, 16), unit(12, 16), drawn(9, 12, 4)
-    keys, shares = positives(ids, image, text, 2)
     leaves = [t.clone().requires_grad_() for t in (image, text, torch.tensor(9.0, device=DEVICE))]
-    torch.library.opcheck(clip_fwd.op, (*leaves, keys, shares, 0.5, 0.5, 0.0, False, False, 2, "", False, "chunked"))
-    out = clip_fwd.op(*leaves, keys, shares, 0.5, 0.5, 0.0, False, False, 2, "", False, "chunked")
-    empty = image.new_empty(0)
-    saved = [t.detach() for t in (*leaves, keys, shares, *out[1:6], out[7], empty, empty)]
-    args = (out[0].detach(), *saved, 0.5, 0.5, 0.0, False, 2, "chunked")
-    torch.library.opcheck(clip_bwd.op, (*args, True, False, True))
+    opcheck(lambda: clip_loss(*leaves, ids=ids, row_offset=2, backend="chunked"))
+    opcheck(lambda: clip_loss(leaves[0], text, leaves[2], ids=ids, row_offset=2, backend="chunked"))
 
 
 def test_keys_and_shares() -> None:

@@ -13,12 +13,12 @@ import mmfuse
 from mmfuse.kernels.contrastive.negatives import Draw, hard_negatives
 from mmfuse.kernels.contrastive.negatives.draw import TorchTile, compiled_tile
 from mmfuse.kernels.contrastive.negatives.noise import gumbel, philox
-from mmfuse.kernels.contrastive.negatives.op import NEGATIVES, draw_op
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = NEGATIVES.available(PROBE, PROBE)
+ALL = backends(lambda: hard_negatives(PROBE, PROBE, 1.0))
 OURS = [n for n in ALL if n != "torch"]
 
 
@@ -66,7 +66,7 @@ def test_noise_is_gumbel() -> None:
 @pytest.mark.parametrize("backend", OURS)
 def test_every_implementation_draws_the_same(backend: str, dtype: torch.dtype, options: dict) -> None:
     query, keys = features(70, 150, dtype=dtype)
-    if backend not in NEGATIVES.available(query, keys):
+    if backend not in backends(lambda: hard_negatives(query, keys, 1.0)):
         pytest.skip(f"{backend} does not take {dtype}")
     options = {"row_offset": 40, "both": True, "seed": 11, **options}
     got = hard_negatives(query, keys, 14.0, backend=backend, **options)
@@ -271,10 +271,10 @@ def test_inputs_stay_and_no_gradient_flows() -> None:
 def test_opcheck(backend: str) -> None:
     query, keys = features(6, 9)
     ids, key_ids = torch.arange(6, device=DEVICE), torch.arange(9, device=DEVICE)
-    scalars = torch.tensor(2.0, device=DEVICE), torch.tensor(3, device=DEVICE)
+    scale, seed = torch.tensor(2.0, device=DEVICE), torch.tensor(3, device=DEVICE)
     for both in (False, True):
-        args = (query, keys, scalars[0], ids, key_ids, scalars[1], 2, 0, 1e-3, both, backend)
-        torch.library.opcheck(draw_op.op, args)
+        given = {"ids": ids, "key_ids": key_ids, "seed": seed, "k": 2, "mixture": 1e-3, "both": both}
+        opcheck(lambda given=given: hard_negatives(query, keys, scale, backend=backend, **given))
 
 
 def test_compile() -> None:

@@ -18,13 +18,14 @@ from mmfuse._compat import allow_torchvision
 from mmfuse.kernels.patch.positions import interpolate_position
 from mmfuse.kernels.patch.ragged import drop_patches, pack_first_fit, pack_images, patch_embed_packed
 from mmfuse.kernels.patch.ragged.layout import layout
-from mmfuse.kernels.patch.ragged.op import PACKED, packed_fwd
+from registered import backends, opcheck
 
 allow_torchvision()
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ALL = PACKED.available(torch.ones(1, 1, device=DEVICE), torch.ones(1, 1, device=DEVICE))
+PROBE = torch.ones(1, 1, device=DEVICE)
+ALL = backends(lambda: patch_embed_packed(PROBE, PROBE.new_ones((1, 2), dtype=torch.int64), PROBE))
 OURS = [n for n in ALL if n != "torch"]
 K, D = 12, 16
 
@@ -291,12 +292,8 @@ def test_compiled_and_checked() -> None:
     )
     expected = patch_embed_packed(**tensors, **options, backend=OURS[-1]).tokens
     torch.testing.assert_close(fn(**tensors), expected)
-    thw = F.pad(options["grids"], (1, 0), value=1)
-    at = layout(options["grids"], 12, ids_keep=options["ids_keep"])
-    x, weight, bias, table = (tensors[k].clone().requires_grad_() for k in ("patches", "weight", "bias", "table"))
-    table = table.detach().flatten(0, 1).requires_grad_()
-    args = (x, weight, bias, table, None, None, thw, at.place, at.source, at.start, 0, False, 1, False, 3, 3, False)
-    torch.library.opcheck(packed_fwd.op, (*args, "bilinear_aa", torch.float32, torch.float32, "chunked"))
+    leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
+    opcheck(lambda: patch_embed_packed(**leaves, **options, backend="chunked").tokens)
 
 
 def test_autocast_and_dtype() -> None:

@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import mmfuse
 from judge import Results, cast, compared, judge
 from mmfuse.kernels import patch_embed
-from mmfuse.kernels.patch import backward_from, forward_into
-from mmfuse.kernels.patch.op import PATCH_EMBED, patch_bwd, patch_fwd, stem_of
-from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Stem
+from mmfuse.kernels._runtime import chosen
+from mmfuse.kernels.patch.op import PATCH_EMBED, stem_of
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(1, 1, 1, 1, dtype=torch.uint8, device=DEVICE), torch.ones(1, 1, 1, 1, device=DEVICE)
-FUSED = [n for n in PATCH_EMBED.available(*PROBE) if n != "torch"]
+FUSED = [n for n in backends(lambda: patch_embed(*PROBE)) if n != "torch"]
 # the interpreter runs a Triton program in Python: it takes the small cases
 FAST = [n for n in FUSED if GPU or n != "triton"]
 RGB = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -180,8 +181,8 @@ def tokens(given: Given, backend: str) -> Results:
 
 
 def check(case: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
-    pixels, weight, _ = drawn(case)
-    if backend not in PATCH_EMBED.available(pixels, weight):  # bytes alone, on a GPU
+    pixels, weight, options = drawn(case)
+    if backend not in backends(lambda: patch_embed(pixels, weight, **options)):  # bytes alone, on a GPU
         pytest.skip(f"{backend} does not take {pixels.dtype}")
     judge(compared(tokens, lambda: drawn(case), backend, dtype, draws=3 if backend in FAST else 2))
 
@@ -405,10 +406,10 @@ def test_views_are_not_copied(backend: str) -> None:
     crop, channels_last = pixels[:, :, 5:37, 7:55], pixels.movedim(1, -1)[:, 3:35, :32]
     for view in (crop, crop.mT, pixels[:, :, ::2, 1::2], pixels[:1].expand(3, -1, -1, -1), channels_last):
         stem = stem_of(view, real(D, 3, 16, 16), layout="nhwc" if view is channels_last else "nchw", **RGB)
-        out = real(len(view), stem.shape()[2], D)
+        out, passes = real(len(view), stem.shape[2], D), PATCH_EMBED.implementations[backend].passes
         with Copies(pixels) as copies:
-            forward_into(out, 0, stem, backend=backend)
-            backward_from(out, stem, ("weight",), backend=backend)
+            passes.forward_into(out, 0, stem)
+            passes.backward_from(out, stem, ("weight",))
         assert not copies.found
 
 
@@ -439,17 +440,18 @@ def test_in_a_cuda_graph(backend: str) -> None:
 # --- what else calls it ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [None, *FUSED])
-def test_into_a_larger_buffer(backend: str | None) -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_into_a_larger_buffer(backend: str) -> None:
     pixels, shape, options = CASES["everything"]()
     stem = stem_of(pixels, real(*shape), **options)
-    want = patch_embed(*stem[:2], backend="torch", **options)
+    want = patch_embed(stem.pixels, stem.weight, backend="torch", **options)
+    passes = PATCH_EMBED.implementations[backend].passes
     out = torch.full((3, 13, D), 7.0, device=DEVICE)
-    forward_into(out, 2, stem, backend=backend)
+    passes.forward_into(out, 2, stem)
     torch.testing.assert_close(out[:, 2:10], want, rtol=1e-4, atol=1e-4)
     assert (out[:, :2] == 7).all() and (out[:, 10:] == 7).all()
     grad = real(3, 13, D)
-    found = backward_from(grad[:, 2:10], stem, ("weight", "prefix"), backend=backend)
+    found = passes.backward_from(grad[:, 2:10], stem, ("weight", "prefix"))
     weight, prefix = stem.weight.requires_grad_(), stem.prefix.requires_grad_()
     want = torch.autograd.grad(
         patch_embed(pixels, weight, backend="torch", **options | {"prefix": prefix}), (weight, prefix), grad[:, 2:10]
@@ -461,17 +463,11 @@ def test_into_a_larger_buffer(backend: str | None) -> None:
 def test_opcheck(backend: str) -> None:
     for case in ("everything", "mae"):
         pixels, shape, options = CASES[case]()
-        stem = stem_of(pixels, real(*shape), **options)
-        leaves = [
-            t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() and i < DIFFERENTIABLE else t
-            for i, t in enumerate(stem[:16])
-        ]
-        rest = ([], *stem[17:], backend)
-        torch.library.opcheck(patch_fwd.op, (*leaves, *rest))
-        y = patch_fwd(*(t.detach() if isinstance(t, Tensor) else t for t in leaves), *rest)
-        needs = [isinstance(t, Tensor) and t.is_floating_point() for t in leaves[:DIFFERENTIABLE]]
-        plain = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
-        torch.library.opcheck(patch_bwd.op, (torch.ones_like(y), *plain, *rest, needs))
+        leaves = tree_map(
+            lambda t: t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t, options
+        )
+        weight = real(*shape).requires_grad_()
+        opcheck(partial(patch_embed, pixels, weight, backend=backend, **leaves))
 
 
 @pytest.mark.parametrize("backend", FAST[-1:])
@@ -574,6 +570,8 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
 
 
 def test_explain() -> None:
-    stem = stem_of(u8(1, 3, 32, 32), real(D, 3, 16, 16))
-    assert "patch_embed" in mmfuse.explain("patch_embed", stem.pixels, stem.weight)
-    assert isinstance(stem, Stem)
+    pixels, weight = u8(1, 3, 32, 32), real(D, 3, 16, 16)
+    running = chosen(lambda: patch_embed(pixels, weight))
+    assert f"-> {running}" in mmfuse.explain("patch_embed", pixels, weight)
+    with pytest.raises(mmfuse.UnsupportedError, match="dtype is torch.float64"):
+        patch_embed(pixels, weight.double(), backend="cpu")

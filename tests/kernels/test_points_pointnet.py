@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -11,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from judge import Results, cast, compared, judge
+from mmfuse.kernels._runtime import chosen
 from mmfuse.kernels.points import mini_pointnet, mini_pointnet_training
-from mmfuse.kernels.points.pointnet.op import POINTNET, pointnet_fwd, train_op
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-PROBE = torch.zeros(2, 4, 3, device=DEVICE)
-ALL = POINTNET.available(PROBE)
-OURS = [b for b in ALL if b != "torch"]
 Layers = list[tuple[Tensor, Tensor]]
 
 
@@ -30,6 +27,10 @@ def drawn(groups: int = 11, k: int = 5, widths: tuple[int, ...] = (3, 8, 6, 10, 
     shapes = ((c1, c), (c2, c1), (c3, 2 * c2), (d, c3))
     layers = [(torch.randn(s, device=DEVICE) / s[1] ** 0.5, torch.randn(s[0], device=DEVICE)) for s in shapes]
     return torch.randn(groups, k, c, device=DEVICE), layers
+
+
+ALL = backends(lambda: mini_pointnet(*drawn()))
+OURS = [b for b in ALL if b != "torch"]
 
 
 def published(x: Tensor, layers: Layers, scale: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, ...]:
@@ -200,9 +201,12 @@ def test_gradcheck_of_training(backend: str) -> None:
 
 def test_opcheck() -> None:
     x, layers = drawn(4, 3)
-    tensors: list[Any] = [t.requires_grad_() for pair in layers for t in pair]
-    torch.library.opcheck(pointnet_fwd.op, (x, *tensors, "chunked"))
-    torch.library.opcheck(train_op.op, (x, *tensors, torch.rand(10, device=DEVICE), 1e-5, "chunked"))
+    for pair in layers:
+        for t in pair:
+            t.requires_grad_()
+    opcheck(lambda: mini_pointnet(x, layers, backend="chunked"))
+    scale = torch.rand(10, device=DEVICE)
+    opcheck(lambda: mini_pointnet_training(x, layers, scale, backend="chunked")[0])
 
 
 def test_compile() -> None:
@@ -241,16 +245,16 @@ def test_errors() -> None:
 
 def test_large_groups_run_in_plain_torch() -> None:
     x, layers = drawn(2, 300)
-    assert POINTNET.select(x).name == "torch"
+    assert chosen(lambda: mini_pointnet(x, layers)) == "torch"
     assert mini_pointnet(x, layers).shape == (2, 9)
 
 
 @pytest.mark.skipif(GPU, reason="on a GPU nothing steps aside")
 def test_where_eager_is_faster() -> None:
     x, layers = drawn(512, 32, (3, 8, 16, 16, 96))
-    tensors = [t for pair in layers for t in pair]
     fused = next(b for b in OURS if b != "triton")
-    assert POINTNET.select(x, *tensors).name == fused
-    assert POINTNET.select(x[:4], *tensors).name == "torch"
+    assert chosen(lambda: mini_pointnet(x, layers)) == fused
+    assert chosen(lambda: mini_pointnet(x[:4], layers)) == "torch"
     for dtype in (torch.bfloat16, torch.float64):
-        assert POINTNET.select(x.to(dtype), *(t.to(dtype) for t in tensors)).name == "torch"
+        given = x.to(dtype), [(w.to(dtype), b.to(dtype)) for w, b in layers]
+        assert chosen(lambda given=given: mini_pointnet(*given)) == "torch"

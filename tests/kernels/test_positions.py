@@ -14,14 +14,14 @@ from judge import Results, assert_no_worse, compared, judge
 from mmfuse._compat import allow_torchvision
 from mmfuse.kernels.patch.positions import interpolate_position, resample_weight, sinusoid_1d, sinusoid_2d
 from mmfuse.kernels.patch.positions.axes import MODES, axis_matrix, axis_weights
-from mmfuse.kernels.patch.positions.op import INTERPOLATE, interpolate_fwd
 from mmfuse.kernels.patch.positions.reference import interpolate_position as reference
+from registered import backends, opcheck
 
 allow_torchvision()
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ALL = INTERPOLATE.available(torch.ones(1, 1, 1, device=DEVICE))
+ALL = backends(lambda: interpolate_position(torch.ones(1, 1, 1, device=DEVICE), (2, 2)))
 # what a mode does not go with: a scale factor is one number, a lookup does not reach beyond its table
 GRIDS = {"bicubic_scale": [(6, 6), (2, 2)], "lookup": [(3, 2), (1, 3)]}
 SHAPES = [(6, 5), (2, 3), (1, 6)]
@@ -288,7 +288,7 @@ def test_compiled_and_checked() -> None:
         return interpolate_position(t, (5, 6), "bicubic", backend="chunked")
 
     assert torch.equal(torch.compile(fn, fullgraph=True, backend="aot_eager")(table), fn(table))
-    torch.library.opcheck(interpolate_fwd.op, (table, 5, 6, 5, 6, "bilinear_aa", "chunked"))
+    opcheck(lambda: interpolate_position(table, (5, 6), "bilinear_aa", backend="chunked"))
 
 
 def test_errors_name_the_argument() -> None:

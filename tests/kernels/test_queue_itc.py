@@ -16,12 +16,12 @@ from mmfuse.kernels._runtime import UnsupportedError, explain
 from mmfuse.kernels.contrastive.negatives import hard_negatives
 from mmfuse.kernels.contrastive.negatives.op import OTHER_DIRECTION
 from mmfuse.kernels.contrastive.queue import moco_loss, queue_itc_loss, queue_itc_losses
-from mmfuse.kernels.contrastive.queue.op import MOCO, QUEUE_ITC, moco_fwd, queue_itc_fwd
+from registered import backends, opcheck, registered
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = QUEUE_ITC.available(PROBE)
+ALL = backends(lambda: queue_itc_loss(PROBE, PROBE, PROBE, 0.07))
 # the interpreter runs a Triton program in Python: it takes the small cases
 FUSED = [n for n in ALL if n != "torch"]
 FAST = [n for n in FUSED if GPU or n != "triton"]
@@ -256,12 +256,9 @@ def test_nothing_but_the_query_and_the_temperature_gets_a_gradient(backend: str)
     queue_itc_loss(temp=0.07, backend=backend, **given).backward()
     assert given["query"].grad is not None
     assert given["keys"].grad is given["queue"].grad is given["query_m"].grad is None
-    with torch.no_grad():
-        loss, dx, dt, _ = queue_itc_fwd(
-            *(given[k][None] for k in ("query", "query_m", "keys")), given["queue"], None,
-            torch.tensor(0.07, device=DEVICE), torch.tensor(0.4, device=DEVICE), None, None, None, 0, 0.0, None,
-            False, backend,
-        )  # fmt: skip
+    op, args = registered(lambda: queue_itc_loss(temp=0.07, backend=backend, **given))
+    *args, needs = args
+    loss, dx, dt, _ = op(*args, [False for _ in needs])
     assert not loss.requires_grad and dx.numel() == dt.numel() == 0
 
 
@@ -351,30 +348,14 @@ def test_errors_of_both_directions(change: dict, words: str) -> None:
 
 
 def test_registration() -> None:
-    given = {k: v[None] if k in ("query", "query_m", "keys") else v for k, v in case(b=4, m=20, ids=True).items()}
-    query = given["query"].requires_grad_()
+    given = case(b=4, m=20, ids=True)
+    query = given.pop("query").requires_grad_()
     t = torch.tensor(0.07, device=DEVICE, requires_grad=True)
-    ids = [given[k] for k in ("ids", "key_ids", "queue_ids")]
-    args = (
-        query,
-        given["query_m"],
-        given["keys"],
-        given["queue"],
-        None,
-        t,
-        torch.tensor(0.4, device=DEVICE),
-        *ids,
-        2,
-        0.1,
-        torch.tensor([7], device=DEVICE),
-        True,
-        "chunked",
-    )
-    torch.library.opcheck(queue_itc_fwd.op, args)
-    query, keys = query[0].detach().requires_grad_(), given["keys"][0]
-    torch.library.opcheck(moco_fwd.op, (query, keys, given["queue"], t, True, "chunked"))
-    empty = (query[:0].detach().requires_grad_(), keys[:0], given["queue"], t, True, "chunked")
-    torch.library.opcheck(moco_fwd.op, empty, test_utils="test_faketensor")
+    drawing = {"negatives": 2, "mixture": 0.1, "seed": 7}
+    opcheck(lambda: queue_itc_loss(query, temp=t, backend="chunked", **given, **drawing))
+    for rows, checks in ((4, {}), (0, {"test_utils": "test_faketensor"})):
+        call = partial(moco_loss, query[:rows], given["keys"][:rows], given["queue"], t, backend="chunked")
+        opcheck(call, **checks)
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -439,7 +420,8 @@ def test_errors_name_the_argument(change: dict, error: type[Exception], words: s
 
 
 def test_moco_errors_and_its_implementations() -> None:
-    assert MOCO.available(PROBE) == ALL
+    assert backends(lambda: moco_loss(PROBE, PROBE, PROBE, 0.07)) == ALL
     with pytest.raises(ValueError, match="key has shape"):
         moco_loss(unit(3, 8), unit(4, 8), unit(5, 8), 0.1)
-    assert "triton" not in QUEUE_ITC.available(torch.ones(4, 600, device=DEVICE))
+    wide = torch.ones(4, 600, device=DEVICE)
+    assert "triton" not in backends(lambda: queue_itc_loss(wide, wide, wide, 0.07))

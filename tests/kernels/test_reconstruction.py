@@ -14,13 +14,14 @@ import mmfuse
 from judge import Results, cast, compared, judge
 from mmfuse._compat import allow_torchvision
 from mmfuse.kernels.patch.reconstruction import masked_patch_loss, random_masking
-from mmfuse.kernels.patch.reconstruction.op import LOSS, loss_fwd
+from registered import backends, opcheck
 
 allow_torchvision()
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ALL = LOSS.available(torch.ones(1, 1, 1, device=DEVICE))
+PROBE = torch.ones(1, 1, 1, 1, device=DEVICE)
+ALL = backends(lambda: masked_patch_loss(PROBE[0], PROBE, PROBE[0, 0] > 0, patch=1))
 OURS = [n for n in ALL if n != "torch"]
 SMALL: dict[str, Any] = {
     **{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
@@ -207,8 +208,7 @@ def test_compiled_and_checked() -> None:
     prediction.requires_grad_()
     fn = torch.compile(lambda p: masked_patch_loss(p, pixels, mask, **options), fullgraph=True, backend="aot_eager")
     assert torch.equal(fn(prediction), masked_patch_loss(prediction, pixels, mask, **options))
-    video = pixels.movedim(1, -1)[:, None]
-    torch.library.opcheck(loss_fwd.op, (prediction, video, mask, None, None, 1, 4, 4, "patch", "chunked"))
+    opcheck(lambda: masked_patch_loss(prediction, pixels, mask, **options, backend="chunked"))
 
 
 def test_errors_name_the_argument() -> None:

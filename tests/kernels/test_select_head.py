@@ -11,12 +11,12 @@ from torch import Tensor
 
 import mmfuse
 from judge import Results, cast, judge
-from mmfuse.kernels import select_head
-from mmfuse.kernels.head.op import SELECT_HEAD, select_head_fwd
+from mmfuse.kernels.head import select_head
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ALL = SELECT_HEAD.available(*[torch.ones(2, 1, 3, device=DEVICE)] + [None] * 8)
+ALL = backends(lambda: select_head(torch.ones(2, 1, 3, device=DEVICE), 0, (None, None, 1e-6)))
 FUSED = [n for n in ALL if n != "torch"]
 B, L, D, O = 6, 5, 24, 10  # noqa: E741
 NAMES = ("x", "gamma", "beta", "weight", "index")
@@ -44,7 +44,9 @@ def inputs(
     return [*leaves, torch.randint(0, L, (B,), device=DEVICE) if index else None]
 
 
-def call(given: list[Tensor | None], backend: str, scale: float | Tensor | None = None, **options: Any) -> Tensor:
+def call(
+    given: list[Tensor | None], backend: str | None, scale: float | Tensor | None = None, **options: Any
+) -> Tensor:
     x, gamma, beta, weight, index = given
     kept = {k: v for k, v in options.items() if k in ("normalize", "clips")}
     at = 0 if index is None else index
@@ -105,7 +107,7 @@ def test_the_reference_is_the_official_order(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("backend", FUSED)
 def test_float64_stays_float64(backend: str) -> None:
     given = inputs(torch.float64, index=True)
-    if backend not in SELECT_HEAD.available(given[0], *[None] * 8):
+    if backend not in backends(lambda: call(given, None)):
         pytest.skip(f"{backend} does not take float64")
     leaves = [*given[:4], torch.tensor(3.0, dtype=torch.float64, device=DEVICE, requires_grad=True)]
     found = []
@@ -155,10 +157,10 @@ def test_a_zero_row_has_no_direction(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_opcheck(backend: str) -> None:
-    x, gamma, beta, weight, index = inputs(torch.float32, index=True)
+    given = inputs(torch.float32, index=True)
     scale = torch.tensor(2.0, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(select_head_fwd.op, (x, index, gamma, beta, weight, scale, 1e-6, True, 2, backend))
-    torch.library.opcheck(select_head_fwd.op, (x, None, None, None, None, None, 1e-6, False, 1, backend))
+    opcheck(lambda: call(given, backend, scale, clips=2))
+    opcheck(lambda: select_head(given[0], 0, (None, None, 1e-6), normalize=False, backend=backend))
 
 
 def test_compile() -> None:
