@@ -140,10 +140,10 @@ def backward(
     """The gradients of x, gamma, beta, weight and scale, those that are needed."""
     found = {}
     dy, along = passes.unit_grad(g, y, inverse, head)
-    if needs.scale:
+    if head.scale is not None and needs.scale:
         found["scale"] = along.sum().to(head.scale.dtype)
     xhat = standardized(rows, mean, rstd) if needs.gamma or needs.weight else None
-    if needs.weight:
+    if xhat is not None and needs.weight:
         found["weight"] = product(dy.t(), affine(xhat, head.gamma, head.beta).to(dy.dtype))
     if needs.x or needs.gamma or needs.beta:
         dz = dy if head.weight is None else product(dy, head.weight)
@@ -151,9 +151,9 @@ def backward(
             found["x"] = torch.zeros(x_shape, dtype=rows.dtype, device=rows.device)
             passes.norm_grad(dz, rows, mean, rstd, head, found["x"])
         dz = dz.to(mean.dtype)
-        if needs.gamma:
+        if head.gamma is not None and xhat is not None and needs.gamma:
             found["gamma"] = (dz * xhat).sum(0).to(head.gamma.dtype)
-        if needs.beta:
+        if head.beta is not None and needs.beta:
             found["beta"] = dz.sum(0).to(head.beta.dtype)
     return found
 

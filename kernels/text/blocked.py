@@ -56,11 +56,11 @@ class TorchPasses:
     @staticmethod
     def embedded(words: Words, out: Tensor) -> tuple[Tensor, Tensor]:
         """Write y into `out` [B, L, D]; return (mean, 1 / standard deviation) of x [B, L], empty without a norm."""
-        acc, normed = accumulation_dtype(out.dtype), words.eps is not None
-        mean, rstd = (torch.empty(words.ids.shape if normed else 0, dtype=acc, device=out.device) for _ in range(2))
+        acc, tokens = accumulation_dtype(out.dtype), 0 if words.eps is None else words.ids.shape
+        mean, rstd = (torch.empty(tokens, dtype=acc, device=out.device) for _ in range(2))
         gamma, beta = (t if t is None else t.to(acc) for t in (words.gamma, words.beta))
         for rows, x in _summed(words):
-            if normed:
+            if words.eps is not None:
                 x, *stats = torch.native_layer_norm(x, x.shape[2:], gamma, beta, words.eps)
                 mean[rows], rstd[rows] = (t[..., 0] for t in stats)
             out[rows] = x if words.pad_mask is None else x.masked_fill_(words.pad_mask[rows, :, None], 0)
@@ -83,11 +83,11 @@ class TorchPasses:
         return dx, dgamma, dbeta
 
     @staticmethod
-    def rows_summed(dx: Tensor, words: Words) -> Tensor:
-        """The sum of dx [B, L, D] for each id [V, D]; torch sorts, and adds in order."""
+    def rows_summed(dx: Tensor, ids: Tensor, rows: int, padding_idx: int | None) -> Tensor:
+        """The sum of dx [B, L, D] for each id [rows, D]; torch sorts, and adds in order."""
         dx = dx.to(accumulation_dtype(dx.dtype)) if dx.device.type == "cpu" else dx
-        pad = -1 if words.padding_idx is None else words.padding_idx
-        return torch.ops.aten.embedding_dense_backward(dx, words.ids, words.table.shape[0], pad, False)
+        pad = -1 if padding_idx is None else padding_idx
+        return torch.ops.aten.embedding_dense_backward(dx, ids, rows, pad, False)
 
 
 def _summed(words: Words) -> Iterator[tuple[slice, Tensor]]:
@@ -111,7 +111,7 @@ def backward(
     elif words.pad_mask is not None:
         dx = g.masked_fill(words.pad_mask[..., None], 0)
     if "table" in wanted:
-        summed = passes.rows_summed(dx, words)
+        summed = passes.rows_summed(dx, words.ids, words.table.shape[0], words.padding_idx)
         grads["table"] = summed if words.scale == 1 else summed * words.scale
     if "text_position" in wanted or "text_type" in wanted:
         grads["text_position"] = dx.sum(0, dtype=accumulation_dtype(dx.dtype))

@@ -279,20 +279,20 @@ def norm_grad(g: Tensor, words: Words, mean: Tensor, rstd: Tensor) -> tuple[Tens
     return dx, sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
-def rows_summed(dx: Tensor, words: Words) -> Tensor:
-    (_, _, d), rows, tokens = words.shape, words.table.shape[0], words.ids.numel()
+def rows_summed(dx: Tensor, ids: Tensor, rows: int, padding_idx: int | None) -> Tensor:
+    d, tokens = dx.shape[-1], ids.numel()
     new = {"dtype": accumulation_dtype(dx.dtype), "device": dx.device}
     out = torch.zeros(rows, d, **new)
     if not tokens:
         return out
-    keys, order = words.ids.reshape(-1).sort(stable=True)
+    keys, order = ids.reshape(-1).sort(stable=True)
     begin, end = torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True)
     chunks = triton.cdiv(tokens, _CHUNK)
     parts = torch.empty(2, chunks, d, **new)
     across = triton.cdiv(d, _TILE["BLOCK"])
     given = {
         "rows_ptr": out, "parts_ptr": parts, "ids_ptr": keys, "begin_ptr": begin, "end_ptr": end, "V": rows, "D": d,
-        "padding_idx": -1 if words.padding_idx is None else words.padding_idx, "chunks": chunks,
+        "padding_idx": -1 if padding_idx is None else padding_idx, "chunks": chunks,
         "CHUNK": _CHUNK, "ACC": accumulator(out.dtype), **_TILE,
     }  # fmt: skip
     launch(_pieces_kernel, (tokens, across), dx, dx_ptr=dx.contiguous(), order_ptr=order, T=tokens, **given)

@@ -17,7 +17,8 @@ def rows(prediction: Tensor, target: Target, ids: Tensor | None, weight: Tensor,
     """
     (b, m, k), video, acc = prediction.shape, target.video, weight.dtype
     out, c = weight.new_zeros(b, m), video.shape[4]
-    scale, shift = (t if t is None else t.repeat(k // c) for t in target.affine(acc))
+    scale, shift = target.affine(acc)
+    scale, shift = scale.repeat(k // c), None if shift is None else shift.repeat(k // c)
     step = max(1, _BLOCK_BYTES // max(1, video[:1].numel() * acc.itemsize))
     for i in range(0, b, step):
         block = slice(i, i + step)
