@@ -1,4 +1,5 @@
-# Targets: test, demo, bench, lint, compile-report (each makes .venv on first use), and test-gpu (uses $(PYTHON) as it is).
+# Targets: test, demo, bench, lint, docs, compile-report (each makes .venv on first use), and test-gpu (uses $(PYTHON) as
+# it is).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := pytest $(TESTS) --durations=15 $(PYTEST_ARGS)
 PACKAGES := bench export models fused kernels
 
-.PHONY: test demo bench lint compile-report test-gpu clean
+.PHONY: test demo bench lint docs compile-report test-gpu clean build/typing
 .DEFAULT_GOAL := test
 
 # torch comes first and is named again below, so that nothing pulls in another one
@@ -43,13 +44,18 @@ bench: $(VENV)/ready
 compile-report: $(VENV)/ready
 	$(BIN)/mmfuse compile-report
 
-# type checkers do not follow package_dir: show them the folders in the shape they install in
-lint: $(VENV)/ready
+lint: $(VENV)/ready build/typing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typing && mkdir -p build/typing/mmfuse
-	ln -s $(CURDIR)/mmfuse/* $(addprefix $(CURDIR)/,$(PACKAGES)) build/typing/mmfuse
 	$(BIN)/mypy
+
+docs: $(VENV)/ready build/typing
+	$(BIN)/mkdocs build --strict
+
+# what reads the sources does not follow package_dir: show it the folders in the shape they install in
+build/typing:
+	rm -rf $@ && mkdir -p $@/mmfuse
+	ln -s $(CURDIR)/mmfuse/* $(addprefix $(CURDIR)/,$(PACKAGES)) $@/mmfuse
 
 # Nothing from a network: torch and pytest are there already. Where pip cannot install, the checkout itself is imported.
 test-gpu: export PIP_BREAK_SYSTEM_PACKAGES := 1

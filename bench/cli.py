@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the records as DIR/<device>/<suite>.jsonl")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="show these records, measure nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the records into a PNG")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the records as a page of Markdown")
     parser.add_argument("--json", action="store_true", help="print the records as JSON lines")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--list", action="store_true", help="list the cases, their sizes and providers")
@@ -63,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
         if not args.source.exists():
             raise ValueError(f"--from is {str(args.source)!r}, expected a file of records or a folder of such files")
         records = store.read(args.source)
+        if args.cases:
+            wanted = args.cases.split(",")
+            _check("--cases", wanted, {r["case"] for r in records})
+            records = [r for r in records if r["case"] in wanted]
     else:
         jobs = list(_jobs(args, device, dtype))
         if args.list:
@@ -79,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(json.dumps(record) for record in records))
     elif args.markdown:
         print(report.markdown(records), end="")
+    elif args.report is not None:
+        args.report.write_text(report.page(records))
     else:
         _show(records)
     if args.plot is not None:

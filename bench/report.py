@@ -25,6 +25,22 @@ COLUMNS = (
     "note",
 )
 
+_HEAD = """# Benchmarks
+
+<!-- written by `mmfuse bench --from bench/results --report docs/benchmarks.md` -->
+
+Every number on this page is generated from the records in `bench/results`, which hold the machine, the versions and the
+commit of each. `mmfuse bench` measures on your machine in a minute.
+
+- The result of each provider is checked before any is timed, and a wrong one gets no time. All providers of a size are
+  then timed in turn: the median (p50), with p20 to p80.
+- The first provider of a size is the baseline, to which the others are relative. `compile` is `torch.compile` of eager
+  PyTorch. `mmfuse` is what a call runs, and the note says which implementation that was.
+- "of GEMMs" is relative to the matrix products alone, or the other work that is named, timed in the same run.
+- "of ceiling" is a share of the fastest matrix product (matmul) or copy that was measured on the machine.
+- Memory is the peak above the inputs.
+"""
+
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:
     """Records by (device, case, dtype, mode)."""
@@ -188,14 +204,28 @@ def markdown(records: Sequence[Record]) -> str:
         if key[0] != device:
             device = key[0]
             lines += [f"### {machine(group[0])}", ""]
-        lines += ["; ".join(filter(None, (f"**{title(key)}**", ceiling(group)))), ""]
-        if cells := list(rows(group)):
-            lines += [*_table(columns(group), cells), ""]
-        if fits := list(growth_rows(group)):
-            dim = varying(group)[0]
-            lines += [*_table(("provider", f"time ~ {dim}^", f"memory ~ {dim}^"), fits), ""]
-        lines += [f"- {line}" for line in left_out(group)] + [""]
+        lines += ["; ".join(filter(None, (f"**{title(key)}**", ceiling(group)))), "", *_tables(group)]
     return "\n".join(lines).strip() + "\n"
+
+
+def page(records: Sequence[Record]) -> str:
+    """The page of the documentation: a section for each device, case, dtype and mode."""
+    lines = [_HEAD]
+    for key, group in groups(records).items():
+        runs = dict.fromkeys(machine(r) for r in group)
+        facts = (*runs, f"sizes: {'x'.join(group[0]['shape'])}", ceiling(group))
+        lines += [f"## {title(key)}", "", *(f"- {fact}" for fact in facts if fact), "", *_tables(group)]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _tables(group: Sequence[Record]) -> Iterator[str]:
+    if cells := list(rows(group)):
+        yield from (*_table(columns(group), cells), "")
+    if fits := list(growth_rows(group)):
+        dim = varying(group)[0]
+        yield from (*_table(("provider", f"time ~ {dim}^", f"memory ~ {dim}^"), fits), "")
+    if left := left_out(group):
+        yield from (*(f"- {line}" for line in left), "")
 
 
 def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:

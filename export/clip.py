@@ -1,4 +1,4 @@
-"""CLIP as it is served: pictures and texts in, unit embeddings and scaled similarities out."""
+"""CLIP as it is served: images and texts in, unit embeddings and scaled similarities out."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from mmfuse.kernels import (
 )
 from mmfuse.kernels._runtime import UnsupportedError
 from mmfuse.kernels._runtime.arguments import scalar
-from mmfuse.kernels.contrastive.distributed.peers import Peers, meet, members
+from mmfuse.kernels.contrastive.distributed.peers import Peers, agree_on_sizes, members
 from mmfuse.kernels.contrastive.distributed.reference import gathered
 
 
@@ -337,7 +337,7 @@ def _gather(loss: Any, image: Tensor, text: Tensor) -> tuple[Peers, list[Tensor]
     """The features of all ranks, with the gradients that the loss's mode gives them."""
     local = bool(loss.local_loss)
     with_grad = bool(loss.gather_with_grad) or getattr(loss, "grad_scale", "open_clip") == "true"
-    peers = meet(_group(loss), image, None, {"local_loss": local, "gather_with_grad": with_grad})
+    peers = agree_on_sizes(_group(loss), image, None, {"local_loss": local, "gather_with_grad": with_grad})
     return peers, [gathered(t, peers, with_grad, not local) for t in (image, text)]
 
 

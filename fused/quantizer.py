@@ -42,14 +42,14 @@ def statistics(x: Tensor, codes: Tensor, K: int, reduce: bool) -> tuple[Tensor, 
     return packed[:, -1], packed[:, :-1]
 
 
-def drawn(x: Tensor, num: int) -> Tensor:
+def sample_rows(x: Tensor, num: int) -> Tensor:
     """`num` rows at random, different ones while there are enough."""
     if len(x) >= num:
         return x[torch.randperm(len(x), device=x.device)[:num]]
     return x[torch.randint(0, len(x), (num,), device=x.device)]
 
 
-def dealt(rows: Tensor) -> Tensor:
+def shard_rows(rows: Tensor) -> Tensor:
     """Row k of the process k mod their number, in every process."""
     k = torch.arange(len(rows), device=rows.device)
     rows = torch.where((k % dist.get_world_size() == dist.get_rank())[:, None], rows, 0)
@@ -68,9 +68,9 @@ def kmeans(
         eps: of the means' norms.
         reduce: over the rows of all processes.
     """
-    means = drawn(x, num_clusters)
+    means = sample_rows(x, num_clusters)
     if reduce:
-        means = dealt(means)
+        means = shard_rows(means)
     sizes = x.new_zeros(num_clusters)
     for _ in range(num_iters):
         codes = linear_argmax(x, means) if use_cosine_sim else nearest_code(x, means)
@@ -598,7 +598,7 @@ def _replace_dead(book: Any, rows: Tensor, wanted: Tensor | None) -> None:
         if book.use_cosine_sim:
             fresh = F.normalize(fresh, dim=-1, eps=_EPS)
         if book.use_ddp:
-            fresh = dealt(fresh)
+            fresh = shard_rows(fresh)
         book.embed.data[h] = torch.where(taken, fresh, book.embed.data[h])
         book.embed_avg[h] = torch.where(taken, fresh * book.reset_cluster_size, book.embed_avg[h])
         book.cluster_size[h] = torch.where(taken[:, 0], book.reset_cluster_size, book.cluster_size[h])

@@ -1,6 +1,6 @@
 // Patches of uint8 or float pixels as rows of float32 on the CPU, by any strides: what the product of patch_embed reads.
 //
-// A row is written in order, from pieces of the picture that are contiguous where its memory is: 16 pixels at a time.
+// A row is written in order, from pieces of the image that are contiguous where its memory is: 16 pixels at a time.
 
 #include "../tensor.h"
 #include "simd.h"
@@ -91,7 +91,7 @@ void write_row(const float* patch, const Runs& runs, const float* subtract, cons
     any_row(patch, runs, subtract, multiply, row);
 }
 
-// A patch that leaves the picture, element by element: zeros are outside.
+// A patch that leaves the image, element by element: zeros are outside.
 template <class T>
 void write_edge(const T* patch, const Source& s, const Three& at, const float* subtract, const float* multiply,
                 float* row) {

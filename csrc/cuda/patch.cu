@@ -1,6 +1,6 @@
 // Patches of uint8 pixels as rows of float16, bfloat16 or float32 on a GPU: the first of patch_embed's two kernels.
 //
-// A thread makes 16 neighbours of a row: one load of 16 bytes where the picture's memory allows, stores of 16 bytes
+// A thread makes 16 neighbours of a row: one load of 16 bytes where the image's memory allows, stores of 16 bytes
 // always. Threads of a block write rows one behind another, whose pixels share sectors in the first-level cache.
 
 #include "../tensor.h"
@@ -68,7 +68,7 @@ struct Element {
     }
 };
 
-// rows [m, kp], zero past k and outside of the picture. `order` names the images' computed patches in another order, of which those from `count`
+// rows [m, kp], zero past k and outside of the image. `order` names the images' computed patches in another order, of which those from `count`
 // on are not needed; `ids` are their numbers in the grid; null where every patch is computed, in order.
 template <bool VECTORS, class Out>
 __global__ void __launch_bounds__(THREADS)

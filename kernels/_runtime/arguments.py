@@ -123,12 +123,14 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     return value.reshape(()).to(acc)
 
 
-def first_outside(ids: Tensor, n: int, least: int = 0) -> int | None:
-    """An id that is not in least <= id < n, if there is one; not sought on a GPU, which would wait, or in a trace."""
+def check_range(name: str, ids: Tensor, n: int, of: str, least: int = 0) -> None:
+    """Raise unless least <= id < n; not sought on a GPU, which would wait, or in a trace."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or type(ids) is not Tensor or not ids.numel():
-        return None
+        return
     low, high = (int(t.item()) for t in ids.aminmax())
-    return low if low < least else high if high >= n else None
+    if low < least or high >= n:
+        wrong = low if low < least else high
+        raise ValueError(f"{name} has {wrong}, expected {least} <= {name.removesuffix('s')} < {n}, {of}")
 
 
 def constant(values: float | Iterable[float], device: torch.device) -> Tensor:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+Sides = Mapping[torch.dtype, int]
 
-def few_pairs(x: Tensor, y: Tensor, sides: Mapping[torch.dtype, int]) -> str | None:
-    """Fewer than side x side pairs of rows, a side for each dtype; a dtype that is missing has none."""
+
+def few_pairs(sides: Sides) -> Callable[[Tensor, Tensor], str | None]:
+    """Prefer eager for fewer than side x side pairs of rows; the side is by dtype, and one that is missing has none."""
+    return lambda image, text: fewer_pairs(sides, image, image.shape[0] * text.shape[0])
+
+
+def fewer_pairs(sides: Sides, x: Tensor, pairs: int) -> str | None:
+    """The same of so many pairs of rows like x's."""
     side = sides.get(x.dtype, 0)
-    if x.device.type != "cpu" or x.shape[0] * y.shape[0] >= side**2:
+    if x.device.type != "cpu" or pairs >= side**2:
         return None
     return f"eager is faster for fewer than {side} x {side} pairs in {str(x.dtype)[6:]}"

@@ -3,25 +3,53 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check, check_features, first_outside, integers
+from mmfuse.kernels._runtime.arguments import check, check_range, integers, one_of
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.codebook import blocked, reference
 
 Metric = Literal["euclidean", "cosine"]
 Gradient = Literal["straight_through", "rotation", "none"]
 
-_METRICS = ("euclidean", "cosine")
-_GRADIENTS = ("straight_through", "rotation", "none")
+
+def _compiled_argmax(
+    z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, mask: Tensor | None, exact: bool
+) -> Tensor:
+    z, weight = z.float().contiguous(), weight.float().contiguous()
+    scale, bias = (z.new_empty(0, dtype=torch.float64) if t is None else t for t in (scale, bias))
+    mask = z.new_empty(0, dtype=torch.bool) if mask is None else mask.contiguous()
+    codes = torch.empty(len(z), dtype=torch.int64)
+    torch.ops.mmfuse_cpu.code_argmax(z, weight, scale, bias, mask, codes)
+    return codes
+
+
+def _compiled_statistics(z: Tensor, codes: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    counts, sums = torch.empty(K), torch.empty(K, z.shape[1])
+    torch.ops.mmfuse_cpu.code_statistics(z.float().contiguous(), codes, counts, sums)
+    return counts, sums
 
 
 _KERNEL = Deferred("mmfuse.kernels.codebook.kernel")
+_COMPILED = SimpleNamespace(code_argmax=_compiled_argmax, code_statistics=_compiled_statistics)
+
+
+def _double(z: Tensor) -> str | None:
+    return "dtype is torch.float64" if z.dtype == torch.float64 else None
+
+
+def _implementations(function: Any) -> list[Implementation]:
+    return [
+        Implementation("triton", passes=_KERNEL, against=[_double]),
+        Implementation("cpu", passes=_COMPILED),
+        Implementation("chunked", passes=blocked),
+        Implementation("torch", function=function),
+    ]
 
 
 # --- the search -----------------------------------------------------------------------------------------------------
@@ -39,36 +67,11 @@ def _search(
     return passes.code_argmax(z, weight, scale, bias, mask, exact)  # type: ignore[no-any-return]
 
 
-def _compiled_argmax(
-    z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, mask: Tensor | None, exact: bool
-) -> Tensor:
-    codes = torch.empty(len(z), dtype=torch.int64)
-    absent = torch.empty(0, dtype=torch.float64)
-    torch.ops.mmfuse_cpu.code_argmax(
-        z.float().contiguous(),
-        weight.float().contiguous(),
-        absent if scale is None else scale,
-        absent if bias is None else bias,
-        absent.bool() if mask is None else mask.contiguous(),
-        codes,
-    )
-    return codes
-
-
-def _double(z: Tensor) -> str | None:
-    return "dtype is torch.float64" if z.dtype == torch.float64 else None
-
-
 NEAREST = Operator(
     "nearest_code",
     forward=_search,
     fake=lambda z: z.new_empty(z.shape[:1], dtype=torch.int64),
-    implementations=[
-        Implementation("triton", passes=_KERNEL, against=[_double]),
-        Implementation("cpu", passes=SimpleNamespace(code_argmax=_compiled_argmax)),
-        Implementation("chunked", passes=blocked),
-        Implementation("torch", function=lambda exact, **given: reference.code_argmax(**given)),
-    ],
+    implementations=_implementations(reference.code_argmax),
     example=lambda x, **how: nearest_code(x, x, **how),
     also={"linear_argmax": lambda x, **how: linear_argmax(x, x, **how)},
 )
@@ -109,7 +112,9 @@ def nearest_code(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     z, codebook = _rows_and_codes(z, codebook)
-    return NEAREST(z, codebook, *_score(codebook, metric), _mask_of(mask, z), exact, backend=backend)  # type: ignore[no-any-return]
+    if mask is not None:
+        check("mask", mask, z.shape[:1], ", one for each row", torch.bool, ("z", z))
+    return NEAREST(z, codebook, *_score(codebook, metric), mask, exact, backend=backend)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -138,8 +143,7 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
 
 def _score(codebook: Tensor, metric: str) -> tuple[Tensor | None, Tensor | None]:
     """(scale, bias) [K] in float64 of the score scale_k <z, e_k> + bias_k."""
-    if metric not in _METRICS:
-        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(_METRICS)}")
+    one_of("metric", metric, get_args(Metric))
     if metric == "euclidean":
         return None, codebook.double().square().sum(1).mul_(-0.5)
     norm = torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float64)
@@ -148,21 +152,12 @@ def _score(codebook: Tensor, metric: str) -> tuple[Tensor | None, Tensor | None]
 
 def _rows_and_codes(z: Tensor, codebook: Tensor, names: tuple[str, str] = ("z", "codebook")) -> tuple[Tensor, Tensor]:
     first, second = names
-    check_features(first, z)
-    check_features(second, codebook, "[K, D]")
+    check(first, z, ("N", "D"))
+    check(second, codebook, ("K", z.shape[1]), f" as {first} has features", like=(first, z))
     if 0 in codebook.shape:
         raise ValueError(f"{second} has shape {tuple(codebook.shape)}, expected at least one code and one feature")
-    if z.shape[1] != codebook.shape[1]:
-        raise ValueError(f"{second} has {codebook.shape[1]} features per row, expected {z.shape[1]} as in {first}")
-    check(second, codebook, like=(first, z))
     wide = torch.promote_types(z.dtype, codebook.dtype)
     return z.to(wide), codebook.to(wide)
-
-
-def _mask_of(mask: Tensor | None, z: Tensor) -> Tensor | None:
-    if mask is not None:
-        check("mask", mask, z.shape[:1], ", one for each row", torch.bool, ("z", z))
-    return mask
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
@@ -182,24 +177,11 @@ def _statistics_fake(z: Tensor, K: int) -> Statistics:
     return Statistics(z.new_empty(K, dtype=acc), z.new_empty((K, z.shape[1]), dtype=acc))
 
 
-def _compiled_statistics(z: Tensor, codes: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    counts, sums = torch.empty(K), torch.empty(K, z.shape[1])
-    torch.ops.mmfuse_cpu.code_statistics(z.float().contiguous(), codes, counts, sums)
-    return counts, sums
-
-
-_COMPILED = SimpleNamespace(code_statistics=_compiled_statistics)
-
 STATISTICS = Operator(
     "code_statistics",
     forward=_statistics,
     fake=_statistics_fake,
-    implementations=[
-        Implementation("triton", passes=_KERNEL, against=[_double]),
-        Implementation("cpu", passes=_COMPILED),
-        Implementation("chunked", passes=blocked),
-        Implementation("torch", function=reference.code_statistics),
-    ],
+    implementations=_implementations(reference.code_statistics),
     example=lambda x, **how: code_statistics(x, torch.arange(len(x), device=x.device), len(x), **how),
 )
 
@@ -220,7 +202,7 @@ def code_statistics(z: Tensor, codes: Tensor, K: int, *, backend: str | None = N
 
     Not differentiable. Raises as `nearest_code`.
     """
-    check_features("z", z)
+    check("z", z, ("N", "D"))
     codes = integers("codes", codes, z, "z")
     if K < 1:
         raise ValueError(f"K is {K}, expected at least one code")
@@ -280,12 +262,7 @@ QUANTIZE = Operator(
     backward=_assign_backward,
     fake=_assign_fake,
     differentiable=("z", "codebook"),
-    implementations=[
-        Implementation("triton", passes=_KERNEL, against=[_double]),
-        Implementation("cpu", passes=_COMPILED),
-        Implementation("chunked", passes=blocked),
-        Implementation("torch", function=reference.assign),
-    ],
+    implementations=_implementations(reference.assign),
     example=lambda x, **how: vector_quantize(x, x, **how),
 )
 
@@ -306,10 +283,8 @@ def assign_code(
     """
     z, codebook = _rows_and_codes(z, codebook)
     codes = integers("codes", codes, z, "z")
-    if (wrong := first_outside(codes, len(codebook), -1)) is not None:
-        raise ValueError(f"codes has {wrong}, expected -1 <= code < {len(codebook)}, the rows of codebook")
-    if gradient not in _GRADIENTS:
-        raise ValueError(f"gradient is {gradient!r}, expected one of {', '.join(_GRADIENTS)}")
+    check_range("codes", codes, len(codebook), "the rows of codebook", least=-1)
+    one_of("gradient", gradient, get_args(Gradient))
     z_q, loss, *_ = QUANTIZE(z, codebook, codes, float(beta), float(codebook_weight), gradient, backend=backend)
     return z_q, loss
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime.arguments import autocast, check_features, scalar
+from mmfuse.kernels._runtime.arguments import autocast, check, integers, scalar
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 
@@ -16,28 +16,35 @@ def features(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor | float,
-    row_offset: int,
-    paired: bool = True,
+    row_offset: int | None = 0,
     names: tuple[str, str] = ("image", "text"),
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As they are multiplied, with the scale as a tensor. Without a row_offset, no rows are pairs."""
     first, second = names
-    check_features(first, image)
-    check_features(second, text)
-    if image.shape[1] != text.shape[1]:
-        raise ValueError(f"{second} has {text.shape[1]} features per row, expected {image.shape[1]} as in {first}")
-    if image.shape[1] == 0:
-        raise ValueError(f"{first} has shape {tuple(image.shape)}, expected at least one feature per row")
-    if image.device != text.device:
-        raise ValueError(f"{second} is on {text.device}, expected {image.device} as {first}")
-    image, text = autocast(image, text)
-    if image.dtype != text.dtype:
-        raise TypeError(f"{second} has dtype {text.dtype}, expected {image.dtype} as {first}")
-    if paired and not (row_offset >= 0 and row_offset + image.shape[0] <= text.shape[0]):
+    image, text = alike(first, image, second, text)
+    if row_offset is not None and not (row_offset >= 0 and row_offset + image.shape[0] <= text.shape[0]):
         raise ValueError(
             f"{first} has {image.shape[0]} rows at row_offset {row_offset}, expected 0 <= row_offset and at most the "
             f"{text.shape[0]} rows of {second}"
         )
     return image, text, scalar("logit_scale", logit_scale, image)
+
+
+def alike(
+    first: str, x: Tensor, second: str, y: Tensor, shape: tuple[int | str, ...] = ("N", "D")
+) -> tuple[Tensor, Tensor]:
+    """Features x of this shape and y [N, D] as a matrix product takes them: in one dtype, on one device."""
+    check(first, x, shape)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{first} has shape {tuple(x.shape)}, expected at least one feature per row")
+    check(second, y, ("N", x.shape[-1]), f", as many features per row as {first}", like=(first, x))
+    x, y = autocast(x, y)
+    check(second, y, dtype=x.dtype)
+    return x, y
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def weights_of(weights: tuple[float, float]) -> tuple[float, float]:
@@ -62,21 +69,14 @@ def positives(
         return None, None
     b, n = len(image), len(text)
     if isinstance(ids, Tensor):
-        if ids.shape != (n,):
-            raise ValueError(f"ids has shape {tuple(ids.shape)}, expected [{n}], one id for each row of text")
-        ids = (ids[row_offset : row_offset + b], ids)
-    if not (isinstance(ids, (tuple, list)) and len(ids) == 2 and all(isinstance(t, Tensor) for t in ids)):
+        text_ids = integers("ids", ids, text, "text")
+        image_ids = text_ids[row_offset : row_offset + b]
+    elif isinstance(ids, (tuple, list)) and len(ids) == 2:
+        image_ids, text_ids = integers("ids[0]", ids[0], image, "image"), integers("ids[1]", ids[1], text, "text")
+    else:
         raise TypeError(f"ids is {type(ids).__name__}, expected a tensor [N] or a pair (image ids [b], text ids [N])")
-    for t, name, rows in zip(ids, ("image", "text"), (b, n), strict=True):
-        if t.shape != (rows,):
-            raise ValueError(f"the {name} ids have shape {tuple(t.shape)}, expected [{rows}] as {name} has rows")
-        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-            raise TypeError(f"the {name} ids have dtype {t.dtype}, expected integers")
-        if t.device != image.device:
-            raise ValueError(f"the {name} ids are on {t.device}, expected {image.device} as image")
-    image_ids, text_ids = (t.to(torch.int64).contiguous() for t in ids)
     ordered = text_ids.sort().values
-    pairs = text_ids[row_offset : row_offset + b].contiguous()
+    pairs = text_ids[row_offset : row_offset + b]
     row_count, pair_count = _count(ordered, image_ids), _count(image_ids.sort().values, pairs)
     keys = torch.searchsorted(ordered, torch.cat([image_ids, text_ids]), out_int32=True)
     found = torch.cat([row_count > 0, torch.ones_like(text_ids, dtype=torch.bool)])

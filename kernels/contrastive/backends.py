@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from mmfuse.kernels._runtime import Deferred
+from mmfuse.kernels._runtime import Deferred, Implementation
 from mmfuse.kernels.contrastive import blocked
 
 
@@ -26,4 +27,22 @@ def over_tiles(module: Any, *functions: str, tiles: Any = blocked) -> dict[str, 
     return {name: Deferred(partial(passes, name)) for name in ("cuda", "cpu", "chunked")}
 
 
-TEMPLATE = over_tiles(blocked, "stats", "grad", "sigmoid") | {"triton": Deferred("mmfuse.kernels.contrastive.kernel")}
+_TILED = over_tiles(blocked, "stats", "grad", "sigmoid")
+# in order of preference
+TEMPLATE = {
+    "cuda": _TILED["cuda"],
+    "triton": Deferred("mmfuse.kernels.contrastive.kernel"),
+    "cpu": _TILED["cpu"],
+    "chunked": _TILED["chunked"],
+}
+
+
+def of_template(
+    function: Callable[..., Any], prefer_eager: Mapping[str, Any], against: Mapping[str, Sequence[Any]] | None = None
+) -> list[Implementation]:
+    """Those over the template, with their reasons by name, and torch's: `function`."""
+    fused = [
+        Implementation(name, passes=passes, against=(against or {}).get(name, ()), prefer_eager=prefer_eager.get(name))
+        for name, passes in TEMPLATE.items()
+    ]
+    return [*fused, Implementation("torch", function=function)]

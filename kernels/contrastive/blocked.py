@@ -69,7 +69,7 @@ def finish_rows(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, ou
     return total
 
 
-def centres(x: Tensor, y: Tensor, row_offset: int) -> Tensor:
+def positive_logits(x: Tensor, y: Tensor, row_offset: int) -> Tensor:
     """U near the positives of the rows, and of the columns (0 where there is none), [b + N]."""
     pairs = y[row_offset : row_offset + len(x)]
     u = torch.mul(x, pairs).sum(1, dtype=accumulation_dtype(x.dtype))
@@ -127,30 +127,17 @@ class TorchTile:
 
     @staticmethod
     def cross_stats(  # type: ignore[no-untyped-def]
-        u,
-        t,
-        scale,
-        t_scale,
-        diagonal,
-        row_max,
-        col_before,
-        col_max,
-        row_centre,
-        col_centre,
-        row_sum,
-        col_sum,
-        row_cross,
-        col_cross,
+        u, t, scale, t_scale, diagonal, row_max, col_before, col_max, c_i, c_j, row_sum, col_sum, row_cross, col_cross
     ) -> None:
         t = t * t_scale
         t.diagonal(diagonal).fill_(-torch.inf)
         e = torch.exp(t - finite(row_max)[:, None])
         row_sum.copy_(e.sum(1))
-        row_cross.copy_((u - row_centre[:, None]).mul_(scale).mul_(e).sum(1))
+        row_cross.copy_((u - c_i[:, None]).mul_(scale).mul_(e).sum(1))
         e = t.sub_(finite(col_max)).exp_()
         back = torch.exp(col_before - finite(col_max))
         col_sum.mul_(back).add_(e.sum(0))
-        col_cross.mul_(back).add_((u - col_centre).mul_(scale).mul_(e).sum(0))
+        col_cross.mul_(back).add_((u - c_j).mul_(scale).mul_(e).sum(0))
 
     @staticmethod
     def distill_grad(u, t, scale, t_scale, a, rho, b, kappa, t_a, t_rho, t_b, t_kappa, g) -> None:  # type: ignore[no-untyped-def]
@@ -162,30 +149,14 @@ class TorchTile:
 
     @staticmethod
     def teacher_grad(  # type: ignore[no-untyped-def]
-        u,
-        t,
-        scale,
-        t_scale,
-        a,
-        rho,
-        b,
-        kappa,
-        row_mean,
-        row_centre,
-        row_t_centre,
-        col_mean,
-        col_centre,
-        col_t_centre,
-        diagonal,
-        g,
-        dot,
+        u, t, scale, t_scale, a, rho, b, kappa, mean_i, c_i, t_c_i, mean_j, c_j, t_c_j, diagonal, g, dot
     ) -> None:
         s = t * t_scale
         p = torch.exp(s - rho[:, None]).mul_(a[:, None])
-        p.mul_(torch.sub(row_mean[:, None], (u - row_centre[:, None]).mul_(scale)))
-        q = s.sub_(kappa).exp_().mul_(b).mul_(torch.sub(col_mean, (u - col_centre).mul_(scale)))
+        p.mul_(torch.sub(mean_i[:, None], (u - c_i[:, None]).mul_(scale)))
+        q = s.sub_(kappa).exp_().mul_(b).mul_(torch.sub(mean_j, (u - c_j).mul_(scale)))
         torch.add(p, q, out=g)
-        terms = p.mul_(t - row_t_centre[:, None]).addcmul_(q, t - col_t_centre)
+        terms = p.mul_(t - t_c_i[:, None]).addcmul_(q, t - t_c_j)
         terms.diagonal(diagonal).zero_()
         dot.copy_(terms.sum(1, dtype=torch.float64))
 
@@ -243,6 +214,28 @@ class Blocks:
             torch.addmm(total, left, right, out_dtype=self.acc, out=total)
 
 
+class Statistics:
+    """m and l of the negatives of every row and column, and U at the positives, as the blocks of rows come."""
+
+    def __init__(self, blocks: Blocks, scale: Tensor):
+        b, self.n, self.scale = len(blocks.x), len(blocks.y), scale
+        new: dict[str, Any] = {"dtype": blocks.acc, "device": blocks.x.device}
+        self.row_max, self.col_max = (torch.full((k,), -torch.inf, **new) for k in (b, self.n))
+        self.row_sum, self.col_sum = (torch.zeros(k, **new) for k in (b, self.n))
+        self.positive = torch.empty(b, **new)
+
+    def add(self, tile: Any, u: Tensor, i: int, diagonal: int, step: Tensor, q: Tensor) -> None:
+        """Take in the rows from i on; `q`, unless it is empty, keeps them in whole steps."""
+        rows = slice(i, i + len(u))
+        into = (self.row_max[rows], self.row_sum[rows], self.col_max, self.col_sum)
+        tile.logit_stats(u, self.scale, diagonal, step, *into, q)
+        if diagonal < self.n:
+            self.positive[rows] = q.diagonal(diagonal) * step if q.numel() else u.diagonal(diagonal)
+
+    def all(self) -> tuple[Tensor, ...]:
+        return self.row_max, self.row_sum, self.col_max, self.col_sum, self.positive
+
+
 def stats(
     tile: Any,
     x: Tensor,
@@ -263,28 +256,22 @@ def stats(
     and of U_ij - c_j of every column [N].
     """
     blocks = Blocks(x, y)
-    b, n, acc, device = len(x), len(y), blocks.acc, x.device
-    row_max, col_max = (torch.full((k,), -torch.inf, dtype=acc, device=device) for k in (b, n))
-    row_sum, col_sum = (torch.zeros(k, dtype=acc, device=device) for k in (b, n))
-    positive = torch.empty(b, dtype=acc, device=device)
-    sums = [] if same is None else [torch.zeros(k, dtype=acc, device=device) for k in (b, n)]
-    shape = (b, n) if save else (0,)
-    logits = torch.empty(shape, dtype=torch.int16 if save == "int16" else acc, device=device)
-    step = fixed_point_step(x, y) if save == "int16" else x.new_empty(0, dtype=acc)
+    b, n, acc, in_steps = len(x), len(y), blocks.acc, save == "int16"
+    found = Statistics(blocks, scale)
+    sums = [] if same is None else [torch.zeros(k, dtype=acc, device=x.device) for k in (b, n)]
+    logits = torch.empty((b, n) if save else 0, dtype=torch.int16 if in_steps else acc, device=x.device)
+    step = fixed_point_step(x, y) if in_steps else x.new_empty(0, dtype=acc)
     if b and n:
         block = logits if save == "full" else blocks.block(acc)
         for i, j in blocks.spans:
             u = blocks.logits(i, j, block[i:j] if save == "full" else block[: j - i])
-            q = logits[i:j] if save == "int16" else logits[:0]
-            rows = step[i:j] if save == "int16" else step
-            tile.logit_stats(u, scale, i + row_offset, rows, row_max[i:j], row_sum[i:j], col_max, col_sum, q)
-            if i + row_offset < n:
-                positive[i:j] = q.diagonal(i + row_offset) * rows if save == "int16" else u.diagonal(i + row_offset)
+            q = logits[i:j] if in_steps else logits[:0]
+            found.add(tile, u, i, i + row_offset, step[i:j], q)
             if same is not None:
-                kept = q * rows[:, None] if save == "int16" else u
+                kept = q * step[i:j, None] if in_steps else u
                 given = (t for k in same for t in (k[i:j], k[b:]))
                 tile.add_positives(kept, i + row_offset, *given, sums[0][i:j], sums[1])
-    return row_max, row_sum, col_max, col_sum, positive, logits, *sums
+    return *found.all(), logits, *sums
 
 
 def grad(

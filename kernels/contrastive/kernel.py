@@ -47,7 +47,7 @@ _ROUND = tl.constexpr(12582912.0)
 
 @triton.jit
 def _at(ptr, row0, col0, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pointers to the tile that begins at (row0, col0): int64 up to there, int32 within, for half the registers."""
+    """Pointers to the tile that begins at (row0, col0). Offsets within it are int32, which takes half the registers."""
     ptr += row0.to(tl.int64) * stride + col0
     return ptr + tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_N)[None, :]
 
@@ -65,7 +65,7 @@ def _halves(t):
 
 @triton.jit
 def _parts(t, PARTS: tl.constexpr):
-    """The columns in 1, 2 or 4 parts: what is done with a whole tile at once may not fit the registers."""
+    """A tile's columns in 1, 2 or 4 parts, to be worked on in turn where the whole does not fit the registers."""
     if PARTS == 4:
         left, right = _halves(t)
         a, b = _halves(left)
@@ -483,7 +483,7 @@ def _sigmoid_fwd_kernel(
 
 @triton.jit
 def _log1p(e):
-    """log(1 + e) for e in [0, 1]: the sum of N^2 small terms needs their relative accuracy, which log(1 + e) loses."""
+    """log(1 + e) for e in [0, 1] without rounding 1 + e: a sum of N^2 small terms needs their relative accuracy."""
     if e.dtype == tl.float64:
         return tl.log(1.0 + e)
     p = 0.0051261019 * e - 0.0290740654
@@ -637,7 +637,7 @@ def stats(
 
 
 def _wide_stats(save: str, keyed: bool, dtype: torch.dtype, precision: str) -> bool:
-    """Whether what the tile keeps besides its logits needs twice the registers."""
+    """Whether a tile keeps so much beside its logits that it needs twice the registers."""
     cores = dtype.itemsize == 2 or precision == "tf32"
     return cores and (save == "full" or keyed)
 
@@ -936,7 +936,7 @@ def _specs(
 
 
 def distinct(variants: list[Any], dtype: torch.dtype, precision: str) -> list[Any]:
-    """Of a kernel's variants, the plain one first and the one of most options last, those worth a compilation."""
+    """The variants that are worth a compilation. The first one given is plain, the last one has the most options."""
     # float16 takes bfloat16's registers and shared memory, to the last one
     if dtype == torch.float16:
         return variants[:1]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmfuse.kernels._runtime.arguments import check
 from mmfuse.kernels.contrastive.arguments import features
 from mmfuse.kernels.contrastive.grouped import grouped_clip_loss
 
@@ -44,8 +45,7 @@ def matryoshka_clip_loss(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     image, text, scale = features(image, text, logit_scale, 0)
-    if len(image) != len(text):
-        raise ValueError(f"text has {len(text)} rows, expected {len(image)} as image")
+    check("text", text, image.shape, " as image")
     dims = tuple(dims)
     if not dims or not all(isinstance(d, int) and 1 <= d <= image.shape[1] for d in dims):
         raise ValueError(f"dims is {dims}, expected lengths of prefixes from 1 to {image.shape[1]}")

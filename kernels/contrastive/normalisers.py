@@ -17,7 +17,7 @@ def merged(maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> tuple[Tensor, Te
     return m, (torch.stack(list(sums)) * torch.exp(parts - finite(m))).sum(0)
 
 
-def above(m: Tensor, l: Tensor, diag: Tensor) -> Tensor:  # noqa: E741
+def negative_log_prob(m: Tensor, l: Tensor, diag: Tensor) -> Tensor:  # noqa: E741
     """rho - S_ii = log(1 + l e^(m - S_ii)), which keeps its digits down to a loss of 0, where a difference does not."""
     return torch.logaddexp(torch.log(l) + (m - diag), diag.new_zeros(()))
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Implementation, Operator
-from mmfuse.kernels._runtime.arguments import scalar
+from mmfuse.kernels._runtime import Operator
+from mmfuse.kernels._runtime.arguments import one_of, scalar
 from mmfuse.kernels._runtime.device import total_memory
 from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
-from mmfuse.kernels.contrastive.arguments import features, positives, weights_of
-from mmfuse.kernels.contrastive.backends import TEMPLATE
-from mmfuse.kernels.contrastive.blocked import centres, unit_rows
-from mmfuse.kernels.contrastive.normalisers import above, column_normaliser, normaliser
+from mmfuse.kernels.contrastive.arguments import features, needs_gradient, positives, weights_of
+from mmfuse.kernels.contrastive.backends import of_template
+from mmfuse.kernels.contrastive.blocked import positive_logits, unit_rows
+from mmfuse.kernels.contrastive.normalisers import column_normaliser, negative_log_prob, normaliser
 
 Save = Literal["auto", "recompute", "store"]
 
@@ -25,6 +26,33 @@ _NONE = torch.empty(0)
 
 
 # --- CLIP: softmax over rows and columns ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The features that are multiplied: normalised, or taken as they are."""
+
+    x: Tensor  # [b, D]
+    y: Tensor  # [N, D]
+    x_inv: Tensor  # [b] one over the norms, empty where the features are taken as they are
+    y_inv: Tensor  # [N]
+
+    @property
+    def inverses(self) -> tuple[Tensor | None, Tensor | None]:
+        return (self.x_inv, self.y_inv) if self.x_inv.numel() else (None, None)
+
+
+def normalize_pair(image: Tensor, text: Tensor, normalize: bool) -> Pair:
+    if not normalize:
+        return Pair(image, text, image.new_empty(0), text.new_empty(0))
+    (x, x_inv), (y, y_inv) = unit_rows(image), unit_rows(text)
+    return Pair(x, y, x_inv, y_inv)
+
+
+def normalize_pair_kept(pair: Pair, normalize: bool) -> tuple[Tensor, ...]:
+    """The pair as outputs of an operator: empty what is an input, which an output may not alias."""
+    x, y = (pair.x, pair.y) if normalize else (pair.x.new_empty(0), pair.y.new_empty(0))
+    return x, y, pair.x_inv, pair.y_inv
 
 
 class ClipOutputs(NamedTuple):
@@ -42,123 +70,88 @@ class ClipOutputs(NamedTuple):
     y_inv: Tensor = _NONE
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What the softmaxes are to be, and how much the directions count."""
+
+    keys: Tensor | None  # [b + N] int32, equal for a row and a column that are a positive
+    shares: Tensor | None  # [b + N], one over the number of positives
+    w_image: float
+    w_text: float
+    label_smoothing: float
+    decoupled: bool
+    row_offset: int
+
+
 def _clip_forward(
-    passes: Any,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    keys: Tensor | None,
-    shares: Tensor | None,
-    w_image: float,
-    w_text: float,
-    label_smoothing: float,
-    decoupled: bool,
-    normalize: bool,
-    row_offset: int,
-    save: str,
-    total: bool,
+    passes: Any, image: Tensor, text: Tensor, scale: Tensor, want: Targets, normalize: bool, save: str, total: bool
 ) -> ClipOutputs:
-    x, y, x_inv, y_inv = units(image, text, scale, normalize)
-    b, n = len(x), len(y)
-    same = None if keys is None else (keys, centres(x, y, row_offset))
-    found = passes.stats(x, y, scale, row_offset, save, same)
-    row_max, row_sum, col_max, col_sum, positive, logits, *sums = found
+    pair = normalize_pair(image, text, normalize)
+    x, y, b, n = pair.x, pair.y, len(image), len(text)
+    keys, shares, label_smoothing, row_offset = want.keys, want.shares, want.label_smoothing, want.row_offset
+    same = None if keys is None else (keys, positive_logits(x, y, row_offset))
+    row_max, row_sum, col_max, col_sum, positive, logits, *sums = passes.stats(x, y, scale, row_offset, save, same)
     pairs = slice(row_offset, row_offset + b)
     diag = scale * positive
-    zero = diag.new_zeros(())
-    if decoupled:
+    if want.decoupled:
         row, column = row_max + row_sum.log() - diag, col_max[pairs] + col_sum[pairs].log() - diag
     else:
-        row, column = above(row_max, row_sum, diag), above(col_max[pairs], col_sum[pairs], diag)
+        row = negative_log_prob(row_max, row_sum, diag)
+        column = negative_log_prob(col_max[pairs], col_sum[pairs], diag)
     if keys is not None and shares is not None and same is not None:
         own = keys[:b] == keys[b:][pairs]
         nearly = scale * (same[1][:b] - positive)
         row = _over_positives(row, scale * sums[0], nearly, own, shares[:b], label_smoothing)
         column = _over_positives(column, scale * sums[1][pairs], nearly, own, shares[b:][pairs], label_smoothing)
-    loss = w_image * row + w_text * column
-    loss = loss.mean()
-    total_logits = zero.clone()
+    loss = (want.w_image * row + want.w_text * column).mean()
+    total_logits = diag.new_zeros(())
     if label_smoothing or total:
         total_logits = scale * torch.dot(x.sum(0, dtype=scale.dtype), y.sum(0, dtype=scale.dtype))
     if label_smoothing:
-        loss = loss + label_smoothing * (
-            (w_image + w_text) * diag.mean() - (w_image / n + w_text / b) * total_logits / b
-        )
-    unit = units_kept(x, y, x_inv, y_inv, scale)
-    return ClipOutputs(loss, row_max, col_max, diag, total_logits, row_sum, col_sum, logits, *unit)
+        to_all = (want.w_image / n + want.w_text / b) * total_logits / b
+        loss = loss + label_smoothing * ((want.w_image + want.w_text) * diag.mean() - to_all)
+    kept = normalize_pair_kept(pair, normalize)
+    return ClipOutputs(loss, row_max, col_max, diag, total_logits, row_sum, col_sum, logits, *kept)
 
 
 def _over_positives(
-    above: Tensor, others: Tensor, centre: Tensor, own: Tensor, share: Tensor, label_smoothing: float
+    of_pair: Tensor, others: Tensor, centre: Tensor, own: Tensor, share: Tensor, label_smoothing: float
 ) -> Tensor:
     """(1 - eps) (rho - mean S of the positives) + eps (rho - S_ii); the first term is 0 for a row without positives.
 
-    Of the positives but the pair itself, `others` is the sum of S - c, and `centre` is c - S_ii.
+    `of_pair` is rho - S_ii, `centre` is c - S_ii, and `others` the sum of S - c over the positives but the pair itself.
     """
     number = torch.where(share > 0, 1 / share, 0).round() - own.to(share.dtype)
-    hard = torch.where(share > 0, above - share * (others + number * centre), 0)
-    return (1 - label_smoothing) * hard + label_smoothing * above if label_smoothing else hard
-
-
-def units(
-    image: Tensor, text: Tensor, scale: Tensor, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    if not normalize:
-        return image, text, None, None
-    (x, x_inv), (y, y_inv) = unit_rows(image), unit_rows(text)
-    return x, y, x_inv, y_inv
-
-
-def units_kept(x: Tensor, y: Tensor, x_inv: Tensor | None, y_inv: Tensor | None, scale: Tensor) -> tuple[Tensor, ...]:
-    """What `units` gave, as outputs of an operator: empty what is an input, which an output may not alias."""
-    if x_inv is None or y_inv is None:
-        return x.new_empty(0), y.new_empty(0), scale.new_empty(0), scale.new_empty(0)
-    return x, y, x_inv, y_inv
+    hard = torch.where(share > 0, of_pair - share * (others + number * centre), 0)
+    return (1 - label_smoothing) * hard + label_smoothing * of_pair if label_smoothing else hard
 
 
 def _clip_fake(image: Tensor, text: Tensor, scale: Tensor, normalize: bool, save: str) -> ClipOutputs:
     b, n, new = image.shape[0], text.shape[0], scale.new_empty
     logits = new((b, n), dtype=torch.int16 if save == "int16" else scale.dtype) if save else new(0)
-    return ClipOutputs(
-        new(()), new(b), new(n), new(b), new(()), new(b), new(n), logits, *units_fake(image, text, scale, normalize)
-    )
-
-
-def units_fake(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    new = scale.new_empty
-    if not normalize:
-        return image.new_empty(0), text.new_empty(0), new(0), new(0)
-    return torch.empty_like(image), torch.empty_like(text), new(image.shape[0]), new(text.shape[0])
+    kept = normalize_pair_kept(normalize_pair(image, text, normalize), normalize)
+    return ClipOutputs(new(()), new(b), new(n), new(b), new(()), new(b), new(n), logits, *kept)
 
 
 def _clip_backward(
     passes: Any,
     g: Tensor,
-    x: Tensor,
-    y: Tensor,
+    pair: Pair,
     scale: Tensor,
-    keys: Tensor | None,
-    shares: Tensor | None,
+    want: Targets,
     row_max: Tensor,
     row_sum: Tensor,
     col_max: Tensor,
     col_sum: Tensor,
     diag: Tensor,
     logits: Tensor,
-    x_inv: Tensor,
-    y_inv: Tensor,
-    w_image: float,
-    w_text: float,
-    label_smoothing: float,
-    decoupled: bool,
-    row_offset: int,
     needs: Any,
 ) -> dict[str, Tensor]:
-    b, n = len(x), len(y)
-    pairs = slice(row_offset, row_offset + b)
-    normalize = x_inv.numel() > 0
+    b, n = len(pair.x), len(pair.y)
+    keys, shares, w_image, w_text = want.keys, want.shares, want.w_image, want.w_text
+    label_smoothing, pairs = want.label_smoothing, slice(want.row_offset, want.row_offset + b)
     shift = label_smoothing * (w_image / n + w_text / b) if b else 0.0
-    counted = torch.full_like(diag, -torch.inf) if decoupled else diag
+    counted = torch.full_like(diag, -torch.inf) if want.decoupled else diag
     rho, a, miss = normaliser(row_max, row_sum, counted)
     kappa, beta, column_miss = column_normaliser(col_max, col_sum, counted, pairs)
     a, beta = w_image * a, w_text * beta
@@ -176,14 +169,14 @@ def _clip_backward(
         d = kept - own - shift - w_image * row_mass * miss - w_text * mass[pairs] * column_miss
         targets = (keys, p, q)
     weighted = (g.to(scale.dtype) / max(b, 1), a, rho, beta, kappa, d, shift)
-    inverses = (x_inv, y_inv) if normalize else (None, None)
-    dx, dy, ds = passes.grad(x, y, scale, *weighted, row_offset, logits, *inverses, *needs, targets)
+    given = (pair.x, pair.y, scale, *weighted, want.row_offset, logits, *pair.inverses)
+    dx, dy, ds = passes.grad(*given, *needs, targets)
     return {"image": dx, "text": dy, "scale": ds}
 
 
-def _clip_reference(row_offset: int, save: str, total: bool, **others: Any) -> ClipOutputs:
-    loss, s = reference.clip_loss(row_offset=row_offset, **others)
-    return ClipOutputs(loss, *(reference.statistics(s.detach(), row_offset) if total else ()))
+def _clip_reference(want: Targets, save: str, total: bool, **others: Any) -> ClipOutputs:
+    loss, s = reference.clip_loss(**others, **vars(want))
+    return ClipOutputs(loss, *(reference.statistics(s.detach(), want.row_offset) if total else ()))
 
 
 # on a CPU, eager is faster for fewer than side x side pairs: its small products are over before the blocks have begun,
@@ -196,8 +189,8 @@ _IDS_SIDES = {
 }
 
 
-def _few_pairs(backend: str, image: Tensor, text: Tensor, keys: Tensor | None) -> str | None:
-    return few_pairs(image, text, CLIP_SIDES if keys is None else _IDS_SIDES[backend])
+def _few_pairs(backend: str, image: Tensor, text: Tensor, want: Targets) -> str | None:
+    return few_pairs(CLIP_SIDES if want.keys is None else _IDS_SIDES[backend])(image, text)
 
 
 CLIP = Operator(
@@ -207,15 +200,11 @@ CLIP = Operator(
     fake=_clip_fake,
     differentiable=("image", "text", "scale"),
     instead={"x": "image", "y": "text"},
-    implementations=[
-        Implementation(
-            "cuda", passes=TEMPLATE["cuda"], against=[lambda keys: None if keys is None else "ids are given"]
-        ),
-        Implementation("triton", passes=TEMPLATE["triton"]),
-        Implementation("cpu", passes=TEMPLATE["cpu"], prefer_eager=partial(_few_pairs, "cpu")),
-        Implementation("chunked", passes=TEMPLATE["chunked"], prefer_eager=partial(_few_pairs, "chunked")),
-        Implementation("torch", function=_clip_reference),
-    ],
+    implementations=of_template(
+        _clip_reference,
+        prefer_eager={name: partial(_few_pairs, name) for name in ("cpu", "chunked")},
+        against={"cuda": [lambda want: None if want.keys is None else "ids are given"]},
+    ),
     example=lambda x, **how: clip_loss(x, x, 1.0, **how),
 )
 
@@ -293,13 +282,11 @@ def clip_loss(
         raise ValueError("decoupled is set, expected neither label_smoothing nor ids beside it")
     if decoupled and b == 1:
         raise ValueError("decoupled is set and image has 1 row, expected at least 2: a pair alone has no negatives")
-    if save not in ("auto", "recompute", "store"):
-        raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
-    needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
-    kept = kept_logits(save, store_budget, image, n) if needs else ""
-    keys, shares = positives(ids, image, text, row_offset)
-    options = (w_image, w_text, float(label_smoothing), decoupled, normalize, row_offset, kept, metrics)
-    found = CLIP(image, text, scale, keys, shares, *options, backend=backend)
+    one_of("save", save, get_args(Save))
+    kept = kept_logits(save, store_budget, image, n) if needs_gradient(image, text, scale) else ""
+    of_ids = positives(ids, image, text, row_offset)
+    want = Targets(*of_ids, w_image, w_text, float(label_smoothing), decoupled, row_offset)
+    found = CLIP(image, text, scale, want, normalize, kept, metrics, backend=backend)
     loss = found.loss
     if isinstance(logit_bias, Tensor):
         loss = loss + 0 * logit_bias.sum().to(loss.dtype)
@@ -354,9 +341,9 @@ def _siglip_forward(
     negative_only: bool,
     needs: Any,
 ) -> SiglipOutputs:
-    x, y, *inverses = units(image, text, scale, normalize)
-    options = (row_offset, negative_only, *inverses, needs.image, needs.text)
-    return SiglipOutputs(*passes.sigmoid(x, y, scale, bias, *options))
+    pair = normalize_pair(image, text, normalize)
+    options = (row_offset, negative_only, *pair.inverses, needs.image, needs.text)
+    return SiglipOutputs(*passes.sigmoid(pair.x, pair.y, scale, bias, *options))
 
 
 def _siglip_fake(image: Tensor, text: Tensor, scale: Tensor, needs: Any) -> SiglipOutputs:
@@ -380,19 +367,10 @@ SIGLIP = Operator(
     backward=_siglip_backward,
     fake=_siglip_fake,
     differentiable=("image", "text", "scale", "bias"),
-    implementations=[
-        Implementation("cuda", passes=TEMPLATE["cuda"]),
-        Implementation("triton", passes=TEMPLATE["triton"]),
-        Implementation(
-            "cpu", passes=TEMPLATE["cpu"], prefer_eager=lambda image, text: few_pairs(image, text, SIGLIP_SIDES["cpu"])
-        ),
-        Implementation(
-            "chunked",
-            passes=TEMPLATE["chunked"],
-            prefer_eager=lambda image, text: few_pairs(image, text, SIGLIP_SIDES["chunked"]),
-        ),
-        Implementation("torch", function=lambda **given: SiglipOutputs(reference.siglip_loss(**given)[0])),
-    ],
+    implementations=of_template(
+        lambda **given: SiglipOutputs(reference.siglip_loss(**given)[0]),
+        prefer_eager={name: few_pairs(sides) for name, sides in SIGLIP_SIDES.items()},
+    ),
     example=lambda x, **how: siglip_loss(x, x, 1.0, **how),
 )
 
@@ -433,9 +411,7 @@ def siglip_loss(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    image, text, scale = features(
-        image, text, logit_scale, 0 if negative_only else row_offset, paired=not negative_only
-    )
+    image, text, scale = features(image, text, logit_scale, None if negative_only else row_offset)
     bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
     found = SIGLIP(image, text, scale, bias, normalize, row_offset, negative_only, backend=backend)
     return found.loss  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import accumulator
-from mmfuse.kernels.head.blocked import TINY
+from mmfuse.kernels.head.blocked import TINY, Head
 
 _TINY = tl.constexpr(TINY)
 
@@ -168,9 +168,7 @@ def _settings(width: int, like: Tensor) -> dict[str, Any]:
     return {"ACC": accumulator(like.dtype), "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
 
 
-def normalized(
-    x: Tensor, index: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def normalized(x: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, length, d = x.shape
     z, rows = (torch.empty(b, d, dtype=t, device=x.device) for t in (dtype, x.dtype))
     mean, rstd = (torch.empty(b, dtype=accumulation_dtype(x.dtype), device=x.device) for _ in range(2))
@@ -178,57 +176,52 @@ def normalized(
         stride_b, stride_l, stride_d = x.stride()
         launch(
             _normalized_kernel, (b,), x,
-            z_ptr=z, rows_ptr=rows, mean_ptr=mean, rstd_ptr=rstd, x_ptr=x, index_ptr=index, gamma_ptr=_vector(gamma),
-            beta_ptr=_vector(beta), stride_b=stride_b, stride_l=stride_l, stride_d=stride_d, L=length, D=d, eps=eps,
-            INDEXED=index is not None, GAMMA=gamma is not None, BETA=beta is not None, **_settings(d, mean),
+            z_ptr=z, rows_ptr=rows, mean_ptr=mean, rstd_ptr=rstd, x_ptr=x, index_ptr=head.index,
+            gamma_ptr=_contiguous(head.gamma), beta_ptr=_contiguous(head.beta), stride_b=stride_b, stride_l=stride_l,
+            stride_d=stride_d, L=length, D=d, eps=head.eps, INDEXED=head.index is not None,
+            GAMMA=head.gamma is not None, BETA=head.beta is not None, **_settings(d, mean),
         )  # fmt: skip
     return z, rows, mean, rstd
 
 
-def unit(y: Tensor, scale: Tensor | None, normalize: bool, clips: int) -> tuple[Tensor, Tensor]:
-    b, width = y.shape
+def unit(y: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    (b, width), clips = y.shape, head.clips
     out = torch.empty(b // clips, width, dtype=y.dtype, device=y.device)
     inverse = torch.empty(b, dtype=accumulation_dtype(y.dtype), device=y.device)
     if b:
         launch(
             _unit_kernel, (b // clips,), y,
-            out_ptr=out, inverse_ptr=inverse, y_ptr=y, scale_ptr=scale, clips=clips, N=width,
-            SCALED=scale is not None, NORMALIZE=normalize, **_settings(width, inverse),
+            out_ptr=out, inverse_ptr=inverse, y_ptr=y, scale_ptr=head.scale, clips=clips, N=width,
+            SCALED=head.scale is not None, NORMALIZE=head.normalize, **_settings(width, inverse),
         )  # fmt: skip
     return out, inverse
 
 
-def unit_grad(
-    g: Tensor, y: Tensor, inverse: Tensor, scale: Tensor | None, normalize: bool, clips: int
-) -> tuple[Tensor, Tensor]:
+def unit_grad(g: Tensor, y: Tensor, inverse: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     b, width = y.shape
     dy, along = torch.empty_like(y), torch.empty_like(inverse)
     if b:
         launch(
             _unit_grad_kernel, (b,), y,
-            dy_ptr=dy, along_ptr=along, g_ptr=g, y_ptr=y, inverse_ptr=inverse, scale_ptr=scale,
-            stride_g=g.stride(0), stride_n=g.stride(1), clips=clips, N=width,
-            SCALED=scale is not None, NORMALIZE=normalize, **_settings(width, inverse),
+            dy_ptr=dy, along_ptr=along, g_ptr=g, y_ptr=y, inverse_ptr=inverse, scale_ptr=head.scale,
+            stride_g=g.stride(0), stride_n=g.stride(1), clips=head.clips, N=width,
+            SCALED=head.scale is not None, NORMALIZE=head.normalize, **_settings(width, inverse),
         )  # fmt: skip
     return dy, along
 
 
-def norm_grad(
-    dz: Tensor, rows: Tensor, index: Tensor | None, gamma: Tensor | None, mean: Tensor, rstd: Tensor, length: int
-) -> Tensor:
-    b, d = rows.shape
-    dx = torch.zeros(b, length, d, dtype=rows.dtype, device=rows.device)
+def norm_grad(dz: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, head: Head, dx: Tensor) -> None:
+    b, length, d = dx.shape
     if b:
         launch(
             _norm_grad_kernel, (b,), rows,
-            dx_ptr=dx, dz_ptr=dz.contiguous(), rows_ptr=rows, index_ptr=index, gamma_ptr=_vector(gamma),
-            mean_ptr=mean, rstd_ptr=rstd, L=length, D=d,
-            INDEXED=index is not None, GAMMA=gamma is not None, **_settings(d, mean),
+            dx_ptr=dx, dz_ptr=dz.contiguous(), rows_ptr=rows, index_ptr=head.index,
+            gamma_ptr=_contiguous(head.gamma), mean_ptr=mean, rstd_ptr=rstd, L=length, D=d,
+            INDEXED=head.index is not None, GAMMA=head.gamma is not None, **_settings(d, mean),
         )  # fmt: skip
-    return dx
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
+def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import autocast, check, first_outside, integers, norm_of, scalar
+from mmfuse.kernels._runtime.arguments import autocast, check, check_range, integers, norm_of, scalar
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.head import blocked, reference
+from mmfuse.kernels.head.blocked import Head
 
 # the widest row that a program of the GPU's kernels holds
 _WIDEST = 16384
@@ -25,34 +26,23 @@ class Outputs(NamedTuple):
     inverse: Tensor  # [B], 1 / |y|
 
 
-def _forward(
-    passes: Any,
-    x: Tensor,
-    index: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    normalize: bool,
-    clips: int,
-) -> Outputs:
-    z, rows, mean, rstd = passes.normalized(x, index, gamma, beta, eps, (x if weight is None else weight).dtype)
-    y = z if weight is None else blocked.product(z, weight.t())
-    out, inverse = passes.unit(y, scale, normalize, clips)
+def _forward(passes: Any, x: Tensor, head: Head) -> Outputs:
+    z, rows, mean, rstd = passes.normalized(x, head, (x if head.weight is None else head.weight).dtype)
+    y = z if head.weight is None else blocked.product(z, head.weight.t())
+    out, inverse = passes.unit(y, head)
     return Outputs(out, rows, mean, rstd, y, inverse)
 
 
-def _fake(x: Tensor, weight: Tensor | None, clips: int) -> Outputs:
-    (b, _, d), of = x.shape, x if weight is None else weight
-    width = d if weight is None else weight.shape[0]
+def _fake(x: Tensor, head: Head) -> Outputs:
+    (b, _, d), of = x.shape, x if head.weight is None else head.weight
+    width = d if head.weight is None else of.shape[0]
     row = x.new_empty(b, dtype=accumulation_dtype(x.dtype))
     mean, rstd, inverse = (torch.empty_like(row) for _ in range(3))
-    return Outputs(of.new_empty(b // clips, width), x.new_empty(b, d), mean, rstd, of.new_empty(b, width), inverse)
+    return Outputs(of.new_empty(b // head.clips, width), x.new_empty(b, d), mean, rstd, of.new_empty(b, width), inverse)
 
 
-def _mixed(x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor | None) -> str | None:
-    mixed = any(t is not None and t.dtype != x.dtype for t in (gamma, beta, weight))
+def _mixed(x: Tensor, head: Head) -> str | None:
+    mixed = any(t is not None and t.dtype != x.dtype for t in (head.gamma, head.beta, head.weight))
     return f"dtypes differ from {x.dtype}" if mixed else None
 
 
@@ -74,7 +64,7 @@ SELECT_HEAD = Operator(
         Implementation("cuda", passes=blocked.CompiledPasses, against=[_mixed]),
         Implementation("triton", passes=Deferred("mmfuse.kernels.head.kernel"), against=[_wide], traceable=True),
         Implementation("chunked", passes=blocked.TorchPasses, prefer_eager=_on_a_cpu),
-        Implementation("torch", function=lambda **given: (reference.select_head(**given),)),
+        Implementation("torch", function=lambda x, head: (reference.select_head(x, head),)),
     ],
     example=lambda x, **how: select_head(x.unsqueeze(1), 0, (None, None, 1e-6), x, **how),
 )
@@ -117,18 +107,20 @@ def select_head(
             a GPU it gives a row of NaN, and in plain torch a device-side assertion.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    at, gamma, beta, eps, weight, factor, per = _checked(x, index, norm, weight, scale, clips)
-    return SELECT_HEAD(x, at, gamma, beta, weight, factor, eps, normalize, per, backend=backend)[0]
+    head = _head(x, index, norm, weight, normalize, scale, clips)
+    return SELECT_HEAD(x, head, backend=backend)[0]  # type: ignore[no-any-return]
 
 
-def _checked(
+def _head(
     x: Tensor,
     index: int | Tensor,
     norm: tuple[Tensor | None, Tensor | None, float],
     weight: Tensor | None,
+    normalize: bool,
     scale: Tensor | float | None,
     clips: int | None,
-) -> tuple[Any, ...]:
+) -> Head:
+    """The arguments, checked."""
     check("x", x, ("B", "L", "D"))
     b, length, d = x.shape
     if length == 0 or d == 0:
@@ -136,8 +128,7 @@ def _checked(
     at = None
     if isinstance(index, Tensor):
         at = integers("index", index, x, "x")
-        if (wrong := first_outside(at, length)) is not None:
-            raise ValueError(f"index has {wrong}, expected 0 <= index < {length}, the tokens of x")
+        check_range("index", at, length, "the tokens of x")
     elif index != 0:
         raise ValueError(f"index is {index!r}, expected 0 or a tensor [{b}]")
     gamma, beta, eps = norm_of(norm)
@@ -154,4 +145,4 @@ def _checked(
     if per < 1 or b % per:
         raise ValueError(f"clips is {clips}, expected a number >= 1 that divides the {b} rows of x")
     factor = None if scale is None else scalar("scale", scale, x)
-    return at, gamma, beta, eps, weight, factor, per
+    return Head(at, gamma, beta, weight, factor, eps, normalize, per)

@@ -6,25 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels.head.blocked import Head
 
-def select_head(
-    x: Tensor,
-    index: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    normalize: bool,
-    clips: int,
-) -> Tensor:
-    """x [B, L, D]; `index` [B], None for the first token; out [B / clips, O], or [B / clips, D] without a weight."""
-    rows = x[:, 0] if index is None else x[torch.arange(x.shape[0], device=x.device), index]
-    y = F.layer_norm(rows, rows.shape[-1:], gamma, beta, eps)
-    if weight is not None:
-        y = F.linear(y, weight)
-    if normalize:
+
+def select_head(x: Tensor, head: Head) -> Tensor:
+    """x [B, L, D] to [B / clips, O], or [B / clips, D] without a weight."""
+    rows = x[:, 0] if head.index is None else x[torch.arange(x.shape[0], device=x.device), head.index]
+    y = F.layer_norm(rows, rows.shape[-1:], head.gamma, head.beta, head.eps)
+    if head.weight is not None:
+        y = F.linear(y, head.weight)
+    if head.normalize:
         y = F.normalize(y, dim=-1)
-    if scale is not None:
-        y = scale.to(y.dtype) * y
-    return y.unflatten(0, (-1, clips)).mean(1) if clips > 1 else y
+    if head.scale is not None:
+        y = head.scale.to(y.dtype) * y
+    return y.unflatten(0, (-1, head.clips)).mean(1) if head.clips > 1 else y

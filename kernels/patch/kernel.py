@@ -591,9 +591,10 @@ def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
     normed = stem.stem_weight is not None or stem.pre_weight is not None
     tile = _TILES[_kind(operand)]["tokens"]
     acc = accumulator(operand)
+    token = None if stem.mask is None else stem.mask_token
     kept = [
         None if t is None else t.contiguous()
-        for t in (stem.position, stem.type_embed, stem.mask_token, stem.prefix, stem.prefix_position)
+        for t in (stem.position, stem.type_embed, token, stem.prefix, stem.prefix_position)
     ]
     position, type_embed, mask_token, prefix, prefix_position = kept
     for i, j in _spans(stem, max(kp * operand.itemsize, d * stem.acc.itemsize * normed)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +17,19 @@ class _Searches:
         self.part = getattr(torch.ops, f"mmfuse_{kind}")
 
     def farthest_points(self, points: Tensor, k: int, start: Tensor) -> Tensor:
-        index = _indices(start.shape, k, points.device)
-        self.part.farthest_points(coordinates(points), start.contiguous(), index)
-        return index
+        return _filled(self.part.farthest_points, start.shape, k, coordinates(points), start.contiguous())
 
     def nearest_neighbors(self, query: Tensor, points: Tensor, k: int) -> Tensor:
-        index = _indices(query.shape[:2], k, points.device)
-        self.part.nearest_neighbors(coordinates(query), coordinates(points), index)
-        return index
+        return _filled(self.part.nearest_neighbors, query.shape[:2], k, coordinates(query), coordinates(points))
 
     def ball_query(self, query: Tensor, points: Tensor, k: int, radius: float) -> Tensor:
-        index = _indices(query.shape[:2], k, points.device)
-        self.part.ball_query(coordinates(query), coordinates(points), radius, index)
-        return index
+        return _filled(self.part.ball_query, query.shape[:2], k, coordinates(query), coordinates(points), radius)
+
+
+def _filled(search: Callable[..., None], rows: Sequence[int], k: int, points: Tensor, *given: Any) -> Tensor:
+    index = torch.empty(*rows, k, dtype=torch.int64, device=points.device)
+    search(points, *given, index)
+    return index
 
 
 class _Cuda(_Searches):
@@ -52,10 +53,6 @@ class _Cpu(_Searches):
 
 
 CUDA, CPU = _Cuda("cuda"), _Cpu("cpu")
-
-
-def _indices(rows: Sequence[int], k: int, device: torch.device) -> Tensor:
-    return torch.empty(*rows, k, dtype=torch.int64, device=device)
 
 
 def _of_all_clouds(index: Tensor, n: int) -> Tensor:

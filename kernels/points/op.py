@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check, check_features
+from mmfuse.kernels._runtime.arguments import check, check_range
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.points import blocked, compiled, reference
 
@@ -29,7 +29,7 @@ _MOST_POINTS = 16384
 
 
 def _farthest(passes: Any, points: Tensor, k: int, start: Tensor) -> Tensor:
-    return passes.farthest_points(points, k, start)
+    return passes.farthest_points(points, k, start)  # type: ignore[no-any-return]
 
 
 def _many_points(points: Tensor) -> str | None:
@@ -74,7 +74,7 @@ def farthest_points(points: Tensor, k: int, *, start: int | Tensor = 0, backend:
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    _check_points("points", points)
+    check("points", points, ("B", "N", 3))
     b, n, _ = points.shape
     _check_count(k, n)
     if isinstance(start, int):
@@ -83,8 +83,8 @@ def farthest_points(points: Tensor, k: int, *, start: int | Tensor = 0, backend:
         start = torch.full((b,), int(start), device=points.device)
     else:
         check("start", start, (b,), "", torch.int64, ("points", points))
-        _check_range("start", start, n)
-    return FARTHEST(points, k, start, backend=backend)
+        check_range("start", start, n, "the points of a cloud")
+    return FARTHEST(points, k, start, backend=backend)  # type: ignore[no-any-return]
 
 
 # --- neighbours -----------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ _MOST_NEIGHBOURS = 64
 
 
 def _nearest(passes: Any, query: Tensor, points: Tensor, k: int) -> Tensor:
-    return passes.nearest_neighbors(query, points, k)
+    return passes.nearest_neighbors(query, points, k)  # type: ignore[no-any-return]
 
 
 def _neighbours_fake(query: Tensor, k: int) -> Tensor:
@@ -148,11 +148,11 @@ def nearest_neighbors(query: Tensor, points: Tensor, k: int, *, backend: str | N
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     _check_pair(query, points, k)
-    return NEAREST(query, points, k, backend=backend)
+    return NEAREST(query, points, k, backend=backend)  # type: ignore[no-any-return]
 
 
 def _ball(passes: Any, query: Tensor, points: Tensor, k: int, radius: float) -> Tensor:
-    return passes.ball_query(query, points, k, radius)
+    return passes.ball_query(query, points, k, radius)  # type: ignore[no-any-return]
 
 
 BALL = Operator(
@@ -188,15 +188,15 @@ def ball_query(query: Tensor, points: Tensor, k: int, radius: float, *, backend:
     _check_pair(query, points, k)
     if not 0 < radius < math.inf:
         raise ValueError(f"radius is {radius}, expected a finite number > 0")
-    return BALL(query, points, k, float(radius), backend=backend)
+    return BALL(query, points, k, float(radius), backend=backend)  # type: ignore[no-any-return]
 
 
 # --- grouping -------------------------------------------------------------------------------------------------------
 
 
 def _group(passes: Any, features: Tensor, index: Tensor) -> Tensor:
-    _check_range("idx", index, features.shape[1])
-    return passes.group_points(features, index)
+    check_range("idx", index, features.shape[1], "the points of a cloud")
+    return passes.group_points(features, index)  # type: ignore[no-any-return]
 
 
 def _group_backward(passes: Any, g: Tensor, index: Tensor, features_shape: Sequence[int]) -> dict[str, Tensor]:
@@ -238,39 +238,21 @@ def group_points(features: Tensor, idx: Tensor, *, backend: str | None = None) -
             the device, as with torch.gather.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    check_features("features", features, "[B, N, C]")
-    b = features.shape[0]
-    check("idx", idx, (b, "G", "k"), " as features", "integers", ("features", features))
-    return GROUP(features, idx.to(torch.int64), backend=backend)
+    check("features", features, ("B", "N", "C"))
+    check("idx", idx, (features.shape[0], "G", "k"), " as features", "integers", ("features", features))
+    return GROUP(features, idx.to(torch.int64), backend=backend)  # type: ignore[no-any-return]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_points(name: str, points: Tensor) -> None:
-    check_features(name, points, "[B, N, 3]")
-    if points.shape[2] != 3:
-        raise ValueError(f"{name} has shape {tuple(points.shape)}, expected coordinates [B, N, 3]")
-
-
 def _check_pair(query: Tensor, points: Tensor, k: int) -> None:
-    _check_points("query", query)
-    _check_points("points", points)
-    if query.shape[0] != points.shape[0]:  # len() of a traced tensor is a constant
-        raise ValueError(f"query has {query.shape[0]} clouds, expected {points.shape[0]} as points")
-    check("query", query, dtype=points.dtype, like=("points", points))
+    check("points", points, ("B", "N", 3))
+    # len() of a traced tensor is a constant
+    check("query", query, (points.shape[0], "G", 3), " as points", points.dtype, ("points", points))
     _check_count(k, points.shape[1])
 
 
 def _check_count(k: int, n: int) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}, expected at least 1 and at most the {n} points of a cloud")
-
-
-def _check_range(name: str, index: Tensor, n: int) -> None:
-    # reading a GPU's numbers would wait for them
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
-        return
-    low, high = index.min().item(), index.max().item()
-    if low < 0 or high >= n:
-        raise ValueError(f"{name} has values from {low} to {high}, expected indices of the {n} points")

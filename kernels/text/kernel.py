@@ -20,6 +20,7 @@ from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import accumulator
+from mmfuse.kernels.text.blocked import Words
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -235,80 +236,63 @@ def _shift(shift: Tensor | None) -> tuple[Tensor | None, int]:
     return shift.contiguous(), shift.shape[-1] if shift.dim() == 2 else 0
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
+def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def embedded(
-    ids: Tensor,
-    table: Tensor,
-    shift: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    pad: Tensor | None,
-    scale: float,
-    eps: float | None,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
-    (v, d), (b, length), norm = table.shape, ids.shape, eps is not None
+def embedded(words: Words, out: Tensor) -> tuple[Tensor, Tensor]:
+    (b, length, d), table, normed = words.shape, words.table, words.eps is not None
     new = {"dtype": accumulation_dtype(table.dtype), "device": table.device}
-    mean, rstd = (torch.empty(ids.shape if norm else 0, **new) for _ in range(2))
-    shift, stride_s = _shift(shift)
-    if ids.numel():
+    mean, rstd = (torch.empty(words.ids.shape if normed else 0, **new) for _ in range(2))
+    shift, stride_s = _shift(words.shift)
+    if b * length:
         launch(
             _embed_kernel, (b * length,), table,
-            out_ptr=out, mean_ptr=mean, rstd_ptr=rstd, ids_ptr=ids, table_ptr=table, shift_ptr=shift,
-            gamma_ptr=_vector(gamma), beta_ptr=_vector(beta), pad_ptr=_vector(pad), stride_b=out.stride(0),
-            stride_l=out.stride(1), stride_v=table.stride(0), stride_d=table.stride(1), stride_s=stride_s,
-            L=length, V=v, D=d, scale=scale, eps=eps or 0.0, SHIFT=shift is not None, NORM=norm,
-            GAMMA=gamma is not None, BETA=beta is not None, PAD=pad is not None, **_settings(d, mean),
+            out_ptr=out, mean_ptr=mean, rstd_ptr=rstd, ids_ptr=words.ids, table_ptr=table, shift_ptr=shift,
+            gamma_ptr=_contiguous(words.gamma), beta_ptr=_contiguous(words.beta), pad_ptr=_contiguous(words.pad_mask),
+            stride_b=out.stride(0), stride_l=out.stride(1), stride_v=table.stride(0), stride_d=table.stride(1),
+            stride_s=stride_s, L=length, V=table.shape[0], D=d, scale=words.scale, eps=words.eps or 0.0,
+            SHIFT=shift is not None, NORM=normed, GAMMA=words.gamma is not None, BETA=words.beta is not None,
+            PAD=words.pad_mask is not None, **_settings(d, mean),
         )  # fmt: skip
     return mean, rstd
 
 
-def norm_grad(
-    g: Tensor,
-    ids: Tensor,
-    table: Tensor,
-    shift: Tensor | None,
-    gamma: Tensor | None,
-    pad: Tensor | None,
-    scale: float,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (v, d), length, tokens = table.shape, ids.shape[1], ids.numel()
+def norm_grad(g: Tensor, words: Words, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (b, length, d), table = words.shape, words.table
+    tokens = b * length
     dx = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     programs = triton.cdiv(tokens, _TOKENS)
     sums = torch.empty(programs, 2, d, dtype=mean.dtype, device=g.device)
-    shift, stride_s = _shift(shift)
+    shift, stride_s = _shift(words.shift)
     if tokens:
         stride_gb, stride_gl, stride_gd = g.stride()
         launch(
             _norm_grad_kernel, (programs,), g,
-            dx_ptr=dx, sums_ptr=sums, g_ptr=g, mean_ptr=mean, rstd_ptr=rstd, ids_ptr=ids, table_ptr=table,
-            shift_ptr=shift, gamma_ptr=_vector(gamma), pad_ptr=_vector(pad), stride_gb=stride_gb, stride_gl=stride_gl,
-            stride_gd=stride_gd, stride_v=table.stride(0), stride_d=table.stride(1), stride_s=stride_s, L=length, V=v,
-            D=d, tokens=tokens, rows=_TOKENS, scale=scale, SHIFT=shift is not None, GAMMA=gamma is not None,
-            PAD=pad is not None, **_settings(d, mean),
+            dx_ptr=dx, sums_ptr=sums, g_ptr=g, mean_ptr=mean, rstd_ptr=rstd, ids_ptr=words.ids, table_ptr=table,
+            shift_ptr=shift, gamma_ptr=_contiguous(words.gamma), pad_ptr=_contiguous(words.pad_mask),
+            stride_gb=stride_gb, stride_gl=stride_gl, stride_gd=stride_gd, stride_v=table.stride(0),
+            stride_d=table.stride(1), stride_s=stride_s, L=length, V=table.shape[0], D=d, tokens=tokens, rows=_TOKENS,
+            scale=words.scale, SHIFT=shift is not None, GAMMA=words.gamma is not None, PAD=words.pad_mask is not None,
+            **_settings(d, mean),
         )  # fmt: skip
     return dx, sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
-def rows_summed(dx: Tensor, ids: Tensor, rows: int, padding_idx: int | None) -> Tensor:
-    d, tokens = dx.shape[-1], ids.numel()
+def rows_summed(dx: Tensor, words: Words) -> Tensor:
+    (_, _, d), rows, tokens = words.shape, words.table.shape[0], words.ids.numel()
     new = {"dtype": accumulation_dtype(dx.dtype), "device": dx.device}
     out = torch.zeros(rows, d, **new)
     if not tokens:
         return out
-    keys, order = ids.reshape(-1).sort(stable=True)
+    keys, order = words.ids.reshape(-1).sort(stable=True)
     begin, end = torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True)
     chunks = triton.cdiv(tokens, _CHUNK)
     parts = torch.empty(2, chunks, d, **new)
     across = triton.cdiv(d, _TILE["BLOCK"])
     given = {
         "rows_ptr": out, "parts_ptr": parts, "ids_ptr": keys, "begin_ptr": begin, "end_ptr": end, "V": rows, "D": d,
-        "padding_idx": -1 if padding_idx is None else padding_idx, "chunks": chunks,
+        "padding_idx": -1 if words.padding_idx is None else words.padding_idx, "chunks": chunks,
         "CHUNK": _CHUNK, "ACC": accumulator(out.dtype), **_TILE,
     }  # fmt: skip
     launch(_pieces_kernel, (tokens, across), dx, dx_ptr=dx.contiguous(), order_ptr=order, T=tokens, **given)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check, first_outside, norm_of
+from mmfuse.kernels._runtime.arguments import check, check_range, norm_of
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.text import blocked, reference
+from mmfuse.kernels.text.blocked import Words
 
 # what embeds words, also beside patches
 WORDS: dict[str, Any] = {"triton": Deferred("mmfuse.kernels.text.kernel"), "chunked": blocked.TorchPasses}
@@ -27,59 +29,32 @@ class Outputs(NamedTuple):
     rstd: Tensor
 
 
-def _forward(
-    passes: Any,
-    ids: Tensor,
-    table: Tensor,
-    position: Tensor | None,
-    type_embed: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    pad_mask: Tensor | None,
-    scale: float,
-    eps: float | None,
-    padding_idx: int | None,
-) -> Outputs:
-    out = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype, device=table.device)
-    given = (ids, table, position, type_embed, gamma, beta, pad_mask, scale, eps)
-    return Outputs(out, *blocked.forward(passes, *given, out))
+def _forward(passes: Any, words: Words) -> Outputs:
+    out = words.table.new_empty(words.shape)
+    return Outputs(out, *passes.embedded(words, out))
 
 
-def _fake(ids: Tensor, table: Tensor, eps: float | None) -> Outputs:
-    row = table.new_empty(0 if eps is None else ids.shape, dtype=accumulation_dtype(table.dtype))
-    return Outputs(table.new_empty(*ids.shape, table.shape[1]), row, torch.empty_like(row))
+def _fake(words: Words) -> Outputs:
+    table = words.table
+    row = table.new_empty(0 if words.eps is None else words.ids.shape, dtype=accumulation_dtype(table.dtype))
+    return Outputs(table.new_empty(words.shape), row, torch.empty_like(row))
 
 
-def _backward(
-    passes: Any,
-    g: Tensor,
-    ids: Tensor,
-    table: Tensor,
-    position: Tensor | None,
-    type_embed: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    pad_mask: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: float,
-    eps: float | None,
-    padding_idx: int | None,
-    needs: Any,
-) -> dict[str, Tensor]:
-    given = (ids, table, position, type_embed, gamma, beta, pad_mask, mean, rstd, scale, eps is not None, padding_idx)
-    return dict(zip(needs._fields, blocked.backward(passes, g, *given, list(needs)), strict=True))
+def _backward(passes: Any, g: Tensor, words: Words, mean: Tensor, rstd: Tensor, needs: Any) -> dict[str, Tensor]:
+    wanted = [name for name, need in needs._asdict().items() if need]
+    return blocked.backward(passes, g, words, (mean, rstd), wanted)
 
 
-def too_wide(table: Tensor) -> str | None:
+def too_wide(words: Words) -> str | None:
     """Why a kernel cannot take rows of this width."""
-    return f"D is {table.shape[1]}: a program holds rows of at most {_WIDEST}" if table.shape[1] > _WIDEST else None
+    d = words.table.shape[1]
+    return f"D is {d}: a program holds rows of at most {_WIDEST}" if d > _WIDEST else None
 
 
-def _few_numbers(ids: Tensor, table: Tensor) -> str | None:
-    numbers = ids.numel() * table.shape[1]
+def _few_numbers(words: Words) -> str | None:
+    numbers = math.prod(words.shape)
     # a dynamic batch is not worth a graph for each side
-    few = table.device.type == "cpu" and isinstance(numbers, int) and numbers < _EAGER_ELEMENTS
+    few = words.table.device.type == "cpu" and isinstance(numbers, int) and numbers < _EAGER_ELEMENTS
     return f"eager is faster for fewer than {_EAGER_ELEMENTS} numbers on a CPU" if few else None
 
 
@@ -88,12 +63,12 @@ EMBED_TEXT = Operator(
     forward=_forward,
     backward=_backward,
     fake=_fake,
-    differentiable=("table", "position", "type_embed", "gamma", "beta"),
-    on="table",
+    differentiable=("table", "text_position", "text_type", "gamma", "beta"),
+    on=lambda words: words.table,
     implementations=[
         Implementation("triton", passes=WORDS["triton"], against=[too_wide], traceable=True),
         Implementation("chunked", passes=WORDS["chunked"], prefer_eager=_few_numbers),
-        Implementation("torch", function=lambda **given: (reference.embed_text(**given),)),
+        Implementation("torch", function=lambda words: (reference.embed_text(words),)),
     ],
     example=lambda x, **how: embed_text(torch.zeros(1, len(x), dtype=torch.int64, device=x.device), x, **how),
 )
@@ -137,31 +112,29 @@ def embed_text(
             GPU it gives a row of NaN, and in plain torch a device-side assertion.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    given = checked(ids, table, position, position_offset, type_embed, norm, padding_idx, pad_mask)
-    ids, position, *affine, eps = given
-    arguments = (ids, table, position, type_embed, *affine, pad_mask, float(scale), eps, padding_idx)
-    return EMBED_TEXT(*arguments, backend=backend)[0]
+    words = words_of(ids, table, position, position_offset, padding_idx, pad_mask, type_embed, scale, norm)
+    return EMBED_TEXT(words, backend=backend)[0]  # type: ignore[no-any-return]
 
 
-def checked(
+def words_of(
     ids: Tensor,
     table: Tensor,
     position: Tensor | None,
     position_offset: int,
-    type_embed: Tensor | None,
-    norm: tuple[Tensor | None, Tensor | None, float] | None,
     padding_idx: int | None,
     pad_mask: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float | None]:
-    """(ids int64, position [L, D], gamma, beta, eps)."""
+    type_embed: Tensor | None = None,
+    scale: float = 1.0,
+    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+) -> Words:
+    """The arguments, checked."""
     check("table", table, ("V", "D"))
     check("ids", ids, ("B", "L"), "", (torch.int64, torch.int32), ("table", table))
     v, d = table.shape
     if d == 0:
         raise ValueError(f"table has shape {tuple(table.shape)}, expected at least one feature")
     ids = ids.to(torch.int64).contiguous()
-    if (wrong := first_outside(ids, v)) is not None:
-        raise ValueError(f"ids has {wrong}, expected 0 <= id < {v}, the rows of table")
+    check_range("ids", ids, v, "the rows of table")
     length = ids.shape[1]
     if position is not None:
         check("position", position, ("P", d), " as table has features", table.dtype, ("table", table))
@@ -178,4 +151,4 @@ def checked(
         raise ValueError(f"padding_idx is {padding_idx}, expected 0 <= padding_idx < {v}, the rows of table")
     if pad_mask is not None:
         check("pad_mask", pad_mask, ids.shape, " as ids", torch.bool, ("table", table))
-    return ids, position, gamma, beta, eps
+    return Words(ids, table, position, type_embed, gamma, beta, pad_mask, float(scale), eps, padding_idx)

@@ -21,63 +21,36 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Implementation, Operator
 from mmfuse.kernels.patch import PATCH_EMBED, Stem, stem_of
 from mmfuse.kernels.text import blocked, reference
-from mmfuse.kernels.text.op import WORDS, checked, too_wide
+from mmfuse.kernels.text.blocked import Words
+from mmfuse.kernels.text.op import WORDS, too_wide, words_of
 
 _OF_PATCHES = ("pixels", "weight", "bias", "prefix", "position", "prefix_position", "mask_token")
+_OF_WORDS = ("table", "text_position")
 
 
-def _forward(
-    passes: Any,
-    stem: Stem,
-    ids: Tensor,
-    table: Tensor,
-    text_position: Tensor,
-    pad_mask: Tensor | None,
-    padding_idx: int | None,
-) -> Tensor:
-    out, (_, r, n) = _fake(stem, ids, table), stem.shape
+def _forward(passes: Any, stem: Stem, words: Words) -> Tensor:
+    out, (_, r, n) = _fake(stem, words), stem.shape
     passes.patches.forward_into(out, 0, stem)
-    words = (ids, table, text_position, None, None, None, pad_mask, 1.0, None)
-    blocked.forward(passes.words, *words, out[:, r + n :])
+    passes.words.embedded(words, out[:, r + n :])
     return out
 
 
-def _fake(stem: Stem, ids: Tensor, table: Tensor) -> Tensor:
+def _fake(stem: Stem, words: Words) -> Tensor:
     b, r, n = stem.shape
-    return table.new_empty(b, r + n + ids.shape[1], table.shape[1])
+    _, length, d = words.shape
+    return words.table.new_empty(b, r + n + length, d)
 
 
-def _backward(
-    passes: Any,
-    g: Tensor,
-    stem: Stem,
-    ids: Tensor,
-    table: Tensor,
-    text_position: Tensor,
-    pad_mask: Tensor | None,
-    padding_idx: int | None,
-    needs: Any,
-) -> dict[str, Tensor]:
+def _backward(passes: Any, g: Tensor, stem: Stem, words: Words, needs: Any) -> dict[str, Tensor]:
     _, r, n = stem.shape
-    wanted = [name for name in _OF_PATCHES if getattr(needs, name)]
-    grads = passes.patches.backward_from(g[:, : r + n], stem, wanted) if wanted else {}
-    words = (ids, table, text_position, None, None, None, pad_mask, *[table.new_empty(0)] * 2)
-    needed = [needs.table, needs.text_position, False, False, False]
-    of_words = blocked.backward(passes.words, g[:, r + n :], *words, 1.0, False, padding_idx, needed)
-    return grads | {"table": of_words[0], "text_position": of_words[1]}
+    of_patches, of_words = ([name for name in names if getattr(needs, name)] for names in (_OF_PATCHES, _OF_WORDS))
+    grads = passes.patches.backward_from(g[:, : r + n], stem, of_patches) if of_patches else {}
+    return grads | blocked.backward(passes.words, g[:, r + n :], words, (), of_words)
 
 
-def _reference(
-    stem: Stem,
-    ids: Tensor,
-    table: Tensor,
-    text_position: Tensor,
-    pad_mask: Tensor | None,
-    padding_idx: int | None,
-) -> Tensor:
+def _reference(stem: Stem, words: Words) -> Tensor:
     tokens = PATCH_EMBED.implementations["torch"].function(stem)
-    words = reference.embed_text(ids, table, text_position, None, None, None, pad_mask, 1.0, None, padding_idx)
-    return torch.cat([tokens, words], dim=1)
+    return torch.cat([tokens, reference.embed_text(words)], dim=1)
 
 
 def _of_patches(name: str, stem: Stem) -> str | None:
@@ -106,8 +79,8 @@ EMBED_PAIR = Operator(
     forward=_forward,
     backward=_backward,
     fake=_fake,
-    differentiable=(*_OF_PATCHES, "table", "text_position"),
-    on="table",
+    differentiable=(*_OF_PATCHES, *_OF_WORDS),
+    on=lambda words: words.table,
     implementations=[
         *map(_implementation, ("cuda", "triton", "cpu", "chunked")),
         Implementation("torch", function=_reference),
@@ -164,7 +137,7 @@ def embed_pair(
     """
     if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[0] != pixels.shape[0]:
         raise ValueError(f"ids has {ids.shape[0]} rows, expected {pixels.shape[0]} as pixels")
-    ids, words, *_ = checked(ids, table, text_position, position_offset, None, None, padding_idx, pad_mask)
+    words = words_of(ids, table, text_position, position_offset, padding_idx, pad_mask)
     if cls_token is not None and cls_token.shape != weight.shape[:1]:
         raise ValueError(f"cls_token has shape {tuple(cls_token.shape)}, expected [{weight.shape[0]}]")
     if weight.shape[0] != table.shape[1]:
@@ -181,4 +154,4 @@ def embed_pair(
     stem = replace(stem, position=seen[prefix:], mask_token=mask_token)
     if cls_token is not None:
         stem = replace(stem, prefix=cls_token[None], prefix_position=seen[:1])
-    return EMBED_PAIR(stem, ids, table, words, pad_mask, padding_idx, backend=backend)  # type: ignore[no-any-return]
+    return EMBED_PAIR(stem, words, backend=backend)  # type: ignore[no-any-return]

@@ -105,7 +105,7 @@ class PositionTable(nn.Module):
 
 
 class PatchTokens(nn.Module):
-    """Pictures, spectrograms, depth or thermal maps to tokens [B, 1 + N, D]; of images and depth both, the sum.
+    """Images, spectrograms, depth or thermal maps to tokens [B, 1 + N, D]; of images and depth both, the sum.
 
     Args:
         size: of the input the positions are learned for, [C, H, W] or [C, T, H, W].

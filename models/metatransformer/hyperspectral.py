@@ -1,4 +1,4 @@
-"""Hyperspectral pictures: one token per band (SpectralFormer, Hong et al. 2021, arXiv:2107.02988)."""
+"""Hyperspectral images: one token per band (SpectralFormer, Hong et al. 2021, arXiv:2107.02988)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def neighbouring_bands(cube: Tensor, near_band: int) -> Tensor:
     single pixel and, as in the published code, b - 1, ..., b - n, b, b + 1, ... for larger patches.
 
     Raises:
-        ValueError: a cube of another shape, or near_band less than 1.
+        ValueError: a cube of another shape, or near_band smaller than 1.
     """
     if cube.dim() != 4 or cube.shape[1] != cube.shape[2]:
         raise ValueError(f"cube has shape {tuple(cube.shape)}, expected [N, p, p, bands]")

@@ -1,4 +1,4 @@
-"""Pictures: image, infrared, X-ray; and the patches that audio and video share with them."""
+"""Images: photographs, infrared, X-ray; and the patches that audio and video share with them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Patches(nn.Module):
 
 
 class ImageEmbed(Patches):
-    """Pixels [B, in_c, S, S] -> [B, (S / patch_size)^2, embed_dim]; images, infrared and X-ray pictures.
+    """Pixels [B, in_c, S, S] -> [B, (S / patch_size)^2, embed_dim]; photographs, infrared and X-ray images.
 
     Sizes are one number, or height and width. Pixels are float, or uint8 taken as numbers. `position` (not in the
     published tokenizer) adds a learned table.

@@ -45,7 +45,7 @@ class SharedEmbeddings(nn.Module):
     def __init__(self, values: int, dim: int, dropout: nn.Module, add_shared_embed: bool, frac_shared_embed: float):
         super().__init__()
         if not frac_shared_embed < 1:
-            raise ValueError(f"frac_shared_embed is {frac_shared_embed}, expected less than 1")
+            raise ValueError(f"frac_shared_embed is {frac_shared_embed}, expected below 1")
         self.add = add_shared_embed
         self.embed = nn.Embedding(values, dim, padding_idx=0)
         self.embed.weight.data.clamp_(-2, 2)

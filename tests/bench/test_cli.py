@@ -40,6 +40,12 @@ def test_measures_records_and_prints(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "mmfuse-chunked[store]" in table and "1.00x" in table and "48x32" in table
     assert main(["bench", "--from", str(kept), "--markdown"]) == 0
     assert "| 48x32 | eager |" in capsys.readouterr().out
+    assert main(["bench", "--from", str(kept), "--cases", "siglip", "--json"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
+        record for record in printed if record["case"] == "siglip"
+    ]
+    assert main(["bench", "--from", str(kept), "--cases", "clap"]) == 2
+    assert "--cases has 'clap'" in capsys.readouterr().err
 
 
 def test_exit_code_tells_of_a_wrong_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,6 +257,11 @@ def kept_by_a_ring(rank: int, size: int, sizes: list[int], d: int) -> int:
     return max(t.numel() for t in loss.grad_fn.saved_tensors)
 
 
+def explained(rank: int, size: int) -> str:
+    x = torch.ones(2, 16)
+    return mmfuse.explain("distributed_clip_loss", x, x, 10.0)
+
+
 def disagree(rank: int, size: int) -> dict[str, str]:
     """What a rank is told where another one's arguments are different, or wrong."""
     x, y = pairs([3], 5)
@@ -333,11 +338,11 @@ def recorded(late: int, told: Any) -> Iterator[list[str]]:
 
         return collective
 
-    real = op.template("chunked")
+    real = op.TEMPLATE["chunked"]
     # the own block is the first of the forward, and the last of the backward
     blocks = {k: computes(k, getattr(real, k), size if k == "grad" else 1) for k in ("stats", "grad", "sigmoid")}
     with (
-        patch.object(op, "template", lambda _: SimpleNamespace(**blocks)),
+        patch.dict(op.TEMPLATE, {"chunked": SimpleNamespace(**blocks)}),
         patch.object(peers, "_gather_into", exchanges("gather", peers._gather_into, after="")),
         patch.object(peers, "_scatter_into", exchanges("scatter", peers._scatter_into, after="grad")),
     ):

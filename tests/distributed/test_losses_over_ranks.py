@@ -8,11 +8,15 @@ import torch
 import worlds
 from distributed import programs
 from judge import assert_no_worse
-from mmfuse.kernels._runtime import Op, explain
+from mmfuse.kernels._runtime import Operator
 from mmfuse.kernels.contrastive.distributed.op import DISTRIBUTED_CLIP, DISTRIBUTED_SIGLIP
 from mmfuse.kernels.contrastive.distributed.peers import Peers
 
 pytest.importorskip("open_clip")
+
+
+def available() -> list[str]:
+    return DISTRIBUTED_CLIP.available((torch.ones(2, 16), *[None] * 4))
 
 
 @pytest.mark.parametrize("size, b, d", [(2, 6, 10), (4, 3, 5)])
@@ -21,7 +25,7 @@ def test_every_mode_as_open_clip(size: int, b: int, d: int) -> None:
 
 
 def test_precision() -> None:
-    backend = "cpu" if "cpu" in DISTRIBUTED_CLIP.available(torch.ones(2, 16)) else "chunked"
+    backend = "cpu" if "cpu" in available() else "chunked"
     by_rank = worlds.run(2, programs.in_low_precision, 40, 24, 8, backend)
     draws, per_dtype = 8, len(by_rank[0]) // 2
     kinds = per_dtype // draws
@@ -42,18 +46,22 @@ def test_as_one_process(size: int, sizes: list[int]) -> None:
 
 def test_every_backend() -> None:
     """Logits computed again, and kept."""
-    there = DISTRIBUTED_CLIP.available(torch.ones(2, 16))
-    assert "chunked" in there
-    worlds.run(2, programs.every_backend, [b for b in there if b != "torch"])
+    assert "chunked" in available()
+    worlds.run(2, programs.every_backend, [b for b in available() if b != "torch"])
 
 
 @pytest.mark.parametrize("op", [DISTRIBUTED_CLIP, DISTRIBUTED_SIGLIP], ids=lambda op: op.name)
-def test_small_batches_are_eager(op: Op) -> None:
-    x = torch.ones(2, 16)
-    assert op.select(x, Peers(None, 0, 2, (20, 30))).name == "torch"
-    assert op.select(x, Peers(None, 0, 2, (20000, 20000))).name != "torch"
-    assert op.select(x, Peers(None, 0, 2, (20, 30)), backend="chunked").name == "chunked"
-    assert "->" in explain(op.name, x, x, 10.0)
+def test_small_batches_are_eager(op: Operator) -> None:
+    given = dict.fromkeys(op.signature.names) | {"image": torch.ones(2, 16)}
+    few, many = (tuple((given | {"peers": Peers(None, 0, 2, sizes)}).values()) for sizes in ((20, 30), (20000, 20000)))
+    assert op.choose(few) == "torch"
+    assert op.choose(many) != "torch"
+    assert op.choose(few, "chunked") == "chunked"
+
+
+def test_explain() -> None:
+    for said in worlds.run(2, programs.explained):
+        assert "->" in said
 
 
 def test_only_what_is_asked() -> None:
@@ -81,7 +89,7 @@ def test_ranks_that_disagree() -> None:
         for name, expected in same.items():
             assert said[name].startswith(expected), said[name]
     for name, own in (
-        ("rows", "ValueError: text has 2 rows, expected 3"),
+        ("rows", "ValueError: text has shape (2, 5), expected [3, 5]"),
         ("scale", "ValueError: logit_scale has shape"),
     ):
         assert first[name].startswith("RuntimeError: rank 2's arguments do not fit"), first[name]

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import mmfuse
-from judge import assert_no_worse
+from judge import Results, cast, compared, judge
+from mmfuse.kernels._runtime import chosen
 from mmfuse.kernels.codebook import assign_code, code_statistics, linear_argmax, nearest_code, vector_quantize
-from mmfuse.kernels.codebook.op import NEAREST, QUANTIZE, STATISTICS, argmax_op, assign_op, statistics_op
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = NEAREST.available(PROBE, PROBE)
+ALL = backends(lambda: nearest_code(PROBE, PROBE))
 OURS = [n for n in ALL if n != "torch"]
 METRICS = ("euclidean", "cosine")
 GRADIENTS = ("straight_through", "rotation", "none")
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+AVAILABLE = {t: backends(lambda t=t: nearest_code(PROBE.to(t), PROBE.to(t))) for t in DTYPES}
 
 
-def pairs(backends: list[str], dtypes: tuple[torch.dtype, ...] = DTYPES) -> pytest.MarkDecorator:
+def pairs(names: list[str], dtypes: tuple[torch.dtype, ...] = DTYPES) -> pytest.MarkDecorator:
     """Each implementation with the dtypes that it takes; the interpreter's bfloat16 is not a GPU's."""
     found = [
-        (b, t)
-        for b in backends
-        for t in dtypes
-        if b in NEAREST.available(PROBE.to(t)) and (b != "triton" or t != torch.bfloat16 or GPU)
+        (b, t) for b in names for t in dtypes if b in AVAILABLE[t] and (b != "triton" or t != torch.bfloat16 or GPU)
     ]
     return pytest.mark.parametrize("backend, dtype", found, ids=[f"{b}-{t}" for b, t in found])
 
@@ -208,23 +209,21 @@ def test_errors() -> None:
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
-@pairs(OURS)
+@pairs(ALL)
 def test_statistics(backend: str, dtype: torch.dtype) -> None:
-    got, eager, exact = [], [], []
-    for _ in range(3):
+    def results() -> tuple[Results, ...]:
         z = torch.randn(300, 21, device=DEVICE).to(dtype)
         # codes that nobody has, one that many have, and what counts for none
         codes = torch.where(torch.rand(300, device=DEVICE) < 0.3, 7, torch.randint(-1, 44, (300,), device=DEVICE))
-        counts, sums = code_statistics(z, codes, 40, backend=backend)
+        (counts, sums), again = (code_statistics(z, codes, 40, backend=backend) for _ in range(2))
+        assert torch.equal(counts, again[0]) and torch.equal(sums, again[1])
         chosen = (codes[:, None] == torch.arange(40, device=DEVICE)).double()
         assert torch.equal(counts.double(), chosen.sum(0)) and counts.dtype == sums.dtype
         assert sums.dtype == torch.promote_types(dtype, torch.float32)
-        got.append(sums)
-        eager.append(chosen.t().to(sums.dtype) @ z.to(sums.dtype))
-        exact.append(chosen.t() @ z.double())
-        again = code_statistics(z, codes, 40, backend=backend)
-        assert all(torch.equal(a, b) for a, b in zip((counts, sums), again, strict=True))
-    assert_no_worse(*(torch.stack(t) for t in (got, eager, exact)))
+        eager = chosen.t().to(sums.dtype) @ z.to(sums.dtype)
+        return {"sums": sums}, {"sums": eager}, {"sums": chosen.t() @ z.double()}
+
+    judge(results() for _ in range(3))
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -238,13 +237,17 @@ def test_statistics_of_nothing(backend: str) -> None:
 # --- quantization ---------------------------------------------------------------------------------------------------
 
 
-def quantized(z: Tensor, codebook: Tensor, backend: str, **options: object) -> list[Tensor]:
+Pair = tuple[Tensor, Tensor]
+
+
+def quantized(given: Pair, backend: str, masked: bool = True, **options: object) -> Results:
     """z_q, loss and both gradients of a sum in which every element counts differently."""
-    z, codebook = (t.detach().clone().requires_grad_() for t in (z, codebook))
-    z_q, codes, loss = vector_quantize(z, codebook, beta=0.25, backend=backend, **options)
+    z, codebook = (t.detach().requires_grad_() for t in given)
+    mask = torch.arange(len(z), device=DEVICE) % 4 > 0 if masked else None
+    z_q, _, loss = vector_quantize(z, codebook, beta=0.25, mask=mask, backend=backend, **options)
     weight = torch.linspace(-1, 1, z_q.numel(), dtype=torch.float64, device=z.device).view_as(z_q)
-    ((z_q * weight.to(z_q.dtype)).sum() + 3 * loss).backward()
-    return [z_q.detach(), loss.detach(), z.grad, codebook.grad]
+    dz, dcodebook = torch.autograd.grad((z_q * weight.to(z_q.dtype)).sum() + 3 * loss, (z, codebook))
+    return {"z_q": z_q.detach(), "loss": loss.detach(), "dz": dz, "dcodebook": dcodebook}
 
 
 # in the interpreter triton is slow, and differs by search and statistics alone, which are tested above
@@ -252,51 +255,50 @@ def quantized(z: Tensor, codebook: Tensor, backend: str, **options: object) -> l
 @pytest.mark.parametrize("metric", METRICS)
 @pairs([n for n in OURS if n != "triton" or GPU], (torch.float32, torch.float64, torch.bfloat16))
 def test_quantization_matches_autograd(backend: str, metric: str, gradient: str, dtype: torch.dtype) -> None:
-    options = {"metric": metric, "gradient": gradient}
-    rounds: list[list[list[Tensor]]] = [[], [], []]
-    for _ in range(2):
-        z, codebook = random(60, 25, 12, dtype)
-        mask = torch.arange(60, device=DEVICE) % 4 > 0
-        for results, b, wide in ((rounds[0], backend, dtype), (rounds[1], "torch", dtype), (rounds[2], "torch", None)):
-            inputs = (t.double() if wide is None else t for t in (z, codebook))
-            results.append(quantized(*inputs, b, mask=mask, **options))
-    for name, *results in zip(
-        ("z_q", "loss", "dz", "dcodebook"),
-        *([torch.stack(t) for t in zip(*r, strict=True)] for r in rounds),
-        strict=True,
-    ):
-        if dtype == torch.float64:
-            torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-12)
-        else:
-            assert_no_worse(*results, name=name)
+    run = partial(quantized, metric=metric, gradient=gradient)
+    judge(compared(run, lambda: random(60, 25, 12), backend, dtype, draws=2))
 
 
-def test_the_formulas_of_the_gradients() -> None:
+def unit(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """x / |x|, and a gradient through it."""
+    size = x.norm(dim=1, keepdim=True)
+    return x / size, (g - x * (x * g).sum(1, keepdim=True) / size**2) / size
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_formulas_of_the_gradients(metric: str, gradient: str, masked: bool) -> None:
     """Straight through, the rotation trick's matrix, and the codebook's gradient from counts and sums, by hand."""
-    z, codebook = (t.double() for t in random(30, 8, 5))
+    given = cast(random(30, 8, 5), torch.float64)
+    z, codebook = (unit(t, t)[0] if metric == "cosine" else t for t in given)
+    kept = (torch.arange(30, device=DEVICE) % 4 > 0 if masked else torch.ones(30, device=DEVICE) > 0)[:, None]
     codes = by_distance(z, codebook)
-    e, g = codebook[codes], torch.randn(30, 5, dtype=torch.float64, device=DEVICE)
-    for gradient in ("straight_through", "rotation"):
-        x, w = z.clone().requires_grad_(), codebook.clone().requires_grad_()
-        z_q, _, loss = vector_quantize(x, w, gradient=gradient, beta=0.3)
-        dz, de = torch.autograd.grad((z_q * g).sum() + loss, (x, w))
-        assert torch.equal(z_q, e)
-        torch.testing.assert_close(loss.detach(), 1.3 * (z - e).square().mean())
-        if gradient == "rotation":
-            a, b = F.normalize(z, dim=1), F.normalize(e, dim=1)
-            c = F.normalize(a + b, dim=1)
-            eye = torch.eye(5, dtype=torch.float64, device=DEVICE)
-            turn = eye - 2 * c[:, :, None] * c[:, None] + 2 * b[:, :, None] * a[:, None]
-            turn = turn * (e.norm(dim=1) / z.norm(dim=1))[:, None, None]
-            # it turns the row onto its code
-            torch.testing.assert_close((turn @ z[:, :, None])[..., 0], e)
-            routed = (g[:, None] @ turn)[:, 0]
-        else:
-            routed = g
-        torch.testing.assert_close(dz, routed + 0.6 * (z - e) / z.numel())
-        counts = torch.bincount(codes, minlength=8)[:, None]
-        sums = torch.zeros_like(codebook).index_add_(0, codes, z)
-        torch.testing.assert_close(de, 2 * (counts * codebook - sums) / z.numel())
+    e = codebook[codes]
+    g = torch.linspace(-1, 1, 150, dtype=torch.float64, device=DEVICE).view(30, 5)
+    if gradient == "rotation":
+        a, b = F.normalize(z, dim=1), F.normalize(e, dim=1)
+        c = F.normalize(a + b, dim=1)
+        eye = torch.eye(5, dtype=torch.float64, device=DEVICE)
+        turn = eye - 2 * c[:, :, None] * c[:, None] + 2 * b[:, :, None] * a[:, None]
+        turn = turn * (e.norm(dim=1) / z.norm(dim=1))[:, None, None]
+        # it turns the row onto its code
+        torch.testing.assert_close((turn @ z[:, :, None])[..., 0], e)
+        routed = (g[:, None] @ turn)[:, 0]
+    else:
+        routed = g if gradient == "straight_through" else torch.zeros_like(g)
+    elements = kept.sum() * 5
+    dz = kept * (routed + 3 * 0.25 * 2 * (z - e) / elements)
+    chosen = kept * F.one_hot(codes, 8).double()
+    de = 3 * 2 * (chosen.sum(0)[:, None] * codebook - chosen.t() @ z) / elements
+    if gradient == "none":
+        de = de + chosen.t() @ g
+    if metric == "cosine":
+        dz, de = unit(given[0], dz)[1], unit(given[1], de)[1]
+    loss = 1.25 * (kept * (z - e).square()).sum() / elements
+    want = {"z_q": kept * e, "loss": loss, "dz": dz, "dcodebook": de}
+    got = quantized(given, "torch", masked, metric=metric, gradient=gradient)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
 def test_gradcheck() -> None:
@@ -346,14 +348,13 @@ def test_only_what_is_asked_for() -> None:
 @pytest.mark.parametrize("backend", ["chunked", *(["cpu"] if "cpu" in ALL else [])])
 def test_opcheck(backend: str) -> None:
     z, codebook = random(9, 7, 4)
-    bias = codebook.double().square().sum(1)
     mask = torch.arange(9, device=DEVICE) > 2
-    torch.library.opcheck(argmax_op.op, (z, codebook, None, bias, mask, True, backend))
-    torch.library.opcheck(statistics_op.op, (z, nearest_code(z, codebook), 7, backend))
+    opcheck(lambda: nearest_code(z, codebook, mask=mask, backend=backend))
     codes = nearest_code(z, codebook, mask=mask)
-    leaves = z.requires_grad_(), codebook.requires_grad_()
+    opcheck(lambda: code_statistics(z, codes, 7, backend=backend))
+    z.requires_grad_(), codebook.requires_grad_()
     for gradient in GRADIENTS:
-        torch.library.opcheck(assign_op.op, (*leaves, codes, 0.3, 1.0, gradient, backend))
+        opcheck(lambda gradient=gradient: assign_code(z, codebook, codes, 0.3, gradient=gradient, backend=backend))
 
 
 def test_compile() -> None:
@@ -370,8 +371,11 @@ def test_compile() -> None:
 
 
 def test_explain_names_the_choice() -> None:
-    assert "->" in mmfuse.explain("nearest_code", PROBE, PROBE)
-    assert {n for op in (NEAREST, STATISTICS, QUANTIZE) for n in op.available(PROBE)} == set(ALL)
+    running = chosen(lambda: nearest_code(PROBE, PROBE))
+    assert f"-> {running}" in mmfuse.explain("nearest_code", PROBE, PROBE)
+    codes = nearest_code(PROBE, PROBE)
+    for call in (lambda: code_statistics(PROBE, codes, 8), lambda: assign_code(PROBE, PROBE, codes)):
+        assert backends(call) == ALL
 
 
 @pytest.mark.gpu

@@ -1,9 +1,11 @@
-"""The contrastive losses, every implementation against float64 and against eager in the same dtype."""
+"""The contrastive losses: the reference against its formula, every other implementation against the reference."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmfuse
-from judge import assert_no_worse
+from judge import Results, compared, judge
+from mmfuse.kernels._runtime import chosen
 from mmfuse.kernels.contrastive import clip_loss, siglip_loss
-from mmfuse.kernels.contrastive.op import CLIP, SIGLIP, clip_bwd, clip_fwd, siglip_fwd
+from mmfuse.kernels.contrastive.op import CLIP, kept_logits
+from registered import backends, opcheck, reasons, watched
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = CLIP.available(PROBE, PROBE)
+ALL = backends(lambda: clip_loss(PROBE, PROBE, 1.0))
 # the interpreter runs a Triton program in Python: it takes the small cases
-FAST = [n for n in ALL if GPU or n != "triton"]
+FUSED = [n for n in ALL if n != "torch"]
+FAST = [n for n in FUSED if GPU or n != "triton"]
 
 
 def features(
@@ -32,39 +37,91 @@ def features(
     return [image.to(dtype), text.to(dtype)]
 
 
-def clip_and_grads(image: Tensor, text: Tensor, scale: float, dtype: torch.dtype, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    image, text = (t.detach().to(dtype).requires_grad_() for t in (image, text))
-    s = torch.tensor(scale, dtype=torch.promote_types(dtype, torch.float32), device=image.device, requires_grad=True)
-    loss = clip_loss(image, text, s, **options)
-    return [loss, *torch.autograd.grad(loss, (image, text, s))]
+def results(loss: Callable[..., Tensor], given: list[Tensor], *scalars: float) -> Results:
+    """The loss of (image, text, scale, bias), and its gradients."""
+    acc = torch.promote_types(given[0].dtype, torch.float32)
+    leaves = [t.detach().requires_grad_() for t in given]
+    leaves += [torch.tensor(v, dtype=acc, device=DEVICE, requires_grad=True) for v in scalars]
+    value = loss(*leaves)
+    names = ("loss", "image", "text", "scale", "bias")
+    return dict(zip(names, [value.detach(), *torch.autograd.grad(value, leaves)], strict=False))
 
 
-def siglip_and_grads(
-    image: Tensor, text: Tensor, scale: float, bias: float, dtype: torch.dtype, **options
-) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    acc = torch.promote_types(dtype, torch.float32)
-    image, text = (t.detach().to(dtype).requires_grad_() for t in (image, text))
-    s, b = (torch.tensor(v, dtype=acc, device=image.device, requires_grad=True) for v in (scale, bias))
-    loss = siglip_loss(image, text, s, b, **options)
-    return [loss, *torch.autograd.grad(loss, (image, text, s, b))]
+def clip(given: list[Tensor], backend: str | None, scale: float = 14.0, **options: Any) -> Results:
+    return results(partial(clip_loss, backend=backend, **options), given, scale)
 
 
-def judge(run, draw: Callable[[], list[Tensor]], *args, dtype: torch.dtype, backend: str, **options) -> None:  # type: ignore[no-untyped-def]
-    """`backend` against the reference in float64 and in `dtype`.
+def siglip(
+    given: list[Tensor], backend: str | None, scale: float = 14.0, bias: float = -3.0, **options: Any
+) -> Results:
+    return results(partial(siglip_loss, backend=backend, **options), given, scale, bias)
 
-    Eager's error may be nothing by luck, above all in a single number, so results are judged over several draws.
-    """
-    keep = {k: v for k, v in options.items() if k not in ("save", "store_budget")}
-    results: list[list[Tensor]] = [[], [], []]
-    for _ in range(4):
-        pairs = draw()
-        results[0].append(run(*pairs, *args, dtype, backend=backend, **options))
-        results[1].append(run(*pairs, *args, dtype, backend="torch", **keep))
-        results[2].append(run(*pairs, *args, torch.float64, backend="torch", **keep))
-    for i, name in enumerate(("loss", "image", "text", "scale", "bias")[: len(results[0][0])]):
-        got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in results)
-        assert_no_worse(got, eager, exact, name)
 
+# --- the formulas ---------------------------------------------------------------------------------------------------
+
+
+def softmax(s: Tensor, dim: int) -> Tensor:
+    return s.exp() / s.exp().sum(dim, keepdim=True)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.square().sum(1, keepdim=True).sqrt()
+
+
+def clip_formula(
+    image: Tensor, text: Tensor, scale: Tensor, weights=(0.5, 0.5), label_smoothing=0.0, normalize=False, row_offset=0
+) -> Tensor:  # type: ignore[no-untyped-def]
+    """Of an image the probabilities of all texts, of its text those of all images; the mean of -log at the targets."""
+    s = scale * (unit(image) @ unit(text).t() if normalize else image @ text.t())
+    loss = 0.0
+    for i in range(len(image)):
+        pair = i + row_offset
+        for w, p, at in ((weights[0], softmax(s, 1)[i], pair), (weights[1], softmax(s, 0)[:, pair], i)):
+            nll = -p.log()
+            loss = loss + w * ((1 - label_smoothing) * nll[at] + label_smoothing * nll.mean()) / len(image)
+    return loss
+
+
+def siglip_formula(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, normalize=False, row_offset=0, negative_only=False
+) -> Tensor:  # type: ignore[no-untyped-def]
+    """-log sigmoid(z (S + bias)) over all pairs, per image; z is 1 for the pairs that belong together, else -1."""
+    s = scale * (unit(image) @ unit(text).t() if normalize else image @ text.t()) + bias
+    loss = 0.0
+    for i in range(len(image)):
+        for j in range(len(text)):
+            z = 1 if j == i + row_offset and not negative_only else -1
+            loss = loss + (1 + (-z * s[i, j]).exp()).log() / len(image)
+    return loss
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weights": (0.7, 0.1)},
+        {"weights": (0.0, 1.0), "row_offset": 3},
+        {"weights": (0.2, 0.9), "normalize": True, "row_offset": 4},
+        {"weights": (1.0, 0.0), "label_smoothing": 0.2, "row_offset": 2},
+        {"weights": (0.7, 0.3), "label_smoothing": 0.1, "normalize": True},
+    ],
+    ids=str,
+)
+def test_the_clip_reference_is_the_formula(options: dict) -> None:
+    given = [t.double() for t in features(6, 8, m=10 if "row_offset" in options else 6, unit=False)]
+    got = clip(given, "torch", 1.3, **options)
+    torch.testing.assert_close(got, results(partial(clip_formula, **options), given, 1.3), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True, "row_offset": 3}, {"negative_only": True}], ids=str)
+def test_the_siglip_reference_is_the_formula(options: dict) -> None:
+    given = [t.double() for t in features(6, 8, m=10, unit=False)]
+    got = siglip(given, "torch", 1.3, -0.7, **options)
+    want = results(partial(siglip_formula, **options), given, 1.3, -0.7)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+# --- every implementation -------------------------------------------------------------------------------------------
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -74,30 +131,25 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("n, d", [(1, 16), (2, 512), (7, 96), (63, 16), (64, 770), (65, 96), (129, 512), (1000, 96)])
 @pytest.mark.parametrize("backend", FAST)
 def test_clip_matches_float64(backend: str, n: int, d: int, dtype: torch.dtype, save: str) -> None:
-    judge(clip_and_grads, lambda: features(n, d, dtype), 14.3, dtype=dtype, backend=backend, save=save)
+    judge(compared(partial(clip, save=save), lambda: features(n, d), backend, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, d", [(1, 16), (2, 512), (7, 96), (63, 16), (64, 770), (65, 96), (129, 512), (1000, 96)])
 @pytest.mark.parametrize("backend", FAST)
 def test_siglip_matches_float64(backend: str, n: int, d: int, dtype: torch.dtype) -> None:
-    judge(siglip_and_grads, lambda: features(n, d, dtype), 10.0, -10.0, dtype=dtype, backend=backend)
+    judge(compared(partial(siglip, scale=10.0, bias=-10.0), lambda: features(n, d), backend, dtype))
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": True}, {"save": "store"}], ids=str)
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", FUSED)
 def test_small_case_in_every_implementation(backend: str, options: dict) -> None:
-    judge(clip_and_grads, lambda: features(35, 24, unit=False), 0.5, dtype=torch.float32, backend=backend, **options)
-    options.pop("save", None)
-    judge(
-        siglip_and_grads,
-        lambda: features(35, 24, unit=False),
-        0.5,
-        -1.0,
-        dtype=torch.float32,
-        backend=backend,
-        **options,
-    )
+    def draw() -> list[Tensor]:
+        return features(35, 24, unit=False)
+
+    judge(compared(partial(clip, scale=0.5, **options), draw, backend))
+    if "save" not in options:
+        judge(compared(partial(siglip, scale=0.5, bias=-1.0, **options), draw, backend))
 
 
 def negative_cosines() -> list[Tensor]:
@@ -133,20 +185,20 @@ EXTREMES = {f.__name__: f for f in (negative_cosines, duplicates, solved, zero_r
 
 @pytest.mark.parametrize("save", ["recompute", "store"])
 @pytest.mark.parametrize("case", EXTREMES)
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", FUSED)
 def test_clip_at_scale_100(backend: str, case: str, save: str) -> None:
-    judge(clip_and_grads, EXTREMES[case], 100.0, dtype=torch.float32, backend=backend, save=save)
+    judge(compared(partial(clip, scale=100.0, save=save), EXTREMES[case], backend))
 
 
 @pytest.mark.parametrize("case", EXTREMES)
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", FUSED)
 def test_siglip_at_scale_100(backend: str, case: str) -> None:
     if backend == "triton" and case == "solved" and not GPU:
         pytest.skip("all entries of G are one number, and the interpreter's exp (numpy's) is off by 2 ulp there")
-    judge(siglip_and_grads, EXTREMES[case], 100.0, -10.0, dtype=torch.float32, backend=backend)
+    judge(compared(partial(siglip, scale=100.0, bias=-10.0), EXTREMES[case], backend))
 
 
-@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+@pytest.mark.parametrize("backend", FUSED)
 def test_a_solved_batch_keeps_its_digits(backend: str) -> None:
     # eager computes log(1 + 63 e^-100) as a difference of two equal numbers: 0
     image, text = solved()
@@ -168,7 +220,7 @@ def test_a_solved_batch_keeps_its_digits(backend: str) -> None:
 )
 @pytest.mark.parametrize("backend", FAST)
 def test_clip_variants(backend: str, options: dict) -> None:
-    judge(clip_and_grads, lambda: features(67, 24, unit=False), 1.5, dtype=torch.float32, backend=backend, **options)
+    judge(compared(partial(clip, scale=1.5, **options), lambda: features(67, 24, unit=False), backend))
 
 
 @pytest.mark.parametrize("options", [{"weights": (1.0, 0.0), "label_smoothing": 0.1}, {}, {"save": "store"}], ids=str)
@@ -178,21 +230,20 @@ def test_rectangular_blocks(backend: str, row_offset: int, options: dict) -> Non
     def draw() -> list[Tensor]:
         return features(30, 24, m=70)
 
-    judge(clip_and_grads, draw, 14.0, dtype=torch.float32, backend=backend, row_offset=row_offset, **options)
-    judge(siglip_and_grads, draw, 14.0, -3.0, dtype=torch.float32, backend=backend, row_offset=row_offset)
+    judge(compared(partial(clip, row_offset=row_offset, **options), draw, backend))
+    judge(compared(partial(siglip, row_offset=row_offset), draw, backend))
 
 
 @pytest.mark.parametrize("backend", FAST)
 def test_many_blocks_of_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmfuse.kernels.contrastive.blocked._MAX_ROWS", 64)
-    judge(clip_and_grads, lambda: features(333, 24), 14.0, dtype=torch.float32, backend=backend)
-    judge(siglip_and_grads, lambda: features(333, 24), 14.0, -3.0, dtype=torch.float32, backend=backend)
+    for run in (clip, siglip):
+        judge(compared(run, lambda: features(333, 24), backend))
 
 
 @pytest.mark.parametrize("backend", FAST)
 def test_negative_block_of_siglip(backend: str) -> None:
-    options = {"dtype": torch.float32, "backend": backend, "negative_only": True}
-    judge(siglip_and_grads, lambda: features(30, 24, m=20), 14.0, -3.0, **options)
+    judge(compared(partial(siglip, negative_only=True), lambda: features(30, 24, m=20), backend))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
@@ -204,14 +255,9 @@ def test_any_strides(backend: str, layout: str) -> None:
         "expanded": lambda: torch.randn(1, 24, device=DEVICE).expand(33, 24),
     }[layout]()
     text = torch.randn(33, 24, device=DEVICE)
-    for normalize in (False, True):
-        got = clip_and_grads(image, text, 1.0, torch.float32, backend=backend, normalize=normalize)
-        want = clip_and_grads(image.contiguous(), text, 1.0, torch.float32, backend=backend, normalize=normalize)
+    for run in (clip, partial(clip, normalize=True), siglip):
+        got, want = (run([x, text], backend, 1.0) for x in (image, image.contiguous()))
         torch.testing.assert_close(got, want)
-    got = siglip_and_grads(image, text, 1.0, 0.0, torch.float32, backend=backend)
-    torch.testing.assert_close(
-        got, siglip_and_grads(image.contiguous(), text, 1.0, 0.0, torch.float32, backend=backend)
-    )
 
 
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
@@ -230,62 +276,44 @@ def test_an_expanded_incoming_gradient_is_respected(backend: str, loss) -> None:
 def test_fp16_gradients_do_not_underflow(backend: str) -> None:
     # 1 / 2N is below float16's normal range, and an uninformative batch has probabilities of 1 / N
     image, text = features(2048, 16, torch.float16)
-    judge(clip_and_grads, lambda: [image, text], 1.0, dtype=torch.float16, backend=backend, save="recompute")
-    grad = clip_and_grads(image, text, 1.0, torch.float16, backend=backend)[1]
-    assert (grad != 0).float().mean() > 0.5
+    judge(compared(partial(clip, scale=1.0, save="recompute"), lambda: [image, text], backend, torch.float16, draws=1))
+    assert (clip([image, text], backend, 1.0)["image"] != 0).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("save", ["recompute", "store"])
 @pytest.mark.parametrize("frozen", ["image", "text", "both", "scale"])
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", FUSED)
 def test_frozen_inputs_get_no_gradient(backend: str, frozen: str, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image, text = features(20, 16)
     image.requires_grad_(frozen not in ("image", "both"))
     text.requires_grad_(frozen not in ("text", "both"))
     s = torch.tensor(7.0, device=DEVICE, requires_grad=frozen != "scale")
     inputs = [t for t in (image, text, s) if t.requires_grad]
-    seen: list[tuple[int, ...]] = []
-    inner = mmfuse.kernels.contrastive.op.template
-
-    def spy(name: str):  # type: ignore[no-untyped-def]
-        template = inner(name)
-
-        class Spy:
-            stats, sigmoid = staticmethod(template.stats), staticmethod(template.sigmoid)
-
-            @staticmethod
-            def grad(*args):  # type: ignore[no-untyped-def]
-                out = template.grad(*args)
-                seen.append(tuple(t.numel() for t in out))
-                return out
-
-        return Spy
-
-    monkeypatch.setattr("mmfuse.kernels.contrastive.op.template", spy)
+    seen = watched(monkeypatch, CLIP, backend, "grad")
     got = torch.autograd.grad(clip_loss(image, text, s, backend=backend, save=save), inputs)
     monkeypatch.undo()
     torch.testing.assert_close(got, torch.autograd.grad(clip_loss(image, text, s, backend="torch"), inputs))
-    assert backend == "torch" or seen == [tuple(t.numel() if t.requires_grad else 0 for t in (image, text, s))]
+    assert seen == [[t.numel() if t.requires_grad else 0 for t in (image, text, s)]]
     got = torch.autograd.grad(siglip_loss(image, text, s, backend=backend), inputs)
     torch.testing.assert_close(got, torch.autograd.grad(siglip_loss(image, text, s, backend="torch"), inputs))
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", FUSED)
 def test_scale_of_zero_has_a_gradient(backend: str) -> None:
-    judge(clip_and_grads, lambda: features(20, 16), 0.0, dtype=torch.float32, backend=backend)
+    judge(compared(partial(clip, scale=0.0), lambda: features(20, 16), backend))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", ["torch", *FAST])
 def test_scale_and_bias_keep_their_shape(backend: str, shape: tuple[int, ...]) -> None:
     image, text = features(9, 16)
     s, b = (torch.full(shape, v, device=DEVICE, requires_grad=True) for v in (10.0, -3.0))
-    for loss in (clip_loss, siglip_loss):
+    for loss, run in ((clip_loss, clip), (siglip_loss, siglip)):
         grads = torch.autograd.grad(loss(image, text, s, b, backend=backend), (s, b))
         assert [g.shape for g in grads] == [s.shape, b.shape]
-        want = torch.autograd.grad(loss(image, text, s, b, backend="torch"), (s, b))
-        torch.testing.assert_close(grads, want)
-        assert loss is siglip_loss or grads[1].item() == 0
+        want = run([image, text], "torch", 10.0)
+        torch.testing.assert_close(grads[0].reshape(()), want["scale"])
+        torch.testing.assert_close(grads[1].item(), want["bias"].item() if loss is siglip_loss else 0.0)
 
 
 @pytest.mark.parametrize("backend", ["chunked", *(["triton"] if "triton" in ALL else [])])
@@ -308,7 +336,7 @@ def test_gradcheck(backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+@pytest.mark.parametrize("backend", FUSED)
 def test_second_backward_is_the_same_and_double_backward_raises(backend: str) -> None:
     image, text = (t.requires_grad_() for t in features(33, 16))
     for loss in (clip_loss(image, text, 10.0, backend=backend), siglip_loss(image, text, 10.0, backend=backend)):
@@ -323,8 +351,8 @@ def test_second_backward_is_the_same_and_double_backward_raises(backend: str) ->
 @pytest.mark.parametrize("backend", ALL)
 def test_runs_are_bitwise_equal(backend: str) -> None:
     image, text = features(130, 16)
-    runs = [clip_and_grads(image, text, 20.0, torch.float32, backend=backend) for _ in range(2)]
-    assert all(map(torch.equal, *runs))
+    one, two = (clip([image, text], backend) for _ in range(2))
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 @pytest.mark.parametrize("where", ["image", "text"])
@@ -332,10 +360,10 @@ def test_runs_are_bitwise_equal(backend: str) -> None:
 def test_a_nan_row_stays_visible(backend: str, where: str) -> None:
     image, text = features(70, 16)
     (image if where == "image" else text)[11, 3] = torch.nan
-    loss, d_image, d_text, ds = clip_and_grads(image, text, 10.0, torch.float32, backend=backend)
-    assert loss.isnan() and ds.isnan() and d_image[11].isnan().any() and d_text[11].isnan().any()
-    loss, d_image, d_text, ds, db = siglip_and_grads(image, text, 10.0, -3.0, torch.float32, backend=backend)
-    assert loss.isnan() and ds.isnan() and db.isnan() and d_image[11].isnan().any() and d_text[11].isnan().any()
+    for run in (clip, siglip):
+        found = run([image, text], backend)
+        # of an input, in the row; a number all alone
+        assert all((t[11] if t.dim() else t).isnan().any() for t in found.values())
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -347,7 +375,7 @@ def test_empty_batch(backend: str) -> None:
         assert [g.shape for g in grads] == [(0, 16), (0, 16), ()]
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", ["torch", *FAST])
 def test_autocast_rounds_features_as_a_matrix_product_would(backend: str) -> None:
     image, text = (t.requires_grad_() for t in features(50, 32))
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -403,51 +431,45 @@ def test_opcheck() -> None:
     image, text = features(9, 16, m=12)
     s, bias = (torch.tensor(v, device=DEVICE) for v in (10.0, -1.0))
     grads = [t.clone().requires_grad_() for t in (image, text, s)]
-    for normalize, save in ((False, ""), (True, "full"), (False, "int16")):
-        options = (0.5, 0.5, 0.0, False, normalize, 2, save, True, "chunked")
-        torch.library.opcheck(clip_fwd.op, (*grads, None, None, *options))
-    out = clip_fwd.op(image, text, s, None, None, 0.5, 0.5, 0.0, False, False, 2, "", False, "chunked")
-    empty = image.new_empty(0)
-    args = (out[0], image, text, s, None, None, *out[1:6], out[7], empty, empty, 0.5, 0.5, 0.0, False, 2, "chunked")
-    torch.library.opcheck(clip_bwd.op, (*args, True, False, True))
-    torch.library.opcheck(siglip_fwd.op, (*grads, bias.requires_grad_(), False, 2, False, True, True, "chunked"))
+    for options in ({}, {"normalize": True, "save": "store"}, {"save": "store", "store_budget": 0}):
+        opcheck(lambda options=options: clip_loss(*grads, metrics=True, backend="chunked", **options))
+    opcheck(lambda: clip_loss(grads[0], text, s, backend="chunked"))
+    opcheck(lambda: siglip_loss(*grads, bias.requires_grad_(), backend="chunked"))
 
 
 def test_transforms_see_the_operator() -> None:
     image, text = features(9, 16)
     got = torch.func.grad(lambda i: clip_loss(i, text, 10.0, backend="torch"))(image)
-    torch.testing.assert_close(got, clip_and_grads(image, text, 10.0, torch.float32, backend="chunked")[1])
+    torch.testing.assert_close(got, clip([image, text], "chunked", 10.0)["image"])
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_auto_keeps() -> None:
-    from mmfuse.kernels.contrastive.op import _kept_logits
-
     wide, narrow = torch.empty(8192, 1), torch.empty(8192, 1, dtype=torch.bfloat16)
-    assert _kept_logits("auto", None, wide, 8192) == "full"
-    assert _kept_logits("auto", None, torch.empty(16384, 1), 16384) == ""
-    assert _kept_logits("auto", None, narrow, 8192) == "int16"
-    assert _kept_logits("auto", 2 * 8192**2, wide, 8192) == ""
-    assert _kept_logits("store", 2 * 8192**2, wide, 8192) == "int16"
-    assert _kept_logits("recompute", None, wide, 8) == ""
+    assert kept_logits("auto", None, wide, 8192) == "full"
+    assert kept_logits("auto", None, torch.empty(16384, 1), 16384) == ""
+    assert kept_logits("auto", None, narrow, 8192) == "int16"
+    assert kept_logits("auto", 2 * 8192**2, wide, 8192) == ""
+    assert kept_logits("store", 2 * 8192**2, wide, 8192) == "int16"
+    assert kept_logits("recompute", None, wide, 8) == ""
 
 
-@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+@pytest.mark.parametrize("backend", FUSED)
 def test_16_bit_logits_stay_within_their_bound(backend: str) -> None:
     """Half a step of fixed point moves a logit, and again the logsumexp, by at most s |x| max|y| / 65534."""
     image, text = features(65, 32)
     for scale in (14.3, 100.0):
-        got = clip_and_grads(image, text, scale, torch.float32, backend=backend, save="store", store_budget=0)
-        exact = clip_and_grads(image, text, scale, torch.float64, backend="torch")
+        got = clip([image, text], backend, scale, save="store", store_budget=0)
+        exact = clip([image.double(), text.double()], "torch", scale)
         s = scale * image.double() @ text.double().t()
         mass = s.softmax(1) + s.softmax(0)
         moved = math.expm1(scale * 1.0001 / 32767) * scale / (2 * 65) * mass
-        for g, t, bound in ((got[1], exact[1], moved.sum(1)), (got[2], exact[2], moved.sum(0))):
-            error = torch.linalg.vector_norm(g.double() - t, dim=1)
-            assert (error <= bound + 1e-6 * t.abs().max()).all()
-        assert not torch.equal(got[1], clip_and_grads(image, text, scale, torch.float32, backend=backend)[1])
+        for name, bound in (("image", moved.sum(1)), ("text", moved.sum(0))):
+            error = torch.linalg.vector_norm(got[name].double() - exact[name], dim=1)
+            assert (error <= bound + 1e-6 * exact[name].abs().max()).all()
+        assert not torch.equal(got["image"], clip([image, text], backend, scale)["image"])
 
 
 # --- choice and errors ----------------------------------------------------------------------------------------------
@@ -464,28 +486,30 @@ def test_choice_of_implementation() -> None:
         x = image.clone().requires_grad_()
         (g,) = torch.autograd.grad(clip_loss(x, text, 1.0), x, create_graph=True)
         g.sum().backward()
-    assert "-> " in mmfuse.explain(mmfuse.clip_loss, image, text)
     scale = torch.tensor(14.0, device=DEVICE)
-    assert mmfuse.explain(mmfuse.clip_loss, image, text, scale) == mmfuse.explain("clip_loss", image, text)
-    assert set(SIGLIP.explain(image, text)) == {"cuda", "triton", "cpu", "chunked", "torch"}
+    running = chosen(lambda: clip_loss(image, text, scale))
+    assert f"-> {running}" in mmfuse.explain(mmfuse.clip_loss, image, text, scale)
+    assert mmfuse.explain(mmfuse.clip_loss, image, text, scale) == mmfuse.explain("clip_loss", image, text, scale)
+    assert set(reasons(lambda: siglip_loss(image, text, scale))) == {"cuda", "triton", "cpu", "chunked", "torch"}
 
 
 @pytest.mark.skipif(GPU, reason="what is small there was not measured")
 def test_steps_aside_for_eager_where_that_is_faster() -> None:
     small, large = torch.empty(100, 16), torch.empty(16384, 16)
-    for op in (CLIP, SIGLIP):
-        assert op.select(small, small).name == "torch"
-        assert op.select(large, large).name in ("cpu", "chunked")
-        assert op.select(small, small, backend="chunked").name == "chunked"
-        assert op.explain(small, small)["chunked"][0].startswith("eager is faster for less than")
+    for loss in (clip_loss, siglip_loss):
+        assert chosen(lambda loss=loss: loss(small, small, 1.0)) == "torch"
+        assert chosen(lambda loss=loss: loss(large, large, 1.0)) in ("cpu", "chunked")
+        assert chosen(lambda loss=loss: loss(small, small, 1.0, backend="chunked")) == "chunked"
+        why = reasons(lambda loss=loss: loss(small, small, 1.0))["chunked"]
+        assert why[0].startswith("eager is faster for fewer than")
 
 
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
 def test_bad_arguments(loss) -> None:  # type: ignore[no-untyped-def]
     image, text = features(4, 8)
     for error, message, args in (
-        (ValueError, r"image has shape \(8,\), expected features", (image[0], text, 1.0)),
-        (ValueError, "text has 7 features per row, expected 8", (image, text[:, :7], 1.0)),
+        (ValueError, r"image has shape \(8,\), expected \[N, D\]", (image[0], text, 1.0)),
+        (ValueError, r"text has shape \(4, 7\), expected \[N, 8\]", (image, text[:, :7], 1.0)),
         (ValueError, "image has 4 rows at row_offset 0", (image, text[:3], 1.0)),
         (TypeError, "image has dtype torch.int64", (image.long(), text.long(), 1.0)),
         (TypeError, "text has dtype torch.float64, expected torch.float32", (image, text.double(), 1.0)),
@@ -512,7 +536,7 @@ def test_bad_options_of_clip() -> None:
         ("weights is", {"weights": (math.nan, 1.0)}),
         ("label_smoothing is 1.5", {"label_smoothing": 1.5}),
         ("expected as many images as texts, got 3 and 4", {"label_smoothing": 0.1}),
-        ("save is 'all', expected 'auto', 'recompute' or 'store'", {"save": "all"}),
+        ("save is 'all', expected one of 'auto', 'recompute', 'store'", {"save": "all"}),
         ("row_offset 2", {"row_offset": 2}),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,9 +1,12 @@
-"""The global contrastive loss, every implementation against FastCLIP's formula in float64 and in the same dtype."""
+"""The global contrastive loss: the reference against FastCLIP's formula, the others against the reference."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmfuse
-from judge import assert_no_worse
+from judge import Results, compared, judge
 from mmfuse.fused import GlobalContrastiveLoss
-from mmfuse.kernels import global_contrastive_loss
-from mmfuse.kernels.contrastive.global_loss.op import GLOBAL, global_contrastive_bwd, global_contrastive_fwd
+from mmfuse.kernels.contrastive import global_contrastive_loss
+from mmfuse.kernels.contrastive.global_loss.op import GLOBAL
+from registered import backends, opcheck, watched
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = GLOBAL.available(PROBE, PROBE)
-FAST = [n for n in ALL if GPU or n != "triton"]
+STATE = torch.zeros(len(PROBE), device=DEVICE)
+ALL = backends(lambda: global_contrastive_loss(PROBE, PROBE, 1.0, STATE, STATE, 0.5))
 FUSED = [n for n in ALL if n != "torch"]
+FAST = [n for n in FUSED if GPU or n != "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LABELS = ("loss", "log u", "log w", "image", "text", "scale")
 
@@ -54,44 +59,38 @@ def written_out(image, text, scale, log_u, log_w, gamma, eps=1e-14):  # type: ig
     return loss.mean() / scale.detach(), *found
 
 
-def results(loss, given: list[Tensor], scale: float, gamma: float, dtype: torch.dtype, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    acc = torch.promote_types(dtype, torch.float32)
-    image, text = (t.detach().to(dtype).requires_grad_() for t in given[:2])
+def results(
+    loss: Callable[..., tuple[Tensor, ...]], given: list[Tensor], scale: float, gamma: float, **options: Any
+) -> Results:
+    acc = torch.promote_types(given[0].dtype, torch.float32)
+    image, text = (t.detach().requires_grad_() for t in given[:2])
     s = torch.tensor(scale, dtype=acc, device=DEVICE, requires_grad=True)
     value, *new = loss(image, text, s, *(t.to(acc) for t in given[2:]), gamma, **options)
-    return [value, *new, *torch.autograd.grad(value, (image, text, s))]
+    grads = torch.autograd.grad(value, (image, text, s))
+    return dict(zip(LABELS, [value.detach(), *new, *grads], strict=True))
 
 
-def judge(draw, scale: float, gamma: float, dtype: torch.dtype, backend: str, **options) -> None:  # type: ignore[no-untyped-def]
-    found: list[list[list[Tensor]]] = [[], [], []]
-    for _ in range(12):
-        image, text, *state = draw()
-        given = [image.to(dtype), text.to(dtype), *state]
-        found[0].append(results(global_contrastive_loss, given, scale, gamma, dtype, backend=backend, **options))
-        found[1].append(results(global_contrastive_loss, given, scale, gamma, dtype, backend="torch", **options))
-        found[2].append(results(written_out, given, scale, gamma, torch.float64, **options))
-    for i, name in enumerate(LABELS):
-        got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in found)
-        assert_no_worse(got, eager, exact, name)
+def ours(given: list[Tensor], backend: str, scale: float = 9.0, gamma: float = 0.5, **options: Any) -> Results:
+    return results(partial(global_contrastive_loss, backend=backend), given, scale, gamma, **options)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, d", [(2, 96), (63, 16), (129, 70), (600, 24)])
-@pytest.mark.parametrize("backend", [n for n in FAST if n != "torch"])
+@pytest.mark.parametrize("backend", FAST)
 def test_matches_float64(backend: str, n: int, d: int, dtype: torch.dtype, gamma: float) -> None:
-    judge(lambda: batch(n, d), 14.3, gamma, dtype, backend)
+    judge(compared(partial(ours, scale=14.3, gamma=gamma), lambda: batch(n, d), backend, dtype, draws=12))
 
 
 @pytest.mark.parametrize("backend", ALL)
 def test_is_the_published_formula(backend: str) -> None:
     dtype = torch.float64 if backend in ("chunked", "torch") or not GPU and backend == "triton" else torch.float32
     tight = {"rtol": 1e-11, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
-    given = batch(35, 24)
+    given = [t.to(dtype) for t in batch(35, 24)]
     for eps in (0.0, 1e-14, 0.1):
-        got = results(global_contrastive_loss, given, 14.3, 0.2, dtype, backend=backend, eps=eps)
-        want = results(written_out, [t.to(dtype) for t in given], 14.3, 0.2, torch.float64, eps=eps)
-        torch.testing.assert_close(got, [t.to(g.dtype) for g, t in zip(got, want, strict=True)], **tight)
+        got = ours(given, backend, 14.3, 0.2, eps=eps)
+        want = results(written_out, [t.double() for t in given], 14.3, 0.2, eps=eps)
+        torch.testing.assert_close(got, {k: t.to(dtype) for k, t in want.items()}, **tight)
 
 
 def near(image: Tensor, text: Tensor) -> list[Tensor]:
@@ -130,7 +129,7 @@ EXTREMES = {f.__name__: f for f in (same, raw, opposed, solved)}
 def test_at_scale_100(backend: str, case: str, eps: float) -> None:
     if eps and case == "same":
         pytest.skip("the loss is that of the closest two of all images, and one rounding of theirs")
-    judge(EXTREMES[case], 100.0, 0.5, torch.float32, backend, eps=eps)
+    judge(compared(partial(ours, scale=100.0, eps=eps), EXTREMES[case], backend, draws=12))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -138,31 +137,26 @@ def test_at_scale_100(backend: str, case: str, eps: float) -> None:
 def test_normalisers_beyond_the_range_of_a_float(backend: str, dtype: torch.dtype) -> None:
     # e^150 and e^-150 are no float32; a sample as far behind as gamma allows has a ratio of 1 / gamma
     image, text, *_ = opposed()
-    given = [image.to(dtype), text.to(dtype)]
     for level in (-150.0, 150.0):
-        state = [torch.full((70,), level, device=DEVICE)] * 2
-        got, want = (
-            results(f, [*given, *state], 100.0, 0.01, d, **options)
-            for f, d, options in (
-                (global_contrastive_loss, dtype, {"backend": backend}),
-                (written_out, torch.float64, {}),
-            )
-        )
-        assert all(t.isfinite().all() for t in got)
+        given = [t.to(dtype) for t in (image, text, *[torch.full((70,), level, device=DEVICE)] * 2)]
+        got = ours(given, backend, 100.0, 0.01)
+        want = results(written_out, [t.double() for t in given], 100.0, 0.01)
+        assert all(t.isfinite().all() for t in got.values())
         # logits that are kept in 16 bits are off by at most scale / 65534, those of the pair and of its negatives
         atol = 2 * 100.0 / 65534 if dtype == torch.float16 else 1e-4
-        torch.testing.assert_close(got[1:3], [t.float() for t in want[1:3]], rtol=1e-5, atol=atol)
+        for name in ("log u", "log w"):
+            torch.testing.assert_close(got[name], want[name].float(), rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_normalize(backend: str) -> None:
     image, text, *state = batch(33, 24)
     long = [image * (1 + torch.rand(33, 1, device=DEVICE)), text * 3, *state]
-    got = results(global_contrastive_loss, long, 9.0, 0.4, torch.float32, backend=backend, normalize=True)
-    want = results(global_contrastive_loss, long, 9.0, 0.4, torch.float32, backend="torch", normalize=True)
-    plain = results(global_contrastive_loss, [image, text, *state], 9.0, 0.4, torch.float32, backend="torch")
+    got, want = (ours(long, name, normalize=True) for name in (backend, "torch"))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(got[:3], plain[:3], rtol=1e-4, atol=1e-5)
+    plain = ours([image, text, *state], "torch")
+    for name in LABELS[:3]:
+        torch.testing.assert_close(got[name], plain[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("trained", ["image", "text", "scale"])
@@ -171,24 +165,7 @@ def test_nothing_is_computed_that_is_not_needed(backend: str, trained: str, monk
     image, text, log_u, log_w = batch(70, 16)
     leaves = {"image": image, "text": text, "scale": torch.tensor(9.0, device=DEVICE)}
     leaves[trained].requires_grad_()
-    seen: list[list[int]] = []
-    inner = mmfuse.kernels.contrastive.global_loss.op.template
-
-    def spy(name: str):  # type: ignore[no-untyped-def]
-        passes = inner(name)
-
-        class Spy:
-            stats = staticmethod(passes.stats)
-
-            @staticmethod
-            def grad(*args):  # type: ignore[no-untyped-def]
-                out = passes.grad(*args)
-                seen.append([t.numel() for t in out])
-                return out
-
-        return Spy
-
-    monkeypatch.setattr("mmfuse.kernels.contrastive.global_loss.op.template", spy)
+    seen = watched(monkeypatch, GLOBAL, backend, "grad")
     got, want = (
         torch.autograd.grad(global_contrastive_loss(*leaves.values(), log_u, log_w, 0.5, backend=n)[0], leaves[trained])
         for n in (backend, "torch")
@@ -200,8 +177,8 @@ def test_nothing_is_computed_that_is_not_needed(backend: str, trained: str, monk
 @pytest.mark.parametrize("backend", FUSED)
 def test_bitwise_equal_runs_and_double_backward(backend: str) -> None:
     given = batch(130, 16)
-    runs = [results(global_contrastive_loss, given, 20.0, 0.5, torch.float32, backend=backend) for _ in range(2)]
-    assert all(map(torch.equal, *runs))
+    one, two = (ours(given, backend, 20.0) for _ in range(2))
+    assert all(torch.equal(one[k], two[k]) for k in one)
     image = given[0].requires_grad_()
     loss, log_u, log_w = global_contrastive_loss(*given[:2], 20.0, *given[2:], 0.5, backend=backend)
     assert not log_u.requires_grad and not log_w.requires_grad
@@ -215,11 +192,7 @@ def test_any_strides_and_autocast(backend: str) -> None:
     image, text, *state = batch(33, 16)
     strided = [torch.stack([image, image], 2)[..., 0], text.t().contiguous().t()]
     strided += [torch.stack([t, t], 1)[:, 0] for t in state]
-    got, want = (
-        results(global_contrastive_loss, given, 9.0, 0.5, torch.float32, backend=backend)
-        for given in (strided, [image, text, *state])
-    )
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(ours(strided, backend), ours([image, text, *state], backend))
     if backend != "triton" or GPU:
         with torch.autocast(DEVICE, torch.bfloat16):
             low = global_contrastive_loss(image, text, 9.0, *state, 0.5, backend=backend)
@@ -231,7 +204,7 @@ def test_any_strides_and_autocast(backend: str) -> None:
 def test_without_negatives(backend: str) -> None:
     for n in (0, 1):
         given = [*unit(2, n, 16), *torch.zeros(2, n, device=DEVICE)]
-        value, log_u, log_w, *grads = results(global_contrastive_loss, given, 9.0, 0.5, torch.float32, backend=backend)
+        value, log_u, log_w, *grads = ours(given, backend).values()
         assert n == 0 or value == 0
         assert log_u.tolist() == log_w.tolist() == pytest.approx([math.log(0.5)] * n)
         assert n == 0 or not any(g.any() for g in grads)
@@ -243,9 +216,7 @@ def test_a_nan_stays_visible_and_is_forgotten(backend: str) -> None:
     image, text, log_u, log_w = batch(33, 16)
     broken = image.clone()
     broken[11, 3] = torch.nan
-    value, u, _, *grads = results(
-        global_contrastive_loss, [broken, text, log_u, log_w], 9.0, 0.5, torch.float32, backend=backend
-    )
+    value, u, _, *grads = ours([broken, text, log_u, log_w], backend).values()
     assert value.isnan() and u[11].isnan() and all(g.isnan().any() for g in grads)
     got, want = (
         global_contrastive_loss(image, text, 9.0, old, log_w, 0.5, backend=backend)[1][11]
@@ -295,19 +266,19 @@ def test_compiles_whole(backend: str | None) -> None:
 def test_opcheck(normalize: bool) -> None:
     image, text, log_u, log_w = batch(9, 16)
     leaves = [t.requires_grad_() for t in (image, text, torch.tensor(9.0, device=DEVICE))]
-    given = (*leaves, log_u, log_w, 0.5, 1e-14, normalize, "", "chunked")
-    torch.library.opcheck(global_contrastive_fwd.op, given)
-    out = [t.detach() for t in global_contrastive_fwd.op(*given)]
-    x, y = out[-4:-2] if normalize else (t.detach() for t in leaves[:2])
-    saved = (out[0], x, y, leaves[2].detach(), *out[3:9], *out[-2:])
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(global_contrastive_bwd.op, (*saved, 0.5, "chunked", *needs))
+        given = [t if need else t.detach() for t, need in zip(leaves, needs, strict=True)]
+        opcheck(
+            lambda given=given: global_contrastive_loss(
+                *given, log_u, log_w, 0.5, normalize=normalize, backend="chunked"
+            )[0]
+        )
 
 
 def test_errors() -> None:
     image, text, log_u, log_w = batch(4, 8)
     for error, message, change in (
-        (ValueError, "text has 6 rows, expected 4 as image", {"text": unit(6, 8)}),
+        (ValueError, "text has shape (6, 8), expected [4, 8] as image", {"text": unit(6, 8)}),
         (ValueError, r"log_u has shape (3,), expected [4]", {"log_u": log_u[:3]}),
         (TypeError, "log_w has dtype torch.int64", {"log_w": log_w.to(torch.int64)}),
         (ValueError, "gamma is 0, expected a number in (0, 1]", {"gamma": 0}),
@@ -321,7 +292,7 @@ def test_errors() -> None:
             continue
         with pytest.raises(error, match=re.escape(message)):
             global_contrastive_loss(**given, logit_scale=1.0, **named)
-    assert "-> " in mmfuse.explain(mmfuse.global_contrastive_loss, PROBE, PROBE)
+    assert "-> " in mmfuse.explain(global_contrastive_loss, PROBE, PROBE, 1.0, STATE, STATE, 0.5)
 
 
 # --- the module -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""`grouped_clip_loss` against the losses of its groups, in every implementation, and its launches."""
+"""`grouped_clip_loss`: the reference against the formula for each group, the others against it, and the launches."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,53 +12,69 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmfuse
-from judge import assert_no_worse
-from mmfuse.kernels import clip_loss, grouped_clip_loss
-from mmfuse.kernels.contrastive.grouped.op import GROUPED, grouped_bwd, grouped_fwd
+from judge import Results, compared, judge
+from mmfuse.kernels import grouped_clip_loss
+from registered import backends, opcheck, reasons
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = GROUPED.available(PROBE, PROBE)
+ALL = backends(lambda: grouped_clip_loss([PROBE], [PROBE], [1.0]))
+FUSED = [n for n in ALL if n != "torch"]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 SHAPES = [(5, 16), (70, 40), (1, 16), (65, 100)]
 SCALES = (20.0, 5.0, 14.3, 100.0)
 
 
-def features(shapes=SHAPES, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:  # type: ignore[no-untyped-def]
-    made = [[F.normalize(torch.randn(n, d, device=DEVICE), dim=-1).to(dtype) for n, d in shapes] for _ in range(2)]
+def features(shapes=SHAPES) -> tuple[list[Tensor], list[Tensor]]:  # type: ignore[no-untyped-def]
+    made = [[F.normalize(torch.randn(n, d, device=DEVICE), dim=-1) for n, d in shapes] for _ in range(2)]
     return made[0], made[1]
 
 
-def one_by_one(images, texts, scales, **options):  # type: ignore[no-untyped-def]
-    return torch.stack(
-        [clip_loss(*group, backend="torch", **options) for group in zip(images, texts, scales, strict=True)]
-    )
+def written_out(images, texts, scales, weights=(0.5, 0.5), normalize=False) -> Tensor:  # type: ignore[no-untyped-def]
+    losses = []
+    for x, y, scale in zip(images, texts, scales, strict=True):
+        if normalize:
+            x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        s = scale * x @ y.t()
+        row, column = (-s.log_softmax(dim).diagonal().mean() for dim in (1, 0))
+        losses.append(weights[0] * row + weights[1] * column)
+    return torch.stack(losses)
 
 
-def results(loss, images, texts, dtype: torch.dtype, scales=SCALES, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def results(loss, given, scales=SCALES, **options: Any) -> Results:  # type: ignore[no-untyped-def]
     """The losses, and the gradients of a weighted sum of them."""
-    acc = torch.promote_types(dtype, torch.float32)
-    images, texts = ([t.detach().to(dtype).requires_grad_() for t in side] for side in (images, texts))
+    acc = torch.promote_types(given[0][0].dtype, torch.float32)
+    images, texts = ([t.detach().requires_grad_() for t in side] for side in given)
     s = [torch.tensor(v, dtype=acc, device=DEVICE, requires_grad=True) for v in scales]
     losses = loss(images, texts, s, **options)
     weights = torch.arange(1, 1 + len(s), device=DEVICE, dtype=acc)
-    return [losses, *torch.autograd.grad(losses @ weights, [*images, *texts, *s])]
+    leaves = {
+        f"{name} {i}": t for name, side in zip("xys", (images, texts, s), strict=True) for i, t in enumerate(side)
+    }
+    grads = torch.autograd.grad(losses @ weights, list(leaves.values()))
+    return {"losses": losses.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": True, "weights": (0.7, 0.2)}, {"weights": (0.0, 1.0)}], ids=str)
+def grouped(given, backend: str, **options: Any) -> Results:  # type: ignore[no-untyped-def]
+    return results(partial(grouped_clip_loss, backend=backend), given, **options)
+
+
+OPTIONS = [{}, {"normalize": True, "weights": (0.7, 0.2)}, {"weights": (0.0, 1.0)}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_reference_is_the_formula(options: dict) -> None:
+    given = [[t.double() for t in side] for side in features()]
+    got, want = grouped(given, "torch", **options), results(written_out, given, **options)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", FUSED)
 def test_matches_float64(backend: str, dtype: torch.dtype, options: dict) -> None:
-    found: list[list[list[Tensor]]] = [[], [], []]
-    for _ in range(4):
-        images, texts = features(dtype=dtype)
-        found[0].append(results(grouped_clip_loss, images, texts, dtype, backend=backend, **options))
-        found[1].append(results(one_by_one, images, texts, dtype, **options))
-        found[2].append(results(one_by_one, images, texts, torch.float64, **options))
-    for i in range(len(found[0][0])):
-        got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in found)
-        assert_no_worse(got, eager, exact, f"result {i}")
+    judge(compared(partial(grouped, **options), features, backend, dtype))
 
 
 def test_one_launch_of_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,13 +95,12 @@ def test_one_launch_of_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["_stats_fwd_kernel", "_merge_kernel", "_grad_kernel"]
     for name in names:
         monkeypatch.setattr(kernel, name, Counted(name))
-    images, texts = features()
-    results(grouped_clip_loss, images, texts, torch.float32, backend="triton")
+    grouped(features(), "triton")
     assert launches == names
 
 
 @pytest.mark.parametrize("trained", ["images[1]", "texts[3]", "scales", "texts"])
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", FUSED)
 def test_frozen_inputs_get_no_gradient(backend: str, trained: str) -> None:
     images, texts = features()
     scales = [torch.tensor(v, device=DEVICE) for v in SCALES]
@@ -97,11 +114,11 @@ def test_frozen_inputs_get_no_gradient(backend: str, trained: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+@pytest.mark.parametrize("backend", FUSED)
 def test_bitwise_equal_runs_and_double_backward(backend: str) -> None:
     images, texts = features()
-    runs = [results(grouped_clip_loss, images, texts, torch.float32, backend=backend) for _ in range(2)]
-    assert all(map(torch.equal, *runs))
+    one, two = (grouped((images, texts), backend) for _ in range(2))
+    assert all(torch.equal(one[k], two[k]) for k in one)
     x = images[1].requires_grad_()
     losses = grouped_clip_loss(images, texts, SCALES, backend=backend)
     (g,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
@@ -111,9 +128,8 @@ def test_bitwise_equal_runs_and_double_backward(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ALL)
 def test_empty_group(backend: str) -> None:
-    images, texts = features([(4, 16), (0, 16), (3, 16)])
-    got = results(grouped_clip_loss, images, texts, torch.float32, SCALES[:3], backend=backend)
-    want = results(one_by_one, images, texts, torch.float32, SCALES[:3])
+    given = features([(4, 16), (0, 16), (3, 16)])
+    got, want = grouped(given, backend, scales=SCALES[:3]), results(written_out, given, SCALES[:3])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
@@ -123,7 +139,7 @@ def test_a_tensor_of_scales() -> None:
     for backend in ALL:
         losses = grouped_clip_loss(images, texts, scales, backend=backend)
         (got,) = torch.autograd.grad(losses.sum(), scales)
-        (want,) = torch.autograd.grad(one_by_one(images, texts, scales).sum(), scales)
+        (want,) = torch.autograd.grad(written_out(images, texts, scales).sum(), scales)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
@@ -157,15 +173,10 @@ def test_compiles_whole(backend: str | None) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_opcheck(normalize: bool) -> None:
     images, texts = features([(3, 16), (5, 16)])
-    leaves = [torch.cat(side).requires_grad_() for side in (images, texts)]
     s = torch.tensor([3.0, 9.0], device=DEVICE, requires_grad=True)
-    options = ([3, 5], [16, 16], 0.5, 0.5)
-    needs = ([True, False], [True, True])
-    torch.library.opcheck(grouped_fwd.op, (*leaves, s, *options, normalize, *needs))
-    losses, found, *unit = (t.detach() for t in grouped_fwd.op(*leaves, s, *options, normalize, *needs))
-    x, y, *inverse = unit if normalize else (*leaves, *unit[2:])
-    args = (losses, x.detach(), y.detach(), s.detach(), found, *inverse, *options, *needs, True)
-    torch.library.opcheck(grouped_bwd.op, args)
+    for t in (images[0], *texts):
+        t.requires_grad_()
+    opcheck(lambda: grouped_clip_loss(images, texts, list(s), normalize=normalize, backend="triton"))
 
 
 def test_errors() -> None:
@@ -175,10 +186,10 @@ def test_errors() -> None:
         (ValueError, "have 0, 0, 0 groups, expected as many", ([], [], [])),
         (
             ValueError,
-            r"texts\[1\] has 16 features per row, expected 40 as in images\[1\]",
+            r"texts\[1\] has shape .*expected \[N, 40\], as many features per row as images\[1\]",
             (images, [texts[0]] * 2, (1.0, 1.0)),
         ),
-        (ValueError, r"texts\[0\] has 5 rows, expected 4 as images\[0\]", ([images[0][:4]], texts[:1], (1.0,))),
+        (ValueError, r"texts\[0\] has shape .*expected \[4, 16\] as images\[0\]", ([images[0][:4]], texts[:1], (1.0,))),
         (
             TypeError,
             r"images\[1\] has dtype torch.float64",
@@ -190,6 +201,7 @@ def test_errors() -> None:
         with pytest.raises(error, match=message):
             grouped_clip_loss(*args[:3], **({"weights": args[3]} if len(args) > 3 else {}))
     large = torch.empty(9000, 1, device=DEVICE)
-    assert "triton" not in ALL or "9000 rows, more than 8192" in GROUPED.explain(large, large)["triton"][0]
-    assert "triton" not in ALL or "9000 rows" in GROUPED.explain([PROBE, large], [PROBE, large])["triton"][0]
+    for side in ([large], [PROBE, large]):
+        why = reasons(lambda side=side: grouped_clip_loss(side, side, [1.0] * len(side)))
+        assert "triton" not in ALL or "9000 rows, more than 8192" in why["triton"][0]
     assert "-> " in mmfuse.explain(mmfuse.grouped_clip_loss, [PROBE, PROBE], [PROBE, PROBE], [1.0, 2.0])

@@ -1,22 +1,27 @@
-"""CLIP's loss over prefixes of the features, every implementation against the formula written out."""
+"""CLIP's loss over prefixes of the features: the reference against the formula, the others against the reference."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from judge import assert_no_worse
-from mmfuse.kernels import clip_loss, matryoshka_clip_loss
-from mmfuse.kernels.contrastive.grouped.op import GROUPED
+from judge import Results, compared, judge
+from mmfuse.kernels import clip_loss
+from mmfuse.kernels.contrastive import matryoshka_clip_loss
+from registered import backends
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = GROUPED.available(PROBE, PROBE)
+ALL = backends(lambda: matryoshka_clip_loss(PROBE, PROBE, 1.0, (8, 16)))
+FUSED = [n for n in ALL if n != "torch"]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 DIMS = (8, 20, 48)
 
@@ -31,41 +36,38 @@ def written_out(image, text, scale, dims, weights=(1.0, 1.0, 1.0), normalize=Tru
         x, y = image[:, :d], text[:, :d]
         if normalize:
             x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
-        logits = ((scale.to(x.dtype) * x) @ y.t()).to(scale.dtype)
+        logits = scale * x @ y.t()
         total = total + c * (F.cross_entropy(logits, label) + F.cross_entropy(logits.t(), label)) / 2
     return total
 
 
-def results(loss, given: list[Tensor], scale: float, dtype: torch.dtype, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    acc = torch.promote_types(dtype, torch.float32)
-    image, text = (t.detach().to(dtype).requires_grad_() for t in given)
-    s = torch.tensor(scale, dtype=acc, device=DEVICE, requires_grad=True)
-    value = loss(image, text, s, DIMS, **options)
-    return [value, *torch.autograd.grad(value, (image, text, s))]
+def results(loss: Callable[..., Tensor], given: list[Tensor], scale: float, **options: Any) -> Results:
+    s = torch.tensor(scale, dtype=torch.promote_types(given[0].dtype, torch.float32), device=DEVICE)
+    leaves = [t.detach().requires_grad_() for t in (*given, s)]
+    value = loss(*leaves, DIMS, **options)
+    names = ("loss", "image", "text", "scale")
+    return dict(zip(names, [value.detach(), *torch.autograd.grad(value, leaves)], strict=True))
 
 
-@pytest.mark.parametrize(
-    "scale, options",
-    [
-        (14.3, {}),
-        (100.0, {}),
-        (14.3, {"weights": (0.5, 0.0, 2.0)}),
-        (0.5, {"normalize": False}),
-    ],
-    ids=str,
-)
+def ours(given: list[Tensor], backend: str, scale: float = 9.0, **options: Any) -> Results:
+    return results(partial(matryoshka_clip_loss, backend=backend), given, scale, **options)
+
+
+CASES = [(14.3, {}), (100.0, {}), (14.3, {"weights": (0.5, 0.0, 2.0)}), (0.5, {"normalize": False})]
+
+
+@pytest.mark.parametrize("scale, options", CASES, ids=str)
+def test_the_reference_is_the_formula(scale: float, options: dict) -> None:
+    given = [t.double() for t in features(9)]
+    got, want = ours(given, "torch", scale, **options), results(written_out, given, scale, **options)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale, options", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", FUSED)
 def test_matches_float64(backend: str, dtype: torch.dtype, scale: float, options: dict) -> None:
-    found: list[list[list[Tensor]]] = [[], [], []]
-    for _ in range(4):
-        given = [t.to(dtype) for t in features()]
-        found[0].append(results(matryoshka_clip_loss, given, scale, dtype, backend=backend, **options))
-        found[1].append(results(written_out, given, scale, dtype, **options))
-        found[2].append(results(written_out, given, scale, torch.float64, **options))
-    for i, name in enumerate(("loss", "image", "text", "scale")):
-        got, eager, exact = (torch.stack([r[i] for r in rs]) for rs in found)
-        assert_no_worse(got, eager, exact, name)
+    judge(compared(partial(ours, scale=scale, **options), features, backend, dtype))
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -83,13 +85,13 @@ def test_dimensions_past_the_longest_prefix_get_no_gradient(backend: str) -> Non
     assert all(g[:, 20:].eq(0).all() and g[:, :20].ne(0).all() for g in grads)
 
 
-@pytest.mark.parametrize("backend", [n for n in ALL if n != "torch"])
+@pytest.mark.parametrize("backend", FUSED)
 def test_bitwise_equal_runs_any_strides_and_double_backward(backend: str) -> None:
     given = features()
     strided = [torch.stack([given[0]] * 2, 2)[..., 0], given[1].t().contiguous().t()]
-    runs = [results(matryoshka_clip_loss, t, 9.0, torch.float32, backend=backend) for t in (given, given, strided)]
-    assert all(map(torch.equal, *runs[:2]))
-    torch.testing.assert_close(runs[0], runs[2])
+    one, two, other = (ours(t, backend) for t in (given, given, strided))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    torch.testing.assert_close(one, other)
     image = given[0].requires_grad_()
     loss = matryoshka_clip_loss(*given, 9.0, DIMS, backend=backend)
     (g,) = torch.autograd.grad(loss, image, create_graph=True)
@@ -128,7 +130,7 @@ def test_errors() -> None:
         ("dims is (4, 9), expected lengths of prefixes from 1 to 8", {"dims": (4, 9)}),
         ("weights is (1.0,), expected 2 finite numbers", {"weights": (1.0,)}),
         ("weights is (1.0, inf), expected 2 finite numbers", {"weights": (1.0, float("inf"))}),
-        ("text has 5 rows, expected 4 as image", {"text": torch.randn(5, 8, device=DEVICE)}),
+        ("text has shape (5, 8), expected [4, 8] as image", {"text": torch.randn(5, 8, device=DEVICE)}),
     ):
         given = {"image": image, "text": text, "logit_scale": 1.0, "dims": (4, 8)} | change
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -13,12 +13,12 @@ import mmfuse
 from mmfuse.kernels.contrastive.negatives import Draw, hard_negatives
 from mmfuse.kernels.contrastive.negatives.draw import TorchTile, compiled_tile
 from mmfuse.kernels.contrastive.negatives.noise import gumbel, philox
-from mmfuse.kernels.contrastive.negatives.op import NEGATIVES, draw_op
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = NEGATIVES.available(PROBE, PROBE)
+ALL = backends(lambda: hard_negatives(PROBE, PROBE, 1.0))
 OURS = [n for n in ALL if n != "torch"]
 
 
@@ -66,7 +66,7 @@ def test_noise_is_gumbel() -> None:
 @pytest.mark.parametrize("backend", OURS)
 def test_every_implementation_draws_the_same(backend: str, dtype: torch.dtype, options: dict) -> None:
     query, keys = features(70, 150, dtype=dtype)
-    if backend not in NEGATIVES.available(query, keys):
+    if backend not in backends(lambda: hard_negatives(query, keys, 1.0)):
         pytest.skip(f"{backend} does not take {dtype}")
     options = {"row_offset": 40, "both": True, "seed": 11, **options}
     got = hard_negatives(query, keys, 14.0, backend=backend, **options)
@@ -208,7 +208,7 @@ def test_distribution(both: bool, masked_by: str, mixture: float) -> None:
     x, y, scale, own, other = query, s.float()[:, None], 1.0, row, ids
     if both:
         x, y, own, other = y, x, other, own
-    drawn = hard_negatives(x, y, scale, ids=own, key_ids=other, mixture=mixture, seed=8, both=both)
+    drawn = hard_negatives(x, y, scale, ids=own, key_ids=other, mixture=mixture, seed=8, both=both, backend="torch")
     drawn = drawn[1] if both else drawn
     assert_distributed(drawn[:, 0], weights(s, ids == 1, mixture))
 
@@ -219,7 +219,7 @@ def test_distribution_of_two_without_replacement(mixture: float) -> None:
     other = (torch.arange(6) == 5).long()
     own = torch.ones(DRAWS, dtype=torch.int64)
     drawn = hard_negatives(torch.ones(DRAWS, 1), s.float()[:, None], 1.0, ids=own, key_ids=other, k=2, seed=9,
-                           mixture=mixture)  # fmt: skip
+                           mixture=mixture, backend="torch")  # fmt: skip
     p = weights(s, other == 1, mixture)
     pairs = torch.zeros(36, dtype=torch.float64)
     for i, j in permutations(range(5), 2):
@@ -271,10 +271,10 @@ def test_inputs_stay_and_no_gradient_flows() -> None:
 def test_opcheck(backend: str) -> None:
     query, keys = features(6, 9)
     ids, key_ids = torch.arange(6, device=DEVICE), torch.arange(9, device=DEVICE)
-    scalars = torch.tensor(2.0, device=DEVICE), torch.tensor(3, device=DEVICE)
+    scale, seed = torch.tensor(2.0, device=DEVICE), torch.tensor(3, device=DEVICE)
     for both in (False, True):
-        args = (query, keys, scalars[0], ids, key_ids, scalars[1], 2, 0, 1e-3, both, backend)
-        torch.library.opcheck(draw_op.op, args)
+        given = {"ids": ids, "key_ids": key_ids, "seed": seed, "k": 2, "mixture": 1e-3, "both": both}
+        opcheck(lambda given=given: hard_negatives(query, keys, scale, backend=backend, **given))
 
 
 def test_compile() -> None:
@@ -298,14 +298,14 @@ def test_errors() -> None:
         (ValueError, "query has 4 rows at row_offset 3", {"row_offset": 3}),
         (ValueError, "key_ids is given without ids", {"key_ids": ids}),
         (ValueError, r"key_ids has shape \(4,\), expected \[6\]", {"ids": ids}),
-        (TypeError, "ids is list, expected integers", {"ids": [1, 2, 3, 4]}),
+        (TypeError, "ids is list, expected a tensor", {"ids": [1, 2, 3, 4]}),
         (TypeError, "ids has dtype torch.float32", {"ids": ids.float()}),
         (ValueError, "seed is 9223372036854775808", {"seed": 2**63}),
         (ValueError, "seed is torch.int32", {"seed": torch.zeros(1, dtype=torch.int32)}),
     ):
         with pytest.raises(kind, match=message):
             hard_negatives(query, keys, 1.0, **kwargs)
-    with pytest.raises(ValueError, match="keys has 3 features per row, expected 24 as in query"):
+    with pytest.raises(ValueError, match=r"keys has shape .*expected \[N, 24\], as many features per row as query"):
         hard_negatives(query, keys[:, :3], 1.0)
     if "triton" in ALL:
         with pytest.raises(mmfuse.UnsupportedError, match="a tile keeps at most 16"):

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmfuse
-from judge import assert_no_worse
+from judge import Results, cast, compared, judge
 from mmfuse._compat import allow_torchvision
+from mmfuse.kernels.patch.positions import interpolate_position
 from mmfuse.kernels.patch.ragged import drop_patches, pack_first_fit, pack_images, patch_embed_packed
 from mmfuse.kernels.patch.ragged.layout import layout
-from mmfuse.kernels.patch.ragged.op import PACKED, packed_fwd
+from registered import backends, opcheck
 
 allow_torchvision()
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ALL = PACKED.available(torch.ones(1, 1, device=DEVICE), torch.ones(1, 1, device=DEVICE))
+PROBE = torch.ones(1, 1, device=DEVICE)
+ALL = backends(lambda: patch_embed_packed(PROBE, PROBE.new_ones((1, 2), dtype=torch.int64), PROBE))
 OURS = [n for n in ALL if n != "torch"]
 K, D = 12, 16
 
@@ -42,12 +47,15 @@ CASES: dict[str, tuple[list[tuple[int, ...]], int, Any, dict[str, Any]]] = {
 }
 
 
-def make(name: str, dtype: torch.dtype = torch.float32, pixels: str = "float") -> tuple[dict[str, Any], dict[str, Any]]:
+Given = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def make(name: str, pixels: str = "float") -> Given:
     """(tensors that are differentiated, options)."""
     grids, padded, shape, options = CASES[name]
     g = torch.tensor(grids, dtype=torch.int64).view(len(grids), -1 if grids else 2)
     rows = (len(grids), padded, K) if padded else (int(g.prod(1).sum()), K)
-    x = torch.randint(0, 256, rows, dtype=torch.uint8) if pixels == "uint8" else torch.randn(rows).to(dtype)
+    x = torch.randint(0, 256, rows, dtype=torch.uint8) if pixels == "uint8" else torch.randn(rows)
     options = dict(options, grids=g.to(DEVICE))
     if "ids_keep" in options:
         options["ids_keep"] = torch.tensor(options["ids_keep"], device=DEVICE)
@@ -56,27 +64,61 @@ def make(name: str, dtype: torch.dtype = torch.float32, pixels: str = "float") -
         tensors |= {"rows": torch.randn(*shape[0], D), "columns": torch.randn(*shape[1], D)}
     elif shape:
         tensors["table"] = torch.randn(*shape, D)
-    return {k: (t if t.dtype == torch.uint8 else t.to(dtype)).to(DEVICE) for k, t in tensors.items()}, options
+    return {k: t.to(DEVICE) for k, t in tensors.items()}, options
 
 
-def run(
-    tensors: dict[str, Tensor], options: dict[str, Any], backend: str | None, dtype: Any = None
-) -> dict[str, Tensor]:
+def results(embed: Callable[..., Tensor], given: Given) -> Results:
     """The tokens, and the gradients of all that has one."""
-    given = {
-        k: (t if dtype is None or t.dtype == torch.uint8 else t.to(dtype))
-        .detach()
-        .requires_grad_(t.is_floating_point())
-        for k, t in tensors.items()
-    }
-    named = dict(given)
-    if "rows" in named:
-        named["table"] = (named.pop("rows"), named.pop("columns"))
-    out = patch_embed_packed(**named, **options, backend=backend).tokens
+    tensors, options = given
+    leaves = {k: t.detach().requires_grad_() for k, t in tensors.items() if t.is_floating_point()}
+    out = embed(**arguments(tensors | leaves), **options)
     g = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view_as(out).to(out.dtype)
-    leaves = {k: t for k, t in given.items() if t.requires_grad}
     grads = torch.autograd.grad(out, list(leaves.values()), g)
     return {"tokens": out.detach(), **{f"d {k}": t for k, t in zip(leaves, grads, strict=True)}}
+
+
+def arguments(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    named: dict[str, Any] = dict(tensors)
+    return named | {"table": (named.pop("rows"), named.pop("columns"))} if "rows" in named else named
+
+
+def tokens(given: Given, backend: str | None) -> Results:
+    return results(lambda **named: patch_embed_packed(**named, backend=backend).tokens, given)
+
+
+def written_out(
+    patches: Tensor, weight: Tensor, bias: Tensor, table: Any = None, *, grids: Tensor, mode: str = "bilinear_aa",
+    keep_aspect: bool = False, order: str = "raster", ids_keep: Tensor | None = None, pad_position: str = "first",
+    padded_length: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Image by image: the products, and the table resampled to the grid, a row for each patch of each frame."""
+    found, begin = [], 0
+    for i, grid in enumerate(grids.tolist()):
+        (frames, h, w), n = (1, *grid)[-3:], prod(grid)
+        y = (patches[i] if patches.dim() == 3 else patches[begin : begin + n]) @ weight.t() + bias
+        if table is not None and n:
+            at = torch.arange(h * w).view(h, w)
+            at = at.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2) if order == "merge2" else at
+            own = interpolate_position(table, (h, w), mode, keep_aspect=keep_aspect, backend="torch")
+            own = own[at.flatten().to(DEVICE)].repeat(frames, 1)
+            past = own[:1] if pad_position == "first" else torch.zeros_like(own[:1])
+            y = y + torch.cat([own, past.expand(len(y) - n, -1)])
+        found.append(y if padded_length is None else F.pad(y, (0, 0, 0, padded_length - n)))
+        begin += n
+    if patches.dim() == 3 or padded_length is not None:
+        return torch.stack(found)
+    y = torch.cat([*found, patches[:0] @ weight.t()])
+    return y if ids_keep is None else y[ids_keep]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_is_the_formula(name: str) -> None:
+    given = cast(make(name), torch.float64)
+    got = tokens(given, "torch")
+    if name in ("no image", "only empty images"):
+        assert got["tokens"].shape == (0, D) and not any(t.any() for t in got.values())
+    else:
+        torch.testing.assert_close(got, results(written_out, given), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -87,41 +129,40 @@ def test_tokens_and_gradients(backend: str, name: str, dtype: torch.dtype) -> No
         pytest.skip("16 bits in the interpreter are no GPU's")
     if backend == "triton" and not GPU and name in ("naflex", "one image", "navit", "idefics2"):
         pytest.skip("slow in the interpreter; these modes are tested with the positions")
-    tensors, options = make(name, dtype)
-    got, eager, exact = (
-        run(tensors, options, b, d) for b, d in ((backend, None), ("torch", None), ("torch", torch.float64))
-    )
-    for key in exact:
-        assert got[key].dtype == eager[key].dtype
-        assert_no_worse(got[key], eager[key], exact[key], key)
+    judge(compared(tokens, lambda: make(name), backend, dtype, draws=2))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("backend", OURS)
 def test_bytes_are_normalised_inside(backend: str, channels_last: bool) -> None:
-    tensors, options = make("siglip2", pixels="uint8")
-    options |= {"mean": [0.4, 0.5, 0.6], "std": (0.2, 0.3, 0.25), "channels_last": channels_last}
-    got, exact = run(tensors, options, backend), run(tensors, options, "torch", torch.float64)
-    eager = run(tensors, options, "torch")
+    values = {"mean": [0.4, 0.5, 0.6], "std": (0.2, 0.3, 0.25), "channels_last": channels_last}
+
+    def draw() -> Given:
+        tensors, options = make("siglip2", pixels="uint8")
+        return tensors, options | values
+
+    judge(compared(tokens, draw, backend, draws=2))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_reference_normalises_bytes(channels_last: bool) -> None:
+    tensors, options = cast(make("siglip2", pixels="uint8"), torch.float64)
+    values = {"mean": [0.4, 0.5, 0.6], "std": (0.2, 0.3, 0.25), "channels_last": channels_last}
     c = torch.arange(K) % 3 if channels_last else torch.arange(K) // 4
-    mean, std = torch.tensor([0.4, 0.5, 0.6])[c].to(DEVICE), torch.tensor([0.2, 0.3, 0.25])[c].to(DEVICE)
-    by_hand = {**tensors, "patches": (tensors["patches"] / 255 - mean) / std}
-    plain = {k: v for k, v in options.items() if k not in ("mean", "std", "channels_last")}
-    hand = run(by_hand, plain, "torch")
-    for key in exact:
-        assert_no_worse(got[key], eager[key], exact[key], key)
-        torch.testing.assert_close(hand[key], eager[key], rtol=1e-4, atol=1e-4)
+    mean, std = (torch.tensor(values[k], dtype=torch.float64)[c].to(DEVICE) for k in ("mean", "std"))
+    got = tokens((tensors, options | values), "torch")
+    want = results(written_out, (tensors | {"patches": (tensors["patches"].double() / 255 - mean) / std}, options))
+    assert want.keys() - got.keys() == {"d patches"}
+    torch.testing.assert_close(got, {k: want[k] for k in got}, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["siglip2", "qwen3-vl", "factorised", "kept", "padded result"])
 def test_gradcheck(name: str) -> None:
-    tensors, options = make(name, torch.float64)
+    tensors, options = cast(make(name), torch.float64)
     keys = [k for k in tensors if k in ("weight", "bias", "table", "rows", "patches")]
 
     def fn(*values: Tensor) -> Tensor:
-        named = {**tensors, **dict(zip(keys, values, strict=True))}
-        if "rows" in named:
-            named["table"] = (named.pop("rows"), named.pop("columns"))
+        named = arguments({**tensors, **dict(zip(keys, values, strict=True))})
         return patch_embed_packed(**named, **options, backend=OURS[-1]).tokens
 
     assert torch.autograd.gradcheck(fn, tuple(tensors[k].requires_grad_() for k in keys), fast_mode=True)
@@ -226,7 +267,7 @@ def test_nothing_is_read_from_the_device() -> None:
 def test_what_lies_past_the_end_has_no_position() -> None:
     tensors, options = make("one image")
     longer = {**tensors, "patches": torch.cat([tensors["patches"], torch.randn(3, K, device=DEVICE)])}
-    plain = torch.nn.functional.linear(longer["patches"], tensors["weight"], tensors["bias"])
+    plain = F.linear(longer["patches"], tensors["weight"], tensors["bias"])
     for backend in (b for b in ALL if b != "triton" or GPU):
         out = patch_embed_packed(**longer, **options, backend=backend)
         torch.testing.assert_close(out.tokens[5:], plain[5:])
@@ -238,7 +279,7 @@ def test_strides_and_runs_do_not_matter() -> None:
     tensors, options = make("siglip2")
     strided = {k: t.movedim(-1, 0).contiguous().movedim(0, -1) for k, t in tensors.items()}
     for backend in (b for b in ALL if b != "triton" or GPU):
-        one, two, other = (run(t, options, backend) for t in (tensors, tensors, strided))
+        one, two, other = (tokens((t, options), backend) for t in (tensors, tensors, strided))
         for key in one:
             assert torch.equal(one[key], two[key])
             torch.testing.assert_close(other[key], one[key])
@@ -251,12 +292,8 @@ def test_compiled_and_checked() -> None:
     )
     expected = patch_embed_packed(**tensors, **options, backend=OURS[-1]).tokens
     torch.testing.assert_close(fn(**tensors), expected)
-    thw = torch.nn.functional.pad(options["grids"], (1, 0), value=1)
-    at = layout(options["grids"], 12, ids_keep=options["ids_keep"])
-    x, weight, bias, table = (tensors[k].clone().requires_grad_() for k in ("patches", "weight", "bias", "table"))
-    table = table.detach().flatten(0, 1).requires_grad_()
-    args = (x, weight, bias, table, None, None, thw, at.place, at.source, at.start, 0, False, 1, False, 3, 3, False)
-    torch.library.opcheck(packed_fwd.op, (*args, "bilinear_aa", torch.float32, torch.float32, "chunked"))
+    leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
+    opcheck(lambda: patch_embed_packed(**leaves, **options, backend="chunked").tokens)
 
 
 def test_autocast_and_dtype() -> None:
@@ -311,7 +348,7 @@ def test_errors_name_the_argument() -> None:
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_packed_images_are_the_patches_of_a_convolution(channels_last: bool, order: str) -> None:
     images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((8, 4), (4, 12))]
-    images[0] = torch.nn.functional.pad(images[0], (1, 2))[:, :, 1:-2]  # a crop
+    images[0] = F.pad(images[0], (1, 2))[:, :, 1:-2]  # a crop
     patches, grids = pack_images(images, 2, order=order, channels_last=channels_last)
     assert patches.dtype == torch.uint8 and grids.tolist() == [[4, 2], [2, 6]]
     weight, mean = torch.randn(D, 3, 2, 2), [0.4, 0.5, 0.6]
@@ -319,7 +356,7 @@ def test_packed_images_are_the_patches_of_a_convolution(channels_last: bool, ord
     out = patch_embed_packed(patches, grids, flat, mean=mean, order=order, channels_last=channels_last)
     for image, first, last in zip(images, out.cu_seqlens[:-1], out.cu_seqlens[1:], strict=True):
         pixels = image / 255 - torch.tensor(mean)[:, None, None]
-        expected = torch.nn.functional.conv2d(pixels, weight, stride=2)
+        expected = F.conv2d(pixels, weight, stride=2)
         y, x = out.ids[first:last].unbind(1)
         torch.testing.assert_close(out.tokens[first:last], expected[:, y, x].t(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="images"):

@@ -1,7 +1,9 @@
-"""patch_embed, every implementation and its gradients against float64 and against eager in the same dtype."""
+"""patch_embed and its gradients: the reference against the convolution, every implementation against the reference."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -10,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import mmfuse
-from judge import assert_no_worse
+from judge import Results, cast, compared, judge
 from mmfuse.kernels import patch_embed
-from mmfuse.kernels.patch import backward_from, forward_into
-from mmfuse.kernels.patch.op import PATCH_EMBED, patch_bwd, patch_fwd, stem_of
-from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Stem
+from mmfuse.kernels._runtime import chosen
+from mmfuse.kernels.patch.op import PATCH_EMBED, stem_of
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(1, 1, 1, 1, dtype=torch.uint8, device=DEVICE), torch.ones(1, 1, 1, 1, device=DEVICE)
-FUSED = [n for n in PATCH_EMBED.available(*PROBE) if n != "torch"]
+FUSED = [n for n in backends(lambda: patch_embed(*PROBE)) if n != "torch"]
 # the interpreter runs a Triton program in Python: it takes the small cases
 FAST = [n for n in FUSED if GPU or n != "triton"]
 RGB = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -143,57 +146,103 @@ CASES: dict[str, Any] = {
 SMALL = ["everything", "mae", "imagebind audio", "still", "padded", "nhwc", "patches"]
 
 
-def tokens_and_grads(
-    pixels: Tensor, weight: Tensor, options: dict[str, Any], dtype: torch.dtype, backend: str
-) -> dict[str, Tensor]:
+Given = tuple[Tensor, Tensor, dict[str, Any]]
+
+
+def drawn(case: str) -> Given:
+    """(pixels, weight, options)"""
+    pixels, shape, options = CASES[case]()
+    return pixels, real(*shape) / prod(shape[1:]) ** 0.5, options
+
+
+def results(embed: Callable[..., Tensor], given: Given) -> Results:
+    """The tokens, and the gradient of everything that has one."""
+    pixels, weight, options = given
     leaves: dict[str, Tensor] = {}
 
-    def leaf(name: str, t: Tensor) -> Tensor:
-        leaves[name] = t.detach().to(dtype).requires_grad_()
+    def leaf(name: str, t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        leaves[name] = t.detach().requires_grad_()
         return leaves[name]
 
-    given: dict[str, Any] = {}
-    for name, value in options.items():
-        if name.endswith("_norm"):
-            scale, shift, eps = value
-            given[name] = (leaf(name, scale), None if shift is None else leaf(name + " bias", shift), eps)
-        else:
-            given[name] = leaf(name, value) if isinstance(value, Tensor) and value.is_floating_point() else value
-    if pixels.is_floating_point():  # to(dtype) keeps the strides of a crop only where it copies nothing
-        leaves["pixels"] = pixels = (pixels if pixels.dtype == dtype else pixels.to(dtype)).detach().requires_grad_()
-    y = patch_embed(pixels, leaf("weight", weight), backend=backend, **given)
+    named = {
+        k: (leaf(k, v[0]), leaf(k + " bias", v[1]), v[2]) if k.endswith("_norm") else leaf(k, v)
+        for k, v in options.items()
+    }
+    y = embed(leaf("pixels", pixels), leaf("weight", weight), **named)
     g = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).sin().reshape(y.shape)
     grads = torch.autograd.grad(y, list(leaves.values()), g.to(y.dtype))
     return {"tokens": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def judge(make: Any, backend: str, dtype: torch.dtype) -> None:
-    """Over a few draws of the case: in one, eager's error may be nothing by luck."""
-    results: list[list[dict[str, Tensor]]] = [[], [], []]
-    for _ in range(3 if backend in FAST else 1):
-        pixels, shape, options = make()
-        weight = (real(*shape) / prod(shape[1:]) ** 0.5).to(dtype)
-        if backend not in PATCH_EMBED.available(pixels, weight):  # bytes alone, on a GPU
-            pytest.skip(f"{backend} does not take {pixels.dtype}")
-        pixels = pixels.to(dtype) if pixels.is_floating_point() and dtype != torch.float32 else pixels
-        options = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
-        for of, kind, name in zip(results, (dtype, dtype, torch.float64), (backend, "torch", "torch"), strict=True):
-            of.append(tokens_and_grads(pixels, weight, options, kind, name))
-    for name in results[0][0]:
-        got, eager, exact = (torch.stack([r[name] for r in rs]) for rs in results)
-        assert_no_worse(got, eager, exact, name)
+def tokens(given: Given, backend: str) -> Results:
+    return results(partial(patch_embed, backend=backend), given)
+
+
+def check(case: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
+    pixels, weight, options = drawn(case)
+    if backend not in backends(lambda: patch_embed(pixels, weight, **options)):  # bytes alone, on a GPU
+        pytest.skip(f"{backend} does not take {pixels.dtype}")
+    judge(compared(tokens, lambda: drawn(case), backend, dtype, draws=3 if backend in FAST else 2))
+
+
+def written_out(
+    x: Tensor, weight: Tensor, bias=None, *, stride=None, layout="nchw", mean=None, std=None, padding="error",
+    stem_norm=None, prefix=None, position=None, prefix_position=None, mask=None, mask_token=None, ids_keep=None,
+    type_embed=None, pre_norm=None,
+) -> Tensor:  # type: ignore[no-untyped-def]  # fmt: skip
+    """The convolution of the normalised pixels, and then what the docstring of `patch_embed` says, step by step."""
+    channels = {"nchw": 1, "nhwc": x.dim() - 1, "ntchw": 2, "patches": 2}[layout]
+    if x.dtype == torch.uint8:
+        x = x.to(weight.dtype) / (1 if mean is None and std is None else 255)
+    x = x.movedim(channels, -1)
+    for value, change in ((mean, torch.sub), (std, torch.div)):
+        if value is not None:
+            each = torch.tensor(value, dtype=x.dtype, device=x.device).reshape(-1)
+            x = change(x, each.repeat_interleave(x.shape[-1] // len(each)))
+    if layout == "patches":
+        y = x @ weight.flatten(1).t() + (0 if bias is None else bias)
+    else:
+        x = x.movedim(-1, 1)
+        if x.dim() < weight.dim():  # a still under a temporal kernel
+            x = x[:, :, None].expand(-1, -1, weight.shape[2], -1, -1)
+        if padding == "zero":
+            x = F.pad(
+                x, [n for size, k in zip(x.shape[:1:-1], weight.shape[:1:-1], strict=True) for n in (0, -size % k)]
+            )
+        conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
+        y = conv(x, weight, bias, stride=stride or tuple(weight.shape[2:])).flatten(2).mT
+    if stem_norm is not None:
+        y = F.layer_norm(y, (len(weight),), *stem_norm)
+    if mask is not None:
+        y = torch.where(mask[:, :, None], mask_token, y)
+    y = y if position is None else y + position
+    if ids_keep is not None:
+        y = torch.stack([rows[at] for rows, at in zip(y, ids_keep, strict=True)])
+    if prefix is not None:
+        front = prefix if prefix_position is None else prefix + prefix_position
+        y = torch.cat([front.expand(len(y), -1, -1), y], 1)
+    y = y if type_embed is None else y + type_embed
+    return y if pre_norm is None else F.layer_norm(y, (len(weight),), *pre_norm)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_the_formula(case: str) -> None:
+    given = cast(drawn(case), torch.float64)
+    torch.testing.assert_close(tokens(given, "torch"), results(written_out, given), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(case: str, backend: str) -> None:
-    judge(CASES[case], backend, torch.float32)
+    check(case, backend)
 
 
 @pytest.mark.parametrize("backend", [n for n in FUSED if n not in FAST])
 @pytest.mark.parametrize("case", SMALL)
 def test_in_the_interpreter(case: str, backend: str) -> None:
-    judge(CASES[case], backend, torch.float32)
+    check(case, backend)
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -202,14 +251,14 @@ def test_in_the_interpreter(case: str, backend: str) -> None:
 def test_16_bits(case: str, dtype: torch.dtype, backend: str) -> None:
     if backend not in FAST and (dtype == torch.bfloat16 or case == "vit"):
         pytest.skip("the interpreter's bfloat16 is not a GPU's, and it is slow")
-    judge(CASES[case], backend, dtype)
+    check(case, backend, dtype)
 
 
 @pytest.mark.parametrize("backend", [n for n in FUSED if n != "triton"])
 def test_blocks_of_one_image(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmfuse.kernels.patch.blocked._BLOCK_BYTES", {"cpu": 1, "cuda": 1})
     for case in ("vit", "everything", "mae", "beit"):
-        judge(CASES[case], backend, torch.float32)
+        check(case, backend)
 
 
 def test_is_the_convolution() -> None:
@@ -271,9 +320,8 @@ def test_range_of_a_checkpoint(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", FUSED)
 def test_equal_bitwise(backend: str) -> None:
     for case in ("everything", "mae") if backend in FAST else ("mae",):
-        pixels, shape, options = CASES[case]()
-        weight = real(*shape)
-        first, second = (tokens_and_grads(pixels, weight, options, torch.float32, backend) for _ in range(2))
+        given = drawn(case)
+        first, second = (tokens(given, backend) for _ in range(2))
         assert all(torch.equal(first[k], second[k]) for k in first)
 
 
@@ -358,10 +406,10 @@ def test_views_are_not_copied(backend: str) -> None:
     crop, channels_last = pixels[:, :, 5:37, 7:55], pixels.movedim(1, -1)[:, 3:35, :32]
     for view in (crop, crop.mT, pixels[:, :, ::2, 1::2], pixels[:1].expand(3, -1, -1, -1), channels_last):
         stem = stem_of(view, real(D, 3, 16, 16), layout="nhwc" if view is channels_last else "nchw", **RGB)
-        out = real(len(view), stem.shape()[2], D)
+        out, passes = real(len(view), stem.shape[2], D), PATCH_EMBED.implementations[backend].passes
         with Copies(pixels) as copies:
-            forward_into(out, 0, stem, backend=backend)
-            backward_from(out, stem, ("weight",), backend=backend)
+            passes.forward_into(out, 0, stem)
+            passes.backward_from(out, stem, ("weight",))
         assert not copies.found
 
 
@@ -392,17 +440,18 @@ def test_in_a_cuda_graph(backend: str) -> None:
 # --- what else calls it ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [None, *FUSED])
-def test_into_a_larger_buffer(backend: str | None) -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_into_a_larger_buffer(backend: str) -> None:
     pixels, shape, options = CASES["everything"]()
     stem = stem_of(pixels, real(*shape), **options)
-    want = patch_embed(*stem[:2], backend="torch", **options)
+    want = patch_embed(stem.pixels, stem.weight, backend="torch", **options)
+    passes = PATCH_EMBED.implementations[backend].passes
     out = torch.full((3, 13, D), 7.0, device=DEVICE)
-    forward_into(out, 2, stem, backend=backend)
+    passes.forward_into(out, 2, stem)
     torch.testing.assert_close(out[:, 2:10], want, rtol=1e-4, atol=1e-4)
     assert (out[:, :2] == 7).all() and (out[:, 10:] == 7).all()
     grad = real(3, 13, D)
-    found = backward_from(grad[:, 2:10], stem, ("weight", "prefix"), backend=backend)
+    found = passes.backward_from(grad[:, 2:10], stem, ("weight", "prefix"))
     weight, prefix = stem.weight.requires_grad_(), stem.prefix.requires_grad_()
     want = torch.autograd.grad(
         patch_embed(pixels, weight, backend="torch", **options | {"prefix": prefix}), (weight, prefix), grad[:, 2:10]
@@ -414,17 +463,11 @@ def test_into_a_larger_buffer(backend: str | None) -> None:
 def test_opcheck(backend: str) -> None:
     for case in ("everything", "mae"):
         pixels, shape, options = CASES[case]()
-        stem = stem_of(pixels, real(*shape), **options)
-        leaves = [
-            t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() and i < DIFFERENTIABLE else t
-            for i, t in enumerate(stem[:16])
-        ]
-        rest = ([], *stem[17:], backend)
-        torch.library.opcheck(patch_fwd.op, (*leaves, *rest))
-        y = patch_fwd(*(t.detach() if isinstance(t, Tensor) else t for t in leaves), *rest)
-        needs = [isinstance(t, Tensor) and t.is_floating_point() for t in leaves[:DIFFERENTIABLE]]
-        plain = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
-        torch.library.opcheck(patch_bwd.op, (torch.ones_like(y), *plain, *rest, needs))
+        leaves = tree_map(
+            lambda t: t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t, options
+        )
+        weight = real(*shape).requires_grad_()
+        opcheck(partial(patch_embed, pixels, weight, backend=backend, **leaves))
 
 
 @pytest.mark.parametrize("backend", FAST[-1:])
@@ -527,6 +570,8 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
 
 
 def test_explain() -> None:
-    stem = stem_of(u8(1, 3, 32, 32), real(D, 3, 16, 16))
-    assert "patch_embed" in mmfuse.explain("patch_embed", stem.pixels, stem.weight)
-    assert isinstance(stem, Stem)
+    pixels, weight = u8(1, 3, 32, 32), real(D, 3, 16, 16)
+    running = chosen(lambda: patch_embed(pixels, weight))
+    assert f"-> {running}" in mmfuse.explain("patch_embed", pixels, weight)
+    with pytest.raises(mmfuse.UnsupportedError, match="dtype is torch.float64"):
+        patch_embed(pixels, weight.double(), backend="cpu")

@@ -9,13 +9,21 @@ from torch import Tensor
 import mmfuse
 from judge import assert_no_worse
 from mmfuse.kernels.points import ball_query, farthest_points, group_points, nearest_neighbors
-from mmfuse.kernels.points.op import BALL, FARTHEST, GROUP, NEAREST, ball_op, farthest_op, group_op, nearest_op
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.zeros(1, 8, 3, device=DEVICE)
-SAMPLERS, NEIGHBOURS = FARTHEST.available(PROBE), NEAREST.available(PROBE, PROBE)
-BALLS, GROUPERS = BALL.available(PROBE, PROBE), GROUP.available(PROBE)
+FIRST = torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
+SAMPLERS, NEIGHBOURS, BALLS, GROUPERS = (
+    backends(call)
+    for call in (
+        lambda: farthest_points(PROBE, 1),
+        lambda: nearest_neighbors(PROBE, PROBE, 1),
+        lambda: ball_query(PROBE, PROBE, 1, 1.0),
+        lambda: group_points(PROBE, FIRST),
+    )
+)
 DTYPES = [torch.float32, torch.float16, torch.float64]
 
 
@@ -55,7 +63,7 @@ def published_loop(xyz: Tensor, npoint: int) -> Tensor:
 @pytest.mark.parametrize("backend", SAMPLERS)
 def test_farthest_points_are_those_of_the_loop(backend: str, make, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     points = make(3, 700, dtype)
-    skip_unless(FARTHEST.available(points), backend, str(dtype))
+    skip_unless(backends(lambda: farthest_points(points, 1)), backend, str(dtype))
     index = farthest_points(points, 40, backend=backend)
     assert index.dtype == torch.int64
     assert torch.equal(index, published_loop(points.to(torch.promote_types(dtype, torch.float32)), 40))
@@ -114,7 +122,7 @@ def by_sorting(query: Tensor, points: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", NEIGHBOURS)
 def test_equally_near_points_come_in_order(backend: str, n: int, k: int, dtype: torch.dtype) -> None:
     query, points = lattice(2, 19, dtype), lattice(2, n, dtype)
-    skip_unless(NEAREST.available(query, points, k), backend, f"{dtype}, k = {k}")
+    skip_unless(backends(lambda: nearest_neighbors(query, points, k)), backend, f"{dtype}, k = {k}")
     index = nearest_neighbors(query, points, k, backend=backend)
     assert index.dtype == torch.int64
     assert torch.equal(index, by_sorting(query, points)[..., :k])
@@ -185,9 +193,9 @@ def test_a_ball_has_no_border(backend: str) -> None:
 @pytest.mark.parametrize("backend", GROUPERS)
 def test_groups_and_their_gradient(backend: str, channels: int, dtype: torch.dtype) -> None:
     features = torch.randn(3, 40, channels, device=DEVICE).to(dtype).requires_grad_()
-    skip_unless(GROUP.available(features), backend, str(dtype))
     idx = torch.randint(0, 40, (3, 9, 20), device=DEVICE)
     idx[:, :2] = 5
+    skip_unless(backends(lambda: group_points(features, idx)), backend, str(dtype))
     grouped = group_points(features, idx, backend=backend)
     assert torch.equal(grouped, torch.stack([f[i] for f, i in zip(features, idx, strict=True)]))
     g = torch.randn(grouped.shape, device=DEVICE).to(dtype)
@@ -259,16 +267,12 @@ def test_inputs_stay_and_no_gradient_flows_through_indices() -> None:
 
 
 def test_opcheck() -> None:
-    points, start = lattice(2, 30), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    for backend in (SAMPLERS[0], "torch"):
-        torch.library.opcheck(farthest_op.op, (points, 3, start, backend))
-    for backend in (NEIGHBOURS[0], "torch"):
-        torch.library.opcheck(nearest_op.op, (points[:, :4], points, 3, backend))
-    for backend in (BALLS[0], "torch"):
-        torch.library.opcheck(ball_op.op, (points[:, :4], points, 3, 1.5, backend))
+    points, features = lattice(2, 30), cloud(2, 30).requires_grad_()
     idx = torch.randint(0, 30, (2, 4, 3), device=DEVICE)
-    for backend in (GROUPERS[0], "torch"):
-        torch.library.opcheck(group_op.op, (cloud(2, 30).requires_grad_(), idx, backend))
+    opcheck(lambda: farthest_points(points, 3, start=0, backend=SAMPLERS[0]))
+    opcheck(lambda: nearest_neighbors(points[:, :4], points, 3, backend=NEIGHBOURS[0]))
+    opcheck(lambda: ball_query(points[:, :4], points, 3, 1.5, backend=BALLS[0]))
+    opcheck(lambda: group_points(features, idx, backend=GROUPERS[0]))
 
 
 def test_compile() -> None:

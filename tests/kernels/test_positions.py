@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmfuse
-from judge import assert_no_worse
+from judge import Results, assert_no_worse, compared, judge
 from mmfuse._compat import allow_torchvision
 from mmfuse.kernels.patch.positions import interpolate_position, resample_weight, sinusoid_1d, sinusoid_2d
 from mmfuse.kernels.patch.positions.axes import MODES, axis_matrix, axis_weights
-from mmfuse.kernels.patch.positions.op import INTERPOLATE, interpolate_fwd
 from mmfuse.kernels.patch.positions.reference import interpolate_position as reference
+from registered import backends, opcheck
 
 allow_torchvision()
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ALL = INTERPOLATE.available(torch.ones(1, 1, 1, device=DEVICE))
+ALL = backends(lambda: interpolate_position(torch.ones(1, 1, 1, device=DEVICE), (2, 2)))
 # what a mode does not go with: a scale factor is one number, a lookup does not reach beyond its table
 GRIDS = {"bicubic_scale": [(6, 6), (2, 2)], "lookup": [(3, 2), (1, 3)]}
 SHAPES = [(6, 5), (2, 3), (1, 6)]
@@ -232,14 +232,16 @@ def test_values_and_gradients(backend: str, mode: str, dtype: torch.dtype) -> No
     interpreted = backend == "triton" and not GPU
     if interpreted and dtype != torch.float32:
         pytest.skip("16 bits in the interpreter are no GPU's")
-    results = []
-    for h, w in grids(mode)[-1 if interpreted else 0 :]:
-        table = torch.randn(4, 4 if mode == "bicubic_scale" else 3, 8, device=DEVICE).to(dtype)
-        runs = ((table, backend), (table, "torch"), (table.double(), "torch"))
-        results.append([torch.cat([t.flatten() for t in gradient_of(t, (h, w), mode, b)]) for t, b in runs])
-    got, eager, exact = (torch.cat(r) for r in zip(*results, strict=True))
-    assert got.dtype == dtype
-    assert_no_worse(got, eager, exact)
+    sizes = grids(mode)[-1 if interpreted else 0 :]
+
+    def run(table: Tensor, name: str) -> Results:
+        found = [t.flatten() for grid in sizes for t in gradient_of(table, grid, mode, name)]
+        return {"values and gradients": torch.cat(found)}
+
+    def draw() -> Tensor:
+        return torch.randn(4, 4 if mode == "bicubic_scale" else 3, 8, device=DEVICE)
+
+    judge(compared(run, draw, backend, dtype, draws=2))
 
 
 @pytest.mark.skipif("triton" not in ALL, reason="no triton")
@@ -286,7 +288,7 @@ def test_compiled_and_checked() -> None:
         return interpolate_position(t, (5, 6), "bicubic", backend="chunked")
 
     assert torch.equal(torch.compile(fn, fullgraph=True, backend="aot_eager")(table), fn(table))
-    torch.library.opcheck(interpolate_fwd.op, (table, 5, 6, 5, 6, "bilinear_aa", "chunked"))
+    opcheck(lambda: interpolate_position(table, (5, 6), "bilinear_aa", backend="chunked"))
 
 
 def test_errors_name_the_argument() -> None:

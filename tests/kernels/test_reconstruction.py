@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,16 +11,17 @@ import torch
 from torch import Tensor
 
 import mmfuse
-from judge import assert_no_worse
+from judge import Results, cast, compared, judge
 from mmfuse._compat import allow_torchvision
 from mmfuse.kernels.patch.reconstruction import masked_patch_loss, random_masking
-from mmfuse.kernels.patch.reconstruction.op import LOSS, loss_fwd
+from registered import backends, opcheck
 
 allow_torchvision()
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ALL = LOSS.available(torch.ones(1, 1, 1, device=DEVICE))
+PROBE = torch.ones(1, 1, 1, 1, device=DEVICE)
+ALL = backends(lambda: masked_patch_loss(PROBE[0], PROBE, PROBE[0, 0] > 0, patch=1))
 OURS = [n for n in ALL if n != "torch"]
 SMALL: dict[str, Any] = {
     **{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
@@ -87,26 +90,62 @@ CASES: dict[str, tuple[tuple[int, ...], str, Any, Any, int | None]] = {
 }
 
 
-def make(name: str, dtype: torch.dtype, pixels: str = "float") -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+Given = tuple[Tensor, Tensor, Tensor]
+
+
+def make(name: str, pixels: str = "float") -> tuple[Given, dict[str, Any]]:
+    """(prediction, pixels, mask), options"""
     shape, layout, patch, norm_pix, count = CASES[name]
-    x = torch.randint(0, 256, shape, dtype=torch.uint8) if pixels == "uint8" else torch.rand(shape).to(dtype)
+    x = torch.randint(0, 256, shape, dtype=torch.uint8) if pixels == "uint8" else torch.rand(shape)
     channels = {"nchw": 1, "ntchw": 2, "nhwc": -1}[layout]
     n = x.numel() // shape[0] // shape[channels]
     size = (patch, patch) if isinstance(patch, int) else patch
     n //= torch.tensor(size).prod().item()
     k = shape[channels] * int(torch.tensor(size).prod())
     mask = torch.rand(shape[0], n).argsort(1) < (count or n - 1)
-    prediction = torch.randn(shape[0], count or n, k).to(dtype)
+    prediction = torch.randn(shape[0], count or n, k)
     options = {"patch": patch, "norm_pix": norm_pix, "layout": layout}
-    return prediction.to(DEVICE), x.to(DEVICE), mask.to(DEVICE), options
+    return (prediction.to(DEVICE), x.to(DEVICE), mask.to(DEVICE)), options
 
 
-def run(
-    prediction: Tensor, pixels: Tensor, mask: Tensor, options: dict[str, Any], backend: str
-) -> tuple[Tensor, Tensor]:
+def run(given: Given, backend: str, loss: Any = masked_patch_loss, **options: Any) -> Results:
+    prediction, pixels, mask = given
     prediction = prediction.detach().requires_grad_()
-    loss = masked_patch_loss(prediction, pixels, mask, **options, backend=backend)
-    return loss.detach(), torch.autograd.grad(3 * loss, prediction)[0]
+    value = loss(prediction, pixels, mask, **options, backend=backend)
+    return {"loss": value.detach(), "prediction": torch.autograd.grad(3 * value, prediction)[0]}
+
+
+def written_out(prediction, pixels, mask, patch, norm_pix, layout, mean=None, std=None, backend=None):  # type: ignore[no-untyped-def]
+    """Patch by patch: the mean over the masked ones of the mean of the squared distances to what was there."""
+    x = pixels.movedim({"nchw": 1, "ntchw": 2, "nhwc": -1}[layout], -1).to(prediction.dtype)
+    x = x if mean is None else (x / (255 if pixels.dtype == torch.uint8 else 1) - mean) / std
+    x = x[:, None] if x.dim() == 4 else x
+    size = (patch, patch) if isinstance(patch, int) else patch
+    size = (1,) * (3 - len(size)) + size
+    norm = {True: "channel" if size[0] > 1 else "patch"}.get(norm_pix, norm_pix)
+    terms = []
+    for image, own, masked in zip(x, prediction, mask, strict=True):
+        corners = product(*(range(0, n, step) for n, step in zip(image.shape, size, strict=False)))
+        targets = [image[t : t + size[0], i : i + size[1], j : j + size[2]] for t, i, j in corners]
+        seen = [target for target, on in zip(targets, masked, strict=True) if on]
+        own = own[masked] if len(own) == len(masked) else own
+        for y, target in zip(own, seen, strict=True):
+            rows = target.flatten(0, -2) if norm == "channel" else target.flatten()
+            if norm:
+                rows = rows - rows.mean(0)
+                var = rows.square().sum(0) / (len(rows) - 1)
+                rows = rows / (var.sqrt() + 1e-6 if norm == "channel" else (var + 1e-6).sqrt())
+            terms.append((y - rows.flatten()).square().mean())
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_is_the_formula(name: str) -> None:
+    for pixels, values in (("float", {}), ("uint8", {}), ("uint8", {"mean": 0.45, "std": 0.225})):
+        given, options = make(name, pixels)
+        given = cast(given, torch.float64)
+        got, want = (run(given, "torch", loss, **options, **values) for loss in (masked_patch_loss, written_out))
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -116,24 +155,20 @@ def test_loss_and_gradient(backend: str, name: str, dtype: torch.dtype) -> None:
     if backend == "triton" and not GPU and dtype != torch.float32:
         pytest.skip("16 bits in the interpreter are no GPU's")
     losses = []
-    for pixels in ("float", "uint8", "uint8 as it is"):
-        prediction, x, mask, options = make(name, dtype, pixels.split()[0])
-        if pixels == "uint8":
-            options |= {"mean": 0.45, "std": 0.225}
-        wide = (prediction.double(), x if x.dtype == torch.uint8 else x.double(), mask, options)
-        got, eager, exact = (
-            run(prediction, x, mask, options, backend), run(prediction, x, mask, options, "torch"), run(*wide, "torch")
-        )  # fmt: skip
-        assert got[0].dtype == torch.float32 and got[1].dtype == dtype
-        losses.append([t[0] / exact[0].float() for t in (got, eager, exact)])
-        assert_no_worse(got[1], eager[1], exact[1], pixels)
-    assert_no_worse(*(torch.stack(t) for t in zip(*losses, strict=True)))
+    for pixels, values in (("float", {}), ("uint8", {"mean": 0.45, "std": 0.225}), ("uint8", {})):
+        given, options = make(name, pixels)
+        found = next(compared(partial(run, **options, **values), lambda: given, backend, dtype))  # noqa: B023
+        assert found[0]["loss"].dtype == torch.float32 and found[0]["prediction"].dtype == dtype
+        judge([tuple({"prediction": side["prediction"]} for side in found)])
+        losses.append(tuple({"loss": side["loss"] / found[2]["loss"].item()} for side in found))
+    judge(losses)
 
 
 @pytest.mark.parametrize("backend", OURS)
 def test_gradcheck(backend: str) -> None:
-    prediction, pixels, mask, options = make("VideoMAE", torch.float64)
-    prediction = prediction[:, :, :].requires_grad_()
+    given, options = make("VideoMAE")
+    prediction, pixels, mask = cast(given, torch.float64)
+    prediction.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda p: masked_patch_loss(p, pixels, mask, **options, backend=backend), prediction, fast_mode=True
     )
@@ -141,45 +176,43 @@ def test_gradcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ALL)
 def test_strides_and_runs_do_not_matter(backend: str) -> None:
-    prediction, pixels, mask, options = make("MAE", torch.float32)
-    one, two = (run(prediction, pixels, mask, options, backend) for _ in range(2))
+    (prediction, pixels, mask), options = make("MAE")
+    one, two = (run((prediction, pixels, mask), backend, **options) for _ in range(2))
     wide = torch.nn.functional.pad(pixels, (2, 3, 1, 0))[:, :, 1:, 2:-3]  # a crop
     strided = prediction.transpose(0, 2).contiguous().transpose(0, 2)
-    other = run(strided, wide, mask.t().contiguous().t(), options, backend)
-    for a, b, c in zip(one, two, other, strict=True):
-        assert torch.equal(a, b)
-        torch.testing.assert_close(c, a)
+    other = run((strided, wide, mask.t().contiguous().t()), backend, **options)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    torch.testing.assert_close(other, one)
 
 
 @pytest.mark.parametrize("backend", ALL)
 def test_what_is_not_masked_is_not_seen(backend: str) -> None:
-    prediction, pixels, mask, options = make("MAE", torch.float32)
-    expected = run(prediction, pixels, mask, options, backend)
+    (prediction, pixels, mask), options = make("MAE")
+    expected = run((prediction, pixels, mask), backend, **options)
     prediction = torch.where(mask[:, :, None], prediction, torch.inf)
-    loss, grad = run(prediction, pixels, mask, options, backend)
-    assert torch.equal(loss, expected[0])
+    found = run((prediction, pixels, mask), backend, **options)
+    assert torch.equal(found["loss"], expected["loss"])
     if backend != "torch":  # eager multiplies infinity by nothing
-        assert torch.equal(grad, expected[1])
+        assert torch.equal(found["prediction"], expected["prediction"])
 
 
 @pytest.mark.parametrize("backend", ALL)
 def test_nothing_masked_and_no_image(backend: str) -> None:
-    prediction, pixels, mask, options = make("MAE", torch.float32)
+    (prediction, pixels, mask), options = make("MAE")
     assert masked_patch_loss(prediction, pixels, mask & False, **options, backend=backend).isnan()
     assert masked_patch_loss(prediction[:0], pixels[:0], mask[:0], **options, backend=backend).isnan()
 
 
 def test_compiled_and_checked() -> None:
-    prediction, pixels, mask, options = make("MAE", torch.float32)
+    (prediction, pixels, mask), options = make("MAE")
     prediction.requires_grad_()
     fn = torch.compile(lambda p: masked_patch_loss(p, pixels, mask, **options), fullgraph=True, backend="aot_eager")
     assert torch.equal(fn(prediction), masked_patch_loss(prediction, pixels, mask, **options))
-    video = pixels.movedim(1, -1)[:, None]
-    torch.library.opcheck(loss_fwd.op, (prediction, video, mask, None, None, 1, 4, 4, "patch", "chunked"))
+    opcheck(lambda: masked_patch_loss(prediction, pixels, mask, **options, backend="chunked"))
 
 
 def test_errors_name_the_argument() -> None:
-    prediction, pixels, mask, options = make("MAE", torch.float32)
+    (prediction, pixels, mask), options = make("MAE")
     for error, match, change in (
         (ValueError, "prediction", {"prediction": prediction[:, :, :5]}),
         (ValueError, "mask", {"mask": mask[:, :2]}),

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmfuse
-from judge import assert_no_worse
-from mmfuse.kernels import select_head
-from mmfuse.kernels.head.op import SELECT_HEAD, select_head_fwd
+from judge import Results, cast, judge
+from mmfuse.kernels.head import select_head
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ALL = SELECT_HEAD.available(*[torch.ones(2, 1, 3, device=DEVICE)] + [None] * 8)
+ALL = backends(lambda: select_head(torch.ones(2, 1, 3, device=DEVICE), 0, (None, None, 1e-6)))
 FUSED = [n for n in ALL if n != "torch"]
 B, L, D, O = 6, 5, 24, 10  # noqa: E741
+NAMES = ("x", "gamma", "beta", "weight", "index")
 OPTIONS: dict[str, dict[str, Any]] = {
     "image": {},
     "text": {"index": True, "scale": 1 / 0.07},
@@ -43,7 +44,9 @@ def inputs(
     return [*leaves, torch.randint(0, L, (B,), device=DEVICE) if index else None]
 
 
-def call(given: list[Tensor | None], backend: str, scale: float | Tensor | None = None, **options: Any) -> Tensor:
+def call(
+    given: list[Tensor | None], backend: str | None, scale: float | Tensor | None = None, **options: Any
+) -> Tensor:
     x, gamma, beta, weight, index = given
     kept = {k: v for k, v in options.items() if k in ("normalize", "clips")}
     at = 0 if index is None else index
@@ -60,14 +63,17 @@ def official(given: list[Tensor | None], scale: Any = None, normalize: bool = Tr
     return y.unflatten(0, (-1, clips)).mean(1)
 
 
-def with_gradients(fn: Any, given: list[Tensor | None], g: Tensor) -> list[Tensor]:
-    out = fn()
-    leaves = [t for t in given if t is not None and t.is_floating_point()]
-    return [out.detach(), *torch.autograd.grad(out, leaves, g.to(out.dtype))]
+def with_gradients(fn: Any, given: list[Tensor | None], g: Tensor) -> Results:
+    out = fn(given)
+    leaves = {k: t for k, t in zip(NAMES, given, strict=True) if t is not None and t.is_floating_point()}
+    grads = torch.autograd.grad(out, list(leaves.values()), g.to(out.dtype))
+    return {"out": out.detach(), **{f"d {k}": t for k, t in zip(leaves, grads, strict=True)}}
 
 
 def promoted(given: list[Tensor | None]) -> list[Tensor | None]:
-    return [t.detach().double().requires_grad_() if t is not None and t.is_floating_point() else t for t in given]
+    return [
+        t.detach().requires_grad_(t.is_floating_point()) if t is not None else t for t in cast(given, torch.float64)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -76,32 +82,32 @@ def promoted(given: list[Tensor | None]) -> list[Tensor | None]:
 def test_no_worse_than_eager(backend: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     if backend == "triton" and dtype == torch.bfloat16 and not GPU:
         pytest.skip("the interpreter's bfloat16 is not a GPU's")
-    draws = [inputs(dtype, **options) for _ in range(3)]
-    rows = B // options.get("clips", 1)
-    g = torch.randn(rows, O if options.get("weight", True) else D, device=DEVICE)
-    results = [
-        [
-            with_gradients(lambda given=given: call(given, backend, **options), given, g),
-            with_gradients(lambda given=given: official(given, **options), given, g),
-            with_gradients(lambda exact=exact: official(exact, **options), exact, g),
-        ]
-        for given, exact in ((given, promoted(given)) for given in draws)
-    ]
-    names = [
-        "out",
-        "dx",
-        *(n for n, t in zip(("dgamma", "dbeta", "dweight"), draws[0][1:4], strict=True) if t is not None),
-    ]
-    for k, name in enumerate(names):
-        got, eager, exact = (torch.stack([r[way][k] for r in results]) for way in range(3))
-        assert got.dtype == dtype
-        assert_no_worse(got, eager, exact, f"{name}, {dtype}")
+    g = torch.randn(B // options.get("clips", 1), O if options.get("weight", True) else D, device=DEVICE)
+
+    def results() -> tuple[Results, ...]:
+        given = inputs(dtype, **options)
+        got = with_gradients(lambda t: call(t, backend, **options), given, g)
+        assert all(t.dtype == dtype for t in got.values())
+        both = (with_gradients(lambda t: official(t, **options), t, g) for t in (given, promoted(given)))
+        return got, *both
+
+    judge(results() for _ in range(3))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_reference_is_the_official_order(options: dict[str, Any]) -> None:
+    given = inputs(torch.float64, **options)
+    g = torch.randn(B // options.get("clips", 1), O if options.get("weight", True) else D, device=DEVICE)
+    got, want = (
+        with_gradients(fn, given, g) for fn in (lambda t: call(t, "torch", **options), lambda t: official(t, **options))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_float64_stays_float64(backend: str) -> None:
     given = inputs(torch.float64, index=True)
-    if backend not in SELECT_HEAD.available(given[0], *[None] * 8):
+    if backend not in backends(lambda: call(given, None)):
         pytest.skip(f"{backend} does not take float64")
     leaves = [*given[:4], torch.tensor(3.0, dtype=torch.float64, device=DEVICE, requires_grad=True)]
     found = []
@@ -151,10 +157,10 @@ def test_a_zero_row_has_no_direction(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_opcheck(backend: str) -> None:
-    x, gamma, beta, weight, index = inputs(torch.float32, index=True)
+    given = inputs(torch.float32, index=True)
     scale = torch.tensor(2.0, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(select_head_fwd.op, (x, index, gamma, beta, weight, scale, 1e-6, True, 2, backend))
-    torch.library.opcheck(select_head_fwd.op, (x, None, None, None, None, None, 1e-6, False, 1, backend))
+    opcheck(lambda: call(given, backend, scale, clips=2))
+    opcheck(lambda: select_head(given[0], 0, (None, None, 1e-6), normalize=False, backend=backend))
 
 
 def test_compile() -> None:
@@ -162,9 +168,7 @@ def test_compile() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: call(list(t), None, clips=2), fullgraph=True, backend="aot_eager")
     g = torch.ones(B // 2, O, device=DEVICE)
-    got, want = (
-        with_gradients(lambda fn=fn: fn(*given), given, g) for fn in (compiled, lambda *t: call(list(t), None, clips=2))
-    )
+    got, want = (with_gradients(fn, given, g) for fn in (lambda t: compiled(*t), lambda t: call(t, None, clips=2)))
     torch.testing.assert_close(got, want)
 
 

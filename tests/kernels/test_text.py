@@ -1,4 +1,4 @@
-"""embed_text and multiway_tokens: every implementation against eager, BERT's, CLIP's and BEiT-3's modules."""
+"""embed_text and embed_pair: every implementation against eager, BERT's, CLIP's and BEiT-3's modules."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from judge import assert_no_worse
+from judge import Results, cast, judge
 from mmfuse._compat import allow_torchvision
-from mmfuse.kernels import embed_text, multiway_tokens
-from mmfuse.kernels.text import blocked
-from mmfuse.kernels.text.multiway import MULTIWAY_TOKENS, multiway_fwd
-from mmfuse.kernels.text.op import EMBED_TEXT, embed_text_fwd
+from mmfuse.kernels.text import blocked, embed_pair, embed_text
+from mmfuse.kernels.text.op import WORDS
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-PROBE = torch.ones(2, 3, device=DEVICE)
-ALL = EMBED_TEXT.available(*EMBED_TEXT.example(PROBE))
+PROBE = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE)
+ALL = backends(lambda: embed_text(PROBE, torch.ones(1, 3, device=DEVICE)))
 FUSED = [n for n in ALL if n != "torch"]
-BOTH = [n for n in MULTIWAY_TOKENS.available(*MULTIWAY_TOKENS.example(PROBE)) if n not in ("torch", "cuda")]
 B, L, V, D = 3, 5, 11, 24
 CASES: dict[str, dict[str, Any]] = {
     "clip": {"position": True},
@@ -71,54 +69,46 @@ def eager(ids: Tensor, options: dict[str, Any], leaves: dict[str, Tensor]) -> Te
     return x * (1 - options["pad_mask"][..., None].to(x.dtype)) if "pad_mask" in options else x
 
 
-def with_gradients(out: Tensor, leaves: dict[str, Tensor], g: Tensor) -> dict[str, Tensor]:
+def with_gradients(out: Tensor, leaves: dict[str, Tensor], g: Tensor) -> Results:
     grads = torch.autograd.grad(out, list(leaves.values()), g.to(out.dtype))
     return {"out": out.detach(), **{f"d {k}": t for k, t in zip(leaves, grads, strict=True)}}
 
 
-def no_worse(got: Tensor, want: Tensor, exact: Tensor, name: str) -> None:
-    if got.dtype == torch.float64:  # there is nothing more exact
-        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
-    else:
-        assert_no_worse(got, want, exact, f"{name}, {got.dtype}")
+def leaves_of(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {k: t.detach().requires_grad_() for k, t in cast(given, dtype).items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("backend", ALL)
 def test_no_worse_than_eager(backend: str, case: dict[str, Any], dtype: torch.dtype) -> None:
     if backend == "triton" and dtype == (torch.float64 if GPU else torch.bfloat16):
         pytest.skip("the interpreter's bfloat16 is not a GPU's, and a GPU's kernels take no float64")
-    results = []
+    if backend == "torch" and dtype != torch.float64:
+        pytest.skip("its formula is that of the eager code")
     g = torch.randn(B, L, D, device=DEVICE)
-    for _ in range(2):
-        ids, options, leaves = draw(dtype, **case)
-        exact = {k: t.detach().double().requires_grad_() for k, t in leaves.items()}
-        results.append(
-            [
-                with_gradients(ours(ids, options, leaves, backend), leaves, g),
-                with_gradients(eager(ids, options, leaves), leaves, g),
-                with_gradients(eager(ids, options, exact), exact, g),
-            ]
-        )
-    for name in results[0][0]:
-        got, want, exact = (torch.stack([r[way][name] for r in results]) for way in range(3))
-        assert got.dtype == dtype
-        no_worse(got, want, exact, name)
+
+    def results() -> tuple[Results, ...]:
+        ids, options, drawn = draw(dtype, **case)
+        leaves, exact = leaves_of(drawn, dtype), leaves_of(drawn, torch.float64)
+        got = with_gradients(ours(ids, options, leaves, backend), leaves, g)
+        assert all(t.dtype == dtype for t in got.values())
+        both = (with_gradients(eager(ids, options, given), given, g) for given in (leaves, exact))
+        return got, *both
+
+    judge(results() for _ in range(2))
 
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize(("tokens", "ids"), [(1, 3), (8, 2), (50, 3), (64, 1), (100, 40)])
 def test_rows_of_the_same_id_are_added_in_order(backend: str, tokens: int, ids: int) -> None:
     """Runs within a chunk, over several, ending with one; whole numbers, whose sum has one value."""
-    from mmfuse.kernels.text.op import passes
-
     keys = torch.randint(0, ids, (tokens, 1), device=DEVICE)
     dx = torch.randint(-9, 9, (tokens, 1, 40), device=DEVICE).float()
     for pad in (None, 0):
         want = torch.zeros(ids, 40, device=DEVICE).index_add_(0, keys[:, 0], dx[:, 0])
         want[: 0 if pad is None else 1] = 0
-        assert torch.equal(passes(backend).rows_summed(dx, keys, ids, pad), want)
+        assert torch.equal(WORDS[backend].rows_summed(dx, keys, ids, pad), want)
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -150,9 +140,8 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("backend", FUSED)
 def test_opcheck(backend: str) -> None:
     ids, options, leaves = draw(torch.float32, **CASES["norm and padding"])
-    given = (leaves["table"], None, *(leaves[k] for k in ("type_embed", "gamma", "beta")), options["pad_mask"])
-    torch.library.opcheck(embed_text_fwd.op, (ids, *given, 0.5, 1e-5, None, backend))
-    torch.library.opcheck(embed_text_fwd.op, (ids, leaves["table"], *[None] * 5, 1.0, None, 1, backend))
+    opcheck(lambda: ours(ids, options, leaves, backend))
+    opcheck(lambda: embed_text(ids, leaves["table"], padding_idx=1, backend=backend))
 
 
 def test_compile_and_export() -> None:
@@ -231,6 +220,9 @@ def beit3(dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], dict[s
     return leaves, options
 
 
+BOTH = [n for n in backends(lambda: embed_pair(**beit3(torch.float32)[0], **beit3(torch.float32)[1])) if n != "cuda"]
+
+
 def written_out(leaves: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
     """torchscale 0.3, embedding.py, multiway_network.py and encoder.py."""
     x = F.conv2d(leaves["pixels"], leaves["weight"], leaves["bias"], stride=4).flatten(2).transpose(1, 2)
@@ -244,24 +236,21 @@ def written_out(leaves: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BOTH)
-def test_multiway_tokens(backend: str, dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.float16) and (backend == "cpu" or GPU):
+def test_embed_pair(backend: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and backend != "torch" and (backend == "cpu" or GPU):
         pytest.skip(f"{backend} does not take float64")
+    if backend == "torch" and dtype != torch.float64:
+        pytest.skip("its formula is that of the eager code")
     g = torch.randn(B, 7 + L, D, device=DEVICE)
-    results = []
-    for _ in range(2):
-        leaves, options = beit3(dtype)
-        exact = {k: t.detach().double().requires_grad_() for k, t in leaves.items()}
-        results.append(
-            [
-                with_gradients(multiway_tokens(backend=backend, **leaves, **options), leaves, g),
-                with_gradients(written_out(leaves, options), leaves, g),
-                with_gradients(written_out(exact, options), exact, g),
-            ]
-        )
-    for name in results[0][0]:
-        got, want, exact = (torch.stack([r[way][name] for r in results]) for way in range(3))
-        no_worse(got, want, exact, name)
+
+    def results() -> tuple[Results, ...]:
+        drawn, options = beit3(dtype)
+        leaves, exact = leaves_of(drawn, dtype), leaves_of(drawn, torch.float64)
+        got = with_gradients(embed_pair(backend=backend, **leaves, **options), leaves, g)
+        both = (with_gradients(written_out(given, options), given, g) for given in (leaves, exact))
+        return got, *both
+
+    judge(results() for _ in range(2))
 
 
 def test_torchscales_modules() -> None:
@@ -283,7 +272,7 @@ def test_torchscales_modules() -> None:
     x = x + positions(x)
     padded = torch.cat([torch.zeros(B, 5, dtype=torch.bool, device=DEVICE), pad], 1)
     want = x * (1 - padded[..., None].type_as(x))
-    got = multiway_tokens(
+    got = embed_pair(
         pixels, ids, weight=vision.proj.weight, bias=vision.proj.bias, cls_token=vision.cls_token[0, 0],
         position=positions.A.weight, table=text.weight, text_position=positions.B.weight, mask=mask,
         mask_token=vision.mask_token[0, 0], pad_mask=pad,
@@ -291,39 +280,32 @@ def test_torchscales_modules() -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_multiway_tokens_without_a_class_token_or_a_mask() -> None:
+def test_embed_pair_without_a_class_token_or_a_mask() -> None:
     leaves, options = beit3()
     fewer = {k: t for k, t in leaves.items() if k != "cls_token"}
     mask = options.pop("mask")
-    got = multiway_tokens(**fewer, **options)
+    got = embed_pair(**fewer, **options)
     want = written_out(leaves | {"position": leaves["position"].roll(1, 0)}, options | {"mask": mask & False})[:, 1:]
     torch.testing.assert_close(got, want)
     assert (torch.autograd.grad(got.sum(), fewer["mask_token"], allow_unused=True)[0] == 0).all()
 
 
 @pytest.mark.parametrize("backend", BOTH)
-def test_multiway_opcheck(backend: str) -> None:
+def test_embed_pair_opcheck(backend: str) -> None:
     leaves, options = beit3(torch.float32)
-    vision = (
-        *(leaves[k] for k in ("pixels", "weight", "bias", "cls_token")),
-        leaves["position"][2:9].detach(),
-        leaves["mask_token"],
-    )
-    words = (options["ids"], leaves["table"], leaves["text_position"][2 : 2 + L].detach(), options["pad_mask"])
-    given = (*vision, options["mask"], None, None, *words, 1, torch.float32, backend)
-    torch.library.opcheck(multiway_fwd.op, given)
+    opcheck(lambda: embed_pair(backend=backend, **leaves, **options))
 
 
-def test_multiway_compiles() -> None:
+def test_embed_pair_compiles() -> None:
     leaves, options = beit3(torch.float32)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda t: multiway_tokens(**t, **options), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda t: embed_pair(**t, **options), fullgraph=True, backend="aot_eager")
     g = torch.ones(B, 7 + L, D, device=DEVICE)
-    got, want = (with_gradients(out, leaves, g) for out in (compiled(leaves), multiway_tokens(**leaves, **options)))
+    got, want = (with_gradients(out, leaves, g) for out in (compiled(leaves), embed_pair(**leaves, **options)))
     torch.testing.assert_close(got, want)
 
 
-def test_multiway_errors() -> None:
+def test_embed_pair_errors() -> None:
     leaves, options = beit3(torch.float32)
     for message, other in (
         ("ids has 2 rows, expected 3 as pixels", {"ids": options["ids"][:2]}),
@@ -338,4 +320,4 @@ def test_multiway_errors() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            multiway_tokens(**leaves | options | other)
+            embed_pair(**leaves | options | other)

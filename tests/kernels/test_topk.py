@@ -9,12 +9,12 @@ from torch import Tensor
 import mmfuse
 from judge import assert_no_worse
 from mmfuse.kernels.contrastive.topk import similarity_topk
-from mmfuse.kernels.contrastive.topk.op import TOPK, topk_op
+from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(8, 16, device=DEVICE)
-ALL = TOPK.available(PROBE, PROBE)
+ALL = backends(lambda: similarity_topk(PROBE, PROBE, 1))
 OURS = [n for n in ALL if n != "torch"]
 
 
@@ -35,7 +35,7 @@ def by_sorting(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("backend", ALL)
 def test_ties_come_in_the_order_of_the_gallery(backend: str, b: int, n: int, k: int, dtype: torch.dtype) -> None:
     queries, gallery = whole_numbers(b, n, dtype=dtype)
-    if backend not in TOPK.available(queries, gallery, k):
+    if backend not in backends(lambda: similarity_topk(queries, gallery, k)):
         pytest.skip(f"{backend} does not take {dtype} or k = {k}")
     if backend == "triton" and dtype == torch.bfloat16 and not GPU:
         pytest.skip("the interpreter's bfloat16 is not a GPU's")
@@ -96,7 +96,8 @@ def test_inputs_stay_and_no_gradient_flows() -> None:
 
 @pytest.mark.parametrize("backend", ALL)
 def test_opcheck(backend: str) -> None:
-    torch.library.opcheck(topk_op.op, (*whole_numbers(5, 20), 3, backend))
+    queries, gallery = whole_numbers(5, 20)
+    opcheck(lambda: similarity_topk(queries, gallery, 3, backend=backend))
 
 
 def test_compile() -> None:
@@ -113,7 +114,7 @@ def test_errors() -> None:
             similarity_topk(queries, gallery, k)
     with pytest.raises(TypeError, match="k is 1.5, expected an integer"):
         similarity_topk(queries, gallery, 1.5)
-    with pytest.raises(ValueError, match="gallery has 5 features per row, expected 6 as in queries"):
+    with pytest.raises(ValueError, match=r"gallery has shape .*expected \[N, 6\], as many features per row as queries"):
         similarity_topk(queries, gallery[:, :5], 3)
     with pytest.raises(TypeError, match="gallery has dtype torch.float64"):
         similarity_topk(queries, gallery.double(), 3)

@@ -71,9 +71,12 @@ def test_load_official_copies_into_the_models_dtype() -> None:
 
 
 def test_load_official_ignores_the_sizes_in_a_published_archive() -> None:
-    model = models.create("clip", TINY)
+    source, model = models.create("clip", TINY), models.create("clip", TINY)
     sizes = {k: torch.tensor(8) for k in ("input_resolution", "context_length", "vocab_size")}
-    models.load_official(model, model.state_dict() | sizes)
+    models.load_official(model, source.state_dict() | sizes)
+    assert all(torch.equal(t, source.state_dict()[k]) for k, t in model.state_dict().items())
+    with pytest.raises(ValueError, match="unexpected: image_resolution"):
+        models.load_official(model, source.state_dict() | {"image_resolution": torch.tensor(8)})
 
 
 def test_load_official_lists_every_problem_and_copies_nothing() -> None:

@@ -11,8 +11,8 @@ import pytest
 import mmfuse
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("mmfuse", "bench", "export", "models", "fused", "kernels", "csrc", "tests", ".ci")
-TEXT = {".py", ".md", ".toml", ".in", ".cpp", ".cu", ".cuh", ".h", ".json", ".jsonl", ""}
+FOLDERS = ("mmfuse", "bench", "export", "models", "fused", "kernels", "csrc", "tests", "docs", "examples", ".ci")
+TEXT = {".py", ".md", ".toml", ".in", ".cpp", ".cu", ".cuh", ".h", ".json", ".jsonl", ".yml", ""}
 FILES = [
     f
     for f in (*ROOT.glob("*"), *(f for folder in FOLDERS for f in (ROOT / folder).rglob("*")))

@@ -10,12 +10,28 @@ c are U near the positives: with them the sums keep their digits where S hardly 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.contrastive.blocked import Blocks, Gradients
+from mmfuse.kernels.contrastive.blocked import Blocks, Gradients, Statistics
+
+
+@dataclass(frozen=True)
+class Models:
+    """A student, its teacher, and how much the directions count."""
+
+    image: Tensor  # [b, D]
+    text: Tensor  # [N, D]
+    scale: Tensor
+    teacher_image: Tensor  # [b, Dt]
+    teacher_text: Tensor  # [N, Dt]
+    teacher_scale: Tensor
+    w_image: float
+    w_text: float
+    row_offset: int
 
 
 class Side(NamedTuple):
@@ -30,75 +46,36 @@ class Side(NamedTuple):
     kappa: Tensor
 
 
-class _Stats:
-    """The statistics of a matrix of logits, as its blocks of rows come."""
-
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor):
-        self.scale, self.blocks = scale, Blocks(x, y)
-        like: Any = {"dtype": self.blocks.acc, "device": x.device}
-        self.u = self.blocks.block(self.blocks.acc)
-        self.row_max, self.col_max = (torch.full((len(t),), -torch.inf, **like) for t in (x, y))
-        self.row_sum, self.col_sum = (torch.zeros(len(t), **like) for t in (x, y))
-        self.positive = torch.empty(len(x), **like)
-        self.none, self.nothing_kept = torch.empty(0, **like), torch.empty(0, dtype=torch.int16, device=x.device)
-
-    def add(self, tile: Any, i: int, j: int, diagonal: int) -> Tensor:
-        u = self.blocks.logits(i, j, self.u[: j - i])
-        into = (self.row_max[i:j], self.row_sum[i:j], self.col_max, self.col_sum)
-        tile.logit_stats(u, self.scale, diagonal, self.none, *into, self.nothing_kept)
-        self.positive[i:j] = u.diagonal(diagonal)
-        return u
-
-    def sums(self) -> tuple[Tensor, Tensor]:
-        return self.row_sum, self.col_sum
-
-    def found(self) -> tuple[Tensor, ...]:
-        return self.row_max, self.row_sum, self.col_max, self.col_sum, self.positive
-
-
-def stats(
-    tile: Any,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    x_t: Tensor,
-    y_t: Tensor,
-    t_scale: Tensor,
-    centre: Tensor,
-    row_offset: int,
-) -> tuple[Tensor, ...]:
+def stats(tile: Any, given: Models, centre: Tensor) -> tuple[Tensor, ...]:
     """(row_max, row_sum, col_max, col_sum, positive) of S and of T, and the sums of exp(T - m) S, [b] and [N]."""
-    student, teacher = _Stats(x, y, scale), _Stats(x_t, y_t, t_scale)
+    of_s, of_t = Blocks(given.image, given.text), Blocks(given.teacher_image, given.teacher_text)
+    student, teacher = Statistics(of_s, given.scale), Statistics(of_t, given.teacher_scale)
     # the teacher's sums again, of the same exponentials as the products with S
-    (row_sum, row_cross), (col_sum, col_cross) = ((torch.zeros_like(t), torch.zeros_like(t)) for t in teacher.sums())
-    if len(x) and len(y):
-        for i, j in student.blocks.spans:
-            diagonal, before = i + row_offset, teacher.col_max.clone()
-            u, t = student.add(tile, i, j, diagonal), teacher.add(tile, i, j, diagonal)
+    row_sum, row_cross = torch.zeros_like(teacher.row_sum), torch.zeros_like(teacher.row_sum)
+    col_sum, col_cross = torch.zeros_like(teacher.col_sum), torch.zeros_like(teacher.col_sum)
+    if len(given.image) and len(given.text):
+        u_block, t_block, none = of_s.block(of_s.acc), of_t.block(of_t.acc), centre[:0]
+        for i, j in of_s.spans:
+            u, t = of_s.logits(i, j, u_block[: j - i]), of_t.logits(i, j, t_block[: j - i])
+            diagonal, before = i + given.row_offset, teacher.col_max.clone()
+            student.add(tile, u, i, diagonal, none, none)
+            teacher.add(tile, t, i, diagonal, none, none)
             largest = (teacher.row_max[i:j], before, teacher.col_max)
-            into = (centre[i:j], centre[len(x) :], row_sum[i:j], col_sum, row_cross[i:j], col_cross)
-            tile.cross_stats(u, t, scale, t_scale, diagonal, *largest, *into)
-    return *student.found(), teacher.row_max, row_sum, teacher.col_max, col_sum, teacher.positive, row_cross, col_cross
+            into = (centre[i:j], centre[len(given.image) :], row_sum[i:j], col_sum, row_cross[i:j], col_cross)
+            tile.cross_stats(u, t, given.scale, given.teacher_scale, diagonal, *largest, *into)
+    return *student.all(), teacher.row_max, row_sum, teacher.col_max, col_sum, teacher.positive, row_cross, col_cross
 
 
 def grad(
-    tile: Any,
-    student: Side,
-    teacher: Side,
-    alpha: Tensor,
-    d: Tensor,
-    row_offset: int,
-    need_x: bool,
-    need_y: bool,
-    need_s: bool,
+    tile: Any, student: Side, teacher: Side, alpha: Tensor, d: Tensor, row_offset: int, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, ds) of the student, alpha times G's."""
+    """(dx, dy, ds) of the student, alpha times G's; empty what of x, y and the scale `needs` none."""
 
     def fill(u: Tensor, t: Tensor, i: int, j: int, g: Tensor) -> None:
         weights = [w for side in (student, teacher) for w in (side.a[i:j], side.rho[i:j], side.b, side.kappa)]
         tile.distill_grad(u, t, student.scale, teacher.scale, *weights, g)
 
-    return _gradients(student, teacher, False, fill, alpha, d, row_offset, need_x, need_y, need_s)
+    return _gradients(student, teacher, False, fill, alpha, d, row_offset, *needs)
 
 
 def teacher_grad(

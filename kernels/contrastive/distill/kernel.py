@@ -22,7 +22,7 @@ from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import aligned_rows, finite, products, tile_of
 from mmfuse.kernels.contrastive import kernel as template
-from mmfuse.kernels.contrastive.distill.blocked import Side
+from mmfuse.kernels.contrastive.distill.blocked import Models, Side
 from mmfuse.kernels.contrastive.kernel import _finish_tile, _negatives_of, _parts, _softmaxes, _sums_of
 
 
@@ -211,25 +211,16 @@ def _settings(x: Tensor, x_t: Tensor) -> dict[str, object]:
     return settings | {"T_EVEN_D": x_t.shape[1] % settings["BLOCK_D"] == 0}
 
 
-def stats(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    x_t: Tensor,
-    y_t: Tensor,
-    t_scale: Tensor,
-    centre: Tensor,
-    row_offset: int,
-) -> tuple[Tensor, ...]:
+def stats(given: Models, centre: Tensor) -> tuple[Tensor, ...]:
     """See `blocked.stats`. Extra memory: 20 (N R / BLOCK_M + R N / BLOCK_N) bytes for R = 16384 rows at a time."""
-    b, n = len(x), len(y)
-    new = {"dtype": accumulation_dtype(x.dtype), "device": x.device}
+    b, n = len(given.image), len(given.text)
+    new = {"dtype": accumulation_dtype(given.image.dtype), "device": centre.device}
     # per direction: m and l of S; m, l and c of T
     rows, cols = (torch.zeros(5, k, **new) for k in (b, n))
     for found in (rows, cols):
         found[0], found[2] = -torch.inf, -torch.inf
     positive, t_positive = torch.empty(2, b, **new)
-    x, y, x_t, y_t = map(aligned_rows, (x, y, x_t, y_t))
+    x, y, x_t, y_t = map(aligned_rows, (given.image, given.text, given.teacher_image, given.teacher_text))
     settings = _settings(x, x_t)
     tiles_n = triton.cdiv(n, settings["BLOCK_N"])
     for i in range(0, b if n else 0, template._ROWS):
@@ -249,10 +240,10 @@ def stats(
             t_positive_ptr=t_positive[here],
             x_ptr=x[here],
             y_ptr=y,
-            scale_ptr=scale,
+            scale_ptr=given.scale,
             t_x_ptr=x_t[here],
             t_y_ptr=y_t,
-            t_scale_ptr=t_scale,
+            t_scale_ptr=given.teacher_scale,
             stride_x=x.stride(0),
             stride_y=y.stride(0),
             t_stride_x=x_t.stride(0),
@@ -261,7 +252,7 @@ def stats(
             T_D=x_t.shape[1],
             M=m,
             N=n,
-            diagonal=i + row_offset,
+            diagonal=i + given.row_offset,
             **settings,
         )
         for into, parts in ((rows[:, here], row), (cols, col)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,10 @@ from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, weights_of
 from mmfuse.kernels.contrastive.backends import over_tiles
-from mmfuse.kernels.contrastive.blocked import centres
+from mmfuse.kernels.contrastive.blocked import positive_logits
 from mmfuse.kernels.contrastive.distill import blocked
-from mmfuse.kernels.contrastive.distill.blocked import Side
-from mmfuse.kernels.contrastive.normalisers import above, column_normaliser, normaliser
+from mmfuse.kernels.contrastive.distill.blocked import Models, Side
+from mmfuse.kernels.contrastive.normalisers import column_normaliser, negative_log_prob, normaliser
 
 
 class Outputs(NamedTuple):
@@ -26,27 +27,16 @@ class Outputs(NamedTuple):
     columns: Tensor  # [4, N]: m and l of student and teacher
 
 
-def _forward(
-    passes: Any,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    teacher_scale: Tensor,
-    w_image: float,
-    w_text: float,
-    row_offset: int,
-) -> Outputs:
-    features = (image, text, scale, teacher_image, teacher_text, teacher_scale)
-    centre = centres(image, text, row_offset)
-    *found, row_cross, col_cross = passes.stats(*features, centre, row_offset)
+def _forward(passes: Any, given: Models) -> Outputs:
+    image, scale, w_image, w_text, row_offset = given.image, given.scale, given.w_image, given.w_text, given.row_offset
+    centre = positive_logits(image, given.text, row_offset)
+    *found, row_cross, col_cross = passes.stats(given, centre)
     row_max, row_sum, col_max, col_sum, positive = found[:5]
     t_row_max, t_row_sum, t_col_max, t_col_sum, t_positive = found[5:]
     pairs = slice(row_offset, row_offset + len(image))
-    diag, t_diag = scale * positive, teacher_scale * t_positive
-    row = above(row_max, row_sum, diag)
-    column = above(col_max[pairs], col_sum[pairs], diag)
+    diag, t_diag = scale * positive, given.teacher_scale * t_positive
+    row = negative_log_prob(row_max, row_sum, diag)
+    column = negative_log_prob(col_max[pairs], col_sum[pairs], diag)
     contrastive = (w_image * row + w_text * column).mean()
     # -sum_j Pt_ij log P_ij = (rho_i - S_ii) - sum_j Pt_ij (S_ij - S_ii)
     nearly = scale * (centre[: len(image)] - positive)
@@ -63,28 +53,15 @@ def _mean_above(m: Tensor, l: Tensor, cross: Tensor, t_diag: Tensor, centre: Ten
     return (cross + centre * l) * torch.exp(m - r) * inverse
 
 
-def _fake(image: Tensor, text: Tensor, scale: Tensor) -> Outputs:
-    new = scale.new_empty
-    return Outputs(new(()), new(()), new((8, image.shape[0])), new((4, text.shape[0])))
+def _fake(given: Models) -> Outputs:
+    new = given.scale.new_empty
+    return Outputs(new(()), new(()), new((8, given.image.shape[0])), new((4, given.text.shape[0])))
 
 
 def _backward(
-    passes: Any,
-    g: Tensor | None,
-    g_distill: Tensor | None,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    teacher_scale: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    w_image: float,
-    w_text: float,
-    row_offset: int,
-    needs: Any,
+    passes: Any, g: Tensor | None, g_distill: Tensor | None, given: Models, rows: Tensor, columns: Tensor, needs: Any
 ) -> dict[str, Tensor]:
+    image, text, scale, teacher_image, teacher_text, teacher_scale, w_image, w_text, row_offset = vars(given).values()
     grads: dict[str, Tensor] = {}
     of_student, of_teacher = needs[:3], needs[3:]
     zero = torch.zeros_like(scale)
@@ -120,7 +97,7 @@ def _backward(
     if any(of_teacher):
         # dT_ij = c2 [w_r Pt_ij (sum_k Pt_ik S_ik - S_ij) + w_c Qt_ij (sum_k Qt_kj S_kj - S_ij)] g / b
         d_row, d_col = c2 * w_image * (1 - t_miss) * row_mean, c2 * w_text * (1 - t_col_miss) * col_mean
-        centre = centres(image, text, row_offset)
+        centre = positive_logits(image, text, row_offset)
         nearly = scale * (positive - centre[:b])
         mean = torch.cat([nearly + row_mean, torch.zeros_like(col_max)])
         mean[b:][pairs] = nearly + col_mean
@@ -134,8 +111,16 @@ def _backward(
 
 
 # on a CPU, eager is faster for fewer than side x side pairs, as for CLIP's loss
-_SIDES = {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 2048}
-_CHUNKED_SIDES = {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096}
+_SIDES = {
+    "cpu": {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 2048},
+    "chunked": {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096},
+}
+
+
+def _few_pairs(backend: str, given: Models) -> str | None:
+    return few_pairs(_SIDES[backend])(given.image, given.text)
+
+
 _TILED = over_tiles(blocked, "stats", "grad", "teacher_grad")
 
 DISTILL = Operator(
@@ -143,16 +128,13 @@ DISTILL = Operator(
     forward=_forward,
     backward=_backward,
     fake=_fake,
+    on=lambda given: given.image,
     differentiable=("image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale"),
     implementations=[
         Implementation("triton", passes=Deferred("mmfuse.kernels.contrastive.distill.kernel")),
-        Implementation("cpu", passes=_TILED["cpu"], prefer_eager=lambda image, text: few_pairs(image, text, _SIDES)),
-        Implementation(
-            "chunked",
-            passes=_TILED["chunked"],
-            prefer_eager=lambda image, text: few_pairs(image, text, _CHUNKED_SIDES),
-        ),
-        Implementation("torch", function=reference.distill_loss),
+        Implementation("cpu", passes=_TILED["cpu"], prefer_eager=partial(_few_pairs, "cpu")),
+        Implementation("chunked", passes=_TILED["chunked"], prefer_eager=partial(_few_pairs, "chunked")),
+        Implementation("torch", function=lambda given: reference.distill_loss(**vars(given))),
     ],
     example=lambda x, **how: distill_clip_loss(x, x, 1.0, x, x, 1.0, **how),
 )
@@ -203,6 +185,6 @@ def distill_clip_loss(
     for name, t, rows in zip(names, teacher, (image, text), strict=True):
         check(name, t, (rows.shape[0], "Dt"), f" with the rows of {name[8:]}", image.dtype, ("image", image))
     t_scale = scalar("teacher_scale", teacher_scale, image)
-    w_image, w_text = weights_of(weights)
-    found = DISTILL(image, text, scale, *teacher, t_scale, w_image, w_text, row_offset, backend=backend)
-    return found[0], found[1]
+    given = Models(image, text, scale, *teacher, t_scale, *weights_of(weights), row_offset)
+    contrastive, distill, *_ = DISTILL(given, backend=backend)
+    return contrastive, distill

@@ -187,7 +187,7 @@ class Ring:
         return received
 
 
-class Around(Ring):
+class RingExchange(Ring):
     """CLIP's texts once around a ring in the forward, and once more with their gradients: none but the own are kept.
 
     [N] numbers, one of each text, stand by rank.
@@ -233,18 +233,9 @@ def _global(peers: Peers, rank: int) -> int:
     return rank if peers.group is None else dist.get_global_rank(peers.group, rank)
 
 
-def _shift(peers: Peers) -> Ring:
-    return Ring(peers, {1: peers.size - 1})
-
-
-def _bidir(peers: Peers) -> Ring:
-    there, back = divmod(peers.size - 1, 2)
-    return Ring(peers, {1: there + back, -1: there})
-
-
 EXCHANGES: dict[str, Callable[[Peers], Gather | Reduce | Ring]] = {
-    "bidir": _bidir,
-    "shift": _shift,
+    "bidir": lambda peers: Ring(peers, {1: peers.size // 2, -1: (peers.size - 1) // 2}),
+    "shift": lambda peers: Ring(peers, {1: peers.size - 1}),
     "reduce": Reduce,
     "gather": Gather,
 }

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Implementation, Operator, UnsupportedError
-from mmfuse.kernels._runtime.arguments import scalar
+from mmfuse.kernels._runtime.arguments import check, one_of, scalar
 from mmfuse.kernels._runtime.dispatch import forced_backend
+from mmfuse.kernels._runtime.registration import without_autocast
+from mmfuse.kernels._runtime.thresholds import fewer_pairs
 from mmfuse.kernels.contrastive import op
-from mmfuse.kernels.contrastive.arguments import features, weights_of
+from mmfuse.kernels.contrastive.arguments import features, needs_gradient, weights_of
 from mmfuse.kernels.contrastive.backends import TEMPLATE
 from mmfuse.kernels.contrastive.distributed import reference
-from mmfuse.kernels.contrastive.distributed.exchange import EXCHANGES, Around, Gather
-from mmfuse.kernels.contrastive.distributed.peers import Peers, meet, members, refuse
+from mmfuse.kernels.contrastive.distributed.exchange import EXCHANGES, Gather, RingExchange
+from mmfuse.kernels.contrastive.distributed.peers import Peers, agree_on_sizes, members, refuse
 from mmfuse.kernels.contrastive.distributed.reference import Mode
-from mmfuse.kernels.contrastive.normalisers import above, merged, normaliser
+from mmfuse.kernels.contrastive.normalisers import merged, negative_log_prob, normaliser
 
 GradScale = Literal["open_clip", "true"]
 DistImpl = Literal["bidir", "shift", "reduce", "gather"]
@@ -35,29 +37,21 @@ _SIGLIP_SIDES = {
 }
 
 
-def _few_pairs(sides: dict[torch.dtype, int], image: Tensor, peers: Peers | None) -> str | None:
-    side = sides.get(image.dtype, 0)
-    if peers is None or image.device.type != "cpu" or max(peers.sizes) * peers.total >= side**2:
-        return None
-    return f"eager is faster for fewer than {side} x {side} pairs in {str(image.dtype)[6:]}"
-
-
 def _implementations(
     fused: Callable[..., Tensor], plain: Callable[..., Tensor], sides: dict[str, dict[torch.dtype, int]]
 ) -> list[Implementation]:
-    return [
+    def few_pairs(name: str, image: Tensor, peers: Peers | None) -> str | None:
+        return None if peers is None else fewer_pairs(sides[name], image, max(peers.sizes) * peers.total)
+
+    prefer = {name: partial(few_pairs, name) for name in sides}
+    kernels = {"triton": [TEMPLATE["triton"].module]}
+    implementations = [
         Implementation(
-            name,
-            function=partial(fused, name),
-            prefer_eager=partial(_few_pairs, sides[name]) if name in sides else None,
-            kernels=[TEMPLATE["triton"].module] if name == "triton" else (),
+            name, function=partial(fused, name), prefer_eager=prefer.get(name), kernels=kernels.get(name, ())
         )
-        for name in ("cuda", "triton", "cpu", "chunked")
-    ] + [Implementation("torch", function=plain)]
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+        for name in TEMPLATE
+    ]
+    return [*implementations, Implementation("torch", function=plain)]
 
 
 def _nonzero(number: Tensor) -> Tensor:
@@ -73,9 +67,9 @@ class _Clip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode, backend: str) -> Tensor:
-        exchange = (Around if mode.ring else Gather)(peers)
+        exchange = (RingExchange if mode.ring else Gather)(peers)
         stats = TEMPLATE[backend].stats
-        with _no_autocast(image):
+        with without_autocast(image.device.type):
             ys: list[Tensor] = []
             found = []
             for y, at in exchange.blocks(text):
@@ -93,8 +87,8 @@ class _Clip(torch.autograd.Function):
             negatives, positives = peers.sum_(
                 torch.stack([col_sum * torch.exp(col_max - kappa), torch.exp(own - kappa)])
             )
-            row = above(row_max, row_sum, diag)
-            column = above(exchange.by_block(kappa)[0], exchange.by_block(negatives)[0], diag)
+            row = negative_log_prob(row_max, row_sum, diag)
+            column = negative_log_prob(exchange.by_block(kappa)[0], exchange.by_block(negatives)[0], diag)
             loss = (mode.w_image * row + mode.w_text * column).sum() / mode.divisor
             if not mode.local_loss:
                 peers.sum_(loss)
@@ -109,7 +103,7 @@ class _Clip(torch.autograd.Function):
         x, scale, row_max, row_sum, diag, kappa, negatives, positives, *kept = ctx.saved_tensors
         need_x, need_y, need_s = ctx.needs_input_grad[:3]
         peers = exchange.peers
-        with _no_autocast(x):
+        with without_autocast(x.device.type):
             z = negatives + positives
             rho, a, miss = normaliser(row_max, row_sum, diag)
             a, b = mode.w_image * a, mode.w_text / z
@@ -252,15 +246,12 @@ def distributed_clip_loss(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     with _telling(group, sizes):
-        image, text, scale = features(image, text, logit_scale, 0, paired=False)
-        _same_rows(image, text)
+        image, text, scale = features(image, text, logit_scale, None)
+        check("text", text, image.shape, ", as image: row i of both is a pair")
         w = weights_of(weights)
-        if grad_scale not in ("open_clip", "true"):
-            raise ValueError(f"grad_scale is {grad_scale!r}, expected 'open_clip' or 'true'")
-        if save not in ("auto", "recompute", "store"):
-            raise ValueError(f"save is {save!r}, expected 'auto', 'recompute' or 'store'")
-        if dist_impl not in ("gather", "ring"):
-            raise ValueError(f"dist_impl is {dist_impl!r}, expected 'gather' or 'ring'")
+        one_of("grad_scale", grad_scale, get_args(GradScale))
+        one_of("save", save, get_args(op.Save))
+        one_of("dist_impl", dist_impl, ("gather", "ring"))
         true = grad_scale == "true"
         local_loss = bool(local_loss)
         gather_with_grad = bool(gather_with_grad) or true or members(group)[1] == 1  # alone, there is nothing to gather
@@ -268,35 +259,27 @@ def distributed_clip_loss(
         if ring and local_loss and not gather_with_grad:
             raise ValueError("dist_impl is 'ring', expected 'gather' for local_loss without gather_with_grad")
         DISTRIBUTED_CLIP.choose((image, text, scale, None, None), backend)
-    settings = _wanted(image, text, scale, backend) | {"loss": "clip_loss", "grad_scale": grad_scale}
-    settings |= {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "dist_impl": dist_impl}
-    peers = meet(group, image, sizes, settings)
+    settings = {"grad_scale": grad_scale, "local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    given = {"image": image, "text": text, "logit_scale": scale}
+    peers = _agree(group, sizes, backend, given, loss="clip_loss", dist_impl=dist_impl, **settings)
     divisor: float = max(1, peers.total)
     if local_loss:
         divisor = divisor / peers.size if true else max(1, len(image))
-    needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
     save = "recompute" if ring and save == "auto" else save
-    kept = op.kept_logits(save, store_budget, image, peers.total) if needs else ""
+    kept = op.kept_logits(save, store_budget, image, peers.total) if needs_gradient(image, text, scale) else ""
     split_scale = not true and peers.size > 1
     mode = Mode(local_loss, gather_with_grad, split_scale, float(divisor), *w, kept, ring)
     # the choice is the same on all ranks, now that they are known
     return DISTRIBUTED_CLIP(image, text, scale, peers, mode, backend=backend)  # type: ignore[no-any-return]
 
 
-def _same_rows(image: Tensor, text: Tensor) -> None:
-    if len(image) != len(text):
-        raise ValueError(f"text has {len(text)} rows, expected {len(image)} as image: row i of both is a pair")
-
-
-def _wanted(image: Tensor, text: Tensor, scale: Tensor, backend: str | None) -> dict[str, bool | str]:
-    """What the ranks' collectives depend on beside the loss itself."""
-    graph = torch.is_grad_enabled()
-    wanted = {f"gradient of {name}": graph and t.requires_grad for name, t in (("image", image), ("text", text))}
-    return {
-        **wanted,
-        "gradient of logit_scale": graph and scale.requires_grad,
-        "backend": backend or forced_backend() or "",
-    }
+def _agree(
+    group: Any, sizes: Sequence[int] | None, backend: str | None, features: dict[str, Tensor], **settings: bool | str
+) -> Peers:
+    """The ranks' numbers of rows; what their collectives depend on is the same."""
+    wanted = {f"gradient of {name}": needs_gradient(t) for name, t in features.items()}
+    settings |= {"backend": backend or forced_backend() or ""}
+    return agree_on_sizes(group, features["image"], sizes, wanted | settings)
 
 
 @contextmanager
@@ -319,22 +302,13 @@ class _Siglip(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        peers: Peers,
-        dist_impl: str,
-        needs: tuple[bool, bool],
-        backend: str,
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, exchange: Any, needs: Any, backend: str
     ) -> Tensor:
-        exchange = EXCHANGES[dist_impl](peers)
         need_x, need_y = needs
         sums = scale.new_zeros(3)
         dx = torch.zeros(image.shape if need_x else 0, dtype=scale.dtype, device=image.device)
         dys = []
-        with _no_autocast(image):
+        with without_autocast(image.device.type):
             for y, positives_at in exchange.blocks(text):
                 paired = positives_at is not None
                 loss, dx_part, dy, ds, db = TEMPLATE[backend].sigmoid(
@@ -355,15 +329,14 @@ class _Siglip(torch.autograd.Function):
         dx, ds, db, *dys = ctx.saved_tensors
         dy = ctx.exchange.home((g * dy).to(dy.dtype) for dy in reversed(dys)) if ctx.text_grad else None
         x, _, s, b = ctx.needs_input_grad[:4]
-        return (g * dx).to(dx.dtype) if x else None, dy, g * ds if s else None, g * db if b else None, *[None] * 4
+        return (g * dx).to(dx.dtype) if x else None, dy, g * ds if s else None, g * db if b else None, *[None] * 3
 
 
 def _fused_siglip(
     backend: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, peers: Peers, dist_impl: str
 ) -> Tensor:
-    graph = torch.is_grad_enabled()
-    needs = (graph and image.requires_grad, graph and text.requires_grad)
-    return _Siglip.apply(image, text, scale, bias, peers, dist_impl, needs, backend)
+    needs = (needs_gradient(image), needs_gradient(text))
+    return _Siglip.apply(image, text, scale, bias, EXCHANGES[dist_impl](peers), needs, backend)
 
 
 DISTRIBUTED_SIGLIP = Operator(
@@ -419,12 +392,11 @@ def distributed_siglip_loss(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     with _telling(group, sizes):
-        image, text, scale = features(image, text, logit_scale, 0, paired=False)
-        _same_rows(image, text)
+        image, text, scale = features(image, text, logit_scale, None)
+        check("text", text, image.shape, ", as image: row i of both is a pair")
         bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
-        if dist_impl not in EXCHANGES:
-            raise ValueError(f"dist_impl is {dist_impl!r}, expected 'bidir', 'shift', 'reduce' or 'gather'")
+        one_of("dist_impl", dist_impl, EXCHANGES)
         DISTRIBUTED_SIGLIP.choose((image, text, scale, bias, None, dist_impl), backend)
-    settings = _wanted(image, text, scale, backend) | {"loss": "siglip_loss", "dist_impl": dist_impl}
-    peers = meet(group, image, sizes, settings)
+    given = {"image": image, "text": text, "logit_scale": scale}
+    peers = _agree(group, sizes, backend, given, loss="siglip_loss", dist_impl=dist_impl)
     return DISTRIBUTED_SIGLIP(image, text, scale, bias, peers, dist_impl, backend=backend)  # type: ignore[no-any-return]

@@ -171,7 +171,7 @@ def refuse(group: Any) -> None:
     _exchange(group, [False])
 
 
-def meet(group: Any, image: Tensor, sizes: Sequence[int] | None, settings: dict[str, bool | str]) -> Peers:
+def agree_on_sizes(group: Any, image: Tensor, sizes: Sequence[int] | None, settings: dict[str, bool | str]) -> Peers:
     """Exchange the number of rows, and make sure that everything else agrees: a dozen integers, once.
 
     With `sizes` nothing is exchanged, nor checked. Where only a GPU can exchange, the host waits for it, in a stream of

@@ -11,25 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime import Operator
 from mmfuse.kernels._runtime.arguments import check
 from mmfuse.kernels._runtime.thresholds import few_pairs
-from mmfuse.kernels.contrastive.arguments import features
-from mmfuse.kernels.contrastive.backends import TEMPLATE
+from mmfuse.kernels.contrastive.arguments import features, needs_gradient
+from mmfuse.kernels.contrastive.backends import of_template
 from mmfuse.kernels.contrastive.blocked import finite
 from mmfuse.kernels.contrastive.global_loss import reference
-from mmfuse.kernels.contrastive.op import kept_logits, units, units_fake, units_kept
+from mmfuse.kernels.contrastive.op import Pair, kept_logits, normalize_pair, normalize_pair_kept
 
 
 class Outputs(NamedTuple):
     loss: Tensor
-    new_log_u: Tensor  # [N], as all of the following
-    new_log_w: Tensor
-    rho: Tensor
-    a: Tensor
-    kappa: Tensor
-    b: Tensor
-    ratios: Tensor
+    new_log_u: Tensor  # [N]
+    new_log_w: Tensor  # [N]
+    normalisers: Tensor  # [5, N]: a, rho, b, kappa, and the sums of the rows and the columns of G
     logits: Tensor  # [N, N] as `save` says, or empty
     x: Tensor  # the features normalised, or empty where they were given so
     y: Tensor
@@ -49,8 +45,8 @@ def _forward(
     normalize: bool,
     save: str,
 ) -> Outputs:
-    x, y, x_inv, y_inv = units(image, text, scale, normalize)
-    row_max, row_sum, col_max, col_sum, positive, logits = passes.stats(x, y, scale, 0, save)
+    pair = normalize_pair(image, text, normalize)
+    row_max, row_sum, col_max, col_sum, positive, logits = passes.stats(pair.x, pair.y, scale, 0, save)
     # float64 for the N exponents: one of 100 has 7e-6 for its last digit in float32
     diag = scale * positive.double()
     log_u, a = _weights(row_max, row_sum, diag, log_u, gamma, eps)
@@ -58,8 +54,8 @@ def _forward(
     # g / (u + eps) + h / (w + eps), which are the sums of the rows and of the columns of G
     ratios = a * row_sum + b * col_sum
     loss = ratios.mean() / scale
-    unit = units_kept(x, y, x_inv, y_inv, scale)
-    return Outputs(loss, log_u, log_w, finite(row_max), a, finite(col_max), b, ratios, logits, *unit)
+    normalisers = torch.stack([a, finite(row_max), b, finite(col_max), ratios])
+    return Outputs(loss, log_u, log_w, normalisers, logits, *normalize_pair_kept(pair, normalize))
 
 
 def _weights(m: Tensor, l: Tensor, diag: Tensor, log_u: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor]:  # noqa: E741
@@ -73,36 +69,25 @@ def _weights(m: Tensor, l: Tensor, diag: Tensor, log_u: Tensor, gamma: float, ep
 def _fake(image: Tensor, text: Tensor, scale: Tensor, normalize: bool, save: str) -> Outputs:
     n, new = image.shape[0], scale.new_empty
     logits = new((n, n), dtype=torch.int16 if save == "int16" else scale.dtype) if save else new(0)
-    return Outputs(new(()), *(new(n) for _ in range(7)), logits, *units_fake(image, text, scale, normalize))
+    kept = normalize_pair_kept(normalize_pair(image, text, normalize), normalize)
+    return Outputs(new(()), new(n), new(n), new((5, n)), logits, *kept)
 
 
 def _backward(
-    passes: Any,
-    g: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    rho: Tensor,
-    a: Tensor,
-    kappa: Tensor,
-    b: Tensor,
-    ratios: Tensor,
-    logits: Tensor,
-    x_inv: Tensor,
-    y_inv: Tensor,
-    gamma: float,
-    needs: Any,
+    passes: Any, g: Tensor, pair: Pair, scale: Tensor, normalisers: Tensor, logits: Tensor, gamma: float, needs: Any
 ) -> dict[str, Tensor]:
     # u >= gamma g: gamma G is bounded by 2, as float16 needs it
-    alpha = g.to(scale.dtype) / (gamma * max(len(x), 1) * scale)
-    inverses = (x_inv, y_inv) if x_inv.numel() else (None, None)
-    normalisers = (gamma * a, rho, gamma * b, kappa, -gamma * ratios)
-    dx, dy, ds = passes.grad(x, y, scale, alpha, *normalisers, 0.0, 0, logits, *inverses, *needs)
+    alpha = g.to(scale.dtype) / (gamma * max(len(pair.x), 1) * scale)
+    a, rho, b, kappa, ratios = normalisers
+    weighted = (gamma * a, rho, gamma * b, kappa, -gamma * ratios)
+    dx, dy, ds = passes.grad(pair.x, pair.y, scale, alpha, *weighted, 0.0, 0, logits, *pair.inverses, *needs)
     return {"image": dx, "text": dy, "scale": ds}
 
 
-_SIDES = {torch.float32: 192, torch.float64: 192, torch.bfloat16: 2048}
-_CHUNKED_SIDES = {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096}
+_SIDES = {
+    "cpu": {torch.float32: 192, torch.float64: 192, torch.bfloat16: 2048},
+    "chunked": {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096},
+}
 
 GLOBAL = Operator(
     "global_contrastive_loss",
@@ -111,17 +96,10 @@ GLOBAL = Operator(
     fake=_fake,
     differentiable=("image", "text", "scale"),
     instead={"x": "image", "y": "text"},
-    implementations=[
-        Implementation("cuda", passes=TEMPLATE["cuda"]),
-        Implementation("triton", passes=TEMPLATE["triton"]),
-        Implementation("cpu", passes=TEMPLATE["cpu"], prefer_eager=lambda image, text: few_pairs(image, text, _SIDES)),
-        Implementation(
-            "chunked",
-            passes=TEMPLATE["chunked"],
-            prefer_eager=lambda image, text: few_pairs(image, text, _CHUNKED_SIDES),
-        ),
-        Implementation("torch", function=lambda save, **given: reference.global_contrastive_loss(**given)),
-    ],
+    implementations=of_template(
+        lambda save, **given: reference.global_contrastive_loss(**given),
+        prefer_eager={name: few_pairs(sides) for name, sides in _SIDES.items()},
+    ),
     example=lambda x, **how: global_contrastive_loss(x, x, 1.0, *x.new_zeros(2, len(x)), 0.5, **how),
 )
 
@@ -171,8 +149,7 @@ def global_contrastive_loss(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     image, text, scale = features(image, text, logit_scale, 0)
-    if len(image) != len(text):
-        raise ValueError(f"text has {len(text)} rows, expected {len(image)} as image")
+    check("text", text, image.shape, " as image")
     for name, t in (("log_u", log_u), ("log_w", log_w)):
         check(name, t, image.shape[:1], " as image has rows", like=("image", image))
     if not 0 < gamma <= 1:
@@ -180,9 +157,6 @@ def global_contrastive_loss(
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}, expected a finite number >= 0")
     old = (t.detach().to(scale.dtype) for t in (log_u, log_w))
-    needs = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
-    save = kept_logits("auto", None, image, len(text)) if needs else ""
-    loss, log_u, log_w, *_ = GLOBAL(
-        image, text, scale, *old, float(gamma), float(eps), normalize, save, backend=backend
-    )
-    return loss, log_u, log_w
+    save = kept_logits("auto", None, image, text.shape[0]) if needs_gradient(image, text, scale) else ""
+    found = GLOBAL(image, text, scale, *old, float(gamma), float(eps), normalize, save, backend=backend)
+    return found[:3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import check
 from mmfuse.kernels._runtime.thresholds import few_pairs
-from mmfuse.kernels.contrastive.arguments import features, weights_of
-from mmfuse.kernels.contrastive.normalisers import above, normaliser
-from mmfuse.kernels.contrastive.op import CLIP_SIDES, clip_loss, units, units_fake, units_kept
+from mmfuse.kernels.contrastive.arguments import features, needs_gradient, weights_of
+from mmfuse.kernels.contrastive.normalisers import negative_log_prob, normaliser
+from mmfuse.kernels.contrastive.op import CLIP_SIDES, Pair, clip_loss, normalize_pair, normalize_pair_kept
 
 # the gradient matrix of a group is one square of the template
 _LARGEST = 8192
@@ -29,59 +31,47 @@ class Outputs(NamedTuple):
     y_inv: Tensor
 
 
-def _forward(
-    passes: Any,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    sizes: Sequence[int],
-    dims: Sequence[int],
-    w_image: float,
-    w_text: float,
-    normalize: bool,
-    image_wanted: Sequence[bool],
-    text_wanted: Sequence[bool],
-) -> Outputs:
-    x, y, x_inv, y_inv = units(image, text, scale, normalize)
-    row_max, row_sum, col_max, col_sum, positive = passes.stats(x, y, scale, sizes, dims)
+@dataclass(frozen=True)
+class Groups:
+    """Whose rows follow each other, each with its first features; the rest are zeros."""
+
+    sizes: Sequence[int]
+    dims: Sequence[int]
+    image_wanted: Sequence[bool]  # which need a gradient
+    text_wanted: Sequence[bool]
+    w_image: float
+    w_text: float
+
+
+def _forward(passes: Any, image: Tensor, text: Tensor, scale: Tensor, groups: Groups, normalize: bool) -> Outputs:
+    pair, sizes = normalize_pair(image, text, normalize), groups.sizes
+    row_max, row_sum, col_max, col_sum, positive = passes.stats(pair.x, pair.y, scale, sizes, groups.dims)
     diag = torch.cat([s * u for s, u in zip(scale, positive.split(sizes), strict=True)])
-    loss = w_image * above(row_max, row_sum, diag) + w_text * above(col_max, col_sum, diag)
+    row, column = negative_log_prob(row_max, row_sum, diag), negative_log_prob(col_max, col_sum, diag)
+    loss = groups.w_image * row + groups.w_text * column
     losses = torch.stack([part.mean() for part in loss.split(sizes)])
     found = torch.stack([row_max, row_sum, col_max, col_sum, diag])
-    return Outputs(losses, found, *units_kept(x, y, x_inv, y_inv, scale))
+    return Outputs(losses, found, *normalize_pair_kept(pair, normalize))
 
 
-def _fake(image: Tensor, text: Tensor, scale: Tensor, sizes: Sequence[int], normalize: bool) -> Outputs:
-    new = scale.new_empty
-    return Outputs(new(len(sizes)), new((5, image.shape[0])), *units_fake(image, text, scale, normalize))
+def _fake(image: Tensor, text: Tensor, scale: Tensor, groups: Groups, normalize: bool) -> Outputs:
+    new, kept = scale.new_empty, normalize_pair_kept(normalize_pair(image, text, normalize), normalize)
+    return Outputs(new(len(groups.sizes)), new((5, image.shape[0])), *kept)
 
 
 def _backward(
-    passes: Any,
-    g: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    found: Tensor,
-    x_inv: Tensor,
-    y_inv: Tensor,
-    sizes: Sequence[int],
-    dims: Sequence[int],
-    w_image: float,
-    w_text: float,
-    image_wanted: Sequence[bool],
-    text_wanted: Sequence[bool],
-    needs: Any,
+    passes: Any, g: Tensor, pair: Pair, scale: Tensor, found: Tensor, groups: Groups, needs: Any
 ) -> dict[str, Tensor]:
+    sizes, w_image, w_text = groups.sizes, groups.w_image, groups.w_text
     row_max, row_sum, col_max, col_sum, diag = found
     rho, a, miss = normaliser(row_max, row_sum, diag)
     kappa, b, col_miss = normaliser(col_max, col_sum, diag)
     alpha = torch.stack([part / max(size, 1) for part, size in zip(g.to(scale.dtype), sizes, strict=True)])
     d = -w_image * miss - w_text * col_miss
-    inv, other_inv = (x_inv, y_inv) if x_inv.numel() else (None, None)
     weighted = (scale, alpha, w_image * a, rho, w_text * b, kappa, d)
-    need_image, need_text = [n and needs.image for n in image_wanted], [n and needs.text for n in text_wanted]
-    dx, dy, ds = passes.grad(x, y, *weighted, sizes, dims, inv, other_inv, need_image, need_text, needs.scale)
+    wanted = ([n and needs.image for n in groups.image_wanted], [n and needs.text for n in groups.text_wanted])
+    given = (pair.x, pair.y, *weighted, sizes, groups.dims, *pair.inverses)
+    dx, dy, ds = passes.grad(*given, *wanted, needs.scale)
     return {"image": dx, "text": dy, "scale": ds}
 
 
@@ -97,14 +87,13 @@ _LAUNCH = Operator(
 
 
 def _one_launch(
-    images: list[Tensor], texts: list[Tensor], scales: list[Tensor], w_image: float, w_text: float, normalize: bool
+    images: list[Tensor], texts: list[Tensor], scales: list[Tensor], weights: tuple[float, float], normalize: bool
 ) -> Tensor:
     sizes, dims = [len(t) for t in images], [t.shape[1] for t in images]
-    graph = torch.is_grad_enabled()
-    wanted = ([graph and t.requires_grad for t in side] for side in (images, texts))
+    wanted = ([needs_gradient(t) for t in side] for side in (images, texts))
     x, y = (torch.cat([F.pad(t, (0, max(dims) - t.shape[1])) for t in side]) for side in (images, texts))
-    given = (x, y, torch.stack(scales), sizes, dims, w_image, w_text, normalize, *wanted)
-    return _LAUNCH(*given, backend="triton").losses  # type: ignore[no-any-return]
+    groups = Groups(sizes, dims, *wanted, *weights)
+    return _LAUNCH(x, y, torch.stack(scales), groups, normalize, backend="triton").losses  # type: ignore[no-any-return]
 
 
 def _one_by_one(
@@ -112,16 +101,16 @@ def _one_by_one(
     images: list[Tensor],
     texts: list[Tensor],
     scales: list[Tensor],
-    w_image: float,
-    w_text: float,
+    weights: tuple[float, float],
     normalize: bool,
 ) -> Tensor:
-    options: dict[str, Any] = {"weights": (w_image, w_text), "normalize": normalize, "backend": backend}
-    return torch.stack([clip_loss(*group, **options) for group in zip(images, texts, scales, strict=True)])
+    one = partial(clip_loss, weights=weights, normalize=normalize, backend=backend)
+    return torch.stack([one(*group) for group in zip(images, texts, scales, strict=True)])
 
 
 def _largest(images: list[Tensor]) -> Tensor:
-    return max(images, key=len)
+    sizes = [len(image) for image in images]
+    return images[sizes.index(max(sizes))]
 
 
 def _many_rows(images: list[Tensor]) -> str | None:
@@ -130,7 +119,8 @@ def _many_rows(images: list[Tensor]) -> str | None:
 
 
 def _few_pairs(images: list[Tensor]) -> str | None:
-    return few_pairs(_largest(images), _largest(images), CLIP_SIDES)
+    largest = _largest(images)
+    return few_pairs(CLIP_SIDES)(largest, largest)
 
 
 GROUPED = Operator(
@@ -194,14 +184,10 @@ def grouped_clip_loss(
         )
     found = []
     for i, (image, text, scale) in enumerate(zip(*given, strict=True)):
-        found.append(features(image, text, scale, 0, paired=False, names=(f"images[{i}]", f"texts[{i}]")))
-        x, y = found[i][:2]
-        if len(x) != len(y):
-            raise ValueError(f"texts[{i}] has {len(y)} rows, expected {len(x)} as images[{i}]")
-        if x.dtype != found[0][0].dtype:
-            raise TypeError(f"images[{i}] has dtype {x.dtype}, expected {found[0][0].dtype} as images[0]")
-        if x.device != found[0][0].device:
-            raise ValueError(f"images[{i}] is on {x.device}, expected {found[0][0].device} as images[0]")
-    w_image, w_text = weights_of(weights)
+        first, second = f"images[{i}]", f"texts[{i}]"
+        found.append(features(image, text, scale, None, (first, second)))
+        x, y, _ = found[i]
+        check(second, y, x.shape, f" as {first}")
+        check(first, x, dtype=found[0][0].dtype, like=("images[0]", found[0][0]))
     sides = [list(side) for side in zip(*found, strict=True)]
-    return GROUPED(*sides, w_image, w_text, normalize, backend=backend)  # type: ignore[no-any-return]
+    return GROUPED(*sides, weights_of(weights), normalize, backend=backend)  # type: ignore[no-any-return]

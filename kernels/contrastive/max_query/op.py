@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import autocast, check_features, integers, scalar
+from mmfuse.kernels._runtime.arguments import check, integers, scalar
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels.contrastive.arguments import alike
 from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.max_query import blocked, reference
+
+_features = partial(alike, shape=("B", "Q", "D"))
 
 # --- the similarity -------------------------------------------------------------------------------------------------
 
@@ -107,7 +110,7 @@ def max_query_similarity(image: Tensor, text: Tensor, *, backend: str | None = N
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    image, text = _features(image, text, "image", "text")
+    image, text = _features("image", image, "text", text)
     return MAX_QUERY(image, text, backend=backend).u  # type: ignore[no-any-return]
 
 
@@ -154,63 +157,30 @@ def max_query_loss(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    image, text = _features(image, text, "image", "text")
-    if len(image) != len(text):
-        raise ValueError(f"text has {len(text)} rows, expected {len(image)} as image")
+    image, text = _features("image", image, "text", text)
+    check("text", text, (image.shape[0], "D"), ", one row for each of image")
     temp = scalar("temp", temp, image)
     own = image_all is None and text_all is None
     image_all, text_all = _features(
-        image if image_all is None else image_all, text if text_all is None else text_all, "image_all", "text_all"
+        "image_all", image if image_all is None else image_all, "text_all", text if text_all is None else text_all
     )
-    _check_all(image, image_all, text_all, row_offset)
+    check("image_all", image_all, ("N", "Q", image.shape[2]), " as image", image.dtype, ("image", image))
+    check("text_all", text_all, (image_all.shape[0], "D"), ", one row for each of image_all")
+    if not (row_offset >= 0 and row_offset + len(image) <= len(image_all)):
+        raise ValueError(
+            f"row_offset is {row_offset} for {len(image)} rows of image, expected them within the {len(image_all)} "
+            "rows of image_all"
+        )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")
-    ids, all_ids = _ids(ids, all_ids, image, image_all)
+    if ids is not None:
+        all_ids = ids if all_ids is None else all_ids
+        ids, all_ids = integers("ids", ids, image, "image"), integers("all_ids", all_ids, image_all, "image_all")
+    elif all_ids is not None:
+        raise ValueError("all_ids is given without ids, expected both")
 
     similarity = partial(max_query_similarity, backend=backend)
     i2t = similarity(image, text_all) / temp
     t2i = i2t.t() if own else similarity(image_all, text).t() / temp
     target = (row_offset, label_smoothing, ids, all_ids)
     return (reference.cross_entropy(i2t, *target) + reference.cross_entropy(t2i, *target)) / 2
-
-
-def _features(image: Tensor, text: Tensor, image_name: str, text_name: str) -> tuple[Tensor, Tensor]:
-    check_features(image_name, image, "[B, Q, D]")
-    check_features(text_name, text)
-    if image.shape[1] == 0 or image.shape[2] == 0:
-        raise ValueError(f"{image_name} has shape {tuple(image.shape)}, expected at least one query and one feature")
-    image, text = autocast(image, text)
-    _check_alike(text_name, text, image_name, image)
-    return image, text
-
-
-def _check_alike(name: str, t: Tensor, first: str, image: Tensor) -> None:
-    if t.shape[-1] != image.shape[2]:
-        per = "query" if t.dim() == 3 else "row"
-        raise ValueError(f"{name} has {t.shape[-1]} features per {per}, expected {image.shape[2]} as {first}")
-    if t.device != image.device:
-        raise ValueError(f"{name} is on {t.device}, expected {image.device} as {first}")
-    if t.dtype != image.dtype:
-        raise TypeError(f"{name} has dtype {t.dtype}, expected {image.dtype} as {first}")
-
-
-def _check_all(image: Tensor, image_all: Tensor, text_all: Tensor, row_offset: int) -> None:
-    _check_alike("image_all", image_all, "image", image)
-    if len(image_all) != len(text_all):
-        raise ValueError(f"text_all has {len(text_all)} rows, expected {len(image_all)} as image_all")
-    if not (row_offset >= 0 and row_offset + len(image) <= len(image_all)):
-        raise ValueError(
-            f"row_offset is {row_offset} for {len(image)} rows of image, expected them within the {len(image_all)} "
-            "rows of image_all"
-        )
-
-
-def _ids(
-    ids: Tensor | None, all_ids: Tensor | None, image: Tensor, image_all: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    if ids is None:
-        if all_ids is not None:
-            raise ValueError("all_ids is given without ids, expected both")
-        return None, None
-    all_ids = ids if all_ids is None else all_ids
-    return integers("ids", ids, image, "image"), integers("all_ids", all_ids, image_all, "image_all")

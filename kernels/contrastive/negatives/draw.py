@@ -13,6 +13,7 @@ so that each race streams on its own and the log-sum-exp, over all columns, is n
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,22 @@ LOWEST = -1e30
 _BLOCK_BYTES = {"cpu": 16 << 20, "chunked": 1 << 20, "cuda": 64 << 20}
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Queries, the keys among which each draws, and how."""
+
+    query: Tensor  # [B, D]
+    keys: Tensor  # [N, D]
+    scale: Tensor
+    ids: Tensor  # [B]
+    key_ids: Tensor  # [N], equal to a query's where it does not draw the key
+    seed: Tensor
+    k: int
+    row_offset: int
+    mixture: float
+    both: bool  # the keys draw among the queries too
+
+
 class TorchTile:
     """The passes over a block of logits in plain torch, any float dtype, any device."""
 
@@ -38,19 +55,7 @@ class TorchTile:
         return (u * scale).logsumexp(dim)
 
     @staticmethod
-    def race(
-        u: Tensor,
-        scale: Tensor,
-        ids: Tensor,
-        key_ids: Tensor,
-        seed: Tensor,
-        row: int,
-        col: int,
-        stream: int,
-        first: int,
-        key: Tensor,
-        index: Tensor,
-    ) -> None:
+    def race(u, scale, ids, key_ids, seed, row, col, stream, first, key, index) -> None:  # type: ignore[no-untyped-def]
         """Merge the keys scale * u + G of a block into the running largest `key` and their `index`, both [count, k].
 
         An odd stream is the rows' own race among the columns, an even one the columns' among the rows; `first` is the
@@ -159,24 +164,13 @@ class Draw:
         return merge(torch.cat([drawn, uniform], 1), torch.cat([*self.index], 1), drawn.shape[1])[1]
 
 
-def hard_negatives(
-    tile: Any,
-    query: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    ids: Tensor,
-    key_ids: Tensor,
-    seed: Tensor,
-    k: int,
-    row_offset: int,
-    mixture: float,
-    both: bool,
-) -> tuple[Tensor, Tensor]:
+def hard_negatives(tile: Any, given: Candidates) -> tuple[Tensor, Tensor]:
     """The draws [B, k] of the rows and, if both, [N, k] of the columns, over blocks of rows."""
+    query, keys, both = given.query, given.keys, given.both
     acc = accumulation_dtype(query.dtype)
-    options = {"row_offset": row_offset, "mixture": mixture, "tile": tile}
-    rows = Draw(len(query), k, seed, acc, dim=1, **options)
-    columns = Draw(len(keys) if both else 0, k, seed, acc, dim=0, **options)
+    options = {"row_offset": given.row_offset, "mixture": given.mixture, "tile": tile}
+    rows = Draw(len(query), given.k, given.seed, acc, dim=1, **options)
+    columns = Draw(len(keys) if both else 0, given.k, given.seed, acc, dim=0, **options)
     x, y = (query, keys) if query.is_cuda else (query.to(acc), keys.to(acc))
     wide = {} if x.dtype == acc else {"out_dtype": acc}
     kind = "cuda" if x.is_cuda else "chunked" if tile is TorchTile else "cpu"
@@ -186,5 +180,5 @@ def hard_negatives(
         block = slice(i, i + step)
         u = torch.mm(x[block], y.t(), out=logits[: len(x) - i], **wide)
         for draw in (rows, columns)[: 1 + both]:
-            draw.add(u, scale, ids[block], key_ids, row=i)
+            draw.add(u, given.scale, given.ids[block], given.key_ids, row=i)
     return rows.result(), columns.result()

@@ -22,7 +22,7 @@ from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import accumulator, aligned_rows, input_precision, products, tile_of
 from mmfuse.kernels.contrastive.kernel import stats
-from mmfuse.kernels.contrastive.negatives.draw import LOWEST, Draw
+from mmfuse.kernels.contrastive.negatives.draw import LOWEST, Candidates, Draw
 
 # rows at a time, which bounds what the tiles leave: 12 K (rows N / 128 + N rows / 64) bytes
 _ROWS = 8192
@@ -136,22 +136,12 @@ def _kind(dtype: torch.dtype) -> str:
     return "half" if dtype.itemsize == 2 else input_precision(dtype)
 
 
-def hard_negatives(
-    query: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    ids: Tensor,
-    key_ids: Tensor,
-    seed: Tensor,
-    k: int,
-    row_offset: int,
-    mixture: float,
-    both: bool,
-) -> tuple[Tensor, Tensor]:
+def hard_negatives(given: Candidates) -> tuple[Tensor, Tensor]:
     """The draws [B, k] of the rows and, if both, [N, k] of the columns."""
+    query, keys, k, mixture, both = given.query, given.keys, given.k, given.mixture, given.both
     acc, device, (b, n) = accumulation_dtype(query.dtype), query.device, (len(query), len(keys))
-    rows = Draw(b, k, seed, acc, dim=1, mixture=mixture)
-    columns = Draw(n if both else 0, k, seed, acc, dim=0, mixture=mixture)
+    rows = Draw(b, k, given.seed, acc, dim=1, mixture=mixture)
+    columns = Draw(n if both else 0, k, given.seed, acc, dim=0, mixture=mixture)
     if not b or not n:
         return rows.result(), columns.result()
     x, y = aligned_rows(query), aligned_rows(keys)
@@ -168,8 +158,9 @@ def hard_negatives(
             launch(
                 _race_kernel, (down * across,), x,
                 row_key_ptr=row_key, row_index_ptr=row_index, col_key_ptr=col_key, col_index_ptr=col_index,
-                x_ptr=left, y_ptr=y, scale_ptr=scale, ids_ptr=ids[block], key_ids_ptr=key_ids, seed_ptr=seed,
-                stride_x=x.stride(0), stride_y=y.stride(0), D=x.shape[1], M=m, N=n, first=i, row_offset=row_offset,
+                x_ptr=left, y_ptr=y, scale_ptr=given.scale, ids_ptr=given.ids[block], key_ids_ptr=given.key_ids,
+                seed_ptr=given.seed, stride_x=x.stride(0), stride_y=y.stride(0), D=x.shape[1], M=m, N=n, first=i,
+                row_offset=given.row_offset,
                 UNIFORM=race == 1, BOTH=both, K=k, ACC=accumulator(acc), PRECISION=input_precision(x.dtype),
                 EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **tile,
             )  # fmt: skip
@@ -178,7 +169,7 @@ def hard_negatives(
                 columns.take(race, slice(None), col_key, col_index)
     if mixture:
         # positives past the last column: over all pairs
-        row_max, row_sum, col_max, col_sum, *_ = stats(query, keys, scale, n, "")
+        row_max, row_sum, col_max, col_sum, *_ = stats(query, keys, given.scale, n, "")
         rows.lse.copy_(row_max + row_sum.log())
         if both:
             columns.lse.copy_(col_max + col_sum.log())

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import integers, require_integer
+from mmfuse.kernels._runtime.arguments import check, integers, require_integer
 from mmfuse.kernels.contrastive.arguments import features
 from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.negatives import draw, reference
+from mmfuse.kernels.contrastive.negatives.draw import Candidates
 
 # draws per row that a tile of the GPU's kernel keeps
 _MOST = 16
@@ -25,29 +26,17 @@ class Drawn(NamedTuple):
     columns: Tensor  # [N, k], indices into the queries, if both
 
 
-def _forward(
-    passes: Any,
-    query: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    ids: Tensor,
-    key_ids: Tensor,
-    seed: Tensor,
-    k: int,
-    row_offset: int,
-    mixture: float,
-    both: bool,
-) -> Drawn:
-    return Drawn(*passes.hard_negatives(query, keys, scale, ids, key_ids, seed, k, row_offset, mixture, both))
+def _forward(passes: Any, given: Candidates) -> Drawn:
+    return Drawn(*passes.hard_negatives(given))
 
 
-def _fake(query: Tensor, keys: Tensor, k: int, both: bool) -> Drawn:
-    new = partial(query.new_empty, dtype=torch.int64)
-    return Drawn(new((query.shape[0], k)), new((keys.shape[0] if both else 0, k)))
+def _fake(given: Candidates) -> Drawn:
+    new, n = partial(given.query.new_empty, dtype=torch.int64), given.keys.shape[0]
+    return Drawn(new((given.query.shape[0], given.k)), new((n if given.both else 0, given.k)))
 
 
-def _many(k: int) -> str | None:
-    return f"k is {k}: a tile keeps at most {_MOST}" if k > _MOST else None
+def _many(given: Candidates) -> str | None:
+    return f"k is {given.k}: a tile keeps at most {_MOST}" if given.k > _MOST else None
 
 
 _TILED = over_tiles(draw, "hard_negatives", tiles=draw)
@@ -56,6 +45,7 @@ NEGATIVES = Operator(
     "hard_negatives",
     forward=_forward,
     fake=_fake,
+    on=lambda given: given.query,
     implementations=[
         Implementation("triton", passes=Deferred("mmfuse.kernels.contrastive.negatives.kernel"), against=[_many]),
         Implementation("cpu", passes=_TILED["cpu"]),
@@ -114,29 +104,22 @@ def hard_negatives(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    query, keys, scale = features(query, keys, logit_scale, row_offset, ids is None, ("query", "keys"))
+    query, keys, scale = features(query, keys, logit_scale, row_offset if ids is None else None, ("query", "keys"))
     require_integer("k", k)
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
     if not 0.0 <= mixture < float("inf"):
         raise ValueError(f"mixture is {mixture}, expected a finite number >= 0")
-    ids, key_ids = _ids(ids, key_ids, query, keys, row_offset)
-    options = (seed_of(seed, query), k, row_offset, float(mixture), both)
-    rows, columns = NEGATIVES(query, keys, scale, ids, key_ids, *options, backend=backend)
+    if ids is not None:
+        key_ids = ids if key_ids is None else key_ids
+        ids, key_ids = integers("ids", ids, query, "query"), integers("key_ids", key_ids, keys, "keys")
+    elif key_ids is not None:
+        raise ValueError("key_ids is given without ids, expected both")
+    else:  # a pair has its key's index
+        ids, key_ids = (torch.arange(i, i + t.shape[0], device=t.device) for i, t in ((row_offset, query), (0, keys)))
+    given = Candidates(query, keys, scale, ids, key_ids, seed_of(seed, query), k, row_offset, float(mixture), both)
+    rows, columns = NEGATIVES(given, backend=backend)
     return (rows, columns) if both else rows
-
-
-def _ids(
-    ids: Tensor | None, key_ids: Tensor | None, query: Tensor, keys: Tensor, row_offset: int
-) -> tuple[Tensor, Tensor]:
-    """Ids of the rows and of the keys, int64; without ids a pair has its key's index."""
-    if ids is None:
-        if key_ids is not None:
-            raise ValueError("key_ids is given without ids, expected both")
-        new = partial(torch.arange, device=query.device)
-        return new(row_offset, row_offset + query.shape[0]), new(keys.shape[0])
-    key_ids = ids if key_ids is None else key_ids
-    return integers("ids", ids, query, "query"), integers("key_ids", key_ids, keys, "keys")
 
 
 def seed_of(seed: Tensor | int | None, query: Tensor) -> Tensor:
@@ -149,6 +132,5 @@ def seed_of(seed: Tensor | int | None, query: Tensor) -> Tensor:
         return torch.full((), seed, dtype=torch.int64, device=query.device)
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"seed is {seed.dtype} of shape {tuple(seed.shape)}, expected one int64")
-    if seed.device != query.device:
-        raise ValueError(f"seed is on {seed.device}, expected {query.device} as query")
+    check("seed", seed, dtype=torch.int64, like=("query", query))
     return seed.reshape(())

@@ -13,29 +13,19 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels.contrastive.negatives.draw import LOWEST
+from mmfuse.kernels.contrastive.negatives.draw import LOWEST, Candidates
 from mmfuse.kernels.contrastive.negatives.noise import gumbel
 
 
-def hard_negatives(
-    query: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    ids: Tensor,
-    key_ids: Tensor,
-    seed: Tensor,
-    k: int,
-    row_offset: int,
-    mixture: float,
-    both: bool,
-) -> tuple[Tensor, Tensor]:
+def hard_negatives(given: Candidates) -> tuple[Tensor, Tensor]:
     """The draws [B, k] of the rows and, if both, [N, k] of the columns."""
+    query, keys, k, mixture = given.query, given.keys, given.k, given.mixture
     acc = accumulation_dtype(query.dtype)
-    s = scale * (query.to(acc) @ keys.to(acc).t())
-    masked = ids[:, None] == key_ids
+    s = given.scale * (query.to(acc) @ keys.to(acc).t())
+    masked = given.ids[:, None] == given.key_ids
 
     def noise(stream: int) -> Tensor:
-        return gumbel(seed, stream, row_offset, 0, (len(query), len(keys)), acc)
+        return gumbel(given.seed, stream, given.row_offset, 0, (len(query), len(keys)), acc)
 
     def draw(dim: int) -> Tensor:
         race = s + noise(dim)
@@ -47,4 +37,4 @@ def hard_negatives(
         drawn = drawn[:, :k] if dim else drawn[:k].t()
         return torch.nn.functional.pad(drawn, (0, k - drawn.shape[1]), value=-1).contiguous()
 
-    return draw(1), draw(0) if both else ids.new_empty(0, k)
+    return draw(1), draw(0) if given.both else given.ids.new_empty(0, k)

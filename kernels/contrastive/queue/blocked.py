@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels.contrastive.negatives import Draw
+from mmfuse.kernels.contrastive.negatives.draw import Candidates, Draw
 
 # logits that are held at a time, student's and teacher's, and those that a softmax goes over at once
 _LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -41,10 +40,10 @@ class Directions:
     def queues(self) -> list[Tensor]:
         return [self.queue] if self.other_queue is None else [self.queue, self.other_queue]
 
-    def each(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+    def each(self) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
         """(query, query_m, keys, queue) of every direction."""
         teachers = [None] * len(self.query) if self.query_m is None else self.query_m
-        return zip(self.query, teachers, self.keys, self.queues, strict=True)
+        return list(zip(self.query, teachers, self.keys, self.queues, strict=True))
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Ids of the queries and of the keys, equal where a key is not to be drawn."""
@@ -55,11 +54,11 @@ class Directions:
 
     def drawn(self, hard_negatives: Callable[..., Any], k: int, mixture: float, seeds: Tensor) -> Tensor:
         """[W, B, k], from a pass of its own over the keys."""
-        options = (k, 0, mixture, False)
-        ways = zip(self.query, self.keys, seeds, strict=True)
-        return torch.stack(
-            [hard_negatives(x, y.to(x.dtype), 1 / self.temp, *self.masks(), seed, *options)[0] for x, y, seed in ways]
-        )
+        draws = [
+            hard_negatives(Candidates(x, y.to(x.dtype), 1 / self.temp, *self.masks(), seed, k, 0, mixture, False))[0]
+            for x, y, seed in zip(self.query, self.keys, seeds, strict=True)
+        ]
+        return torch.stack(draws)
 
 
 def scan(
@@ -71,9 +70,7 @@ def scan(
     Without `paired` there are no targets: row_i = rho_i and g_i = sum_j P_ij K_j. `g` is empty unless `need`.
     `see(way, S, i)` gets each block of a direction's logits, rows i and following, all columns.
     """
-    options = (given.temp, given.alpha, given.ids, given.key_ids, given.queue_ids, paired, need)
-    found = [_scan(*one, *options, see and partial(see, way)) for way, one in enumerate(given.each())]
-    rows, grads = zip(*found, strict=True)
+    rows, grads = zip(*(_scan(given, way, paired, need, see) for way in range(len(given.query))), strict=True)
     return torch.stack(rows), torch.stack(grads)
 
 
@@ -92,27 +89,18 @@ def scan_and_draw(
 
 
 def _scan(
-    x: Tensor,
-    x_m: Tensor | None,
-    keys: Tensor,
-    queue: Tensor,
-    temp: Tensor,
-    alpha: Tensor,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    queue_ids: Tensor | None,
-    paired: bool,
-    need: bool,
-    see: Callable[[Tensor, int], None] | None,
+    given: Directions, way: int, paired: bool, need: bool, see: Callable[[int, Tensor, int], None] | None
 ) -> tuple[Tensor, Tensor]:
     """(row [B], g [B, D]) of one direction."""
+    x, x_m, keys, queue = given.each()[way]
+    temp, alpha, ids = given.temp, given.alpha, given.ids
     acc, b, n = accumulation_dtype(x.dtype), len(x), len(keys) + len(queue)
     new: dict[str, Any] = {"dtype": acc, "device": x.device}
     row, g = torch.zeros(b, **new), torch.zeros(x.shape if need else 0, **new)
     if not n:
         return (row if paired else row.fill_(-torch.inf)), g
     queries = [x] if x_m is None else [x, x_m]
-    all_ids = torch.cat([key_ids, queue_ids]) if key_ids is not None and queue_ids is not None else None
+    all_ids = None if given.key_ids is None or given.queue_ids is None else torch.cat([given.key_ids, given.queue_ids])
     height = max(1, _LOGIT_BYTES[x.device.type] // (len(queries) * n * acc.itemsize))
     step = max(1, _PASS_BYTES[x.device.type] // (n * acc.itemsize))
     logits = torch.empty(len(queries) * min(height, b), n, **new)
@@ -126,7 +114,7 @@ def _scan(
             u[:, at : at + len(k)] = torch.mm(k, both.t(), out=tall[: len(k)]).t()
         s, teacher = u[: len(both) // len(queries)], u[len(both) // len(queries) :]
         if see is not None:
-            see(s, i)
+            see(way, s, i)
         for j in range(0, len(s), step):
             first = i + j
             span = slice(first, first + len(s[j : j + step]))

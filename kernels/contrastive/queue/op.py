@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import autocast, check_features, integers, require_integer, scalar
+from mmfuse.kernels._runtime.arguments import autocast, check, integers, require_integer, scalar
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels.contrastive.negatives.op import NEGATIVES, OTHER_DIRECTION, seed_of
 from mmfuse.kernels.contrastive.queue import blocked, reference
@@ -186,8 +186,9 @@ def queue_itc_loss(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     way = _way(alpha, ids, ("query_m", query_m), query=query, keys=keys, queue=queue)
-    at = seed_of(seed, query).reshape(1) if negatives else None
-    losses, drawn = _itc([way], temp, alpha, ids, key_ids, queue_ids, negatives, mixture, at, backend)
+    seeds = seed_of(seed, query).reshape(1) if negatives else None
+    of_keys = ids if key_ids is None else key_ids
+    losses, drawn = _itc([way], temp, alpha, (ids, of_keys, queue_ids), (negatives, mixture, seeds), backend)
     return (losses[0], drawn[0]) if negatives else losses[0]
 
 
@@ -246,7 +247,7 @@ def queue_itc_losses(
     if negatives:
         at = seed_of(seed, image)
         seeds = torch.stack((at, at ^ OTHER_DIRECTION))
-    losses, drawn = _itc(ways, temp, alpha, ids, ids, queue_ids, negatives, mixture, seeds, backend)
+    losses, drawn = _itc(ways, temp, alpha, (ids, ids, queue_ids), (negatives, mixture, seeds), backend)
     return (*losses, *drawn) if negatives else tuple(losses)
 
 
@@ -257,18 +258,17 @@ def _way(alpha: float, ids: Tensor | None, teacher: tuple[str, Tensor | None], *
     """(query, query_m, keys, queue) of one direction, from query, keys and queue under the caller's names."""
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}, expected a number in [0, 1]")
-    name, query_m = teacher
-    if alpha and query_m is None:
-        raise ValueError(f"alpha is {alpha} and {name} is None, expected the teacher's queries [B, D]")
     query, keys, queue = _features(**features)
     first, second, _ = features
     if ids is None and len(keys) < len(query):
         raise ValueError(f"{second} has {len(keys)} rows, expected at least the {len(query)} of {first}, or ids")
-    if not alpha or query_m is None:
+    name, query_m = teacher
+    if not alpha:
         return query, None, keys, queue
+    if query_m is None:
+        raise ValueError(f"alpha is {alpha} and {name} is None, expected the teacher's queries [B, D]")
     query_m = _features(**{first: query, name: query_m})[1]
-    if query_m.shape != query.shape:
-        raise ValueError(f"{name} has shape {tuple(query_m.shape)}, expected {tuple(query.shape)} as {first}")
+    check(name, query_m, query.shape, f" as {first}")
     return query, query_m.to(query.dtype), keys, queue
 
 
@@ -276,42 +276,29 @@ def _itc(
     ways: list[_Way],
     temp: Tensor | float,
     alpha: float,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    queue_ids: Tensor | None,
-    negatives: int,
-    mixture: float,
-    seeds: Tensor | None,
+    ids: tuple[Tensor | None, Tensor | None, Tensor | None],
+    draws: tuple[int, float, Tensor | None],
     backend: str | None,
 ) -> Any:
-    """(losses [W], draws [W, B, k])"""
+    """(losses [W], draws [W, B, k]) for the ids of queries, keys and queue, and draws (number, mixture, seeds [W])."""
     queries, teachers, keys, queues = zip(*ways, strict=True)
     temp = scalar("temp", temp, queries[0])
-    if ids is None:
-        if key_ids is not None or queue_ids is not None:
-            raise ValueError("key_ids and queue_ids are given and ids is not, expected all of them")
-    else:
-        key_ids = integers("key_ids", ids if key_ids is None else key_ids, keys[0], "keys")
-        queue_ids = integers("queue_ids", queue_ids, queues[0], "queue")
-        ids = integers("ids", ids, queries[0], "query")
+    if ids[0] is not None:
+        of = (("ids", queries[0], "query"), ("key_ids", keys[0], "keys"), ("queue_ids", queues[0], "queue"))
+        ids = tuple(integers(name, t, rows, whose) for t, (name, rows, whose) in zip(ids, of, strict=True))
+    elif any(t is not None for t in ids):
+        raise ValueError("key_ids and queue_ids are given and ids is not, expected all of them")
+    negatives, mixture, seeds = draws
     require_integer("negatives", negatives)
     if negatives < 0:
         raise ValueError(f"negatives is {negatives}, expected a number of draws per row")
     if not 0.0 <= mixture < math.inf:
         raise ValueError(f"mixture is {mixture}, expected a finite number >= 0")
-    given = Directions(
-        _stacked(queries),
-        _stacked(keys),
-        queues[0],
-        temp,
-        # as a number it would be compiled anew for each value, and it is warmed up step by step
-        torch.ones((), dtype=torch.float64, device=temp.device) * alpha,
-        None if teachers[0] is None else _stacked(teachers),
-        queues[1] if len(queues) == 2 else None,
-        ids,
-        key_ids,
-        queue_ids,
-    )
+    # as a number it would be compiled anew for each value, and it is warmed up step by step
+    weight = torch.ones((), dtype=torch.float64, device=temp.device) * alpha
+    teacher = None if teachers[0] is None else _stacked(teachers)
+    other_queue = queues[1] if len(queues) == 2 else None
+    given = Directions(_stacked(queries), _stacked(keys), queues[0], temp, weight, teacher, other_queue, *ids)
     found = QUEUE_ITC(given, negatives, float(mixture), seeds, backend=backend)
     return found.loss, found.drawn
 
@@ -386,8 +373,7 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor | float, *
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     query, key, queue = _features(query=query, key=key, queue=queue)
-    if key.shape != query.shape:
-        raise ValueError(f"key has shape {tuple(key.shape)}, expected {tuple(query.shape)} as query")
+    check("key", key, query.shape, " as query")
     temp = scalar("temp", temp, query)
     given = Directions(query[None], queue[None, :0], queue, temp, torch.zeros_like(temp))
     return MOCO(given, key.to(query.dtype), backend=backend).loss[0]  # type: ignore[no-any-return]
@@ -397,19 +383,13 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor | float, *
 
 
 def _features(**named: Tensor) -> tuple[Tensor, ...]:
-    """The features, which go by the first of them."""
-    first, query = next(iter(named.items()))
-    for name, t in named.items():
-        check_features(name, t)
-        if t.shape[1] == 0:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected at least one feature per row")
-        if t.shape[1] != query.shape[1]:
-            raise ValueError(f"{name} has {t.shape[1]} features per row, expected {query.shape[1]} as in {first}")
-        if t.device != query.device:
-            raise ValueError(f"{name} is on {t.device}, expected {query.device} as {first}")
+    """The features, which go by the first of them: theirs is its dtype, or float32 beside 16 bits."""
+    (first, query), *others = named.items()
+    check(first, query, ("B", "D"))
+    if query.shape[1] == 0:
+        raise ValueError(f"{first} has shape {tuple(query.shape)}, expected at least one feature per row")
     (query,) = autocast(query)
-    others = list(named.items())[1:]
+    dtypes = (query.dtype, torch.float32) if query.dtype.itemsize == 2 else query.dtype
     for name, t in others:
-        if t.dtype != query.dtype and not (t.dtype == torch.float32 and query.dtype.itemsize == 2):
-            raise TypeError(f"{name} has dtype {t.dtype}, expected {query.dtype} as {first}, or float32 beside 16 bits")
+        check(name, t, ("N", query.shape[1]), f", as many features per row as {first}", dtypes, (first, query))
     return query, *(t for _, t in others)

@@ -79,7 +79,7 @@ def similarity_topk(queries: Tensor, gallery: Tensor, k: int, *, backend: str | 
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    queries, gallery, _ = features(queries, gallery, 1.0, 0, False, ("queries", "gallery"))
+    queries, gallery, _ = features(queries, gallery, 1.0, None, ("queries", "gallery"))
     require_integer("k", k)
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"k is {k}, expected at least 1 and at most the {gallery.shape[0]} rows of gallery")

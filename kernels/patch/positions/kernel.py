@@ -6,7 +6,7 @@ dP[y, x] = sum_images sum_ij w_h(i, y) w_w(j, x) g[i, j]           over the few 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -313,7 +313,7 @@ def bounds(mode: str, source: int, device: torch.device) -> Tensor:
     return torch.cat([b, b.new_full((2,), torch.inf)])
 
 
-def interpolate_position(table: Tensor, h: int, w: int, size: tuple[int, int], mode: str) -> Tensor:
+def interpolate_position(table: Tensor, h: int, w: int, size: Sequence[int], mode: str) -> Tensor:
     """table [gh, gw, D] to [h * w, D]."""
     gh, gw, d = table.shape
     table = table.contiguous()
@@ -328,7 +328,7 @@ def interpolate_position(table: Tensor, h: int, w: int, size: tuple[int, int], m
     return out
 
 
-def interpolate_position_adjoint(g: Tensor, table: Tensor, h: int, w: int, size: tuple[int, int], mode: str) -> Tensor:
+def interpolate_position_adjoint(g: Tensor, table: Tensor, h: int, w: int, size: Sequence[int], mode: str) -> Tensor:
     """g [h * w, D] to [gh, gw, D]."""
     gh, gw, d = table.shape
     numbers = [torch.full((1,), n, dtype=torch.int32, device=g.device) for n in (1, h, w, *size)]

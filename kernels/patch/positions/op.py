@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime.arguments import check, one_of
 from mmfuse.kernels.patch.positions import blocked, reference
 from mmfuse.kernels.patch.positions.axes import MODES
 
 
-def _forward(passes: Any, table: Tensor, h: int, w: int, height: int, width: int, mode: str) -> Tensor:
-    return passes.interpolate_position(table, h, w, (height, width), mode)  # type: ignore[no-any-return]
+def _forward(passes: Any, table: Tensor, h: int, w: int, size: Sequence[int], mode: str) -> Tensor:
+    return passes.interpolate_position(table, h, w, size, mode)  # type: ignore[no-any-return]
 
 
 def _backward(
-    passes: Any, g: Tensor, table: Tensor, h: int, w: int, height: int, width: int, mode: str
+    passes: Any, g: Tensor, table: Tensor, h: int, w: int, size: Sequence[int], mode: str
 ) -> dict[str, Tensor]:
-    return {"table": passes.interpolate_position_adjoint(g, table, h, w, (height, width), mode)}
+    return {"table": passes.interpolate_position_adjoint(g, table, h, w, size, mode)}
 
 
 def _few_numbers(table: Tensor) -> str | None:
@@ -35,12 +37,7 @@ INTERPOLATE = Operator(
     implementations=[
         Implementation("triton", passes=Deferred("mmfuse.kernels.patch.positions.kernel"), traceable=True),
         Implementation("chunked", passes=blocked, prefer_eager=_few_numbers),
-        Implementation(
-            "torch",
-            function=lambda table, h, w, height, width, mode: reference.interpolate_position(
-                table, h, w, (height, width), mode
-            ),
-        ),
+        Implementation("torch", function=reference.interpolate_position),
     ],
     example=lambda x, **how: interpolate_position(x.unsqueeze(1), (2 * len(x), 1), "bilinear", **how),
 )
@@ -106,7 +103,7 @@ def interpolate_position(
     check_lookup(mode, size, (gh, gw))
     if h * w == 0:
         return table.new_zeros(0, d) + 0 * table.sum()
-    return INTERPOLATE(table, h, w, *size, mode, backend=backend)  # type: ignore[no-any-return]
+    return INTERPOLATE(table, h, w, size, mode, backend=backend)  # type: ignore[no-any-return]
 
 
 def _along(table: Tensor, n: int, size: int, mode: str, backend: str | None) -> Tensor:
@@ -114,18 +111,13 @@ def _along(table: Tensor, n: int, size: int, mode: str, backend: str | None) -> 
     if (size == len(table) and mode != "grid_sample") or n == 0:
         return table[:n]
     check_lookup(mode, (size,), (len(table),))
-    return INTERPOLATE(table[:, None], n, 1, size, 1, mode, backend=backend)  # type: ignore[no-any-return]
+    return INTERPOLATE(table[:, None], n, 1, (size, 1), mode, backend=backend)  # type: ignore[no-any-return]
 
 
 def check_table(table: Tensor, mode: str) -> Tensor:
     """The table as [gh, gw, D]."""
-    if not isinstance(table, Tensor):
-        raise TypeError(f"table is {type(table).__name__}, expected a tensor or a pair of them")
-    if mode not in MODES:
-        pair = " (which takes a pair of tables)" if mode == "linear_1d" else ""
-        raise ValueError(f"mode is {mode!r}{pair}, expected one of {', '.join(MODES)}")
-    if not table.is_floating_point():
-        raise TypeError(f"table has dtype {table.dtype}, expected a floating-point dtype")
+    check("table", table, note="or a pair of them")
+    one_of("mode of one table", mode, MODES)
     if table.dim() == 2:
         side = round(table.shape[0] ** 0.5)
         if side * side != table.shape[0]:
@@ -143,9 +135,7 @@ def check_factors(table: Any, mode: str) -> tuple[Tensor, Tensor]:
     y, x = table
     if y.dim() != 2 or x.dim() != 2 or 0 in y.shape or 0 in x.shape or y.shape[1] != x.shape[1]:
         raise ValueError(f"table has shapes {tuple(y.shape)} and {tuple(x.shape)}, expected [gh, D] and [gw, D]")
-    if mode not in ("linear_1d", *MODES) or mode == "bicubic_scale":
-        allowed = ", ".join(["linear_1d", *(m for m in MODES if m != "bicubic_scale")])
-        raise ValueError(f"mode is {mode!r}, expected one of {allowed} for a pair of tables")
+    one_of("mode of a pair of tables", mode, ["linear_1d", *(m for m in MODES if m != "bicubic_scale")])
     return y, x
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from mmfuse.kernels.patch.positions.axes import CLOSED, axis_matrix
 
 
-def interpolate_position(table: Tensor, h: int, w: int, size: tuple[int, int], mode: str) -> Tensor:
+def interpolate_position(table: Tensor, h: int, w: int, size: Sequence[int], mode: str) -> Tensor:
     """table [gh, gw, D] to [h * w, D]: the first h x w positions of a grid of `size`."""
     gh, gw, d = table.shape
     x = table.to(torch.promote_types(table.dtype, torch.float32))

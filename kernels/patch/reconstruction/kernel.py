@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._triton.launch import launch
-from mmfuse.kernels.patch.reconstruction.target import EPS, Patches
+from mmfuse.kernels.patch.reconstruction.target import EPS, Target
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -90,27 +90,15 @@ def _rows_kernel(
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
-def rows(
-    prediction: Tensor,
-    video: Tensor,
-    ids: Tensor | None,
-    weight: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    patches: Patches,
-    norm: str,
-    grad: Tensor | None,
-) -> Tensor:
+def rows(prediction: Tensor, target: Target, ids: Tensor | None, weight: Tensor, grad: Tensor | None) -> Tensor:
     """As `blocked.rows`."""
     prediction = prediction if prediction.stride(2) == 1 else prediction.contiguous()
-    (b, m, k), c, acc = prediction.shape, video.shape[4], weight.dtype
+    (b, m, k), video, acc = prediction.shape, target.video, weight.dtype
     out = torch.empty(b, m, dtype=acc, device=prediction.device)
     if not prediction.numel():
         return out.zero_()
-    unit = 255.0 if video.dtype == torch.uint8 and (mean is not None or std is not None) else 1.0
-    inverse = torch.ones(c, dtype=acc, device=video.device) if std is None else 1 / std.to(acc)
-    shift = torch.zeros_like(inverse) if mean is None else -mean.to(acc) * inverse
-    _, gh, gw = patches.grid(video)
+    scale, shift = target.affine(acc)
+    _, gh, gw = target.grid
     launch(
         _rows_kernel,
         (m, b),
@@ -121,8 +109,8 @@ def rows(
         video_ptr=video,
         ids_ptr=out if ids is None else ids,
         weight_ptr=weight,
-        scale_ptr=inverse / unit,
-        shift_ptr=shift,
+        scale_ptr=scale,
+        shift_ptr=torch.zeros_like(scale) if shift is None else shift,
         M=m,
         stride_pb=prediction.stride(0),
         stride_pm=prediction.stride(1),
@@ -130,11 +118,11 @@ def rows(
         GH=gh,
         GW=gw,
         EPS=EPS,
-        T=patches.t,
-        P=patches.p,
-        Q=patches.q,
-        C=c,
-        NORM=norm,
+        T=target.t,
+        P=target.p,
+        Q=target.q,
+        C=video.shape[4],
+        NORM=target.norm,
         IDS=ids is not None,
         GRAD=grad is not None,
         ACC=tl.float64 if acc == torch.float64 else tl.float32,

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import PIXELS, check, constant
+from mmfuse.kernels._runtime.arguments import PIXELS, check, constant, one_of
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.patch.reconstruction import blocked, reference
-from mmfuse.kernels.patch.reconstruction.target import Patches
+from mmfuse.kernels.patch.reconstruction.target import Target
+
+_KERNEL = Deferred("mmfuse.kernels.patch.reconstruction.kernel")
 
 
 def _weights(prediction: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -22,40 +24,17 @@ def _weights(prediction: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor]:
     return ids, weight.contiguous()
 
 
-def _forward(
-    passes: Any,
-    prediction: Tensor,
-    video: Tensor,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    t: int,
-    p: int,
-    q: int,
-    norm: str,
-) -> Tensor:
-    ids, weight = _weights(prediction, mask)
-    rows: Tensor = passes.rows(prediction, video, ids, weight, mean, std, Patches(t, p, q), norm, None)
+def _forward(passes: Any, prediction: Tensor, target: Target) -> Tensor:
+    ids, weight = _weights(prediction, target.mask)
+    rows: Tensor = passes.rows(prediction, target, ids, weight, None)
     return rows.sum() / weight.sum()
 
 
-def _backward(
-    passes: Any,
-    g: Tensor,
-    prediction: Tensor,
-    video: Tensor,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    t: int,
-    p: int,
-    q: int,
-    norm: str,
-) -> dict[str, Tensor]:
-    ids, weight = _weights(prediction, mask)
+def _backward(passes: Any, g: Tensor, prediction: Tensor, target: Target) -> dict[str, Tensor]:
+    ids, weight = _weights(prediction, target.mask)
     grad = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     weight = weight * (g.to(weight.dtype) / weight.sum())
-    passes.rows(prediction, video, ids, weight, mean, std, Patches(t, p, q), norm, grad)
+    passes.rows(prediction, target, ids, weight, grad)
     return {"prediction": grad}
 
 
@@ -71,16 +50,9 @@ LOSS = Operator(
     fake=lambda prediction: prediction.new_empty((), dtype=accumulation_dtype(prediction.dtype)),
     differentiable=("prediction",),
     implementations=[
-        Implementation(
-            "triton",
-            passes=Deferred("mmfuse.kernels.patch.reconstruction.kernel"),
-            against=[_large],
-            traceable=True,
-        ),
+        Implementation("triton", passes=_KERNEL, against=[_large], traceable=True),
         Implementation("chunked", passes=blocked),
-        Implementation(
-            "torch", function=lambda t, p, q, **given: reference.masked_patch_loss(patches=Patches(t, p, q), **given)
-        ),
+        Implementation("torch", function=reference.masked_patch_loss),
     ],
     example=lambda x, **how: masked_patch_loss(
         x.unsqueeze(0), x.t()[None, :, :, None], x.new_ones(1, len(x)), patch=1, norm_pix=False, **how
@@ -133,33 +105,30 @@ def masked_patch_loss(
     size = (patch, patch) if isinstance(patch, int) else tuple(patch)
     if len(size) not in (2, 3) or min(size) < 1:
         raise ValueError(f"patch is {patch!r}, expected P, (P, P') or (t, P, P')")
-    video, patches = _video(pixels, layout), Patches(*((1,) * (3 - len(size)) + size))
+    t, p, q = (1,) * (3 - len(size)) + size
+    video = _video(pixels, layout)
     norm = ("channel" if len(size) == 3 else "patch") if norm_pix is True else norm_pix or "none"
     if norm not in ("patch", "channel", "none"):
         raise ValueError(f'norm_pix is {norm_pix!r}, expected True, False, "patch" or "channel"')
-    for name, n, one in zip(("frames", "rows", "columns"), video.shape[1:4], patches, strict=True):
+    for name, n, one in zip(("frames", "rows", "columns"), video.shape[1:4], (t, p, q), strict=True):
         if n % one:
             raise ValueError(f"pixels has {n} {name}, expected a multiple of {one}")
-    gt, gh, gw = patches.grid(video)
-    b, c = video.shape[0], video.shape[4]
-    n, k = gt * gh * gw, patches.t * patches.p * patches.q * c
+    b, frames, height, width, c = video.shape
+    n, k = (frames // t) * (height // p) * (width // q), t * p * q * c
     check("prediction", prediction, (b, "M", k))
     if prediction.shape[1] > n:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}, expected [{b}, {n} or fewer, {k}]")
     check("pixels", pixels, dtype=PIXELS, like=("prediction", prediction))
-    if mask.shape != (b, n) or mask.device != prediction.device:
-        where = f"{tuple(mask.shape)} on {mask.device}, expected [{b}, {n}] on {prediction.device}"
-        raise ValueError(f"mask has shape {where}, one for each patch")
     mask = mask if mask.dtype == torch.bool else mask != 0
+    check("mask", mask, (b, n), ", one for each patch", torch.bool, ("prediction", prediction))
     mean, std = (_per_channel(name, v, c, pixels) for name, v in (("mean", mean), ("std", std)))
-    return LOSS(prediction, video.detach(), mask, mean, std, *patches, norm, backend=backend)  # type: ignore[no-any-return]
+    target = Target(video.detach(), mask, mean, std, t, p, q, norm)
+    return LOSS(prediction, target, backend=backend)  # type: ignore[no-any-return]
 
 
 def _video(pixels: Tensor, layout: str) -> Tensor:
     """Pixels as a view [B, T, H, W, C]."""
-    order = {"nchw": "channels first", "nhwc": "channels last", "ntchw": "frames first"}
-    if layout not in order:
-        raise ValueError(f"layout is {layout!r}, expected one of {', '.join(order)}")
+    one_of("layout", layout, ("nchw", "nhwc", "ntchw"))
     if pixels.dim() not in ((5,) if layout == "ntchw" else (4, 5)):
         raise ValueError(f"pixels has shape {tuple(pixels.shape)}, expected an image or a clip as layout {layout}")
     if layout == "ntchw":

@@ -10,29 +10,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmfuse.kernels.patch.reconstruction.target import Patches, entering, target_of
+from mmfuse.kernels.patch.reconstruction.target import Target, target_of
 
 
-def masked_patch_loss(
-    prediction: Tensor,
-    video: Tensor,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    patches: Patches,
-    norm: str,
-) -> Tensor:
-    """prediction [B, N, K], or [B, M, K] of the masked patches; video [B, T, H, W, C], mask [B, N] bool."""
+def masked_patch_loss(prediction: Tensor, target: Target) -> Tensor:
+    """Of predictions [B, N, K], or [B, M, K] of the masked patches."""
     acc = torch.promote_types(prediction.dtype, torch.float32)
     with torch.no_grad():
-        target = target_of(patches.of(entering(video, mean, std, acc)), norm)
-    each = (prediction, target, mask.to(acc))
-    if prediction.shape[1] != mask.shape[1]:
-        at = masked_ids(mask, prediction.shape[1])
-        target = target.gather(1, at[:, :, None].expand(-1, -1, target.shape[2]))
-        each = (prediction, target, mask.gather(1, at).to(acc))
-    prediction, target, weight = each
-    row = (prediction.to(acc) - target).square().mean(-1)
+        x = target.video.to(acc, copy=True).div_(target.divisor)
+        x = x if target.mean is None else x.sub_(target.mean.to(acc))
+        x = x if target.std is None else x.div_(target.std.to(acc))
+        x = target_of(target.patches(x), target.norm)
+    weight = target.mask.to(acc)
+    if prediction.shape[1] != weight.shape[1]:
+        at = masked_ids(target.mask, prediction.shape[1])
+        x, weight = x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2])), weight.gather(1, at)
+    row = (prediction.to(acc) - x).square().mean(-1)
     return torch.where(weight > 0, row * weight, 0).sum() / weight.sum()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,20 +10,42 @@ from torch import Tensor
 EPS = 1e-6
 
 
-class Patches(NamedTuple):
-    """How pixels [B, T, H, W, C] are cut: t x p x q pixels a patch, patches in the order (frame, row, column)."""
+@dataclass(frozen=True)
+class Target:
+    """Pixels, where they are masked, and how they are cut into t x p x q: patches in the order (frame, row, column).
 
+    `norm` is "patch" for MAE's targets, "channel" for VideoMAE's, or "none".
+    """
+
+    video: Tensor  # [B, T, H, W, C]
+    mask: Tensor  # [B, N] bool
+    mean: Tensor | None  # [C]
+    std: Tensor | None  # [C]
     t: int
     p: int
     q: int
+    norm: str
 
-    def grid(self, video: Tensor) -> tuple[int, int, int]:
-        return video.shape[1] // self.t, video.shape[2] // self.p, video.shape[3] // self.q
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        _, t, h, w, _ = self.video.shape
+        return t // self.t, h // self.p, w // self.q
 
-    def of(self, video: Tensor) -> Tensor:
-        """[B, N, t p q, C], elements in the order (t, py, px)."""
-        b, _, _, _, c = video.shape
-        gt, gh, gw = self.grid(video)
+    @property
+    def divisor(self) -> float:
+        """Of pixels: bytes are numbers from 0 to 1 where they have a mean or a deviation."""
+        statistics = self.mean is not None or self.std is not None
+        return 255.0 if self.video.dtype == torch.uint8 and statistics else 1.0
+
+    def affine(self, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(scale [C], shift [C] or None): pixels enter as scale x + shift."""
+        one = torch.ones(self.video.shape[4], dtype=acc, device=self.video.device)
+        scale = one if self.std is None else 1 / self.std.to(acc)
+        return scale / self.divisor, None if self.mean is None else -self.mean.to(acc) * scale
+
+    def patches(self, video: Tensor) -> Tensor:
+        """[B, N, t p q, C] of some images, elements in the order (t, py, px)."""
+        (b, _, _, _, c), (gt, gh, gw) = video.shape, self.grid
         x = video.reshape(b, gt, self.t, gh, self.p, gw, self.q, c).permute(0, 1, 3, 5, 2, 4, 6, 7)
         return x.reshape(b, gt * gh * gw, self.t * self.p * self.q, c)
 
@@ -41,15 +63,3 @@ def target_of(x: Tensor, norm: str) -> Tensor:
         var, mean = torch.var_mean(x, -2, keepdim=True)
         x = x.sub_(mean).div_(var.sqrt() + EPS)
     return x.flatten(-2)
-
-
-def entering(video: Tensor, mean: Tensor | None, std: Tensor | None, acc: torch.dtype) -> Tensor:
-    """A copy of pixels [..., C] as the loss sees them."""
-    x = video.to(acc, copy=True)
-    if video.dtype == torch.uint8 and (mean is not None or std is not None):
-        x.div_(255)
-    if mean is not None:
-        x.sub_(mean.to(acc))
-    if std is not None:
-        x.div_(std.to(acc))
-    return x

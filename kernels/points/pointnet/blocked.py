@@ -81,34 +81,6 @@ def _product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
     return torch.mm(a, b) if a.dtype == acc else torch.mm(a, b, out_dtype=acc)
 
 
-class _Gradients:
-    """Sums over blocks of the gradients of the first three layers."""
-
-    def __init__(self, x: Tensor, layers: Layers, acc: torch.dtype):
-        self.weights, self.acc = (layers.w1, layers.w2, layers.w3), acc
-        self.x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self.w = [torch.zeros(w.shape, dtype=acc, device=x.device) for w in self.weights]
-        self.b = [torch.zeros(len(w), dtype=acc, device=x.device) for w in self.weights]
-
-    def add(self, block: slice, s: _Block, d: Tensor) -> None:
-        """d [m k, C3]: the gradient of the block's third product."""
-        w1, w2, w3 = self.weights
-        acc, c2 = self.acc, len(w2)
-        k = len(d) // len(s.g)
-        of_group = d.view(-1, k, len(w3)).sum(1)
-        self.w[2][:, :c2] += _product(of_group.t(), s.g, acc)
-        self.w[2][:, c2:] += _product(d.t(), s.f, acc)
-        self.b[2] += of_group.sum(0, dtype=acc)
-        df = d @ w3[:, c2:]
-        df.view(-1, k, c2).scatter_add_(1, s.peak[:, None], (of_group @ w3[:, :c2])[:, None])
-        self.w[1] += _product(df.t(), s.a, acc)
-        self.b[1] += df.sum(0, dtype=acc)
-        da = torch.ops.aten.threshold_backward(df @ w2, s.a, 0)
-        self.w[0] += _product(da.t(), s.x, acc)
-        self.b[0] += da.sum(0, dtype=acc)
-        self.x[block] = (da @ w1).view(-1, k, w1.shape[1])
-
-
 class Norm(NamedTuple):
     """Batch normalisation of the third product v: scale (v - mean) / std + shift."""
 
@@ -124,9 +96,9 @@ class Norm(NamedTuple):
         return torch.addcmul(self.shift, self.unit(v), self.scale)
 
 
-def _hidden(s: _Block, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+def _hidden(s: _Block, norm: Norm | None) -> Tensor:
     """h of a block [m k, C3]."""
-    return (s.third if norm is None else norm(s.third).to(dtype)).relu_()
+    return (s.third if norm is None else norm(s.third).to(s.f.dtype)).relu_()
 
 
 def forward(passes: Any, x: Tensor, layers: Layers, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
@@ -136,39 +108,61 @@ def forward(passes: Any, x: Tensor, layers: Layers, norm: Norm | None = None) ->
     y = torch.empty(m, len(w4), dtype=x.dtype, device=x.device)
     peak = torch.empty(m, len(w4), dtype=torch.uint8, device=x.device)
     for block, s in _blocks(x, layers, layers.b3 if norm is None else None):
-        h = _hidden(s, norm, w4.dtype)
-        largest, peak[block] = passes.maximum(h.view(-1, k, w4.shape[1]), w4)
+        largest, peak[block] = passes.maximum(_hidden(s, norm).view(-1, k, w4.shape[1]), w4)
         y[block] = largest.add_(layers.b4)
     return y, peak
 
 
+class _Gradients:
+    """Sums over blocks of the gradients of the layers."""
+
+    def __init__(self, passes: Any, g: Tensor, peak: Tensor, x: Tensor, layers: Layers, norm: Norm | None = None):
+        self.passes, self.peak, self.layers, self.norm = passes, peak, layers, norm
+        self.acc = acc = accumulation_dtype(x.dtype)
+        self.dy = g.to(acc).contiguous()
+        self.x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self.sums = Layers(*(torch.zeros(t.shape, dtype=acc, device=x.device) for t in layers))
+
+    def of_maximum(self, block: slice, s: _Block, need_weight: bool = True) -> Tensor:
+        """Add the last layer's; the gradient of its operand before the activation [m k, C3]."""
+        h, w4, dy = _hidden(s, self.norm), self.layers.w4, self.dy[block]
+        rows = h.view(len(dy), -1, w4.shape[1])
+        dh, dw4 = self.passes.gradient(dy, self.peak[block], rows, w4, True, need_weight)
+        if need_weight:
+            self.sums.w4.add_(dw4)
+        return torch.ops.aten.threshold_backward(dh.view(h.shape), h, 0)
+
+    def of_third(self, block: slice, s: _Block, d: Tensor) -> None:
+        """Add those of the first three layers; d [m k, C3]: the gradient of the block's third product."""
+        w1, w2, w3 = self.layers.w1, self.layers.w2, self.layers.w3
+        sums, acc, c2 = self.sums, self.acc, len(w2)
+        k = len(d) // len(s.g)
+        of_group = d.view(-1, k, len(w3)).sum(1)
+        sums.w3[:, :c2] += _product(of_group.t(), s.g, acc)
+        sums.w3[:, c2:] += _product(d.t(), s.f, acc)
+        sums.b3.add_(of_group.sum(0, dtype=acc))
+        df = d @ w3[:, c2:]
+        df.view(-1, k, c2).scatter_add_(1, s.peak[:, None], (of_group @ w3[:, :c2])[:, None])
+        sums.w2.add_(_product(df.t(), s.a, acc))
+        sums.b2.add_(df.sum(0, dtype=acc))
+        da = torch.ops.aten.threshold_backward(df @ w2, s.a, 0)
+        sums.w1.add_(_product(da.t(), s.x, acc))
+        sums.b1.add_(da.sum(0, dtype=acc))
+        self.x[block] = (da @ w1).view(-1, k, w1.shape[1])
+
+    def named(self, layers: Layers, **others: Tensor) -> dict[str, Tensor]:
+        """Those of x and of the layers, `others` in their place, in the dtypes of what they belong to."""
+        found = vars(self.sums) | {"b4": self.dy.sum(0)} | others
+        return {"x": self.x} | {name: found[name].to(t.dtype) for name, t in vars(layers).items()}
+
+
 def backward(passes: Any, g: Tensor, peak: Tensor, x: Tensor, layers: Layers) -> dict[str, Tensor]:
     """The gradients of x and of the layers."""
-    given, layers = layers, layers.operands(x)
-    w4, acc = layers.w4, accumulation_dtype(x.dtype)
-    sums = _Gradients(x, layers, acc)
-    dw4 = torch.zeros(w4.shape, dtype=acc, device=x.device)
-    dy = g.to(acc).contiguous()
-    for block, s in _blocks(x, layers, layers.b3):
-        dh, part = _through_maximum(passes, dy[block], peak[block], _hidden(s, None, w4.dtype), w4, True)
-        dw4 += part
-        sums.add(block, s, dh)
-    return _named(given, sums, sums.b[2], dw4, dy.sum(0))
-
-
-def _named(layers: Layers, sums: _Gradients, db3: Tensor, dw4: Tensor, db4: Tensor) -> dict[str, Tensor]:
-    """The gradients in the dtypes of what they belong to."""
-    (dw1, dw2, dw3), (db1, db2, _) = sums.w, sums.b
-    found = zip(vars(layers).items(), (dw1, db1, dw2, db2, dw3, db3, dw4, db4), strict=True)
-    return {"x": sums.x} | {name: d.to(t.dtype) for (name, t), d in found}
-
-
-def _through_maximum(
-    passes: Any, dy: Tensor, peak: Tensor, h: Tensor, w4: Tensor, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """(the gradient before the activation [m k, C3], that of W4)."""
-    dh, dw4 = passes.gradient(dy, peak, h.view(len(dy), -1, w4.shape[1]), w4, True, need_weight)
-    return torch.ops.aten.threshold_backward(dh.view(h.shape), h, 0), dw4
+    operands = layers.operands(x)
+    sums = _Gradients(passes, g, peak, x, operands)
+    for block, s in _blocks(x, operands, operands.b3):
+        sums.of_third(block, s, sums.of_maximum(block, s))
+    return sums.named(layers)
 
 
 # --- batch normalisation of the third product, with the statistics of all groups -------------------------------------
@@ -178,9 +172,9 @@ def training(
     passes: Any, x: Tensor, layers: Layers, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y [M, D], mean [C3], biased variance [C3], the neighbours that y comes from [M, D])."""
-    layers = layers.operands(x)
-    mean, var = _statistics(x, layers)
-    y, peak = forward(passes, x, layers, _norm(mean, var, scale, layers.b3, eps))
+    operands = layers.operands(x)
+    mean, var = _statistics(x, operands)
+    y, peak = forward(passes, x, operands, _norm(mean, var, scale, operands.b3, eps))
     return y, mean, var, peak
 
 
@@ -218,21 +212,17 @@ def training_backward(
 
     With n = scale u + shift, u = (v - mean) / std and R rows: dv = scale / std (dn - (sum dn + u sum dn u) / R).
     """
-    given, layers = layers, layers.operands(x)
-    norm = _norm(mean, var, scale, layers.b3, eps)
-    w4, acc = layers.w4, accumulation_dtype(x.dtype)
-    sums = _Gradients(x, layers, acc)
-    dw4 = torch.zeros(w4.shape, dtype=acc, device=x.device)
+    operands = layers.operands(x)
+    norm = _norm(mean, var, scale, operands.b3, eps)
+    sums = _Gradients(passes, g, peak, x, operands, norm)
     dshift, dscale = torch.zeros_like(norm.shift), torch.zeros_like(norm.scale)
-    dy = g.to(acc).contiguous()
-    for block, s in _blocks(x, layers, None):
-        dn, part = _through_maximum(passes, dy[block], peak[block], _hidden(s, norm, w4.dtype), w4, True)
-        dw4 += part
-        dshift += dn.sum(0, dtype=acc)
-        dscale += (dn * norm.unit(s.third)).sum(0, dtype=acc)
+    for block, s in _blocks(x, operands, None):
+        dn = sums.of_maximum(block, s)
+        dshift += dn.sum(0, dtype=sums.acc)
+        dscale += (dn * norm.unit(s.third)).sum(0, dtype=sums.acc)
     rows = x.shape[0] * x.shape[1]
-    for block, s in _blocks(x, layers, None):
-        dn, _ = _through_maximum(passes, dy[block], peak[block], _hidden(s, norm, w4.dtype), w4, False)
+    for block, s in _blocks(x, operands, None):
+        dn = sums.of_maximum(block, s, need_weight=False)
         dv = dn - norm.unit(s.third).mul_(dscale / rows).add_(dshift / rows)
-        sums.add(block, s, (dv * (norm.scale * norm.rstd)).to(w4.dtype))
-    return _named(given, sums, dshift, dw4, dy.sum(0)) | {"scale": dscale.to(scale.dtype)}
+        sums.of_third(block, s, (dv * (norm.scale * norm.rstd)).to(operands.w4.dtype))
+    return sums.named(layers, b3=dshift) | {"scale": dscale.to(scale.dtype)}
