@@ -18,7 +18,7 @@ from judge import Results, cast, compared, judge
 from mmfuse.kernels import patch_embed
 from mmfuse.kernels.patch import backward_from, forward_into
 from mmfuse.kernels.patch.op import PATCH_EMBED, patch_bwd, patch_fwd, stem_of
-from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Stem
+from mmfuse.kernels.patch.stem import DIFFERENTIABLE
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -509,14 +509,18 @@ def test_export() -> None:
 
 
 def test_autocast() -> None:
-    pixels, shape, options = CASES["vit"]()
-    weight = real(*shape).requires_grad_()
+    pixels, weight, options = drawn("vit")
+    weight.requires_grad_()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         y = patch_embed(pixels, weight, **options)
-    assert y.dtype == torch.bfloat16
     (grad,) = torch.autograd.grad(y.float().sum(), weight)
-    assert grad.dtype == torch.float32
-    assert patch_embed(pixels, weight.to(torch.bfloat16), **options, dtype=torch.float32).dtype == torch.float32
+    assert y.dtype == torch.bfloat16 and grad.dtype == torch.float32
+    # as with a weight in 16 bits
+    low = weight.detach().to(torch.bfloat16).requires_grad_()
+    want = patch_embed(pixels, low, **options)
+    assert torch.equal(y, want)
+    assert torch.equal(grad.to(torch.bfloat16), torch.autograd.grad(want.float().sum(), low)[0])
+    assert patch_embed(pixels, low, **options, dtype=torch.float32).dtype == torch.float32
 
 
 def test_differentiable_once() -> None:
@@ -574,6 +578,8 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
 
 
 def test_explain() -> None:
-    stem = stem_of(u8(1, 3, 32, 32), real(D, 3, 16, 16))
-    assert "patch_embed" in mmfuse.explain("patch_embed", stem.pixels, stem.weight)
-    assert isinstance(stem, Stem)
+    pixels, weight = u8(1, 3, 32, 32), real(D, 3, 16, 16)
+    chosen = PATCH_EMBED.select(pixels, weight).name
+    assert f"-> {chosen}" in mmfuse.explain("patch_embed", pixels, weight)
+    with pytest.raises(mmfuse.UnsupportedError, match="dtype is torch.float64"):
+        patch_embed(pixels, weight.double(), backend="cpu")
