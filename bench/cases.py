@@ -114,7 +114,8 @@ class Case:
             names += ["mmfuse-triton"] if self.chosen(inputs) != "triton" else []
         values = [f"[{value}]" for _, value in self._values()] or [""]
         peers = [name for name, kind in kinds.items() if kind == device.type and name != spare]
-        return [*peers, *(name + value for name in names for value in values), "mmfuse-chunked"]
+        chunked = ["mmfuse-chunked"] if "mmfuse-chunked" in self.providers else []
+        return [*peers, *(name + value for name in names for value in values), *chunked]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     count = None if args.suite in (None, "all") else getattr(suite_module(args.suite), "run", None)
     if count is not None:  # counted, not timed
-        return count(args)  # type: ignore[no-any-return]
+        return count(args)
     device = torch.device(args.device)
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.set_device(device)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURE = 0.07  # that training starts from
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def unit(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -40,6 +41,12 @@ def clip(device: torch.device, dtype: torch.dtype, N: int, D: int) -> tuple[Tens
 
 def leaf(device: torch.device, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
     return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+
+
+def per_channel(pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of ImageNet's channels, [3, 1, 1]."""
+    mean, std = (torch.tensor(v, dtype=dtype, device=pixels.device)[:, None, None] for v in (MEAN, STD))
+    return mean, std
 
 
 # --- scalars --------------------------------------------------------------------------------------------------------

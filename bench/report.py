@@ -12,19 +12,6 @@ from mmfuse.bench.cases import Record
 
 Fit = tuple[list[float], list[float], float, float]  # sizes, values, exponent, factor
 
-COLUMNS = (
-    "size",
-    "provider",
-    "ms (p20 to p80)",
-    "of baseline",
-    "of the GEMMs",
-    "TFLOP/s",
-    "GB/s",
-    "of ceiling",
-    "memory",
-    "note",
-)
-
 _HEAD = """# Benchmarks
 
 <!-- written by `mmfuse bench --from bench/results --report docs/benchmarks.md` -->

@@ -738,7 +738,7 @@ def large() -> dict[str, dict[str, Call]]:
 
 
 # former names of operators
-NAMES = {"embed_pair": ("embed_pair", "multiway_tokens")}
+NAMES = {"embed_pair": ("embed_pair", "embed_pair")}
 VARIANTS: dict[str, Callable[[Inputs], dict[str, Call]]] = {
     f.__name__: f
     for f in (

@@ -73,14 +73,16 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str], packages: Non
     code = main(["demo", "--quick", "--out", str(out)])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert printed.splitlines()[-1] == str(out / "report.html")
+    *claims, last = printed.splitlines()
+    assert last == str(out / "report.html")
+    assert claims and all(line.startswith("holds  ") for line in claims), printed
 
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Outline(text)
     assert page.open == []
     assert page.sections == SECTIONS
     assert "FAIL" not in text
-    assert "claims hold" in text
+    assert f"all {len(claims)} claims hold" in text
     # self-contained: what it refers to is in it
     assert all(reference[1:] in re.findall('id="(.+?)"', text) for reference in page.references)
     assert len(page.images) == len(FIGURES)
@@ -104,18 +106,23 @@ def test_a_claim_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     page.claim(True, "one")
     assert page.holds
     page.claim(False, "two & [three]")
+    page.claim(True, "[red] " + " ".join(60 * ["long"]))
     page.table(("a", "b"), [("<x>", "1")])
-    page.pre("[red] text")
+    page.table(("c", "d"), [("y", "2")], folded="all & more")
+    page.pre("text")
     assert not page.holds
     text = page.write(1.0).read_text(encoding="utf-8")
     outline = Outline(text)
     assert outline.open == []
     assert outline.sections == ["A <b> section"]
-    assert "1 of 2 claims FAIL" in text
+    assert "1 of 3 claims FAIL" in text
+    assert text.count("<details>") == 1 and "<summary>all &amp; more</summary>" in text
     assert text.count("two &amp; [three]") == 2
-    printed = capsys.readouterr().out
-    assert "FAILS  two & [three]" in printed
-    assert "[red] text" in printed
+    assert capsys.readouterr().out.splitlines() == [
+        "holds  one",
+        "FAILS  two & [three]",
+        "holds  [red] " + " ".join(60 * ["long"]),
+    ]
 
 
 def test_the_exit_code_follows_the_claims(

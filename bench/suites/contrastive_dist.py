@@ -211,19 +211,11 @@ def _of_one(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor
 
 
 CHECKS = [
-    Check(
-        "distributed_clip_loss",
-        f"N=129 D=96, one rank, local={local}",
-        features(scale=14.3),
-        differentiated(_of_one(distributed_clip_loss, local_loss=local)),
-    )
-    for local in (False, True)
-] + [
-    Check(
-        "distributed_siglip_loss",
-        "N=129 D=96, one rank",
-        features(scale=10.0, bias=-10.0),
-        differentiated(_of_one(distributed_siglip_loss)),
+    Check(loss.__name__, f"N=129 D=96, one rank{more}", features(**scalars), differentiated(_of_one(loss, **options)))
+    for loss, more, scalars, options in (
+        (distributed_clip_loss, ", local=False", {"scale": 14.3}, {"local_loss": False}),
+        (distributed_clip_loss, ", local=True", {"scale": 14.3}, {"local_loss": True}),
+        (distributed_siglip_loss, "", {"scale": 10.0, "bias": -10.0}, {}),
     )
 ]
 

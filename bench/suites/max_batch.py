@@ -43,18 +43,6 @@ _SQUARE = 8192
 _STEP = 1024
 
 
-def _open_clip(n: int, b: int, d: int) -> int:
-    return 8 * b * d + 16 * b * n + (8 * n * d if n > b else 0)
-
-
-def _inf_cl(n: int, b: int, d: int) -> int:
-    return 58 * b * d
-
-
-def _memeff(n: int, b: int, d: int) -> int:
-    return 8 * b * d + (6 * n * d if n > b else 8 * b * d)
-
-
 def _mmfuse(n: int, b: int, d: int) -> int:
     side = min(b, _SQUARE)
     squares = 2 * side * min(n, _SQUARE) + 20 * side * d
@@ -67,9 +55,9 @@ def _ring(n: int, b: int, d: int) -> int:
 
 
 FORMULAS: dict[str, Callable[[int, int, int], int]] = {
-    "open_clip": _open_clip,
-    "Inf-CL": _inf_cl,
-    "memeff": _memeff,
+    "open_clip": lambda n, b, d: 8 * b * d + 16 * b * n + (8 * n * d if n > b else 0),
+    "Inf-CL": lambda n, b, d: 58 * b * d,
+    "memeff": lambda n, b, d: 8 * b * d + (6 * n * d if n > b else 8 * b * d),
     "mmfuse": _mmfuse,
     "mmfuse ring": _ring,
 }

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.bench.cases import Case, Check
-from mmfuse.bench.inputs import differentiated, leaf, of_case, ramp
+from mmfuse.bench.inputs import MEAN, STD, differentiated, leaf, of_case, per_channel, ramp
 from mmfuse.bench.providers import copy, eager, formula, products, then
 from mmfuse.kernels import interpolate_position, masked_patch_loss, patch_embed_packed
 
 _P, _K = 16, 768
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # --- SigLIP2 --------------------------------------------------------------------------------------------------------
@@ -86,7 +85,7 @@ def _mae_inputs(device: torch.device, dtype: torch.dtype, B: int, S: int) -> tup
 def mae(prediction: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
     """The official forward_loss on pictures normalised as torchvision does."""
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    mean, std = (torch.tensor(v, dtype=wide, device=pixels.device)[:, None, None] for v in (_MEAN, _STD))
+    mean, std = per_channel(pixels, wide)
     x = (pixels.to(wide) / 255 - mean) / std
     b, c, s, _ = x.shape
     target = x.reshape(b, c, s // _P, _P, s // _P, _P).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, _K)
@@ -97,7 +96,7 @@ def mae(prediction: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
 
 
 def _mae(prediction: Tensor, pixels: Tensor, mask: Tensor, **options: Any) -> Tensor:
-    return masked_patch_loss(prediction, pixels, mask, patch=_P, mean=_MEAN, std=_STD, **options)
+    return masked_patch_loss(prediction, pixels, mask, patch=_P, mean=MEAN, std=STD, **options)
 
 
 # --- positions ------------------------------------------------------------------------------------------------------

@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.bench.cases import Case, Check
-from mmfuse.bench.inputs import differentiated, leaf, weighted
+from mmfuse.bench.inputs import MEAN, STD, differentiated, leaf, per_channel, weighted
 from mmfuse.bench.providers import Fn, Load, Scratch, anchor, compiled, eager, then
 from mmfuse.kernels import patch_embed
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _inputs(grad: bool, device: torch.device, dtype: torch.dtype, B: int, S: int, P: int, D: int) -> tuple[Tensor, ...]:
@@ -30,14 +28,9 @@ def _inputs(grad: bool, device: torch.device, dtype: torch.dtype, B: int, S: int
     return (*leaves, torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8, device=device))
 
 
-def _per_channel(pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(v, dtype=dtype, device=pixels.device)[:, None, None] for v in (_MEAN, _STD))
-    return mean, std
-
-
-def _normalise(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+def _normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """torchvision's ToDtype(scale=True) and Normalize."""
-    mean, std = _per_channel(pixels, dtype)
+    mean, std = per_channel(pixels, dtype)
     return pixels.to(dtype).mul_(1 / 255).sub_(mean).div_(std)
 
 
@@ -51,7 +44,7 @@ def _stem(x: Tensor, weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor
 
 
 def torchvision_timm(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor) -> Tensor:
-    x = _normalise(pixels, torch.promote_types(weight.dtype, torch.float32))
+    x = _normalised(pixels, torch.promote_types(weight.dtype, torch.float32))
     return _stem(x, weight, bias, cls, position)
 
 
@@ -62,7 +55,7 @@ def _normalised_in(device: torch.device, dtype: torch.dtype) -> Fn:
     def run(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor) -> Tensor:
         if id(pixels) not in kept:
             wide = torch.promote_types(weight.dtype, torch.float32)
-            kept[id(pixels)] = pixels, _normalise(pixels, wide).to(weight.dtype)
+            kept[id(pixels)] = pixels, _normalised(pixels, wide).to(weight.dtype)
         return _stem(kept[id(pixels)][1], weight, bias, cls, position)
 
     return run
@@ -77,7 +70,7 @@ def _vllm(device: torch.device, dtype: torch.dtype) -> Fn:
     one_pass = torch.compile(affine, dynamic=False) if device.type == "cuda" else affine
 
     def run(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor) -> Tensor:
-        mean, std = _per_channel(pixels, torch.promote_types(weight.dtype, torch.float32))
+        mean, std = per_channel(pixels, torch.promote_types(weight.dtype, torch.float32))
         x, p = one_pass(pixels, 1 / (255 * std), -mean / std, weight.dtype), weight.shape[-1]
         rows = x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).reshape(len(x), -1, weight[0].numel())
         return _join(F.linear(rows, weight.flatten(1), bias), cls, position)
@@ -98,7 +91,7 @@ def _trained(load: Load) -> Load:
 
 
 def _embed(pixels: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, position: Tensor, **options: Any) -> Tensor:
-    return patch_embed(pixels, weight, bias, mean=_MEAN, std=_STD, prefix=prefix, position=position, **options)
+    return patch_embed(pixels, weight, bias, mean=MEAN, std=STD, prefix=prefix, position=position, **options)
 
 
 def _ours(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor, **options: Any) -> Tensor:

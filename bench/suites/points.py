@@ -43,7 +43,7 @@ def _different(got: Tensor, want: Tensor) -> float:
 
 def _distances(of: Callable[..., tuple[Tensor, Tensor]], flops: Callable[..., float]) -> Anchor:
     """All distances of an operation, as products of matrices."""
-    return Anchor(lambda device, dtype: lambda *inputs: torch.cdist(*(t.float() for t in of(*inputs))), flops)
+    return Anchor(lambda device, dtype: then(lambda pair: torch.cdist(pair[0].float(), pair[1].float()), of), flops)
 
 
 # --- farthest points ------------------------------------------------------------------------------------------------

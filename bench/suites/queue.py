@@ -114,7 +114,7 @@ def _check_inputs(temp: float, ids: bool = False) -> Any:
 def _itc(
     query: Tensor, temp: Tensor, query_m: Tensor, keys: Tensor, queue: Tensor, *ids: Tensor, backend: str | None
 ) -> Tensor:
-    of = dict(zip(("ids", "key_ids", "queue_ids"), ids, strict=False))
+    of: dict[str, Any] = dict(zip(("ids", "key_ids", "queue_ids"), ids, strict=False))
     return queue_itc_loss(query, keys, queue, temp, query_m=query_m, alpha=_ALPHA, backend=backend, **of)
 
 

@@ -171,7 +171,7 @@ CASES = [
 
 def _groups(scale: float, *names: str) -> inputs.Inputs:
     """A pair of features and their scale for each of the `names`."""
-    of_each = {"image": (129, 96), "text": (129, 96), "scale": scale}
+    of_each: dict[str, Any] = {"image": (129, 96), "text": (129, 96), "scale": scale}
     return units(**{name + what: fact for name in names for what, fact in of_each.items()})
 
 

@@ -106,7 +106,8 @@ def _torchscale(device: torch.device, dtype: torch.dtype) -> Fn:
 def _multiway(*given: Tensor, **options: Any) -> Tensor:
     names = ("weight", "bias", "cls_token", "position", "table", "text_position")
     *parameters, pixels, ids = given
-    return embed_pair(pixels, ids, **dict(zip(names, parameters, strict=True)), pad_mask=_padded(ids), **options)
+    options |= dict(zip(names, parameters, strict=True))
+    return embed_pair(pixels, ids, pad_mask=_padded(ids), **options)
 
 
 def _patches(weight: Tensor, *others: Tensor) -> list[Any]:

@@ -43,7 +43,8 @@ def eager_matryoshka(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """Two cross-entropies for each prefix, normalised for itself."""
     loss = torch.zeros((), device=image.device)
     for d in _dims(image):
-        loss = loss + eager_clip(*(F.normalize(t[:, :d], dim=-1) for t in (image, text)), scale)
+        x, y = (F.normalize(t[:, :d], dim=-1) for t in (image, text))
+        loss = loss + eager_clip(x, y, scale)
     return loss
 
 

@@ -121,7 +121,7 @@ class Operator:
         instead: Mapping[str, str] | None = None,
     ):
         self.name, self.backward = name, backward
-        self.examples = {name: example} | dict(also or {})
+        self.examples: dict[str, Any] = {name: example} | dict(also or {})
         self.instead, self.differentiable = dict(instead or {}), tuple(differentiable)
         hints = hints_of(forward)
         self.wants_needs, _ = hints.pop("needs", None) is not None, hints.pop("passes", None)

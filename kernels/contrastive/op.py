@@ -414,4 +414,4 @@ def siglip_loss(
     image, text, scale = features(image, text, logit_scale, None if negative_only else row_offset)
     bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
     found = SIGLIP(image, text, scale, bias, normalize, row_offset, negative_only, backend=backend)
-    return found.loss  # type: ignore[no-any-return]
+    return found.loss

@@ -87,8 +87,8 @@ def _require(*packages: str) -> None:
 
 def _fused(device: torch.device) -> str:
     """The implementation to name for small batches, which step aside for eager where that is faster."""
-    features = torch.empty(1, 1, device=device)
-    return operators()["clip_loss"].available(features, features)[0]
+    clip = operators()["clip_loss"]
+    return clip.available(clip.of_example("clip_loss", torch.empty(1, 1, device=device)))[0]
 
 
 def _environment(page: Page) -> None:

@@ -54,6 +54,13 @@ class Digits(NamedTuple):
     digit: Tensor  # [N]
 
 
+class Trained(NamedTuple):
+    model: CLIP
+    losses: Tensor  # [steps]
+    accuracy: list[tuple[int, float]]  # (steps done, share of the held-out digits named right)
+    seconds: float
+
+
 def load(device: torch.device) -> tuple[Digits, Digits]:
     """1200 pictures to train on, and 597 to be judged by."""
     from sklearn.datasets import load_digits

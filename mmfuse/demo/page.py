@@ -1,4 +1,4 @@
-"""The report: what is added shows in the terminal at once, and is kept for one self-contained HTML page."""
+"""The report: one self-contained HTML page. The terminal shows its claims, each at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape as plain
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import mmfuse
 
@@ -53,6 +52,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px
 figure { margin: 1.2rem 0; break-inside: avoid; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px; }
+summary { cursor: pointer; color: var(--link); font-size: .86rem; }
 figcaption { color: var(--soft); font-size: .86rem; margin-top: .4rem; max-width: 52rem; }
 @media print { body { font-size: 10pt; padding: 0; } nav { display: none; } .wide { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding-right: .7rem; } pre { font-size: 7.5pt; } h2 { margin-top: 1.5rem; } }
@@ -63,8 +63,6 @@ class Page:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._console = Console(highlight=False)
-        if not self._console.is_terminal:  # a log has no width
-            self._console.width = 120
         self._titles: list[str] = []
         self._html: list[str] = []
         self._claims: list[tuple[bool, str]] = []
@@ -75,37 +73,28 @@ class Page:
 
     def section(self, title: str) -> None:
         self._titles.append(title)
-        self._console.print(f"\n[bold]{len(self._titles)}. {plain(title)}[/bold]")
         self._html.append(f'<h2 id="{_slug(title)}">{escape(title)}</h2>')
 
     def text(self, text: str) -> None:
-        """A paragraph, on the page only."""
+        """A paragraph."""
         code = re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
         self._html.append(f"<p>{code}</p>")
 
     def pre(self, text: str) -> None:
-        """Text as it is printed."""
-        self._console.print(plain(text), soft_wrap=True)
+        """Text with its own line breaks."""
         self._html.append(f"<pre>{escape(text)}</pre>")
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
-        """The first `left` columns are text, the others numbers."""
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i < left else "right")
-        html = [_row("th", columns, left)]
-        for row in rows:
-            table.add_row(*map(plain, row))
-            html.append(_row("td", row, left))
-        self._console.print(table)
-        self._html.append(f'<div class="wide"><table>{"".join(html)}</table></div>')
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, folded: str = "") -> None:
+        """The first `left` columns are text, the others numbers. With `folded`, this line unfolds it."""
+        cells = _row("th", columns, left) + "".join(_row("td", row, left) for row in rows)
+        table = f'<div class="wide"><table>{cells}</table></div>'
+        self._html.append(f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table)
 
     def figure(self, name: str, caption: str, figure: Figure | None = None) -> None:
         """A figure, saved as `name`.png in the folder, or the file of that name that is there already."""
         path = self.folder / f"{name}.png"
         if figure is not None:
             figure.savefig(path, dpi=130)
-        self._console.print(f"[dim]{plain(str(path))}[/dim]", soft_wrap=True)
         data = base64.b64encode(path.read_bytes()).decode()
         image = f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
         self._html.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
@@ -113,7 +102,8 @@ class Page:
     def claim(self, holds: bool, text: str) -> None:
         """Something that the demo says, checked: the exit code is 1 if it does not hold."""
         self._claims.append((holds, text))
-        self._console.print(f"[green]holds[/green]  {plain(text)}" if holds else f"[red]FAILS  {plain(text)}[/red]")
+        line = f"[green]holds[/green]  {plain(text)}" if holds else f"[red]FAILS  {plain(text)}[/red]"
+        self._console.print(line, soft_wrap=True)
         self._html.append(f"<ul>{_claim(holds, text)}</ul>")
 
     @contextmanager
@@ -131,7 +121,6 @@ class Page:
         path = self.folder / "report.html"
         failed = sum(not holds for holds, _ in self._claims)
         verdict = f"{failed} of {len(self._claims)} claims FAIL" if failed else f"all {len(self._claims)} claims hold"
-        self._console.print(f"\n[bold]{verdict}[/bold], {seconds:.0f} s", style="red" if failed else "green")
         when = f"mmfuse {mmfuse.__version__}, {datetime.now():%Y-%m-%d %H:%M}, {seconds:.0f} seconds"
         links = "".join(f'<a href="#{_slug(t)}">{escape(t)}</a> ' for t in self._titles)
         claims = "".join(_claim(*claim) for claim in self._claims)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmfuse.demo import digits
-
-if TYPE_CHECKING:
-    from mmfuse.demo.digits import Digits
-    from mmfuse.demo.training import Trained
+from mmfuse.demo.digits import Digits, Trained
 
 _EAGER, _FUSED, _WRONG, _TEXT = "#8c8c8c", "#0b5fa5", "#b3261e", "#1b1f24"
 _TITLE: dict[str, Any] = {"fontsize": 10, "loc": "left"}

@@ -5,28 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmfuse.bench import memory
 from mmfuse.bench.report import memory as size
 from mmfuse.demo import digits, plots
-from mmfuse.demo.digits import Digits
+from mmfuse.demo.digits import Digits, Trained
 from mmfuse.demo.page import Page
 from mmfuse.fused import ClipLoss
 from mmfuse.models.clip import CLIP
 
 if TYPE_CHECKING:
     from mmfuse.demo import Settings
-
-
-class Trained(NamedTuple):
-    model: CLIP
-    losses: Tensor  # [steps]
-    accuracy: list[tuple[int, float]]  # (steps done, share of the held-out digits named right)
-    seconds: float
 
 
 def show(page: Page, settings: Settings) -> CLIP:

@@ -182,7 +182,7 @@ def test_bad_input(cls) -> None:
         cls()(image[:3], text, 10.0, None)
     with pytest.raises(ValueError, match="logit_scale has shape"):
         cls()(image, text, torch.ones(4, 1), None)
-    with pytest.raises(ValueError, match="dist_impl is 'ring', expected one of 'bidir'"):
+    with pytest.raises(ValueError, match="dist_impl is 'ring', expected 'bidir'"):
         SigLipLoss(dist_impl="ring")
 
 

@@ -505,14 +505,18 @@ def test_export() -> None:
 
 
 def test_autocast() -> None:
-    pixels, shape, options = CASES["vit"]()
-    weight = real(*shape).requires_grad_()
+    pixels, weight, options = drawn("vit")
+    weight.requires_grad_()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         y = patch_embed(pixels, weight, **options)
-    assert y.dtype == torch.bfloat16
     (grad,) = torch.autograd.grad(y.float().sum(), weight)
-    assert grad.dtype == torch.float32
-    assert patch_embed(pixels, weight.to(torch.bfloat16), **options, dtype=torch.float32).dtype == torch.float32
+    assert y.dtype == torch.bfloat16 and grad.dtype == torch.float32
+    # as with a weight in 16 bits
+    low = weight.detach().to(torch.bfloat16).requires_grad_()
+    want = patch_embed(pixels, low, **options)
+    assert torch.equal(y, want)
+    assert torch.equal(grad.to(torch.bfloat16), torch.autograd.grad(want.float().sum(), low)[0])
+    assert patch_embed(pixels, low, **options, dtype=torch.float32).dtype == torch.float32
 
 
 def test_differentiable_once() -> None:

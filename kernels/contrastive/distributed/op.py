@@ -176,7 +176,7 @@ def _fused_clip(backend: str, image: Tensor, text: Tensor, scale: Tensor, peers:
     return losses[0] + losses[1] if losses else (image.sum() + text.sum()).to(scale.dtype) * scale
 
 
-DISTRIBUTED_CLIP = Operator(
+DISTRIBUTED_CLIP: Operator = Operator(
     "distributed_clip_loss",
     forward=reference.clip_loss,
     implementations=_implementations(_fused_clip, reference.clip_loss, _CLIP_SIDES),
@@ -270,14 +270,14 @@ def distributed_clip_loss(
     split_scale = not true and peers.size > 1
     mode = Mode(local_loss, gather_with_grad, split_scale, float(divisor), *w, kept, ring)
     # the choice is the same on all ranks, now that they are known
-    return DISTRIBUTED_CLIP(image, text, scale, peers, mode, backend=backend)  # type: ignore[no-any-return]
+    return DISTRIBUTED_CLIP(image, text, scale, peers, mode, backend=backend)
 
 
 def _agree(
     group: Any, sizes: Sequence[int] | None, backend: str | None, features: dict[str, Tensor], **settings: bool | str
 ) -> Peers:
     """The ranks' numbers of rows; what their collectives depend on is the same."""
-    wanted = {f"gradient of {name}": needs_gradient(t) for name, t in features.items()}
+    wanted: dict[str, bool | str] = {f"gradient of {name}": needs_gradient(t) for name, t in features.items()}
     settings |= {"backend": backend or forced_backend() or ""}
     return agree_on_sizes(group, features["image"], sizes, wanted | settings)
 
@@ -339,7 +339,7 @@ def _fused_siglip(
     return _Siglip.apply(image, text, scale, bias, EXCHANGES[dist_impl](peers), needs, backend)
 
 
-DISTRIBUTED_SIGLIP = Operator(
+DISTRIBUTED_SIGLIP: Operator = Operator(
     "distributed_siglip_loss",
     forward=reference.siglip_loss,
     implementations=_implementations(_fused_siglip, reference.siglip_loss, _SIGLIP_SIDES),
@@ -399,4 +399,4 @@ def distributed_siglip_loss(
         DISTRIBUTED_SIGLIP.choose((image, text, scale, bias, None, dist_impl), backend)
     given = {"image": image, "text": text, "logit_scale": scale}
     peers = _agree(group, sizes, backend, given, loss="siglip_loss", dist_impl=dist_impl)
-    return DISTRIBUTED_SIGLIP(image, text, scale, bias, peers, dist_impl, backend=backend)  # type: ignore[no-any-return]
+    return DISTRIBUTED_SIGLIP(image, text, scale, bias, peers, dist_impl, backend=backend)

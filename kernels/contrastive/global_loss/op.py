@@ -100,7 +100,7 @@ GLOBAL = Operator(
         lambda save, **given: reference.global_contrastive_loss(**given),
         prefer_eager={name: few_pairs(sides) for name, sides in _SIDES.items()},
     ),
-    example=lambda x, **how: global_contrastive_loss(x, x, 1.0, *x.new_zeros(2, len(x)), 0.5, **how),
+    example=lambda x, **how: global_contrastive_loss(x, x, 1.0, x.new_zeros(len(x)), x.new_zeros(len(x)), 0.5, **how),
 )
 
 

@@ -90,10 +90,10 @@ def _one_launch(
     images: list[Tensor], texts: list[Tensor], scales: list[Tensor], weights: tuple[float, float], normalize: bool
 ) -> Tensor:
     sizes, dims = [len(t) for t in images], [t.shape[1] for t in images]
-    wanted = ([needs_gradient(t) for t in side] for side in (images, texts))
+    image_wanted, text_wanted = ([needs_gradient(t) for t in side] for side in (images, texts))
     x, y = (torch.cat([F.pad(t, (0, max(dims) - t.shape[1])) for t in side]) for side in (images, texts))
-    groups = Groups(sizes, dims, *wanted, *weights)
-    return _LAUNCH(x, y, torch.stack(scales), groups, normalize, backend="triton").losses  # type: ignore[no-any-return]
+    groups = Groups(sizes, dims, image_wanted, text_wanted, *weights)
+    return _LAUNCH(x, y, torch.stack(scales), groups, normalize, backend="triton").losses
 
 
 def _one_by_one(
@@ -190,4 +190,4 @@ def grouped_clip_loss(
         check(second, y, x.shape, f" as {first}")
         check(first, x, dtype=found[0][0].dtype, like=("images[0]", found[0][0]))
     sides = [list(side) for side in zip(*found, strict=True)]
-    return GROUPED(*sides, weights_of(weights), normalize, backend=backend)  # type: ignore[no-any-return]
+    return GROUPED(*sides, weights_of(weights), normalize, backend=backend)

@@ -22,7 +22,7 @@ _features = partial(alike, shape=("B", "Q", "D"))
 
 class Largest(NamedTuple):
     u: Tensor  # [B, N]
-    index: Tensor = torch.empty(0)  # [B, N], the first query that reaches it
+    reached_by: Tensor = torch.empty(0)  # [B, N], the first query that reaches it
 
 
 def _forward(passes: Any, image: Tensor, text: Tensor) -> Largest:
@@ -36,8 +36,8 @@ def _fake(image: Tensor, text: Tensor) -> Largest:
     )
 
 
-def _backward(passes: Any, g: Tensor, index: Tensor, image: Tensor, text: Tensor, needs: Any) -> dict[str, Tensor]:
-    d_image, d_text = passes.gradient(g.contiguous(), index, image, text, *needs)
+def _backward(passes: Any, g: Tensor, reached_by: Tensor, image: Tensor, text: Tensor, needs: Any) -> dict[str, Tensor]:
+    d_image, d_text = passes.gradient(g.contiguous(), reached_by, image, text, *needs)
     return {"image": d_image, "text": d_text}
 
 
@@ -111,7 +111,7 @@ def max_query_similarity(image: Tensor, text: Tensor, *, backend: str | None = N
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     image, text = _features("image", image, "text", text)
-    return MAX_QUERY(image, text, backend=backend).u  # type: ignore[no-any-return]
+    return MAX_QUERY(image, text, backend=backend).u
 
 
 def max_query_loss(

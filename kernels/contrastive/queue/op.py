@@ -97,7 +97,7 @@ def _itc_fake(given: Directions, k: int, needs: Any) -> ItcOutputs:
 
 
 def _itc_reference(given: Directions, k: int, mixture: float, seeds: Tensor | None) -> ItcOutputs:
-    options = (given.temp, given.alpha, given.ids, given.key_ids, given.queue_ids)
+    options: Any = (given.temp, given.alpha, given.ids, given.key_ids, given.queue_ids)
     loss = torch.stack([reference.queue_itc_loss(*one, *options) for one in given.each()])
     if seeds is None:
         return ItcOutputs(loss)
@@ -276,7 +276,7 @@ def _itc(
     ways: list[_Way],
     temp: Tensor | float,
     alpha: float,
-    ids: tuple[Tensor | None, Tensor | None, Tensor | None],
+    ids: tuple[Tensor | None, ...],
     draws: tuple[int, float, Tensor | None],
     backend: str | None,
 ) -> Any:
@@ -376,7 +376,7 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor | float, *
     check("key", key, query.shape, " as query")
     temp = scalar("temp", temp, query)
     given = Directions(query[None], queue[None, :0], queue, temp, torch.zeros_like(temp))
-    return MOCO(given, key.to(query.dtype), backend=backend).loss[0]  # type: ignore[no-any-return]
+    return MOCO(given, key.to(query.dtype), backend=backend).loss[0]
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ _MOST = 64
 
 
 class Top(NamedTuple):
-    value: Tensor  # [B, k]
-    index: Tensor  # [B, k]
+    values: Tensor  # [B, k]
+    indices: Tensor  # [B, k]
 
 
 def _forward(passes: Any, queries: Tensor, gallery: Tensor, k: int) -> Top:
@@ -83,5 +83,5 @@ def similarity_topk(queries: Tensor, gallery: Tensor, k: int, *, backend: str | 
     require_integer("k", k)
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"k is {k}, expected at least 1 and at most the {gallery.shape[0]} rows of gallery")
-    value, index = TOPK(queries, gallery, k, backend=backend)
-    return value, index
+    values, indices = TOPK(queries, gallery, k, backend=backend)
+    return values, indices
