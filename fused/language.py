@@ -75,7 +75,7 @@ def linear_cross_entropy(
         )
     aside = (backend or forced_backend()) != "chunked"
     given = (hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk, aside)
-    return LINEAR_CROSS_ENTROPY(*given, backend=backend)  # type: ignore[no-any-return]
+    return LINEAR_CROSS_ENTROPY(*given, backend=backend)
 
 
 def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha):  # type: ignore[no-untyped-def]

@@ -423,7 +423,7 @@ def _layers(conv1: nn.Sequential, conv2: nn.Sequential) -> list[Layer] | None:
 def _gains(layers: Sequence[Layer], x: Tensor) -> bool:
     """Whether the operator would be more than these layers one after another."""
     x = x.detach().flatten(0, -3)
-    return POINTNET.choose((x, Layers(*(None,) * 6, layers[3][0].weight, None))) != "torch"  # type: ignore[arg-type]
+    return POINTNET.choose((x, Layers(*(None,) * 6, layers[3][0].weight, None))) != "torch"
 
 
 def _fused(layers: Sequence[Layer], x: Tensor) -> Tensor:

@@ -29,6 +29,6 @@ else:
     __all__ += contrastive.__all__
     __all__ += patch.__all__
 
-    for _module in iter_modules(__path__):  # noqa: F405
-        if not _module.name.startswith("_"):
-            import_module(f"mmfuse.kernels.{_module.name}")
+    for _family in iter_modules(__path__):  # noqa: F405
+        if not _family.name.startswith("_"):
+            import_module(f"mmfuse.kernels.{_family.name}")

@@ -93,7 +93,7 @@ def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
 def integers(name: str, ids: Tensor | None, rows: Tensor, of: str) -> Tensor:
     """Ids of the rows of `of`, int64 and contiguous."""
     check(name, ids, rows.shape[:1], f", one for each row of {of}", "integers", (of, rows))
-    return ids.to(torch.int64).contiguous()
+    return ids.to(torch.int64).contiguous()  # type: ignore[union-attr]
 
 
 def require_integer(name: str, value: object) -> None:

@@ -127,7 +127,7 @@ class Operator:
         self.wants_needs, _ = hints.pop("needs", None) is not None, hints.pop("passes", None)
         self.signature = Signature(hints)
         self.leaves = [self.signature.at[n] for n in differentiable]
-        self.Needs: Any = namedtuple("Needs", differentiable)  # noqa: PYI024
+        self.Needs: Any = namedtuple("Needs", differentiable)  # type: ignore[misc]  # noqa: PYI024
         result = get_type_hints(forward).get("return")
         self.Outputs = result if hasattr(result, "_fields") else None
         self.outputs = list(result._fields) if self.Outputs else ["out"]  # type: ignore[union-attr]
@@ -212,7 +212,7 @@ class Operator:
 
     def function(self, name: str) -> Callable[..., Any]:
         """The public function of this name, which stands beside the declaration."""
-        return getattr(sys.modules[self._module], name)  # type: ignore[no-any-return]
+        return getattr(sys.modules[self._module], name)
 
     def compute(self, implementation: Implementation, args: Sequence[Any], needs: Sequence[bool]) -> Any:
         """The forward with an implementation's passes, outside of autograd and autocast."""

@@ -57,7 +57,7 @@ def register(operator: Operator, implementation: Implementation) -> Callable[[Se
             outputs = _Eager.apply(backward, args, flat, needs, *leaves)
         else:
             return operator.compute(implementation, args, needs)
-        return outputs if single else operator.Outputs(*outputs)
+        return outputs if single else operator.Outputs(*outputs)  # type: ignore[misc]
 
     return run
 
@@ -170,7 +170,7 @@ def _registered(
     parameters = [inspect.Parameter(n, kind, annotation=hint) for n, hint in hints.items()]
     run.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
     # torch traces into a triton_op on any device, and the interpreter's kernels cannot be traced
-    make = torch.library.triton_op if traceable and not INTERPRET else torch.library.custom_op
+    make: Any = torch.library.triton_op if traceable and not INTERPRET else torch.library.custom_op
     op = make(f"mmfuse::{name}", run, mutates_args=())
     op.register_fake(fake)
     return op

@@ -64,7 +64,7 @@ def _search(
     mask: Tensor | None,
     exact: bool,
 ) -> Tensor:
-    return passes.code_argmax(z, weight, scale, bias, mask, exact)  # type: ignore[no-any-return]
+    return passes.code_argmax(z, weight, scale, bias, mask, exact)
 
 
 NEAREST = Operator(
@@ -72,8 +72,8 @@ NEAREST = Operator(
     forward=_search,
     fake=lambda z: z.new_empty(z.shape[:1], dtype=torch.int64),
     implementations=_implementations(reference.code_argmax),
-    example=lambda x, **how: nearest_code(x, x, **how),
-    also={"linear_argmax": lambda x, **how: linear_argmax(x, x, **how)},
+    example=lambda x, **how: nearest_code(x, x, **how),  # type: ignore[has-type]
+    also={"linear_argmax": lambda x, **how: linear_argmax(x, x, **how)},  # type: ignore[has-type]
 )
 
 
@@ -114,7 +114,7 @@ def nearest_code(
     z, codebook = _rows_and_codes(z, codebook)
     if mask is not None:
         check("mask", mask, z.shape[:1], ", one for each row", torch.bool, ("z", z))
-    return NEAREST(z, codebook, *_score(codebook, metric), mask, exact, backend=backend)  # type: ignore[no-any-return]
+    return NEAREST(z, codebook, *_score(codebook, metric), mask, exact, backend=backend)
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     if bias is not None:
         check("bias", bias, weight.shape[:1], ", one for each row of weight", like=("x", x))
     bias = None if bias is None else bias.double().contiguous()
-    return NEAREST(x, weight, None, bias, None, True, backend=backend)  # type: ignore[no-any-return]
+    return NEAREST(x, weight, None, bias, None, True, backend=backend)
 
 
 def _score(codebook: Tensor, metric: str) -> tuple[Tensor | None, Tensor | None]:
@@ -182,7 +182,7 @@ STATISTICS = Operator(
     forward=_statistics,
     fake=_statistics_fake,
     implementations=_implementations(reference.code_statistics),
-    example=lambda x, **how: code_statistics(x, torch.arange(len(x), device=x.device), len(x), **how),
+    example=lambda x, **how: code_statistics(x, torch.arange(len(x), device=x.device), len(x), **how),  # type: ignore[has-type]
 )
 
 

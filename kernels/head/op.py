@@ -108,7 +108,7 @@ def select_head(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     head = _head(x, index, norm, weight, normalize, scale, clips)
-    return SELECT_HEAD(x, head, backend=backend)[0]  # type: ignore[no-any-return]
+    return SELECT_HEAD(x, head, backend=backend)[0]
 
 
 def _head(

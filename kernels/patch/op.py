@@ -30,7 +30,7 @@ def _fake(stem: Stem) -> Tensor:
 
 def _backward(passes: Any, g: Tensor, stem: Stem, needs: Any) -> dict[str, Tensor]:
     wanted = [name for name, need in needs._asdict().items() if need]
-    return passes.backward_from(g, stem, wanted)  # type: ignore[no-any-return]
+    return passes.backward_from(g, stem, wanted)
 
 
 def _kernel(name: str) -> Any:
@@ -40,7 +40,7 @@ def _kernel(name: str) -> Any:
 
 
 def _blocks(tile: Any) -> Any:
-    functions = {"forward_into": blocked.forward_into, "backward_from": blocked.backward_from}
+    functions: dict[str, Any] = {"forward_into": blocked.forward_into, "backward_from": blocked.backward_from}
     return SimpleNamespace(**{name: partial(function, tile()) for name, function in functions.items()})
 
 
@@ -175,7 +175,7 @@ def patch_embed(
         position=position, prefix_position=prefix_position, mask=mask, mask_token=mask_token, ids_keep=ids_keep,
         type_embed=type_embed, pre_norm=pre_norm, padding=padding, dtype=dtype,
     )  # fmt: skip
-    return PATCH_EMBED(stem, backend=backend)  # type: ignore[no-any-return]
+    return PATCH_EMBED(stem, backend=backend)
 
 
 def stem_of(

@@ -29,7 +29,7 @@ _MOST_POINTS = 16384
 
 
 def _farthest(passes: Any, points: Tensor, k: int, start: Tensor) -> Tensor:
-    return passes.farthest_points(points, k, start)  # type: ignore[no-any-return]
+    return passes.farthest_points(points, k, start)
 
 
 def _many_points(points: Tensor) -> str | None:
@@ -46,7 +46,7 @@ FARTHEST = Operator(
         Implementation("cuda", passes=_PASSES["cuda"], against=[_many_points]),
         *_implementations("cpu", "chunked", "torch"),
     ],
-    example=lambda x, **how: farthest_points(x[None, :, :3], 1, **how),
+    example=lambda x, **how: farthest_points(x[None, :, :3], 1, **how),  # type: ignore[has-type]
 )
 
 
@@ -84,7 +84,7 @@ def farthest_points(points: Tensor, k: int, *, start: int | Tensor = 0, backend:
     else:
         check("start", start, (b,), "", torch.int64, ("points", points))
         check_range("start", start, n, "the points of a cloud")
-    return FARTHEST(points, k, start, backend=backend)  # type: ignore[no-any-return]
+    return FARTHEST(points, k, start, backend=backend)
 
 
 # --- neighbours -----------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ _MOST_NEIGHBOURS = 64
 
 
 def _nearest(passes: Any, query: Tensor, points: Tensor, k: int) -> Tensor:
-    return passes.nearest_neighbors(query, points, k)  # type: ignore[no-any-return]
+    return passes.nearest_neighbors(query, points, k)
 
 
 def _neighbours_fake(query: Tensor, k: int) -> Tensor:
@@ -123,7 +123,7 @@ NEAREST = Operator(
         Implementation("chunked", passes=blocked, prefer_eager=_few_distances),
         Implementation("torch", passes=reference),
     ],
-    example=lambda x, **how: nearest_neighbors(x[None, :, :3], x[None, :, :3], 1, **how),
+    example=lambda x, **how: nearest_neighbors(x[None, :, :3], x[None, :, :3], 1, **how),  # type: ignore[has-type]
 )
 
 
@@ -148,11 +148,11 @@ def nearest_neighbors(query: Tensor, points: Tensor, k: int, *, backend: str | N
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     _check_pair(query, points, k)
-    return NEAREST(query, points, k, backend=backend)  # type: ignore[no-any-return]
+    return NEAREST(query, points, k, backend=backend)
 
 
 def _ball(passes: Any, query: Tensor, points: Tensor, k: int, radius: float) -> Tensor:
-    return passes.ball_query(query, points, k, radius)  # type: ignore[no-any-return]
+    return passes.ball_query(query, points, k, radius)
 
 
 BALL = Operator(
@@ -160,7 +160,7 @@ BALL = Operator(
     forward=_ball,
     fake=_neighbours_fake,
     implementations=_implementations("cuda", "cpu", "chunked", "torch"),
-    example=lambda x, **how: ball_query(x[None, :, :3], x[None, :, :3], 1, 1.0, **how),
+    example=lambda x, **how: ball_query(x[None, :, :3], x[None, :, :3], 1, 1.0, **how),  # type: ignore[has-type]
 )
 
 
@@ -188,7 +188,7 @@ def ball_query(query: Tensor, points: Tensor, k: int, radius: float, *, backend:
     _check_pair(query, points, k)
     if not 0 < radius < math.inf:
         raise ValueError(f"radius is {radius}, expected a finite number > 0")
-    return BALL(query, points, k, float(radius), backend=backend)  # type: ignore[no-any-return]
+    return BALL(query, points, k, float(radius), backend=backend)
 
 
 # --- grouping -------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def ball_query(query: Tensor, points: Tensor, k: int, radius: float, *, backend:
 
 def _group(passes: Any, features: Tensor, index: Tensor) -> Tensor:
     check_range("idx", index, features.shape[1], "the points of a cloud")
-    return passes.group_points(features, index)  # type: ignore[no-any-return]
+    return passes.group_points(features, index)
 
 
 def _group_backward(passes: Any, g: Tensor, index: Tensor, features_shape: Sequence[int]) -> dict[str, Tensor]:
@@ -240,7 +240,7 @@ def group_points(features: Tensor, idx: Tensor, *, backend: str | None = None) -
     """
     check("features", features, ("B", "N", "C"))
     check("idx", idx, (features.shape[0], "G", "k"), " as features", "integers", ("features", features))
-    return GROUP(features, idx.to(torch.int64), backend=backend)  # type: ignore[no-any-return]
+    return GROUP(features, idx.to(torch.int64), backend=backend)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

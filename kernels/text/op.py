@@ -113,7 +113,7 @@ def embed_text(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     words = words_of(ids, table, position, position_offset, padding_idx, pad_mask, type_embed, scale, norm)
-    return EMBED_TEXT(words, backend=backend)[0]  # type: ignore[no-any-return]
+    return EMBED_TEXT(words, backend=backend)[0]
 
 
 def words_of(

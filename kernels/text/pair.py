@@ -49,7 +49,7 @@ def _backward(passes: Any, g: Tensor, stem: Stem, words: Words, needs: Any) -> d
 
 
 def _reference(stem: Stem, words: Words) -> Tensor:
-    tokens = PATCH_EMBED.implementations["torch"].function(stem)
+    tokens = PATCH_EMBED.implementations["torch"].function(stem)  # type: ignore[misc]
     return torch.cat([tokens, reference.embed_text(words)], dim=1)
 
 
@@ -62,7 +62,7 @@ def _implementation(name: str) -> Implementation:
     passes = SimpleNamespace(
         patches=PATCH_EMBED.implementations[name].passes, words=WORDS["triton" if on_gpu else "chunked"]
     )
-    against = [partial(_of_patches, name), *([too_wide] if on_gpu else [])]
+    against: list[Any] = [partial(_of_patches, name), *([too_wide] if on_gpu else [])]
     kernels = [*PATCH_EMBED.implementations[name].kernels, WORDS["triton"].module] if name == "triton" else []
     return Implementation(name, passes=passes, against=against, kernels=kernels)
 
@@ -154,4 +154,4 @@ def embed_pair(
     stem = replace(stem, position=seen[prefix:], mask_token=mask_token)
     if cls_token is not None:
         stem = replace(stem, prefix=cls_token[None], prefix_position=seen[:1])
-    return EMBED_PAIR(stem, words, backend=backend)  # type: ignore[no-any-return]
+    return EMBED_PAIR(stem, words, backend=backend)

@@ -176,7 +176,7 @@ def test_opcheck(normalize: bool) -> None:
     s = torch.tensor([3.0, 9.0], device=DEVICE, requires_grad=True)
     for t in (images[0], *texts):
         t.requires_grad_()
-    opcheck(lambda: grouped_clip_loss(images, texts, list(s), normalize=normalize, backend="triton"))
+    opcheck(lambda: grouped_clip_loss(images, texts, list(s), normalize=normalize, backend="triton"), "_grouped_clip")
 
 
 def test_errors() -> None:

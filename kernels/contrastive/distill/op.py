@@ -68,7 +68,7 @@ def _backward(
     g = zero if g is None else g
     if g_distill is None:  # the contrastive loss does not see the teacher
         teacher_tensors = (teacher_image, teacher_text, teacher_scale)
-        grads |= zip(needs._fields[3:], map(torch.zeros_like, teacher_tensors), strict=True)
+        grads |= zip(needs._fields[3:], (t.new_zeros(t.shape) for t in teacher_tensors), strict=True)
         g_distill, of_teacher = zero, ()
     b = len(image)
     pairs = slice(row_offset, row_offset + b)

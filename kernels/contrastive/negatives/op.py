@@ -53,7 +53,7 @@ NEGATIVES = Operator(
         # not traced: a compiler may round the noise otherwise, and then draw others
         Implementation("torch", passes=reference),
     ],
-    example=lambda x, **how: hard_negatives(x, x, 1.0, **how),
+    example=lambda x, **how: hard_negatives(x, x, 1.0, **how),  # type: ignore[has-type]
 )
 
 

@@ -14,7 +14,7 @@ from mmfuse.kernels.patch.positions.axes import MODES
 
 
 def _forward(passes: Any, table: Tensor, h: int, w: int, size: Sequence[int], mode: str) -> Tensor:
-    return passes.interpolate_position(table, h, w, size, mode)  # type: ignore[no-any-return]
+    return passes.interpolate_position(table, h, w, size, mode)
 
 
 def _backward(
@@ -103,7 +103,7 @@ def interpolate_position(
     check_lookup(mode, size, (gh, gw))
     if h * w == 0:
         return table.new_zeros(0, d) + 0 * table.sum()
-    return INTERPOLATE(table, h, w, size, mode, backend=backend)  # type: ignore[no-any-return]
+    return INTERPOLATE(table, h, w, size, mode, backend=backend)
 
 
 def _along(table: Tensor, n: int, size: int, mode: str, backend: str | None) -> Tensor:
@@ -111,7 +111,7 @@ def _along(table: Tensor, n: int, size: int, mode: str, backend: str | None) -> 
     if (size == len(table) and mode != "grid_sample") or n == 0:
         return table[:n]
     check_lookup(mode, (size,), (len(table),))
-    return INTERPOLATE(table[:, None], n, 1, (size, 1), mode, backend=backend)  # type: ignore[no-any-return]
+    return INTERPOLATE(table[:, None], n, 1, (size, 1), mode, backend=backend)
 
 
 def check_table(table: Tensor, mode: str) -> Tensor:

@@ -40,7 +40,7 @@ def _forward(
     compute: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
-    return passes.forward(x, fold(x, weight, bias, mean, std, compute), table, places, dtype)  # type: ignore[no-any-return]
+    return passes.forward(x, fold(x, weight, bias, mean, std, compute), table, places, dtype)
 
 
 def _backward(

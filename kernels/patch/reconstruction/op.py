@@ -123,7 +123,7 @@ def masked_patch_loss(
     check("mask", mask, (b, n), ", one for each patch", torch.bool, ("prediction", prediction))
     mean, std = (_per_channel(name, v, c, pixels) for name, v in (("mean", mean), ("std", std)))
     target = Target(video.detach(), mask, mean, std, t, p, q, norm)
-    return LOSS(prediction, target, backend=backend)  # type: ignore[no-any-return]
+    return LOSS(prediction, target, backend=backend)
 
 
 def _video(pixels: Tensor, layout: str) -> Tensor:
