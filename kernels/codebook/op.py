@@ -43,12 +43,12 @@ def _double(z: Tensor) -> str | None:
     return "dtype is torch.float64" if z.dtype == torch.float64 else None
 
 
-def _implementations(function: Any) -> list[Implementation]:
+def _implementations(**of_torch: Any) -> list[Implementation]:
     return [
         Implementation("triton", passes=_KERNEL, against=[_double]),
         Implementation("cpu", passes=_COMPILED),
         Implementation("chunked", passes=blocked),
-        Implementation("torch", function=function),
+        Implementation("torch", **of_torch),
     ]
 
 
@@ -71,7 +71,7 @@ NEAREST = Operator(
     "nearest_code",
     forward=_search,
     fake=lambda z: z.new_empty(z.shape[:1], dtype=torch.int64),
-    implementations=_implementations(reference.code_argmax),
+    implementations=_implementations(function=reference.code_argmax),
     example=lambda x, **how: nearest_code(x, x, **how),  # type: ignore[has-type]
     also={"linear_argmax": lambda x, **how: linear_argmax(x, x, **how)},  # type: ignore[has-type]
 )
@@ -181,7 +181,7 @@ STATISTICS = Operator(
     "code_statistics",
     forward=_statistics,
     fake=_statistics_fake,
-    implementations=_implementations(reference.code_statistics),
+    implementations=_implementations(passes=reference),
     example=lambda x, **how: code_statistics(x, torch.arange(len(x), device=x.device), len(x), **how),  # type: ignore[has-type]
 )
 
@@ -262,7 +262,7 @@ QUANTIZE = Operator(
     backward=_assign_backward,
     fake=_assign_fake,
     differentiable=("z", "codebook"),
-    implementations=_implementations(reference.assign),
+    implementations=_implementations(function=reference.assign),
     example=lambda x, **how: vector_quantize(x, x, **how),
 )
 

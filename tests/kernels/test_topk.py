@@ -94,7 +94,7 @@ def test_inputs_stay_and_no_gradient_flows() -> None:
     assert torch.equal(queries, before) and not value.requires_grad
 
 
-@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("backend", ALL)
 def test_opcheck(backend: str) -> None:
     queries, gallery = whole_numbers(5, 20)
     opcheck(lambda: similarity_topk(queries, gallery, 3, backend=backend))
