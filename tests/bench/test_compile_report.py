@@ -20,19 +20,23 @@ from mmfuse.kernels.contrastive import kernel  # noqa: E402
 
 
 def outside(*command: str, path: str = "") -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
+    # without nvcc: `make compile-report` has it compile the whole of csrc
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": path, "PATH": "", "CUDA_HOME": ""}
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_a_kernel_that_ships_is_clean_on_hopper():
-    found = outside("-m", "mmfuse.cli", "compile-report", "--json", "--arch", "sm_90", "--kernel", ":_grad_kernel bf16")
+    found = outside(
+        "-m", "mmfuse.cli", "compile-report", "--json", "--arch", "sm_90", "--kernel", ":_grad_kernel bf16 dot"
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     report = json.loads(found.stdout)
-    rows = {row["variant"]: row for row in report["rows"]}
-    assert {"bf16", "bf16 dot", "bf16 int16"} <= set(rows) and report["violations"] == 0
-    assert rows["bf16"]["tensor_core"]["wgmma"] > 0 and rows["bf16"]["registers"] > 32
-    assert rows["bf16"]["shared"] > 65536 and rows["bf16"]["f64"] == 0
-    assert rows["bf16 int16"]["tensor_core"] == {}
+    (row,) = report["rows"]
+    assert (row["kernel"], row["variant"], report["violations"]) == ("_grad_kernel", "bf16 dot", 0)
+    assert row["tensor_core"]["wgmma"] > 0 and row["registers"] > 32
+    assert row["shared"] > 65536 and row["f64"] == 0
+    assert report["absent"] == ["csrc: nvcc is not on PATH"]
 
 
 KERNELS = """
@@ -72,7 +76,7 @@ KERNELS = """
             Spec("probe:broken", "", out, {}),
         ]
         for spec, arch, facts in compile_all([(spec, 90) for spec in specs]):
-            print(json.dumps(facts if isinstance(facts, str) else violations(spec, arch, facts)))
+            print(json.dumps(facts if isinstance(facts, str) else [violations(spec, arch, facts), facts.tensor_core]))
 """
 
 
@@ -81,11 +85,11 @@ def test_each_violation_is_found(tmp_path):
     found = outside(str(tmp_path / "probe.py"), path=str(tmp_path))
     assert found.returncode == 0, found.stderr
     promoted, meant, greedy, small_dot, broken = map(json.loads, found.stdout.splitlines())
-    assert len(promoted) == 1 and promoted[0].endswith("float64 instructions")
-    assert meant == []
-    assert len(greedy) == 1 and greedy[0].startswith("spills")
+    assert len(promoted[0]) == 1 and promoted[0][0].endswith("float64 instructions")
+    assert meant == [[], {}]
+    assert len(greedy[0]) == 1 and greedy[0][0].startswith("spills")
     # 16 rows are too few for wgmma
-    assert small_dot == ["has no wgmma instruction"]
+    assert small_dot[0] == ["has no wgmma instruction"] and small_dot[1]["mma"] > 0
     assert "undefined" in broken
 
 

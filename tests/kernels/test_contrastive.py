@@ -350,7 +350,7 @@ def test_second_backward_is_the_same_and_double_backward_raises(backend: str) ->
 
 @pytest.mark.parametrize("backend", ALL)
 def test_runs_are_bitwise_equal(backend: str) -> None:
-    image, text = features(130, 16)
+    image, text = features(70, 16)
     one, two = (clip([image, text], backend) for _ in range(2))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
@@ -410,7 +410,7 @@ def test_metrics(backend: str) -> None:
 # --- the compiler and torch.library ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [None, "chunked", "torch", *(["triton"] if "triton" in ALL else [])])
+@pytest.mark.parametrize("backend", [None, "chunked", *(["triton"] if "triton" in ALL else [])])
 def test_compiles_whole(backend: str | None) -> None:
     image, text = (t.requires_grad_() for t in features(12, 16))
     s = torch.tensor(10.0, device=DEVICE, requires_grad=True)

@@ -136,11 +136,14 @@ def opposed() -> list[Tensor]:
 EXTREMES = {f.__name__: f for f in (same, raw, collinear, opposed)}
 
 
-@pytest.mark.parametrize("scales", [(100.0, 1.0), (1.0, 100.0), (100.0, 100.0)], ids=str)
-@pytest.mark.parametrize("case", EXTREMES)
-@pytest.mark.parametrize("backend", FUSED)
+SCALES = [(100.0, 1.0), (1.0, 100.0), (100.0, 100.0)]
+# the interpreter runs a Triton program in Python: it takes every pair of scales once
+HOT = [(b, c, s) for b in FUSED for c in EXTREMES for s in SCALES if b in FAST or c == "opposed" or s == SCALES[2]]
+
+
+@pytest.mark.parametrize("backend, case, scales", HOT, ids=str)
 def test_at_scale_100(backend: str, case: str, scales: tuple[float, float]) -> None:
-    judge(in_units(compared(partial(distilled, scales=scales), EXTREMES[case], backend, draws=8)))
+    judge(in_units(compared(partial(distilled, scales=scales), EXTREMES[case], backend, draws=12)))
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -167,7 +170,7 @@ def test_one_backward_for_both_losses(
     backend: str, dtype: torch.dtype, weights: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = watched(monkeypatch, DISTILL, backend, "grad")
-    image, text, t_image, t_text = features(70, 16, 24)
+    image, text, t_image, t_text = features(40, 16, 24)
 
     def run(given: list[Tensor], name: str) -> Results:
         x, y = (t.detach().requires_grad_() for t in given[:2])
@@ -182,7 +185,7 @@ def test_one_backward_for_both_losses(
 @pytest.mark.parametrize("needs", [*NAMES, "none of the teacher"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_nothing_is_computed_that_is_not_needed(backend: str, needs: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    image, text, t_image, t_text = features(70, 16, 24)
+    image, text, t_image, t_text = features(40, 16, 24)
     s, s_t = torch.tensor(9.0, device=DEVICE), torch.tensor(20.0, device=DEVICE)
     leaves = dict(zip(NAMES, (image, text, s, t_image, t_text, s_t), strict=True))
     wanted = NAMES[:3] if needs == "none of the teacher" else (needs,)
@@ -210,7 +213,7 @@ def test_second_backward_is_the_same_and_double_backward_raises(backend: str) ->
 
 @pytest.mark.parametrize("backend", ALL)
 def test_runs_are_bitwise_equal(backend: str) -> None:
-    given = features(130, 16, 24)
+    given = features(70, 16, 24)
     one, two = (distilled(given, backend) for _ in range(2))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
@@ -234,7 +237,7 @@ def test_any_strides_and_autocast(backend: str) -> None:
 @pytest.mark.parametrize("of", ["image", "teacher_text"])
 @pytest.mark.parametrize("backend", ALL)
 def test_a_nan_stays_visible(backend: str, of: str) -> None:
-    given = features(70, 16, 24)
+    given = features(40, 16, 24)
     given[0 if of == "image" else 3][11, 3] = torch.nan
     found = distilled(given, backend)
     assert found["contrastive"].isnan() == (of == "image")
@@ -259,7 +262,7 @@ def test_gradcheck(backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", [None, "chunked", "torch"])
+@pytest.mark.parametrize("backend", [None, "chunked"])
 def test_compiles_whole(backend: str | None) -> None:
     image, text, t_image, t_text = features(12, 16, 24)
     image.requires_grad_(), text.requires_grad_()

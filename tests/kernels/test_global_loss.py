@@ -123,12 +123,19 @@ def solved() -> list[Tensor]:
 EXTREMES = {f.__name__: f for f in (same, raw, opposed, solved)}
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-14])
-@pytest.mark.parametrize("case", EXTREMES)
-@pytest.mark.parametrize("backend", FUSED)
+# with eps the loss of `same` is that of the closest two of all images, and one rounding of theirs; eps is no part of a
+# kernel, and in the interpreter one is enough
+HOT = [
+    (b, c, e)
+    for b in FUSED
+    for c in EXTREMES
+    for e in (0.0, 1e-14)
+    if (b in FAST or not e) and (c, e) != ("same", 1e-14)
+]
+
+
+@pytest.mark.parametrize("backend, case, eps", HOT)
 def test_at_scale_100(backend: str, case: str, eps: float) -> None:
-    if eps and case == "same":
-        pytest.skip("the loss is that of the closest two of all images, and one rounding of theirs")
     judge(compared(partial(ours, scale=100.0, eps=eps), EXTREMES[case], backend, draws=12))
 
 
@@ -162,7 +169,7 @@ def test_normalize(backend: str) -> None:
 @pytest.mark.parametrize("trained", ["image", "text", "scale"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_nothing_is_computed_that_is_not_needed(backend: str, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    image, text, log_u, log_w = batch(70, 16)
+    image, text, log_u, log_w = batch(40, 16)
     leaves = {"image": image, "text": text, "scale": torch.tensor(9.0, device=DEVICE)}
     leaves[trained].requires_grad_()
     seen = watched(monkeypatch, GLOBAL, backend, "grad")
@@ -176,7 +183,7 @@ def test_nothing_is_computed_that_is_not_needed(backend: str, trained: str, monk
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_bitwise_equal_runs_and_double_backward(backend: str) -> None:
-    given = batch(130, 16)
+    given = batch(70, 16)
     one, two = (ours(given, backend, 20.0) for _ in range(2))
     assert all(torch.equal(one[k], two[k]) for k in one)
     image = given[0].requires_grad_()
@@ -246,7 +253,7 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=backend == "triton")
 
 
-@pytest.mark.parametrize("backend", [None, "chunked", "torch"])
+@pytest.mark.parametrize("backend", [None, "chunked"])
 def test_compiles_whole(backend: str | None) -> None:
     image, text, *state = batch(12, 16)
     image.requires_grad_(), text.requires_grad_()

@@ -169,7 +169,7 @@ def test_rows_without_a_positive_get_nothing(backend: str) -> None:
 @pytest.mark.parametrize("save", ["recompute", "store"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_one_input_alone(backend: str, save: str, needs: str) -> None:
-    image, text, ids = unit(70, 16), unit(70, 16), drawn(70, 70, 20)
+    image, text, ids = unit(40, 16), unit(40, 16), drawn(40, 40, 20)
     leaves = {"image": image, "text": text, "scale": torch.tensor(9.0, device=DEVICE)}
     leaves[needs].requires_grad_()
     got, want = (
@@ -181,7 +181,7 @@ def test_one_input_alone(backend: str, save: str, needs: str) -> None:
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_runs_are_bitwise_equal(backend: str) -> None:
-    image, text, ids = unit(130, 16), unit(130, 16), drawn(130, 130, 9)
+    image, text, ids = unit(70, 16), unit(70, 16), drawn(70, 70, 9)
     one, two = (clip((image, text, ids), backend, 20.0) for _ in range(2))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
@@ -206,7 +206,7 @@ def test_gradcheck(backend: str) -> None:
         )
 
 
-@pytest.mark.parametrize("backend", [None, "chunked", "torch"])
+@pytest.mark.parametrize("backend", [None, "chunked"])
 def test_compiles_whole(backend: str | None) -> None:
     image, text = (t.requires_grad_() for t in (unit(12, 16), unit(12, 16)))
     ids = drawn(12, 12, 4)[0]
