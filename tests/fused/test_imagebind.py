@@ -84,7 +84,7 @@ def test_errors() -> None:
         ("embeddings has .'smell', 'vision'., expected 'vision' and some of", {"vision": x, "smell": x}),
         ("embeddings has .'vision'., expected", {"vision": x}),
         ("embeddings has no tensor 'vision' to pair 'text' with", {"text": x}),
-        (r"texts\[0\] has 2 rows, expected 3", {"vision": x, "text": x[:2]}),
+        (r"texts\[0\] has shape \(2, 8\), expected \[3, 8\]", {"vision": x, "text": x[:2]}),
     ):
         with pytest.raises(ValueError, match=message):
             loss(given)

@@ -312,7 +312,6 @@ def test_explain() -> None:
         ({"teacher": (torch.zeros(3, 5, 6), torch.zeros(12, 6), None)}, r"teacher has logits of shape \(3, 5, 12\)"),
         ({"teacher": (torch.zeros(3, 5, 6), torch.zeros(11, 6))}, "teacher has 2 entries"),
         ({"chunk": 0}, "chunk is 0, expected at least 1"),
-        ({"backend": "cuda"}, "backend is 'cuda', expected one of liger, cut_cross_entropy, chunked, torch"),
     ],
 )
 def test_an_error_names_the_argument(changed: dict, message: str) -> None:

@@ -143,7 +143,7 @@ HOT = [(b, c, s) for b in FUSED for c in EXTREMES for s in SCALES if b in FAST o
 
 @pytest.mark.parametrize("backend, case, scales", HOT, ids=str)
 def test_at_scale_100(backend: str, case: str, scales: tuple[float, float]) -> None:
-    judge(in_units(compared(partial(distilled, scales=scales), EXTREMES[case], backend, draws=12)))
+    judge(in_units(compared(partial(distilled, scales=scales), EXTREMES[case], backend, draws=16)))
 
 
 @pytest.mark.parametrize("backend", FUSED)

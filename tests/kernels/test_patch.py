@@ -555,7 +555,7 @@ def test_ids_out_of_range(backend: str) -> None:
         ({"prefix_position": torch.zeros(1, D)}, ValueError, "prefix_position is given without prefix"),
         ({"mask": torch.zeros(1, 4, dtype=torch.bool)}, ValueError, "mask and mask_token go together"),
         ({"mask": torch.zeros(1, 4), "mask_token": torch.zeros(D)}, TypeError, "mask has dtype"),
-        ({"ids_keep": torch.zeros(1, 2)}, TypeError, "ids_keep has dtype torch.float32, expected int64"),
+        ({"ids_keep": torch.zeros(1, 2)}, TypeError, "ids_keep has dtype torch.float32, expected torch.int64"),
         ({"ids_keep": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "ids_keep has shape .2, 2., expected .1, M."),
         ({"ids_keep": [[0]]}, TypeError, "ids_keep is list, expected a tensor"),
         ({"mask": [[True]], "mask_token": torch.zeros(D)}, TypeError, "mask is list, expected a tensor"),
