@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 SECTIONS = [
     "Environment",
     "What accelerate() replaced",
-    "Pictures",
+    "Images",
     "Training",
     "Captions",
     "Bytes to tokens",
@@ -27,11 +27,11 @@ SECTIONS = [
     "Benchmark",
     "Export",
 ]
-FIGURES = ["pictures", "training", "digits", "benchmark"]
+FIGURES = ["images", "training", "digits", "benchmark"]
 
 
 class Outline(HTMLParser):
-    """The headings, pictures and references of a page, and the tags that are left open."""
+    """The headings, images and references of a page, and the tags that are left open."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -66,7 +66,15 @@ def packages() -> None:
         pytest.skip(str(error))
 
 
-def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str], packages: None) -> None:
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter is the tests' own: whoever runs the demo has none."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("mmfuse.kernels._runtime.device.INTERPRET", False)
+
+
+@pytest.mark.usefixtures("packages", "no_interpreter")
+def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
     out = tmp_path / "new" / "demo"
@@ -133,7 +141,7 @@ def test_the_exit_code_follows_the_claims(
     for part in (swap, training, numerics, speed):
         monkeypatch.setattr(part, "show", lambda page, settings: None)
     monkeypatch.setattr(export, "show", lambda page, model: page.claim(False, "no"))
-    assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 1
 
 
 def test_what_is_missing_is_named(

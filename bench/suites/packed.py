@@ -1,8 +1,8 @@
 """Patches of many sizes and the patches that are masked: SigLIP2's ragged stem, MAE's loss, resampled positions.
 
-`packed`: B pictures of many aspect ratios, at most L patches of 16 x 16 each and padded to L, width D, a table of
+`packed`: B images of many aspect ratios, at most L patches of 16 x 16 each and padded to L, width D, a table of
 16 x 16 positions. Against transformers' stem, which weighs all 256 positions for every token, and its former loop over
-pictures. `masked_loss`: MAE's, of B pictures of S x S bytes, 75 percent masked, targets normalised. `position`: timm's
+images. `masked_loss`: MAE's, of B images of S x S bytes, 75 percent masked, targets normalised. `position`: timm's
 resize of a G x G table to H x H.
 """
 
@@ -58,7 +58,7 @@ def siglip2(weight: Tensor, bias: Tensor, table: Tensor, patches: Tensor, grids:
 
 
 def loop(weight: Tensor, bias: Tensor, table: Tensor, patches: Tensor, grids: Tensor) -> Tensor:
-    """transformers before 5.0: one interpolation, and one wait for the device, for each picture."""
+    """transformers before 5.0: one interpolation, and one wait for the device, for each image."""
     y, side = F.linear(patches, weight, bias), math.isqrt(len(table))
     wide = table.to(torch.promote_types(table.dtype, torch.float32)).view(side, side, -1).permute(2, 0, 1)[None]
     positions = []
@@ -83,7 +83,7 @@ def _mae_inputs(device: torch.device, dtype: torch.dtype, B: int, S: int) -> tup
 
 
 def mae(prediction: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
-    """The official forward_loss on pictures normalised as torchvision does."""
+    """The official forward_loss on images normalised as torchvision does."""
     wide = torch.promote_types(prediction.dtype, torch.float32)
     mean, std = per_channel(pixels, wide)
     x = (pixels.to(wide) / 255 - mean) / std

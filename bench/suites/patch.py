@@ -1,8 +1,8 @@
-"""Pixels to tokens: B pictures of S x S bytes, patches of P x P, width D, class token and positions; all in one buffer.
+"""Pixels to tokens: B images of S x S bytes, patches of P x P, width D, class token and positions; all in one buffer.
 
 The product takes 2 B N K D floating-point operations, N = (S / P)^2 and K = 3 P^2. Besides torchvision's steps before
 timm's stem, the alternatives are the recipe of vLLM (one pass that normalises, a copy into rows, a linear layer), and
-the stem alone on a picture that something else has normalised already.
+the stem alone on a image that something else has normalised already.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def torchvision_timm(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor
 
 
 def _normalised_in(device: torch.device, dtype: torch.dtype) -> Fn:
-    """The stem on a picture in the weight's dtype: what is left when normalising costs nothing."""
+    """The stem on a image in the weight's dtype: what is left when normalising costs nothing."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor) -> Tensor:

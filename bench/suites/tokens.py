@@ -1,7 +1,7 @@
-"""Tokens beside the patches: embedded text, BEiT-3's pictures and text in one buffer, the head that reads one token.
+"""Tokens beside the patches: embedded text, BEiT-3's images and text in one buffer, the head that reads one token.
 
 `embed_text` is BERT's: B texts of L ids of V words, width D, position, type and LayerNorm. `multiway` is BEiT-3's: B
-pictures of S x S in patches of 16 and texts of L of 64,010 words, both position tables, padded words to zero; against
+images of S x S in patches of 16 and texts of L of 64,010 words, both position tables, padded words to zero; against
 torchscale's modules. `select_head` is ImageBind's image head on B x L tokens of width D: officially LayerNorm of every
 token, of which one is projected to O. All of them are bound by memory, but for the patches' product.
 """

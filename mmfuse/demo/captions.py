@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import mmfuse
 from mmfuse.demo.page import Page
-from mmfuse.demo.swap import pictures
+from mmfuse.demo.swap import photographs
 
 if TYPE_CHECKING:
     from mmfuse.demo import Settings
@@ -46,7 +46,7 @@ def _coca(layers: int) -> nn.Module:
 
 def show(page: Page, settings: Settings) -> None:
     page.section("Captions")
-    _, images = pictures()
+    _, images = photographs()
     image = ((images - 0.5) / 0.25).to(settings.device)
     torch.manual_seed(0)
     model: Any = _coca(settings.of(4, 1)).to(settings.device).eval()
@@ -57,7 +57,7 @@ def show(page: Page, settings: Settings) -> None:
         greedy = {"generation_type": "top_k", "top_k": 1, "seq_len": length, "min_seq_len": length - 1}
         fused, seconds = _timed(lambda: model.generate(image, **greedy, **tokens))
     page.text(
-        f"A CoCa of open_clip at random weights writes {length} tokens about each of {len(image)} pictures, greedily. "
+        f"A CoCa of open_clip at random weights writes {length} tokens about each of {len(image)} images, greedily. "
         "Its own generate, which needs a transformers before 5, runs the text towers on the whole caption at every "
         "token, as is done here beside it; accelerated, it keeps keys and values, those of the image from the first "
         "token on. One run each."

@@ -62,7 +62,7 @@ class Trained(NamedTuple):
 
 
 def load(device: torch.device) -> tuple[Digits, Digits]:
-    """1200 pictures to train on, and 597 to be judged by."""
+    """1200 images to train on, and 597 to be judged by."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -73,7 +73,7 @@ def load(device: torch.device) -> tuple[Digits, Digits]:
 
 
 def paint(grey: Tensor, ink: Tensor) -> Tensor:
-    """Pictures [N, 8, 8] as the model sees them, [N, 3, 8, 8], each in its ink."""
+    """Images [N, 8, 8] as the model sees them, [N, 3, 8, 8], each in its ink."""
     colour = torch.tensor(list(INKS.values()), device=grey.device)[ink]
     return (grey[:, None] * colour[:, :, None, None] - 0.25) / 0.35
 
@@ -91,7 +91,7 @@ def tokenize(texts: Iterable[str]) -> Tensor:
 def train(
     loss: nn.Module, data: Digits, steps: int, batch: int, each: Callable[[int, CLIP], None] = lambda step, model: None
 ) -> tuple[CLIP, Tensor]:
-    """A trained model and the loss of every step. Same seed, same pictures, same captions for every `loss`."""
+    """A trained model and the loss of every step. Same seed, same images, same captions for every `loss`."""
     device = data.grey.device
     torch.manual_seed(0)
     texts = tokenize(caption(*which) for which in product(range(len(INKS)), range(10), range(len(TEMPLATES))))
@@ -121,7 +121,7 @@ def train(
 
 @torch.no_grad()
 def similarities(model: CLIP, data: Digits) -> Tensor:
-    """Cosines [N, inks, digits] of pictures with every caption; picture i is in ink i modulo their number."""
+    """Cosines [N, inks, digits] of images with every caption; image i is in ink i modulo their number."""
     ink = torch.arange(len(data.grey), device=data.grey.device) % len(INKS)
     texts = tokenize(caption(*which) for which in product(range(len(INKS)), range(10)))
     image = F.normalize(model.encode_image(paint(data.grey, ink)), dim=-1)

@@ -16,15 +16,15 @@ _EAGER, _FUSED, _WRONG, _TEXT = "#8c8c8c", "#0b5fa5", "#b3261e", "#1b1f24"
 _TITLE: dict[str, Any] = {"fontsize": 10, "loc": "left"}
 
 
-def pictures(captions: list[str], pixels: Tensor, similarity: Tensor) -> Figure:
-    """Pictures [N, 3, H, W] in [0, 1] under their captions, beside the similarity matrix [N, N]."""
+def images(captions: list[str], pixels: Tensor, similarity: Tensor) -> Figure:
+    """Images [N, 3, H, W] in [0, 1] under their captions, beside the similarity matrix [N, N]."""
     figure = Figure(figsize=(11, 4.1), layout="constrained")
     ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(7, 6))
     axes = left.subplots(2, -(-len(captions) // 2)).flatten()
     for ax in axes:
         ax.set_axis_off()
-    for ax, caption, picture in zip(axes, captions, pixels, strict=False):
-        ax.imshow(picture.permute(1, 2, 0).numpy())
+    for ax, caption, image in zip(axes, captions, pixels, strict=False):
+        ax.imshow(image.permute(1, 2, 0).numpy())
         ax.set_title(fill(caption, 18), fontsize=9)
     _matrix(right.subplots(), similarity, captions, captions, "{:.2f}")
     return figure
@@ -59,7 +59,7 @@ def training(eager: Trained, fused: Trained) -> Figure:
 
 
 def samples(data: Digits, similarity: Tensor) -> Figure:
-    """Pictures with the nearest caption, beside the mean similarity of each digit's pictures with its captions.
+    """Images with the nearest caption, beside the mean similarity of each digit's images with its captions.
 
     similarity: cosines [N, inks, digits].
     """
@@ -92,4 +92,4 @@ def _matrix(ax: Any, values: Tensor, rows: Any, columns: Any, form: str) -> None
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.set_xticks(range(len(columns)), columns, fontsize=8, rotation=35, ha="right")
     ax.set_xlabel("caption", fontsize=9)
-    ax.set_ylabel("picture", fontsize=9)
+    ax.set_ylabel("image", fontsize=9)

@@ -1,4 +1,4 @@
-"""The stem of timm's ViT-B/16 on the bytes of pictures, before and after `accelerate()`: tokens, errors, time."""
+"""The stem of timm's ViT-B/16 on the bytes of images, before and after `accelerate()`: tokens, errors, time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mmfuse
 from mmfuse.demo.page import Page
-from mmfuse.demo.swap import pictures
+from mmfuse.demo.swap import photographs
 from mmfuse.kernels._runtime.numerics import error_and_bound
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def show(page: Page, settings: Settings) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     page.section("Bytes to tokens")
-    _, images = pictures()
+    _, images = photographs()
     pixels = (images * 255).round().to(torch.uint8).to(settings.device)
     # mirrored and upside down as well
     pixels = torch.cat([pixels.flip(dims) for dims in ((), (-1,), (-2,), (-1, -2))])
@@ -45,7 +45,7 @@ def show(page: Page, settings: Settings) -> None:
         error, allowed, of_eager = error_and_bound(fused(), own, exact)
         seconds = _timed([eager, fused], settings.of(9, 1))
     page.text(
-        f"{len(pixels)} pictures of 224 x 224 x 3 bytes, through a timm ViT-B/16 without its blocks. Eager makes "
+        f"{len(pixels)} images of 224 x 224 x 3 bytes, through a timm ViT-B/16 without its blocks. Eager makes "
         "floats of them, normalises them, convolves, puts the class token in front and adds the positions; "
         "accelerated, this is one operator that takes the bytes. Errors are against float64; medians, one after the "
         "other in turn."

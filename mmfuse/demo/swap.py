@@ -19,7 +19,7 @@ from mmfuse.kernels._runtime.numerics import error_and_bound
 if TYPE_CHECKING:
     from mmfuse.demo import Settings
 
-# those of scikit-image's pictures that are installed with it
+# the photographs that scikit-image installs
 CAPTIONS = {
     "astronaut.png": "a portrait of an astronaut",
     "chelsea.png": "a tabby cat",
@@ -67,8 +67,8 @@ def _loss_of_transformers(model: nn.Module, image: Tensor, text: Tensor) -> Tens
     return model(input_ids=text, pixel_values=image, return_loss=True).loss
 
 
-def pictures() -> tuple[list[str], Tensor]:
-    """Captions, and pictures [N, 3, 224, 224] in [0, 1]: the middle square of each."""
+def photographs() -> tuple[list[str], Tensor]:
+    """Captions, and images [N, 3, 224, 224] in [0, 1]: the middle square of each."""
     import skimage
     from PIL import Image, ImageOps
 
@@ -80,10 +80,10 @@ def pictures() -> tuple[list[str], Tensor]:
 
 
 def show(page: Page, settings: Settings) -> None:
-    """The sections of the swap and of the pictures."""
+    """The sections of the swap and of the images."""
     from open_clip import SimpleTokenizer
 
-    captions, images = pictures()
+    captions, images = photographs()
     text = SimpleTokenizer()(captions).to(settings.device)
     image = ((images - 0.5) / 0.25).to(settings.device)
     # mirrored and upside down as well, so that luck of one rounding does not decide
@@ -94,7 +94,7 @@ def show(page: Page, settings: Settings) -> None:
 
     page.section("What accelerate() replaced")
     page.text(
-        "Live models at random weights, on the pictures below. Errors are against the same model in float64; allowed "
+        "Live models at random weights, on the images below. Errors are against the same model in float64; allowed "
         "is twice the error of the eager model, and one unit in the last place. The gradient is that of every "
         "parameter of the model. Batches this small step aside for eager where that is faster; here and in the "
         "training below they may not, or eager would be compared with itself."
@@ -144,7 +144,7 @@ def _measure(model: nn.Module, loss: Loss, batches: list) -> Measured:
 def _similarities(
     page: Page, model: nn.Module, captions: list[str], pixels: Tensor, image: Tensor, text: Tensor
 ) -> None:
-    """The pictures, and the logits that the accelerated model computes when they are read."""
+    """The images, and the logits that the accelerated model computes when they are read."""
     from mmfuse.demo import plots
 
     def logits() -> Tensor:
@@ -154,11 +154,11 @@ def _similarities(
     eager = logits()
     with mmfuse.accelerate(model, ops={"clip_loss"}):
         fused = logits()
-    page.section("Pictures")
+    page.section("Images")
     page.figure(
-        "pictures",
-        "Pictures of scikit-image with their captions, and the similarity matrix of the accelerated transformers "
+        "images",
+        "Images of scikit-image with their captions, and the similarity matrix of the accelerated transformers "
         "model. Its weights are random and its values mean nothing yet, but are the eager model's.",
-        plots.pictures(captions, pixels, fused),
+        plots.images(captions, pixels, fused),
     )
     page.claim(torch.equal(fused, eager), "read after the fused loss, the similarity matrix is bitwise the eager one")

@@ -35,10 +35,10 @@ def show(page: Page, settings: Settings) -> CLIP:
 
     parameters = sum(p.numel() for p in fused.model.parameters())
     page.text(
-        f"A CLIP of {parameters:,} parameters learns scikit-learn's handwritten digits ({len(data.grey)} pictures of "
+        f"A CLIP of {parameters:,} parameters learns scikit-learn's handwritten digits ({len(data.grey)} images of "
         f"8 x 8 pixels) and the colour of their ink from captions, in {steps} steps of {batch} pairs: the same seed, "
-        "pictures and captions with both losses. It names a picture by the nearest of the 80 captions, zero-shot; "
-        f"accuracy is over {len(held_out.grey)} pictures held out."
+        "images and captions with both losses. It names a image by the nearest of the 80 captions, zero-shot; "
+        f"accuracy is over {len(held_out.grey)} images held out."
     )
     page.table(
         ("", "last loss", "ms per step", "zero-shot accuracy", "digit and ink"),
@@ -57,7 +57,7 @@ def show(page: Page, settings: Settings) -> CLIP:
     page.figure(
         "digits",
         "Held-out digits under the caption that the model finds nearest (wrong ones are crossed), and the similarity "
-        "of each digit's pictures with the nearest caption of every digit: the mean cosine.",
+        "of each digit's images with the nearest caption of every digit: the mean cosine.",
         plots.samples(held_out, found),
     )
     apart = (fused.losses - eager.losses)[:50].abs().max().item()
@@ -105,7 +105,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def accuracy(model: CLIP, data: Digits) -> tuple[float, float]:
-    """Shares of the pictures whose nearest caption has the right digit, and the right ink as well."""
+    """Shares of the images whose nearest caption has the right digit, and the right ink as well."""
     nearest = digits.similarities(model, data).flatten(1).argmax(1)
     digit = nearest % 10 == data.digit
     ink = nearest // 10 == torch.arange(len(nearest), device=nearest.device) % len(digits.INKS)
