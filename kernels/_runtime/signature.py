@@ -19,7 +19,13 @@ def asking(fn: Callable[..., Any], names: Sequence[str]) -> Callable[[Sequence[A
             at = {n: i for i, n in enumerate(names)}
         elif name not in names and parameter.default is parameter.empty:
             raise TypeError(f"{fn} asks for {name}, expected some of {', '.join(names)}")
-    return lambda values: fn(**{name: values[i] for name, i in at.items()})
+    if list(parameters)[: len(at)] != list(at) or any(parameters[n].kind is inspect.Parameter.KEYWORD_ONLY for n in at):
+        return lambda values: fn(**{name: values[i] for name, i in at.items()})
+    if len(at) == 1:
+        (only,) = at.values()
+        return lambda values: fn(values[only])
+    order = list(at.values())
+    return lambda values: fn(*[values[i] for i in order])
 
 
 def hints_of(fn: Callable[..., Any]) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def alike(
         raise ValueError(f"{first} has shape {tuple(x.shape)}, expected at least one feature per row")
     check(second, y, ("N", x.shape[-1]), f", as many features per row as {first}", like=(first, x))
     x, y = autocast(x, y)
-    check(second, y, dtype=x.dtype)
+    if y.dtype != x.dtype:
+        raise TypeError(f"{second} has dtype {y.dtype}, expected {x.dtype} as {first}")
     return x, y
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Operator
 from mmfuse.kernels._runtime.arguments import one_of, scalar
 from mmfuse.kernels._runtime.device import total_memory
-from mmfuse.kernels._runtime.thresholds import few_pairs
+from mmfuse.kernels._runtime.thresholds import few_pairs, fewer_pairs
 from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, needs_gradient, positives, weights_of
 from mmfuse.kernels.contrastive.backends import of_template
@@ -21,6 +21,7 @@ from mmfuse.kernels.contrastive.blocked import positive_logits, unit_rows
 from mmfuse.kernels.contrastive.normalisers import column_normaliser, negative_log_prob, normaliser
 
 Save = Literal["auto", "recompute", "store"]
+_SAVES = get_args(Save)
 
 _NONE = torch.empty(0)
 
@@ -174,8 +175,10 @@ def _clip_backward(
     return {"image": dx, "text": dy, "scale": ds}
 
 
-def _clip_reference(want: Targets, save: str, total: bool, **others: Any) -> ClipOutputs:
-    loss, s = reference.clip_loss(**others, **vars(want))
+def _clip_reference(
+    image: Tensor, text: Tensor, scale: Tensor, want: Targets, normalize: bool, total: bool
+) -> ClipOutputs:
+    loss, s = reference.clip_loss(image, text, scale, normalize=normalize, **vars(want))
     return ClipOutputs(loss, *(reference.statistics(s.detach(), want.row_offset) if total else ()))
 
 
@@ -190,7 +193,8 @@ _IDS_SIDES = {
 
 
 def _few_pairs(backend: str, image: Tensor, text: Tensor, want: Targets) -> str | None:
-    return few_pairs(CLIP_SIDES if want.keys is None else _IDS_SIDES[backend])(image, text)
+    sides = CLIP_SIDES if want.keys is None else _IDS_SIDES[backend]
+    return fewer_pairs(sides, image, image.shape[0] * text.shape[0])
 
 
 CLIP = Operator(
@@ -282,7 +286,7 @@ def clip_loss(
         raise ValueError("decoupled is set, expected neither label_smoothing nor ids beside it")
     if decoupled and b == 1:
         raise ValueError("decoupled is set and image has 1 row, expected at least 2: a pair alone has no negatives")
-    one_of("save", save, get_args(Save))
+    one_of("save", save, _SAVES)
     kept = kept_logits(save, store_budget, image, n) if needs_gradient(image, text, scale) else ""
     of_ids = positives(ids, image, text, row_offset)
     want = Targets(*of_ids, w_image, w_text, float(label_smoothing), decoupled, row_offset)
