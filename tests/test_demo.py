@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -66,24 +68,18 @@ def packages() -> None:
         pytest.skip(str(error))
 
 
-@pytest.fixture
-def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter is the tests' own: whoever runs the demo has none."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("mmfuse.kernels._runtime.device.INTERPRET", False)
-
-
-@pytest.mark.usefixtures("packages", "no_interpreter")
-def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick(tmp_path: Path, packages: None) -> None:
     from PIL import Image
 
     out = tmp_path / "new" / "demo"
-    code = main(["demo", "--quick", "--out", str(out)])
-    printed = capsys.readouterr().out
-    assert code == 0, printed
-    *claims, last = printed.splitlines()
+    # Triton's interpreter is the tests' own: whoever runs the demo has none
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "mmfuse.cli", "demo", "--quick", "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *claims, last = done.stdout.splitlines()
     assert last == str(out / "report.html")
-    assert claims and all(line.startswith("holds  ") for line in claims), printed
+    assert claims and all(line.startswith("holds  ") for line in claims), done.stdout
 
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Outline(text)
@@ -103,7 +99,6 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         low, high = image.convert("L").getextrema()
         assert low < 100 < 200 < high
     assert (out / "clip.onnx").stat().st_size > 1e6
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_claim_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +170,7 @@ def test_captions_become_ids() -> None:
 def test_eager_is_not_compared_with_itself(device: str) -> None:
     from mmfuse import demo
 
-    assert demo._fused(torch.device(device)) != "torch"
+    assert demo._fused(torch.device(device, "clip_loss")) != "torch"
 
 
 def test_cost_of_a_step(packages: None) -> None:

@@ -62,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(torch.device(args.device), args.quick)
     page = Page(args.out)
     _environment(page)
-    with use_backend(_fused(settings.device)):
+    with use_backend(_fused(settings.device, "clip_loss", "patch_embed")):
         swap.show(page, settings)
+    with use_backend(_fused(settings.device, "clip_loss", "patch_embed", "embed_text", "select_head")):
         trained = training.show(page, settings)
     captions.show(page, settings)
     stems.show(page, settings)
@@ -85,10 +86,11 @@ def _require(*packages: str) -> None:
             raise UnsupportedError(f"{package} cannot be imported ({error}): pip install {how}") from error
 
 
-def _fused(device: torch.device) -> str:
-    """The implementation to name for small batches, which step aside for eager where that is faster."""
-    clip = operators()["clip_loss"]
-    return clip.available(clip.of_example("clip_loss", torch.empty(1, 1, device=device)))[0]
+def _fused(device: torch.device, *names: str) -> str:
+    """The implementation to name for small batches, which step aside for eager: the first that all operators have."""
+    x = torch.empty(1, 1, device=device)
+    found = [op.available(op.of_example(name, x)) for name, op in operators().items() if name in names]
+    return next(backend for backend in found[0] if all(backend in others for others in found))
 
 
 def _environment(page: Page) -> None:
