@@ -170,7 +170,7 @@ def test_captions_become_ids() -> None:
 def test_eager_is_not_compared_with_itself(device: str) -> None:
     from mmfuse import demo
 
-    assert demo._fused(torch.device(device, "clip_loss")) != "torch"
+    assert demo._fused(torch.device(device), "clip_loss") != "torch"
 
 
 def test_cost_of_a_step(packages: None) -> None:
