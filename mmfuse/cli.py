@@ -9,7 +9,7 @@ from importlib import import_module
 # sub-command: (module with add_arguments(parser) and run(args) -> exit code, one line of help)
 COMMANDS = {
     "info": ("mmfuse.info", "versions, GPU, compiled parts, and each operator's implementations"),
-    "explain": ("mmfuse.explain", "which implementation an operator runs for given shapes, and why not the others"),
+    "explain": ("mmfuse.choices", "which implementation an operator runs for given shapes, and why not the others"),
     "verify": ("mmfuse.bench.verify", "numerics: error of every implementation and of eager against float64"),
     "bench": ("mmfuse.bench.cli", "speed and memory against what you would otherwise run"),
     "compile-report": ("mmfuse.bench.compile_report", "compile every kernel ahead of time and check its resources"),

@@ -169,12 +169,12 @@ class Operator:
             dispatch.check_name(name, self.implementations)
             why = [f"not an implementation of {self.name} (there are {', '.join(self.implementations)})"]
             if name in self.implementations:
-                why = self._against(name, x, args)
+                why = self.reasons_against(name, args)
             if why:
                 raise self._unsupported({name: why})
             return name
         for i in self.implementations:
-            if not (self._against(i, x, args) or self._prefers_eager(i, args)):
+            if not (against(i, x) or self._other_reasons(i, args) or self._prefers_eager(i, args)):
                 # logging would break a graph
                 if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.INFO):
                     self._tell(i, args)
@@ -185,8 +185,8 @@ class Operator:
         every = "\n  ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
         return UnsupportedError(f"{self.name}: no implementation accepts these arguments\n  {every}")
 
-    def _against(self, name: str, x: Tensor, args: Sequence[Any]) -> list[str]:
-        return against(name, x) or [why for ask in self._reasons[name] if (why := ask(args)) is not None]
+    def _other_reasons(self, name: str, args: Sequence[Any]) -> list[str]:
+        return [why for ask in self._reasons[name] if (why := ask(args)) is not None]
 
     def _prefers_eager(self, name: str, args: Sequence[Any]) -> list[str]:
         if name == "triton" and INTERPRET:
@@ -196,7 +196,7 @@ class Operator:
 
     def reasons_against(self, name: str, args: Sequence[Any]) -> list[str]:
         """Why an implementation cannot run for these arguments."""
-        return self._against(name, self._on(args), args)
+        return against(name, self._on(args)) + self._other_reasons(name, args)
 
     def explain(self, args: Sequence[Any]) -> dict[str, list[str]]:
         """Each implementation's reasons not to run for these arguments, in order of preference."""

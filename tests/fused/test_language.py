@@ -318,3 +318,12 @@ def test_an_error_names_the_argument(changed: dict, message: str) -> None:
     given = {"hidden": torch.zeros(3, 5, 8), "weight": torch.zeros(11, 8), "labels": torch.zeros(3, 5).long()} | changed
     with pytest.raises((ValueError, TypeError), match=message):
         linear_cross_entropy(**given)
+
+
+def test_a_backend_that_it_lacks_is_refused() -> None:
+    given = torch.zeros(3, 5, 8), torch.zeros(11, 8), torch.zeros(3, 5).long()
+    there_are = r"there are liger, cut_cross_entropy, chunked, torch"
+    with pytest.raises(UnsupportedError, match=f"cuda: not an implementation of linear_cross_entropy .{there_are}"):
+        linear_cross_entropy(*given, backend="cuda")
+    with pytest.raises(ValueError, match="backend is 'nothing', expected one of cuda, triton, cpu, chunked, torch"):
+        linear_cross_entropy(*given, backend="nothing")
