@@ -75,15 +75,6 @@ def norm_of(norm: Any) -> tuple[Tensor | None, Tensor | None, float]:
     return weight, bias, float(eps)
 
 
-def check_features(name: str, t: Tensor, shape: str = "[N, D]") -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is {type(t).__name__}, expected a tensor of features {shape}")
-    if t.dim() != shape.count(",") + 1:
-        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected features {shape}")
-    if not t.is_floating_point():
-        raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
-
-
 def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     """As a matrix product would take them."""
     dtype = autocast_dtype(operands[0])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime.arguments import check_features, constant
+from mmfuse.kernels._runtime.arguments import check, constant
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 
@@ -75,7 +75,7 @@ def lfq_entropy(x: Tensor, *, inv_temperature: float = 100.0, scale: float = 1.0
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    check_features("x", x)
+    check("x", x, ("N", "D"))
     if x.shape[1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected at least one bit")
     logits = 4 * inv_temperature * scale * x.to(accumulation_dtype(x.dtype))

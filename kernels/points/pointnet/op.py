@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Implementation, Operator
-from mmfuse.kernels._runtime.arguments import autocast, check, check_features
+from mmfuse.kernels._runtime.arguments import autocast, check
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive import MAX_QUERY
 from mmfuse.kernels.points.pointnet import blocked, reference
@@ -191,7 +191,7 @@ _NAMES = tuple(f"layers[{i}] {kind}" for i in range(4) for kind in ("weight", "b
 
 def _arguments(groups: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Layers]:
     if not isinstance(groups, Tensor) or groups.dim() < 2 or not groups.is_floating_point():
-        check_features("groups", groups, "[M, k, C]")
+        check("groups", groups, ("M", "k", "C"))
         raise ValueError(f"groups has shape {tuple(groups.shape)}, expected [..., k, C]")
     if groups.shape[-2] == 0:
         raise ValueError(f"groups has shape {tuple(groups.shape)}, expected at least one point in a group")
