@@ -190,8 +190,8 @@ _NAMES = tuple(f"layers[{i}] {kind}" for i in range(4) for kind in ("weight", "b
 
 
 def _arguments(groups: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Layers]:
-    if not isinstance(groups, Tensor) or groups.dim() < 2 or not groups.is_floating_point():
-        check("groups", groups, ("M", "k", "C"))
+    check("groups", groups)
+    if groups.dim() < 2:
         raise ValueError(f"groups has shape {tuple(groups.shape)}, expected [..., k, C]")
     if groups.shape[-2] == 0:
         raise ValueError(f"groups has shape {tuple(groups.shape)}, expected at least one point in a group")
