@@ -272,7 +272,7 @@ def test_what_the_packages_are_called_with(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace(functional=functional))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", SimpleNamespace(linear_cross_entropy=cut))
-    monkeypatch.setattr(language.LINEAR_CROSS_ENTROPY, "_against", lambda *args: [])
+    monkeypatch.setattr(language.LINEAR_CROSS_ENTROPY, "reasons_against", lambda *args: [])
     hidden, weight, bias, labels = _inputs(torch.float32)
     options = {"bias": bias, "label_smoothing": 0.1, "reduction": "sum"}
     for backend, kw in (("liger", options), ("cut_cross_entropy", {"reduction": "none"})):
