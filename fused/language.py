@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfuse.kernels._runtime import Implementation, Operator
 from mmfuse.kernels._runtime.dispatch import forced_backend
+from mmfuse.kernels._runtime.dtypes import autocast_is_on
+from mmfuse.kernels._runtime.registration import differentiated_again, gradients_with_graph, without_autocast
 
 Teacher = tuple[Tensor, Tensor, "Tensor | None"]
 
@@ -105,7 +106,7 @@ def _chunked(  # type: ignore[no-untyped-def]
     hidden: Tensor, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk, aside
 ):
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+    if autocast_is_on(kind) and hidden.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(low), weight.to(low)
     rows, flat = hidden.flatten(0, -2), labels.flatten()
@@ -119,7 +120,7 @@ def _chunked(  # type: ignore[no-untyped-def]
         rows, flat, counts = rows[kept], flat[kept], counts[kept]
         teacher = None if teacher is None else (teacher[0][kept], *teacher[1:])
     chunk = chunk or max(16, _BLOCK_BYTES.get(kind, 32 << 20) // (4 * max(1, len(weight))))
-    with torch.autocast(kind, enabled=False):
+    with without_autocast(kind):
         if aside and len(rows) <= chunk and hidden.dtype.itemsize >= 4:
             # one block holds all: the same memory, and eager has fewer passes over the gradient of weight
             loss = _eager(rows, weight, flat, bias, ignore_index, label_smoothing, reduction, teacher, alpha)
@@ -134,35 +135,52 @@ def _chunked(  # type: ignore[no-untyped-def]
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, labels, counts, teacher, options):  # type: ignore[no-untyped-def]
-        *settings, reduction, chunk, grad_enabled = options
+        *settings, reduction, chunk, grad_enabled = ctx.options = options
         sweep = partial(_sweep, settings=settings, chunk=chunk)
         needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[:3])
         at_once = reduction != "none"
         acc = torch.promote_types(hidden.dtype, torch.float32)
         per_token = counts.to(acc)
         loss, *grads = sweep(hidden, weight, bias, labels, teacher, per_token, needs=needs if at_once else (False,) * 3)
-        ctx.at_once, ctx.needs, ctx.sweep, ctx.teacher = at_once, needs, sweep, teacher
+        ctx.needs, ctx.sweep, ctx.teacher = needs, sweep, teacher
         ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
+        given = hidden, weight, bias, labels, per_token
         if not at_once:
-            ctx.save_for_backward(hidden, weight, bias, labels, per_token)
+            ctx.save_for_backward(*given)
             return loss
         count = per_token.sum() if reduction == "mean" else None
         # where nothing counts, the loss is NaN but the gradients are 0, as eager's
-        ctx.save_for_backward(*grads, None if count is None else 1 / count.clamp(min=1))
+        ctx.save_for_backward(*given, *grads, None if count is None else 1 / count.clamp(min=1))
         return loss.sum() if count is None else loss.sum() / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.at_once:
-            *grads, mean = ctx.saved_tensors
+        hidden, weight, bias, labels, per_token, *kept = ctx.saved_tensors
+        if differentiated_again(g):
+            return (*_LinearCrossEntropy._of_formula(ctx, hidden, weight, bias, labels, per_token, g), *[None] * 4)
+        if kept:
+            *grads, mean = kept
             g = g if mean is None else g * mean
             grads = [None if d is None else g * d for d in grads]
         else:
-            hidden, weight, bias, labels, per_token = ctx.saved_tensors
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden.device.type):
                 _, *grads = ctx.sweep(hidden, weight, bias, labels, ctx.teacher, per_token * g, needs=ctx.needs)
         return (*(None if d is None else d.to(t) for d, t in zip(grads, ctx.dtypes, strict=True)), *[None] * 4)
+
+    @staticmethod
+    def _of_formula(ctx, hidden, weight, bias, labels, per_token, g):  # type: ignore[no-untyped-def]
+        eps, alpha, reduction, *_ = ctx.options
+        labels = labels.where(per_token > 0, -1)
+        given = [hidden, weight, bias]
+
+        def formula(*leaves: Tensor) -> list[Tensor]:
+            of = iter(leaves)
+            operands = [next(of) if need else t for t, need in zip(given, ctx.needs, strict=True)]
+            return [_eager(operands[0], operands[1], labels, operands[2], -1, eps, reduction, ctx.teacher, alpha)]
+
+        leaves = [t for t, need in zip(given, ctx.needs, strict=True) if need]
+        found = iter(gradients_with_graph(formula, leaves, [g]))
+        return [next(found) if need else None for need in ctx.needs]
 
 
 def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk, needs):  # type: ignore[no-untyped-def]
@@ -268,7 +286,7 @@ def _cut_cross_entropy(hidden, weight, labels, ignore_index, reduction):  # type
 def _unusable(module: str, hidden: Tensor, teacher: Teacher | None) -> str | None:
     if not hidden.is_cuda:
         return f"hidden is on {hidden.device}, expected a CUDA device"
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+    if torch.compiler.is_compiling() or autocast_is_on("cuda"):
         return "it is called inside torch.compile or autocast"
     if find_spec(module) is None:
         return f"{module} is not installed"
@@ -347,5 +365,5 @@ def _check_head(name: str, hidden: Tensor, w_name: str, weight: Tensor, b_name: 
         raise ValueError(f"{w_name} has shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}]")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{b_name} has shape {tuple(bias.shape)}, expected [{len(weight)}]")
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if hidden.dtype != weight.dtype and not autocast_is_on(hidden.device.type):
         raise TypeError(f"{w_name} has dtype {weight.dtype}, expected {hidden.dtype} as {name}")

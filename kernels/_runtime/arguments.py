@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, autocast_is_on
 
 PIXELS = "uint8 or a floating-point dtype"
 
@@ -62,7 +62,7 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """What a matrix product of `t` rounds its operands to, where autocast is on; it leaves float64 alone."""
-    on = torch.is_autocast_enabled(t.device.type) and t.dtype != torch.float64
+    on = autocast_is_on(t.device.type) and t.dtype != torch.float64
     return torch.get_autocast_dtype(t.device.type) if on else None
 
 
@@ -116,7 +116,7 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 
 def check_range(name: str, ids: Tensor, n: int, of: str, least: int = 0) -> None:
     """Raise unless least <= id < n; not sought on a GPU, which would wait, or in a trace."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or type(ids) is not Tensor or not ids.numel():
+    if ids.device.type != "cpu" or not _outside_a_trace() or type(ids) is not Tensor or not ids.numel():
         return
     low, high = (int(t.item()) for t in ids.aminmax())
     if low < least or high >= n:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "chunked", "torch")
-_forced: str | None = os.environ.get("MMFUSE_BACKEND") or None
+_ENVIRONMENT = os.environ.get("MMFUSE_BACKEND") or None
+_forced: ContextVar[str | None] = ContextVar("forced", default=_ENVIRONMENT)
+
+
+class _Traced(threading.local):
+    """The same in this thread, for Dynamo, which guards it but cannot read a context variable."""
+
+    def __init__(self) -> None:
+        self.name = _ENVIRONMENT
+
+
+_traced = _Traced()
 
 
 class UnsupportedError(NotImplementedError):
@@ -22,23 +37,24 @@ def check_name(name: str, others: Iterable[str] = ()) -> None:
 
 def forced_backend() -> str | None:
     """The backend that `use_backend` or `MMFUSE_BACKEND` names at the moment."""
-    return _forced
+    return _traced.name if torch.compiler.is_compiling() else _forced.get()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the block with one implementation, e.g. `with use_backend("torch"):`.
 
-    Stronger than the environment variable `MMFUSE_BACKEND`, weaker than an operator's `backend` argument.
+    Stronger than the environment variable `MMFUSE_BACKEND`, weaker than an operator's `backend` argument. It holds in
+    this thread and task alone; the backward uses what its forward did, wherever it runs.
 
     Raises:
         ValueError: `name` is not a backend.
         UnsupportedError: (from the operator) the implementation does not accept its arguments.
     """
-    global _forced
     check_name(name)
-    before, _forced = _forced, name
+    token, traced, _traced.name = _forced.set(name), _traced.name, name
     try:
         yield
     finally:
-        _forced = before
+        _traced.name = traced
+        _forced.reset(token)

@@ -131,6 +131,8 @@ class Operator:
         result = get_type_hints(forward).get("return")
         self.Outputs = result if hasattr(result, "_fields") else None
         self.outputs = list(result._fields) if self.Outputs else ["out"]  # type: ignore[union-attr]
+        if both := set(self.outputs) & set(self.signature.flat):
+            raise TypeError(f"{name} has {', '.join(both)} both as an argument and as an output")
         names = self.signature.names
         on = on or next(n for n, hint in hints.items() if is_tensor(hint))
         at = 0 if callable(on) else names.index(on)
@@ -218,6 +220,11 @@ class Operator:
         """The forward with an implementation's passes, outside of autograd and autocast."""
         with without_autocast(self._on(args).device.type):
             return self._forward((*args, implementation.passes, needs and self.Needs(*needs)))
+
+    def formula(self, args: Sequence[Any]) -> Any:
+        """The operator in plain torch, which differentiates, batches and transforms it as it likes."""
+        plain = self.implementations["torch"]
+        return self._run["torch"](args) if plain.function else self._forward((*args, plain.passes, ()))
 
     def empty(self, args: Sequence[Any], needs: Sequence[bool]) -> Any:
         """The forward's outputs without their numbers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmfuse.kernels._runtime.device import INTERPRET, triton_missing
 from mmfuse.kernels._runtime.dtypes import COMPILED
@@ -12,7 +13,15 @@ from mmfuse.kernels._runtime.library import load
 
 def against(name: str, x: Tensor) -> list[str]:
     """Reasons of every implementation of this name against operands like `x`."""
-    return _AGAINST[name](x) if name in _AGAINST else []
+    why = _AGAINST[name](x) if name in _AGAINST else []
+    if name != "torch" and transforming():
+        why.append("torch.func or forward-mode differentiation is active, which knows plain torch alone")
+    return why
+
+
+def transforming() -> bool:
+    """Whether torch.func (vmap, grad, jvp ...) or forward-mode differentiation is active."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
 
 
 def _compiled(kind: str, x: Tensor) -> list[str]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.device import INTERPRET
+from mmfuse.kernels._runtime.dtypes import autocast_is_on
+from mmfuse.kernels._runtime.reasons import transforming
 from mmfuse.kernels._runtime.signature import Signature, asking, hints_of, is_tensor
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def register(operator: Operator, implementation: Implementation) -> Callable[[Se
         op.register_autograd(backward.of_registered, setup_context=backward.setup)
 
     def run(args: Sequence[Any]) -> Any:
+        if implementation.name == "torch" and transforming():
+            return operator.formula(args)
         flat = signature.flatten(args)
         leaves = [flat[i] for i in operator.leaves]
         graph = torch.is_grad_enabled()
@@ -81,6 +85,8 @@ class Backward:
             hints |= {f"{n}_shape": Sequence[int], f"{n}_dtype": torch.dtype}
         self.signature = Signature(hints)
         self.kept = {n: is_tensor(hint) for n, hint in self.signature.flat.items() if n not in self.grads}
+        # and the other arguments, should the gradients be differentiated: until then they may change
+        self.others = [n for n in operator.signature.flat if n not in self.kept]
         self.ask = asking(operator.backward, (*self.signature.names, "passes", "needs"))  # type: ignore[arg-type]
         self.op: Callable[..., list[Tensor]] = self.compute
         if registered:
@@ -120,6 +126,8 @@ class Backward:
             values |= {f"{n}_shape": values[n].shape, f"{n}_dtype": values[n].dtype}
         ctx.save_for_backward(*[values[n] for n, tensor in self.kept.items() if tensor])
         ctx.options = [values[n] for n, tensor in self.kept.items() if not tensor]
+        ctx.others = [values[n] for n in self.others]
+        ctx.versions = [_version(t) for t in ctx.others]
         ctx.mark_non_differentiable(*[t for i, t in enumerate(outputs) if i not in self.grads.values()])
         ctx.set_materialize_grads(False)  # zeros for every other output, kept logits among them
 
@@ -132,8 +140,31 @@ class Backward:
             return [None] * len(needs)
         tensors, options = iter(ctx.saved_tensors), iter(ctx.options)
         values |= {n: next(tensors if tensor else options) for n, tensor in self.kept.items()}
+        if differentiated_again(*grads):
+            values |= zip(self.others, ctx.others, strict=True)
+            for n, before in zip(self.others, ctx.versions, strict=True):
+                if _version(values[n]) != before:
+                    raise RuntimeError(f"{self.operator.name}: {n} was changed in place, which its formula needs again")
+            return self.of_formula([values[n] for n in self.operator.signature.flat], grads, needs)
         found = op(*(values[n] for n in self.signature.flat), list(needs))
         return [d if need else None for d, need in zip(found, needs, strict=True)]
+
+    def of_formula(self, flat: Sequence[Any], grads: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+        """The same in plain torch, which can differentiate and transform them."""
+        operator = self.operator
+        leaves = [flat[i] for i, need in zip(operator.leaves, needs, strict=True) if need]
+        if "torch" not in operator.implementations:
+            refused = iter(differentiable_once(operator.name, [t.detach() for t in leaves], leaves))
+            return [next(refused) if need else None for need in needs]
+
+        def formula(*leaves: Tensor) -> Sequence[Tensor]:
+            given = iter(leaves)
+            at = {i: next(given) for i, need in zip(operator.leaves, needs, strict=True) if need}
+            outputs = operator.formula(operator.signature.restore([at.get(i, t) for i, t in enumerate(flat)]))
+            return (outputs,) if operator.Outputs is None else outputs
+
+        found = iter(gradients_with_graph(formula, leaves, grads))
+        return [next(found) if need else None for need in needs]
 
     def of_registered(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         at = self.operator.leaves
@@ -153,11 +184,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         backward = ctx.backward
-        with torch.no_grad():
-            found = backward.gradients(backward.compute, ctx, grads, ctx.needs_input_grad[4:])
-        if torch.is_grad_enabled():
-            found = differentiable_once(backward.operator.name, found)
-        return None, None, None, None, *found
+        return None, None, None, None, *backward.gradients(backward.compute, ctx, grads, ctx.needs_input_grad[4:])
 
 
 def _registered(
@@ -176,15 +203,45 @@ def _registered(
     return op
 
 
+def _version(t: Any) -> int:
+    return t._version if isinstance(t, Tensor) and not t.is_inference() else 0
+
+
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else nullcontext()
 
 
-def differentiable_once(name: str, grads: Sequence[Any]) -> tuple[Any, ...]:
-    """The same gradients, which raise when differentiated again instead of silently contributing nothing."""
+def differentiated_again(*grads: Tensor | None) -> bool:
+    """Whether gradients are to be functions, or are asked for in batches: then plain torch computes them."""
+    batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd.grad(..., is_grads_batched=True)
+    return torch.is_grad_enabled() or transforming() or any(g is not None and batched(g) for g in grads)
+
+
+def gradients_with_graph(
+    function: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """Of `function(*leaves)`, given those of its outputs; as far as grad mode is on, functions of the leaves."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), without_autocast(leaves[0].device.type):
+        # a leaf that is given twice is two
+        leaves = [t.view_as(t) for t in leaves]
+        pairs = [(out, g) for out, g in zip(function(*leaves), grads, strict=False) if g is not None]
+        pairs = [(out, g) for out, g in pairs if out.requires_grad]
+    if not pairs:
+        return [None] * len(leaves)
+    outputs, given = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, leaves, given, create_graph=create_graph, allow_unused=True)
+
+
+def differentiable_once(name: str, grads: Sequence[Any], leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The same gradients, which raise when they are differentiated instead of silently contributing nothing."""
+    if not torch.is_grad_enabled():
+        return tuple(grads)
     tensors = [g for g in grads if g is not None]
-    refuse = torch._C._functions.DelayedError(f"mmfuse::{name} is differentiable once, not twice", len(tensors))
-    guarded = refuse(*(g.detach().requires_grad_() for g in tensors))
+    # the leaves as well, which an engine may look for
+    every = [g.detach().requires_grad_() for g in tensors] + [t for t in leaves if t.requires_grad]
+    refuse = torch._C._functions.DelayedError(f"mmfuse::{name} is differentiable once, not twice", len(every))
+    guarded = refuse(*every)
     left = iter(guarded if isinstance(guarded, tuple) else (guarded,))
     return tuple(None if g is None else next(left) for g in grads)
 

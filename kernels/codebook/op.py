@@ -321,7 +321,7 @@ def vector_quantize(
     Returns:
         (z_q [N, D], codes [N] int64, loss in float32, or float64 for float64). The loss is 0 without rows.
 
-    Deterministic: two runs are equal bitwise. Differentiable once in z and codebook, whose gradient is a sum of
+    Deterministic: two runs are equal bitwise. Differentiable in z and codebook, whose gradient is a sum of
     `code_statistics`. Raises as `nearest_code`.
     """
     z, codebook = _rows_and_codes(z, codebook)

@@ -38,7 +38,7 @@ def matryoshka_clip_loss(
         The loss, a scalar in float32 (float64 for float64 features).
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
-    Deterministic: two runs are equal bitwise. Differentiable once in image, text and logit_scale.
+    Deterministic: two runs are equal bitwise. Differentiable in image, text and logit_scale.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

@@ -85,7 +85,7 @@ class Targets:
 
 
 def _clip_forward(
-    passes: Any, image: Tensor, text: Tensor, scale: Tensor, want: Targets, normalize: bool, save: str, total: bool
+    passes: Any, image: Tensor, text: Tensor, scale: Tensor, want: Targets, normalize: bool, save: str, sum_all: bool
 ) -> ClipOutputs:
     pair = normalize_pair(image, text, normalize)
     x, y, b, n = pair.x, pair.y, len(image), len(text)
@@ -106,7 +106,7 @@ def _clip_forward(
         column = _over_positives(column, scale * sums[1][pairs], nearly, own, shares[b:][pairs], label_smoothing)
     loss = (want.w_image * row + want.w_text * column).mean()
     total_logits = diag.new_zeros(())
-    if label_smoothing or total:
+    if label_smoothing or sum_all:
         total_logits = scale * torch.dot(x.sum(0, dtype=scale.dtype), y.sum(0, dtype=scale.dtype))
     if label_smoothing:
         to_all = (want.w_image / n + want.w_text / b) * total_logits / b
@@ -176,10 +176,10 @@ def _clip_backward(
 
 
 def _clip_reference(
-    image: Tensor, text: Tensor, scale: Tensor, want: Targets, normalize: bool, total: bool
+    image: Tensor, text: Tensor, scale: Tensor, want: Targets, normalize: bool, sum_all: bool
 ) -> ClipOutputs:
     loss, s = reference.clip_loss(image, text, scale, normalize=normalize, **vars(want))
-    return ClipOutputs(loss, *(reference.statistics(s.detach(), want.row_offset) if total else ()))
+    return ClipOutputs(loss, *(reference.statistics(s.detach(), want.row_offset) if sum_all else ()))
 
 
 # on a CPU, eager is faster for fewer than side x side pairs: its small products are over before the blocks have begun,
@@ -266,7 +266,7 @@ def clip_loss(
         The loss, a scalar in float32 (float64 for float64 features), or `(loss, metrics)`.
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
-    Deterministic: two runs are equal bitwise. Differentiable once in image, text and logit_scale.
+    Deterministic: two runs are equal bitwise. Differentiable in image, text and logit_scale.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -409,7 +409,7 @@ def siglip_loss(
         The loss, a scalar in float32 (float64 for float64 features).
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
-    Deterministic: two runs are equal bitwise. Differentiable once in image, text, logit_scale and logit_bias.
+    Deterministic: two runs are equal bitwise. Differentiable in image, text, logit_scale and logit_bias.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import autocast, check, check_range, integers, norm_of, scalar
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, autocast_is_on
 from mmfuse.kernels.head import blocked, reference
 from mmfuse.kernels.head.blocked import Head
 
@@ -138,7 +138,7 @@ def _head(
     if weight is not None:
         check("weight", weight, ("O", d), " as x has features", like=("x", x))
         cast = autocast(weight)[0]
-        if cast is weight and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if cast is weight and weight.dtype != x.dtype and not autocast_is_on(x.device.type):
             raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype} as x")
         weight = cast
     per = 1 if clips is None else clips

@@ -162,7 +162,7 @@ def patch_embed(
     The mean is folded into the bias of the rounded, scaled weight, so that pixels enter the product exactly; 16-bit
     weights multiply uint8 pixels in float16 with a power of two for each row, whatever their own range.
 
-    Deterministic: two runs are equal bitwise. Differentiable once in weight, bias, norms, prefix, position,
+    Deterministic: two runs are equal bitwise. Differentiable in weight, bias, norms, prefix, position,
     prefix_position, mask_token, type_embed and floating-point pixels.
 
     Raises:

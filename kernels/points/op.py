@@ -230,7 +230,7 @@ def group_points(features: Tensor, idx: Tensor, *, backend: str | None = None) -
     Returns:
         [B, G, k, C] in the dtype of `features`.
 
-    Differentiable once in `features`: a point's gradient is the sum over the groups that it is in, added in float32
+    Differentiable in `features`: a point's gradient is the sum over the groups that it is in, added in float32
     (float64 for float64), in a fixed order: two runs are equal bitwise.
 
     Raises:

@@ -129,7 +129,7 @@ def embed_pair(
     Returns:
         [B, 1 + N + L, D] (N + L without a class token), rounded once.
 
-    Deterministic. Differentiable once in everything that is floating point, but mean and std.
+    Deterministic. Differentiable in everything that is floating point, but mean and std.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

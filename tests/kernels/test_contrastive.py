@@ -337,15 +337,12 @@ def test_gradcheck(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_second_backward_is_the_same_and_double_backward_raises(backend: str) -> None:
+def test_second_backward_is_the_same(backend: str) -> None:
     image, text = (t.requires_grad_() for t in features(33, 16))
     for loss in (clip_loss(image, text, 10.0, backend=backend), siglip_loss(image, text, 10.0, backend=backend)):
         first = torch.autograd.grad(loss, (image, text), retain_graph=True)
         second = torch.autograd.grad(loss, (image, text), retain_graph=True)
         assert all(map(torch.equal, first, second))
-        (g,) = torch.autograd.grad(loss, image, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiable once, not twice"):
-            (loss + g.sum()).backward()
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -481,11 +478,8 @@ def test_choice_of_implementation() -> None:
         clip_loss(image.cpu(), text.cpu(), 1.0, backend="cuda")
     with pytest.raises(ValueError, match="backend is 'nope', expected one of cuda, triton, cpu, chunked, torch"):
         clip_loss(image, text, 1.0, backend="nope")
-    with mmfuse.use_backend("torch"):
-        # only the reference is differentiable twice
-        x = image.clone().requires_grad_()
-        (g,) = torch.autograd.grad(clip_loss(x, text, 1.0), x, create_graph=True)
-        g.sum().backward()
+    with mmfuse.use_backend("chunked"):
+        assert chosen(lambda: clip_loss(image, text, 1.0)) == "chunked"
     scale = torch.tensor(14.0, device=DEVICE)
     running = chosen(lambda: clip_loss(image, text, scale))
     assert f"-> {running}" in mmfuse.explain(mmfuse.clip_loss, image, text, scale)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import mmfuse
+from mmfuse import UnsupportedError
 from mmfuse.kernels._runtime import Implementation, Operator, chosen, explain, operators
 from mmfuse.kernels._runtime.operator import reached
 from registered import opcheck, registered
@@ -129,11 +130,30 @@ def test_without_a_gradient_nothing_is_kept() -> None:
     assert line(x, a, None).y.grad_fn is not None
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_second_derivatives_are_those_of_the_formula() -> None:
     x, a, b = leaves()
     (d,) = torch.autograd.grad(line(x, a, b).y.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        d.sum().backward()
+    torch.testing.assert_close(torch.autograd.grad(d.sum(), a)[0], len(x) * a)
+
+
+def test_without_a_formula_they_are_refused() -> None:
+    """To whom asks for the gradient's graph, and to whom looks for an argument in it."""
+    fused = LINE.implementations["chunked"]
+    alone = Operator(
+        "_line_without_formula",
+        forward=_forward,
+        backward=_backward,
+        fake=_fake,
+        differentiable=("x", "a", "b"),
+        implementations=[Implementation("chunked", passes=fused.passes)],
+    )
+    x, a, b = leaves()
+    (d,) = torch.autograd.grad(alone(x, Line(a, b, 2), 0.5, backend="chunked").y.sum(), x, create_graph=True)
+    for ask in (d.sum().backward, lambda: torch.autograd.grad(d.sum(), a, allow_unused=True)):
+        with pytest.raises(RuntimeError, match="differentiable once, not twice"):
+            ask()
+    with pytest.raises(UnsupportedError, match="torch.func or forward-mode differentiation is active"):
+        torch.func.grad(lambda x: alone(x, Line(a, b, 2), 0.5).y.sum())(x)
 
 
 def test_registered_operators_are_the_same() -> None:

@@ -203,14 +203,11 @@ def test_nothing_is_computed_that_is_not_needed(backend: str, needs: str, monkey
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_second_backward_is_the_same_and_double_backward_raises(backend: str) -> None:
+def test_second_backward_is_the_same(backend: str) -> None:
     image, text, t_image, t_text = (t.requires_grad_() for t in features(33, 16, 24))
     loss = sum(distill_clip_loss(image, text, 10.0, t_image, t_text, 20.0, backend=backend))
     runs = [torch.autograd.grad(loss, (image, t_text), retain_graph=True) for _ in range(2)]
     assert all(map(torch.equal, *runs))
-    (g,) = torch.autograd.grad(loss, image, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once, not twice"):
-        (loss + g.sum()).backward()
 
 
 @pytest.mark.parametrize("backend", ALL)

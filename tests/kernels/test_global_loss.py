@@ -182,16 +182,13 @@ def test_nothing_is_computed_that_is_not_needed(backend: str, trained: str, monk
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_bitwise_equal_runs_and_double_backward(backend: str) -> None:
+def test_bitwise_equal_runs(backend: str) -> None:
     given = batch(70, 16)
     one, two = (ours(given, backend, 20.0) for _ in range(2))
     assert all(torch.equal(one[k], two[k]) for k in one)
     image = given[0].requires_grad_()
-    loss, log_u, log_w = global_contrastive_loss(*given[:2], 20.0, *given[2:], 0.5, backend=backend)
-    assert not log_u.requires_grad and not log_w.requires_grad
-    (g,) = torch.autograd.grad(loss, image, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once, not twice"):
-        (loss + g.sum()).backward()
+    loss, log_u, log_w = global_contrastive_loss(image, given[1], 20.0, *given[2:], 0.5, backend=backend)
+    assert loss.requires_grad and not log_u.requires_grad and not log_w.requires_grad
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -115,15 +115,10 @@ def test_frozen_inputs_get_no_gradient(backend: str, trained: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_bitwise_equal_runs_and_double_backward(backend: str) -> None:
+def test_bitwise_equal_runs(backend: str) -> None:
     images, texts = features()
     one, two = (grouped((images, texts), backend) for _ in range(2))
     assert all(torch.equal(one[k], two[k]) for k in one)
-    x = images[1].requires_grad_()
-    losses = grouped_clip_loss(images, texts, SCALES, backend=backend)
-    (g,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once, not twice"):
-        (losses.sum() + g.sum()).backward()
 
 
 @pytest.mark.parametrize("backend", ALL)

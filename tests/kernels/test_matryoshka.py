@@ -86,17 +86,12 @@ def test_dimensions_past_the_longest_prefix_get_no_gradient(backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_bitwise_equal_runs_any_strides_and_double_backward(backend: str) -> None:
+def test_bitwise_equal_runs_and_any_strides(backend: str) -> None:
     given = features()
     strided = [torch.stack([given[0]] * 2, 2)[..., 0], given[1].t().contiguous().t()]
     one, two, other = (ours(t, backend) for t in (given, given, strided))
     assert all(torch.equal(one[k], two[k]) for k in one)
     torch.testing.assert_close(one, other)
-    image = given[0].requires_grad_()
-    loss = matryoshka_clip_loss(*given, 9.0, DIMS, backend=backend)
-    (g,) = torch.autograd.grad(loss, image, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once, not twice"):
-        (loss + g.sum()).backward()
 
 
 @pytest.mark.parametrize("backend", ["chunked", *(["triton"] if "triton" in ALL and not GPU else [])])

@@ -172,7 +172,7 @@ def distill_clip_loss(
         (contrastive, distill), scalars in float32 (float64 for float64 features): `clip_loss` and L_d.
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
-    Deterministic: two runs are equal bitwise. Differentiable once in all features and scales; the teacher's gradients
+    Deterministic: two runs are equal bitwise. Differentiable in all features and scales; the teacher's gradients
     are computed only where they are required.
 
     Raises:

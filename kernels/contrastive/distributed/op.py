@@ -13,7 +13,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Implementation, Operator, UnsupportedError
 from mmfuse.kernels._runtime.arguments import check, one_of, scalar
 from mmfuse.kernels._runtime.dispatch import forced_backend
-from mmfuse.kernels._runtime.registration import without_autocast
+from mmfuse.kernels._runtime.registration import differentiable_once, without_autocast
 from mmfuse.kernels._runtime.thresholds import fewer_pairs
 from mmfuse.kernels.contrastive import op
 from mmfuse.kernels.contrastive.arguments import features, needs_gradient, weights_of
@@ -93,14 +93,19 @@ class _Clip(torch.autograd.Function):
             if not mode.local_loss:
                 peers.sum_(loss)
         ctx.settings = exchange, mode, backend
-        ctx.save_for_backward(image, scale, row_max, row_sum, diag, kappa, negatives, positives, *logits, *ys)
+        ctx.save_for_backward(image, text, scale, row_max, row_sum, diag, kappa, negatives, positives, *logits, *ys)
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = _Clip._gradients(ctx, g)
+        return differentiable_once("distributed_clip_loss", grads, ctx.saved_tensors[:3])
+
+    @staticmethod
+    def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         exchange, mode, backend = ctx.settings
-        x, scale, row_max, row_sum, diag, kappa, negatives, positives, *kept = ctx.saved_tensors
+        x, _, scale, row_max, row_sum, diag, kappa, negatives, positives, *kept = ctx.saved_tensors
         need_x, need_y, need_s = ctx.needs_input_grad[:3]
         peers = exchange.peers
         with without_autocast(x.device.type):
@@ -320,13 +325,18 @@ class _Siglip(torch.autograd.Function):
                 dys.append(dy)
         loss, ds, db = sums.unbind()
         ctx.exchange, ctx.text_grad = exchange, need_y
-        ctx.save_for_backward(dx.to(image.dtype), ds, db, *dys)
+        ctx.save_for_backward(image, text, scale, bias, dx.to(image.dtype), ds, db, *dys)
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        dx, ds, db, *dys = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _Siglip._gradients(ctx, g)
+        return differentiable_once("distributed_siglip_loss", grads, ctx.saved_tensors[:4])
+
+    @staticmethod
+    def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        dx, ds, db, *dys = ctx.saved_tensors[4:]
         dy = ctx.exchange.home((g * dy).to(dy.dtype) for dy in reversed(dys)) if ctx.text_grad else None
         x, _, s, b = ctx.needs_input_grad[:4]
         return (g * dx).to(dx.dtype) if x else None, dy, g * ds if s else None, g * db if b else None, *[None] * 3

@@ -142,7 +142,7 @@ def global_contrastive_loss(
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
     The logits are kept for the backward as `mmfuse.clip_loss` does it with save="auto". Deterministic: two runs are
-    equal bitwise. Differentiable once in image, text and logit_scale.
+    equal bitwise. Differentiable in image, text and logit_scale.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

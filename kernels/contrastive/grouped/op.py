@@ -75,6 +75,14 @@ def _backward(
     return {"image": dx, "text": dy, "scale": ds}
 
 
+def _of_groups(image: Tensor, text: Tensor, scale: Tensor, groups: Groups, normalize: bool) -> tuple[Tensor]:
+    """The losses alone, in plain torch."""
+    images, texts = (
+        [t[:, :d] for t, d in zip(side.split(groups.sizes), groups.dims, strict=True)] for side in (image, text)
+    )
+    return (_one_by_one("torch", images, texts, list(scale), (groups.w_image, groups.w_text), normalize),)
+
+
 _LAUNCH = Operator(
     "_grouped_clip",
     forward=_forward,
@@ -82,7 +90,10 @@ _LAUNCH = Operator(
     fake=_fake,
     differentiable=("image", "text", "scale"),
     instead={"x": "image", "y": "text"},
-    implementations=[Implementation("triton", passes=Deferred("mmfuse.kernels.contrastive.grouped.kernel"))],
+    implementations=[
+        Implementation("triton", passes=Deferred("mmfuse.kernels.contrastive.grouped.kernel")),
+        Implementation("torch", function=_of_groups),
+    ],
 )
 
 
@@ -170,7 +181,7 @@ def grouped_clip_loss(
         The losses [G], in float32 (float64 for float64 features).
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
-    Deterministic: two runs are equal bitwise. Differentiable once in all features and scales.
+    Deterministic: two runs are equal bitwise. Differentiable in all features and scales.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

@@ -104,7 +104,7 @@ def max_query_similarity(image: Tensor, text: Tensor, *, backend: str | None = N
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
     The gradient of a pair goes to the first query that reaches the maximum. Deterministic: two runs are equal bitwise.
-    Differentiable once in image and text.
+    Differentiable in image and text.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -151,7 +151,7 @@ def max_query_loss(
         The loss, a scalar in float32 (float64 for float64 features); NaN for an empty batch, a mean over nothing.
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
-    Deterministic: two runs are equal bitwise. Differentiable once in the features and temp.
+    Deterministic: two runs are equal bitwise. Differentiable in the features and temp.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

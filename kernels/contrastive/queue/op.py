@@ -178,7 +178,7 @@ def queue_itc_loss(
         [B, negatives] int64, indices into `keys`, -1 where fewer are left.
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
-    Deterministic: two runs are equal bitwise. Differentiable once in query and temp; keys, queue and query_m get no
+    Deterministic: two runs are equal bitwise. Differentiable in query and temp; keys, queue and query_m get no
     gradient, as in the official code.
 
     Raises:
@@ -366,7 +366,7 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor | float, *
         The loss, a scalar in float32 (float64 for float64 features).
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
-    Deterministic: two runs are equal bitwise. Differentiable once in query and temp; key and queue get no gradient.
+    Deterministic: two runs are equal bitwise. Differentiable in query and temp; key and queue get no gradient.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

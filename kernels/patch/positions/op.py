@@ -78,7 +78,7 @@ def interpolate_position(
         [h * w, D] row by row, in the table's dtype; computed in float32 (float64 for float64) and rounded once. A grid
         that the table has already gives the table itself.
 
-    Deterministic in both directions: two runs are equal bitwise. Differentiable once; the gradient is the transpose.
+    Deterministic in both directions: two runs are equal bitwise. Differentiable; the gradient is the transpose.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

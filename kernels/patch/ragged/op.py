@@ -164,7 +164,7 @@ def patch_embed_packed(
 
     The weights of an interpolation are computed in float32 (float64 for float64), no tensor of them per token is held
     ("torch" holds those of some thousand tokens). 16-bit operands accumulate in float32 and are rounded once.
-    Deterministic: two runs are equal bitwise. Differentiable once in weight, bias, table and floating-point patches.
+    Deterministic: two runs are equal bitwise. Differentiable in weight, bias, table and floating-point patches.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. What depends on the values of `grids` is

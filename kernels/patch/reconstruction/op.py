@@ -96,7 +96,7 @@ def masked_patch_loss(
     Returns:
         the loss, a scalar in float32 (float64 for float64); NaN where nothing is masked, as a mean of nothing.
 
-    Deterministic: two runs are equal bitwise. Differentiable once, in `prediction`.
+    Deterministic: two runs are equal bitwise. Differentiable in `prediction`.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

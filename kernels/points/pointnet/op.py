@@ -109,7 +109,7 @@ def mini_pointnet(groups: Tensor, layers: Sequence[Layer], *, backend: str | Non
         Under autocast, float32 operands are rounded to the autocast dtype first, as a matrix product would.
 
     Accumulation in float32 (float64 for float64). A gradient goes to the first point that reaches a maximum.
-    Deterministic: two runs are equal bitwise. Differentiable once in groups and layers.
+    Deterministic: two runs are equal bitwise. Differentiable in groups and layers.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -169,7 +169,7 @@ def mini_pointnet_training(
         tokens [..., D] in the dtype of `groups`; mean [C3] and biased variance [C3] of v in float32 (float64 for
         float64), which have no gradient.
 
-    Deterministic. Differentiable once in groups, layers and scale; kept for that are one byte for each output, mean and
+    Deterministic. Differentiable in groups, layers and scale; kept for that are one byte for each output, mean and
     variance.
 
     Raises:

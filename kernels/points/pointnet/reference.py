@@ -22,8 +22,8 @@ def training(
     """The same with batch normalisation of the third product, and its mean [C3] and biased variance [C3]."""
     v = _third(x, w1, b1, w2, b2, w3)
     rows = v.flatten(0, 1)
-    with torch.no_grad():
-        var, mean = torch.var_mean(rows.to(torch.promote_types(v.dtype, torch.float32)), 0, correction=0)
+    wide = rows.detach().to(torch.promote_types(v.dtype, torch.float32))
+    var, mean = torch.var_mean(wide, 0, correction=0)
     h = F.batch_norm(rows, None, None, scale.to(x.dtype), b3, True, 0.0, eps).view_as(v)
     return (h.relu() @ w4.t() + b4).max(1).values, mean, var
 
