@@ -27,16 +27,20 @@ def patch_embed(stem: Stem) -> Tensor:
         x = x - s.mean.to(x.dtype)[:, None, None, None]
     if s.std is not None:
         x = x / s.std.to(x.dtype)[:, None, None, None]
-    rows, mask = unfold(pad(x.to(s.compute), g), g).flatten(4).flatten(1, 3), s.mask
-    if s.ids_keep is not None:
-        rows = rows.gather(1, s.ids_keep[:, :, None].expand(-1, -1, rows.shape[2]))
-        mask = None if mask is None else mask.gather(1, s.ids_keep)
-    if mask is not None:
-        # what is masked has no part in a gradient either, be it NaN
-        rows = rows.masked_fill(mask[:, :, None], 0)
-
-    w = kernel_of(s.weight.to(s.compute), s.layout, s.still)
-    y = F.linear(rows, w.flatten(1), None if s.bias is None else s.bias.to(s.compute))
+    x = pad(x.to(s.compute), g)
+    w, bias = kernel_of(s.weight.to(s.compute), s.layout, s.still), None if s.bias is None else s.bias.to(s.compute)
+    mask = s.mask if s.mask is None or s.ids_keep is None else s.mask.gather(1, s.ids_keep)
+    if mask is None and s.ids_keep is None and g.kernel[0] == x.shape[2] == 1 and s.layout != "patches":
+        # what a library runs, on the pixels as they lie
+        y = F.conv2d(x[:, :, 0], w[:, :, 0], bias, g.stride[1:]).flatten(2).transpose(1, 2)
+    else:
+        rows = unfold(x, g).flatten(4).flatten(1, 3)
+        if s.ids_keep is not None:
+            rows = rows.gather(1, s.ids_keep[:, :, None].expand(-1, -1, rows.shape[2]))
+        if mask is not None:
+            # what is masked has no part in a gradient either, be it NaN
+            rows = rows.masked_fill(mask[:, :, None], 0)
+        y = F.linear(rows, w.flatten(1), bias)
     y = y.to(torch.promote_types(s.compute, s.dtype))  # wider than the product where its sum with the position is
     y = layer_norm(y, s.stem_weight, s.stem_bias, s.stem_eps)
     if mask is not None and s.mask_token is not None:
