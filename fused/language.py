@@ -81,7 +81,7 @@ def linear_cross_entropy(
 
 def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha):  # type: ignore[no-untyped-def]
     acc = torch.promote_types(hidden.dtype, torch.float32)
-    logits = F.linear(hidden, weight, bias).to(acc).flatten(0, -2)
+    logits = F.linear(hidden, weight, _like(hidden, bias)).to(acc).flatten(0, -2)
     labels_ = labels.flatten()
     loss = F.cross_entropy(
         logits, labels_, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
@@ -121,7 +121,7 @@ def _chunked(  # type: ignore[no-untyped-def]
         teacher = None if teacher is None else (teacher[0][kept], *teacher[1:])
     chunk = chunk or max(16, _BLOCK_BYTES.get(kind, 32 << 20) // (4 * max(1, len(weight))))
     with without_autocast(kind):
-        if aside and len(rows) <= chunk and hidden.dtype.itemsize >= 4:
+        if aside and len(rows) <= chunk and (kind == "cpu" or hidden.dtype.itemsize >= 4):
             # one block holds all: the same memory, and eager has fewer passes over the gradient of weight
             loss = _eager(rows, weight, flat, bias, ignore_index, label_smoothing, reduction, teacher, alpha)
         else:
@@ -189,9 +189,6 @@ def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk,
     acc = per_token.dtype
     need_h, need_w, need_b = needs
     n, vocabulary = len(hidden), len(weight)
-    hidden, weight = _operands(acc, hidden, weight)
-    if teacher is not None:
-        teacher = (*_operands(acc, *teacher[:2]), teacher[2])
     loss = torch.zeros(n, dtype=acc, device=hidden.device)
     dh = torch.zeros(hidden.shape, dtype=acc, device=hidden.device) if need_h else None
     dw = None
@@ -234,25 +231,31 @@ def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk,
     return loss, dh, dw, db
 
 
-def _operands(acc: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    # products of 16-bit operands: in float32 out of CUDA's, but rounded to 16 bits out of a CPU's
-    return [t if t.is_cuda else t.to(acc) for t in tensors]
-
-
 def _product(left: Tensor, right: Tensor, acc: torch.dtype) -> Tensor:
-    return left @ right if left.dtype == acc else torch.mm(left, right, out_dtype=acc)
+    if left.dtype != acc and left.is_cuda:
+        return torch.mm(left, right, out_dtype=acc)
+    # a CPU's product of 16-bit operands is rounded to 16 bits, as eager's
+    return (left @ right).to(acc)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    else:
+    elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left @ right)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
+    if hidden.dtype == acc or not hidden.is_cuda:
+        return F.linear(hidden, weight, _like(hidden, bias)).to(acc)
     z = _product(hidden, weight.t(), acc)
     return z if bias is None else z.add_(bias)
+
+
+def _like(hidden: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(hidden.dtype)
 
 
 # --- other packages' kernels ----------------------------------------------------------------------------------------

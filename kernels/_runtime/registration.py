@@ -213,6 +213,8 @@ def without_autocast(kind: str) -> AbstractContextManager[Any]:
 
 def differentiated_again(*grads: Tensor | None) -> bool:
     """Whether gradients are to be functions, or are asked for in batches: then plain torch computes them."""
+    if torch.compiler.is_compiling():
+        return False
     batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd.grad(..., is_grads_batched=True)
     return torch.is_grad_enabled() or transforming() or any(g is not None and batched(g) for g in grads)
 

@@ -18,29 +18,23 @@ from mmfuse.kernels.patch.stem import Stem
 def patch_embed(stem: Stem) -> Tensor:
     """Tokens [B, R + N, D] in the stem's dtype, products in its compute."""
     s = stem
-    g = s.geometry
-    x = view(s.pixels, s.weight.dim(), s.layout)
-    x = x if x.dtype == torch.float64 else x.to(s.acc)
-    if s.pixels.dtype == torch.uint8 and (s.mean is not None or s.std is not None):
-        x = x / 255
-    if s.mean is not None:
-        x = x - s.mean.to(x.dtype)[:, None, None, None]
-    if s.std is not None:
-        x = x / s.std.to(x.dtype)[:, None, None, None]
-    x = pad(x.to(s.compute), g)
-    w, bias = kernel_of(s.weight.to(s.compute), s.layout, s.still), None if s.bias is None else s.bias.to(s.compute)
+    w, bias = s.weight.to(s.compute), None if s.bias is None else s.bias.to(s.compute)
     mask = s.mask if s.mask is None or s.ids_keep is None else s.mask.gather(1, s.ids_keep)
-    if mask is None and s.ids_keep is None and g.kernel[0] == x.shape[2] == 1 and s.layout != "patches":
+    if w.dim() == 4 and mask is None and s.ids_keep is None:
         # what a library runs, on the pixels as they lie
-        y = F.conv2d(x[:, :, 0], w[:, :, 0], bias, g.stride[1:]).flatten(2).transpose(1, 2)
+        x = s.pixels.movedim(-1, 1) if s.layout == "nhwc" else s.pixels
+        h, width = (n - m for n, m in zip(s.geometry.padded[1:], x.shape[2:], strict=True))
+        x = F.pad(_normalised(x, s), (0, width, 0, h)) if h or width else _normalised(x, s)
+        y = F.conv2d(x, w, bias, s.geometry.stride[1:]).flatten(2).transpose(1, 2)
     else:
-        rows = unfold(x, g).flatten(4).flatten(1, 3)
+        x = pad(_normalised(view(s.pixels, w.dim(), s.layout), s), s.geometry)
+        rows = unfold(x, s.geometry).flatten(4).flatten(1, 3)
         if s.ids_keep is not None:
             rows = rows.gather(1, s.ids_keep[:, :, None].expand(-1, -1, rows.shape[2]))
         if mask is not None:
             # what is masked has no part in a gradient either, be it NaN
             rows = rows.masked_fill(mask[:, :, None], 0)
-        y = F.linear(rows, w.flatten(1), bias)
+        y = F.linear(rows, kernel_of(w, s.layout, s.still).flatten(1), bias)
     y = y.to(torch.promote_types(s.compute, s.dtype))  # wider than the product where its sum with the position is
     y = layer_norm(y, s.stem_weight, s.stem_bias, s.stem_eps)
     if mask is not None and s.mask_token is not None:
@@ -53,6 +47,17 @@ def patch_embed(stem: Stem) -> Tensor:
     if s.type_embed is not None:
         y = y + s.type_embed.to(y.dtype)
     return layer_norm(y, s.pre_weight, s.pre_bias, s.pre_eps).to(s.dtype)
+
+
+def _normalised(x: Tensor, s: Stem) -> Tensor:
+    """x [B, C, ...], (x / 255 - mean) / std, as the product takes it."""
+    if s.mean is not None or s.std is not None:
+        of_channels = (-1, *(1,) * (x.dim() - 2))
+        x, bytes_ = x.to(torch.promote_types(x.dtype, s.acc)), x.dtype == torch.uint8
+        x = x / 255 if bytes_ else x
+        x = x if s.mean is None else x - s.mean.to(x.dtype).view(of_channels)
+        x = x if s.std is None else x / s.std.to(x.dtype).view(of_channels)
+    return x.to(s.compute)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
