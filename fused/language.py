@@ -83,12 +83,15 @@ def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reductio
     acc = torch.promote_types(hidden.dtype, torch.float32)
     logits = F.linear(hidden, weight, _like(hidden, bias)).to(acc).flatten(0, -2)
     labels_ = labels.flatten()
+    if teacher is None:
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        loss = F.cross_entropy(logits, labels_, **options)
+        return loss.view(labels.shape) if reduction == "none" else loss
     loss = F.cross_entropy(
         logits, labels_, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
-    if teacher is not None:
-        soft = F.linear(*teacher).to(acc).flatten(0, -2).softmax(-1)
-        loss = (1 - alpha) * loss - alpha * (soft * logits.log_softmax(-1)).sum(-1)
+    soft = F.linear(*teacher).to(acc).flatten(0, -2).softmax(-1)
+    loss = (1 - alpha) * loss - alpha * (soft * logits.log_softmax(-1)).sum(-1)
     counts = labels_ != ignore_index
     return _reduce(torch.where(counts, loss, 0), counts, reduction, labels.shape)
 

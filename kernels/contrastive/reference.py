@@ -39,8 +39,8 @@ def clip_loss(
     s = _logits(image, text, scale, normalize)
     b = len(s)
     pairs = slice(row_offset, row_offset + b)
-    row_target = torch.arange(b, device=s.device) + row_offset
-    column_target = row_target - row_offset
+    column_target = torch.arange(b, device=s.device)
+    row_target = column_target + row_offset if row_offset else column_target
     if decoupled:
         own = row_target[:, None] == torch.arange(s.shape[1], device=s.device)
         positive, negatives = s.diagonal(row_offset)[:b], s.masked_fill(own, -torch.inf)
@@ -50,12 +50,10 @@ def clip_loss(
         same = (keys[:b, None] == keys[b:]).to(s.dtype)
         row_target = same * shares[:b, None]
         column_target = (same * shares[b:])[:, pairs].t()
-    loss = s.new_zeros(())
-    if w_image:
-        loss = loss + w_image * F.cross_entropy(s, row_target, label_smoothing=label_smoothing)
-    if w_text:
-        loss = loss + w_text * F.cross_entropy(s[:, pairs].t(), column_target, label_smoothing=label_smoothing)
-    return loss, s
+    images = (s, row_target, w_image)
+    texts = (s.t() if b == s.shape[1] else s[:, pairs].t(), column_target, w_text)
+    terms = [w * F.cross_entropy(t, y, label_smoothing=label_smoothing) for t, y, w in (images, texts) if w]
+    return terms[0] + terms[1] if len(terms) == 2 else terms[0] if terms else s.new_zeros(()), s
 
 
 def distill_loss(
