@@ -372,7 +372,7 @@ SIGLIP = Operator(
     fake=_siglip_fake,
     differentiable=("image", "text", "scale", "bias"),
     implementations=of_template(
-        lambda **given: SiglipOutputs(reference.siglip_loss(**given)[0]),
+        lambda **given: SiglipOutputs(reference.siglip_loss(**given)),
         prefer_eager={name: few_pairs(sides) for name, sides in SIGLIP_SIDES.items()},
     ),
     example=lambda x, **how: siglip_loss(x, x, 1.0, **how),

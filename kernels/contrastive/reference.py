@@ -83,13 +83,12 @@ def siglip_loss(
     normalize: bool,
     row_offset: int,
     negative_only: bool,
-) -> tuple[Tensor, Tensor]:
-    """(loss, logits [b, N])."""
-    s = _logits(image, text, scale, normalize) + bias
-    z = s.new_full(s.shape, -1.0)
+) -> Tensor:
+    """The loss."""
+    s = _logits(image, text, -scale, normalize) - bias  # -S
     if not negative_only:
-        z.diagonal(row_offset).fill_(1.0)
-    return -F.logsigmoid(z * s).sum() / len(s), s
+        s.diagonal(row_offset).neg_()  # z S
+    return -F.logsigmoid(s).sum() / len(s)
 
 
 def statistics(s: Tensor, row_offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -65,7 +65,6 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mo
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, peers: Peers, dist_impl: str) -> Tensor:
     # all at once, however the blocks would travel
     y = _Gather.apply(text, peers)
-    s = ((scale.to(image.dtype) * image) @ y.t()).to(scale.dtype) + bias
-    z = s.new_full(s.shape, -1.0)
-    z.diagonal(peers.own.start)[: len(image)].fill_(1.0)
-    return -F.logsigmoid(z * s).sum() / max(1, len(image))
+    s = ((-scale.to(image.dtype) * image) @ y.t()).to(scale.dtype) - bias  # -S
+    s.diagonal(peers.own.start).neg_()
+    return -F.logsigmoid(s).sum() / max(1, len(image))
