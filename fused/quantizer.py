@@ -281,10 +281,10 @@ class VectorQuantizer(nn.Module):
         cluster_size <- lerp(cluster_size, n, 1 - decay),   embed_avg <- lerp(embed_avg, sums, 1 - decay)
         embed = embed_avg / (Laplace-smoothed cluster_size),  L2-normalised for the cosine
 
-    and codes below `threshold_ema_dead_code` are replaced by rows of the batch without asking how many they are: with
-    the original's draws, but where there are more than rows (the first are replaced, the others in a later step), a
-    mask, or several processes (each deals its share). The gradient is that of the rotation trick, or straight through
-    with `rotation_trick=False`.
+    and codes below `threshold_ema_dead_code` are replaced by rows of the batch, as many as there are rows, chosen at
+    random: on a CPU with the original's draws, but for a mask or several processes (each deals its share of the rows,
+    the first chooses); on a GPU without asking how many are dead. The gradient is that of the rotation trick, or
+    straight through with `rotation_trick=False`.
 
     Args: as the original's. What it has beside these is missing here: sampled and Gumbel codes, cross-entropy
         commitment, diversity and orthogonality losses, affine parameters, vq_bridge, in-place optimizers,
@@ -581,24 +581,42 @@ def take_averages(book: Any) -> None:
 
 
 def _replace_dead(book: Any, rows: Tensor, wanted: Tensor | None) -> None:
-    """Rows of the batch in place of codes that are hardly used; how many there are is known to the device alone."""
+    """Rows of the batch in place of codes that are hardly used; on a GPU no one asks how many they are."""
     dead = book.cluster_size < book.threshold_ema_dead_code
     n = rows.shape[1]
+    count = torch.full((), n, device=rows.device) if wanted is None else wanted.sum()
+    if book.use_ddp:  # every process has a row for every code that it deals
+        dist.all_reduce(count, op=dist.ReduceOp.MIN)
     # on a CPU a look is free, and the generator stays where the original leaves it
-    if n == 0 or (dead.device.type == "cpu" and not dead.any()):
+    if n == 0 or (dead.device.type == "cpu" and not (count and dead.any())):
         return
     for h, x in enumerate(rows):
+        chosen = _some_of(dead[h], count, book.use_ddp)
         if wanted is None:
             order = torch.randperm(n, device=x.device)
         else:  # those that count come first
             order = torch.where(wanted, torch.rand(n, device=x.device), 2).argsort()
-        rank = dead[h].cumsum(0) - 1
-        taken = (dead[h] & (rank < (n if wanted is None else wanted.sum())))[:, None]
-        fresh = x[order[rank.clamp(0, n - 1)]].to(book.embed)
+        fresh = x[order[(chosen.cumsum(0) - 1).clamp(0, n - 1)]].to(book.embed)
         if book.use_cosine_sim:
             fresh = F.normalize(fresh, dim=-1, eps=_EPS)
         if book.use_ddp:
             fresh = shard_rows(fresh)
+        taken = chosen[:, None]
         book.embed.data[h] = torch.where(taken, fresh, book.embed.data[h])
         book.embed_avg[h] = torch.where(taken, fresh * book.reset_cluster_size, book.embed_avg[h])
-        book.cluster_size[h] = torch.where(taken[:, 0], book.reset_cluster_size, book.cluster_size[h])
+        book.cluster_size[h] = torch.where(chosen, book.reset_cluster_size, book.cluster_size[h])
+
+
+def _some_of(dead: Tensor, count: Tensor, reduce: bool) -> Tensor:
+    """At most `count` of the dead codes, at random: one that was just replaced may be dead again in the next step."""
+    if dead.device.type == "cpu":
+        at = dead.nonzero()[:, 0]
+        at = at[torch.randperm(len(at))[: int(count)]] if len(at) > count else at
+        chosen = torch.zeros_like(dead).index_fill_(0, at, True)
+    else:
+        # the place of each code in a random order of the dead
+        place = torch.where(dead, torch.rand(dead.shape, device=dead.device), 2).argsort().argsort()
+        chosen = dead & (place < count)
+    if reduce:
+        dist.broadcast(chosen, src=0)
+    return chosen

@@ -239,8 +239,8 @@ struct Codes {
 // ---------------------------------------------------------------------------------------------------------------
 
 void code_argmax(Tensor z, Tensor weight, Tensor scale, Tensor bias, Tensor mask, Tensor codes) {
-    STD_TORCH_CHECK(z.dim() == 2 && weight.dim() == 2 && z.size(1) == weight.size(1),
-                    "z, weight: expected [N, D], [K, D]");
+    check_sizes(z, "z", {FREE, FREE});
+    check_sizes(weight, "weight", {FREE, z.size(1)});
     const int64_t n = z.size(0), d = z.size(1), K = weight.size(0);
     STD_TORCH_CHECK(K > 0 && K < (int64_t(1) << 31), "weight: expected at least one code");
     const float* rows = floats(z, "z", z, n * d);
@@ -288,7 +288,8 @@ void add_row(const float* x, double* sum, int64_t d) {
 }
 
 void code_statistics(Tensor z, Tensor codes, Tensor counts, Tensor sums) {
-    STD_TORCH_CHECK(z.dim() == 2 && sums.dim() == 2, "z, sums: expected 2 dimensions");
+    check_sizes(z, "z", {FREE, FREE});
+    check_sizes(sums, "sums", {FREE, z.size(1)});
     const int64_t n = z.size(0), d = z.size(1), K = sums.size(0);
     const float* rows = floats(z, "z", z, n * d);
     const int64_t* code = data<int64_t>(codes, "codes", z, ScalarType::Long, n);

@@ -137,8 +137,9 @@ void merge_stats(Stats into, Stats from, int64_t n) {
 
 void logit_stats(Tensor u, Tensor scale, int64_t diagonal, Tensor step, Tensor row_max, Tensor row_sum,
                  Tensor col_max, Tensor col_sum, Tensor q) {
-    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    check_sizes(u, "u", {FREE, FREE});
     const int64_t c = u.size(0), n = u.size(1);
+    diagonal = near(diagonal, c, n);
     const float* logits = floats(u, "u", u, c * n);
     const float s = *floats(scale, "scale", u, 1);
     const Stats row{floats(row_max, "row_max", u, c), floats(row_sum, "row_sum", u, c)};
@@ -319,8 +320,9 @@ void logit_grad_rows(const T* u, const float* step, float scale, const float* a,
 
 void logit_grad(Tensor u, Tensor scale, Tensor a, Tensor rho, Tensor b, Tensor kappa, Tensor d, double shift,
                 int64_t diagonal, Tensor step, Tensor g, Tensor dot) {
-    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    check_sizes(u, "u", {FREE, FREE});
     const int64_t c = u.size(0), n = u.size(1);
+    diagonal = near(diagonal, c, n);
     const auto run = [&]<class T>(const T* logits, const float* steps) {
         logit_grad_rows(logits, steps, *floats(scale, "scale", u, 1), floats(a, "a", u, c), floats(rho, "rho", u, c),
                         floats(b, "b", u, n), floats(kappa, "kappa", u, n), floats(d, "d", u, c), float(shift), diagonal,
@@ -351,7 +353,7 @@ void sigmoid_negatives(const float* u, float scale, float bias, float* g, int64_
         // one division for both 1 / (1 + e) and e / (2 + e)
         const float r = 1.0f / ((1.0f + e) * (2.0f + e));
         const float above = r * (2.0f + e), below = e * above, sigma = s < 0 ? below : above;
-        loss += 0.5f * (s + size) + twice_atanh(e * r * (1.0f + e));
+        loss += (s > 0 ? s : 0.0f) + twice_atanh(e * r * (1.0f + e));
         grad += sigma;
         dot += sigma * x;
         g[j] = sigma;
@@ -370,8 +372,9 @@ float sigmoid_positive(float u, float scale, float bias, Sums& sums) {
 }
 
 void sigmoid_grad(Tensor u, Tensor scale, Tensor bias, int64_t diagonal, bool negative_only, Tensor g, Tensor sums) {
-    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    check_sizes(u, "u", {FREE, FREE});
     const int64_t c = u.size(0), n = u.size(1);
+    diagonal = near(diagonal, c, n);
     const float* logits = floats(u, "u", u, c * n);
     const float s = *floats(scale, "scale", u, 1), shift = *floats(bias, "bias", u, 1);
     float* grad = optional_data<float>(g, "g", u, ScalarType::Float, c * n);

@@ -5,6 +5,7 @@
 #include "../tensor.h"
 #include "simd.h"
 
+#include <algorithm>
 #include <array>
 #include <type_traits>
 #include <vector>
@@ -150,7 +151,7 @@ void write_rows(const T* pixels, const Source& s, const int64_t* tokens, int64_t
 void patch_rows(Tensor x, Tensor tokens, Tensor subtract, Tensor multiply, bool channels_last, int64_t kt, int64_t ky,
                 int64_t kx, int64_t st, int64_t sy, int64_t sx, int64_t gt, int64_t gy, int64_t gx,
                 Tensor rows) {
-    STD_TORCH_CHECK(x.dim() == 5, "x: expected 5 dimensions, got ", x.dim());
+    STD_TORCH_CHECK(x.dim() == 5 && x.size(1) > 0, "x: expected 5 dimensions, the second of channels");
     const Source s{{kt, ky, kx},
                    {st, sy, sx},
                    {gt, gy, gx},
@@ -160,17 +161,30 @@ void patch_rows(Tensor x, Tensor tokens, Tensor subtract, Tensor multiply, bool 
                    x.stride(1),
                    x.size(1),
                    channels_last};
-    const int64_t m = x.size(0), n = gt * gy * gx, k = s.channels * kt * ky * kx;
+    const int64_t m = x.size(0), n = product({gt, gy, gx}, "gt, gy, gx"), k = product({x.size(1), kt, ky, kx}, "kt, ky, kx");
+    product({m + 1, n}, "gt, gy, gx");
+    const char* const over[3] = {"st: of time", "sy: of rows", "sx: of columns"};
+    for (int d = 0; d < 3; ++d)  // a patch begins inside of the image
+        STD_TORCH_CHECK(s.step[d] > 0 && s.grid[d] - 1 <= (s.size[d] - 1) / s.step[d], over[d], ": ", s.grid[d],
+                        " patches ", s.step[d], " apart do not begin within ", s.size[d], " pixels");
     const bool some = rows.dim() == 2;
+    if (some)
+        check_sizes(rows, "rows", {FREE, k});
+    else
+        check_sizes(rows, "rows", {m, n, k});
     const int64_t count = some ? rows.size(0) : m * n;
-    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && rows.size(rows.dim() - 1) == k &&
-                        rows.stride(rows.dim() - 1) == 1 && rows.stride(rows.dim() - 2) == k,
+    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && rows.stride(rows.dim() - 1) == 1 &&
+                        rows.stride(rows.dim() - 2) == k,
                     "rows: expected float32 rows of ", k, " one behind another");
-    STD_TORCH_CHECK(some || (rows.size(0) == m && rows.size(1) == n), "rows: expected [", m, ", ", n, ", ", k, "]");
+    for (const Tensor& t : {x, rows})
+        STD_TORCH_CHECK(t.is_cpu() && (t.numel() == 0 || t.data_ptr() != nullptr), "x, rows: expected memory of a CPU");
     const int64_t* at = some ? data<int64_t>(tokens, "tokens", x, ScalarType::Long, count) : nullptr;
+    STD_TORCH_CHECK(!some || std::all_of(at, at + count, [&](int64_t i) { return i >= 0 && i < m * n; }),
+                    "tokens: expected indices of the ", m * n, " patches");
     const float* less = optional_data<float>(subtract, "subtract", x, ScalarType::Float, s.channels);
     const float* times = optional_data<float>(multiply, "multiply", x, ScalarType::Float, s.channels);
     float* out = static_cast<float*>(rows.data_ptr());
+    if (count == 0) return;
     const int64_t image_stride = some ? 0 : rows.stride(0);
     if (x.scalar_type() == ScalarType::Byte)
         write_rows(static_cast<const uint8_t*>(x.data_ptr()), s, at, count, less, times, out, image_stride);

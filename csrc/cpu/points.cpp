@@ -63,11 +63,16 @@ int64_t farthest(const float* p, int64_t n, Point last, float* least) {
 }
 
 void farthest_points(Tensor points, Tensor start, Tensor index) {
-    STD_TORCH_CHECK(points.dim() == 3 && points.size(1) == 3 && index.dim() == 2, "points: expected [B, 3, N]");
-    const int64_t b = points.size(0), n = points.size(2), k = index.size(1);
+    check_sizes(points, "points", {FREE, 3, FREE});
+    const int64_t b = points.size(0), n = points.size(2);
+    check_sizes(index, "index", {b, FREE});
+    const int64_t k = index.size(1);
     const float* p = floats(points, "points", points, b * 3 * n);
     const int64_t* first = data<int64_t>(start, "start", points, ScalarType::Long, b);
     int64_t* out = data<int64_t>(index, "index", points, ScalarType::Long, b * k);
+    for (int64_t i = 0; i < b; ++i)
+        STD_TORCH_CHECK(first[i] >= 0 && first[i] < n, "start: expected indices of the ", n, " points of a cloud, got ",
+                        first[i]);
 
     torch::stable::parallel_for(0, b, 1, [&](int64_t begin, int64_t end) {
         std::vector<float> least(n);
@@ -139,10 +144,14 @@ float bound_of(const float* least, int64_t k) {
 uint64_t key_of(float d, int64_t j) { return uint64_t(std::bit_cast<uint32_t>(d)) << 32 | uint64_t(j); }
 
 void nearest_neighbors(Tensor query, Tensor points, Tensor index) {
-    STD_TORCH_CHECK(points.dim() == 3 && points.size(1) == 3 && query.dim() == 3 && index.dim() == 3,
-                    "query, points: expected [B, 3, G] and [B, 3, N]");
-    const int64_t b = points.size(0), n = points.size(2), g = query.size(2), k = index.size(2);
-    STD_TORCH_CHECK(n < (int64_t(1) << 32) && k <= n, "points: expected k <= N < 2^32");
+    check_sizes(points, "points", {FREE, 3, FREE});
+    const int64_t b = points.size(0), n = points.size(2);
+    check_sizes(query, "query", {b, 3, FREE});
+    const int64_t g = query.size(2);
+    check_sizes(index, "index", {b, g, FREE});
+    const int64_t k = index.size(2);
+    STD_TORCH_CHECK(n < (int64_t(1) << 32) && k > 0 && k <= n, "index: expected 1 to ", n,
+                    " neighbours, of less than 2^32 points, got ", k);
     const float* p = floats(points, "points", points, b * 3 * n);
     const float* q = floats(query, "query", points, b * 3 * g);
     int64_t* out = data<int64_t>(index, "index", points, ScalarType::Long, b * g * k);
@@ -180,9 +189,13 @@ void nearest_neighbors(Tensor query, Tensor points, Tensor index) {
 // ball_query
 
 void ball_query(Tensor query, Tensor points, double radius, Tensor index) {
-    STD_TORCH_CHECK(points.dim() == 3 && points.size(1) == 3 && query.dim() == 3 && index.dim() == 3,
-                    "query, points: expected [B, 3, G] and [B, 3, N]");
-    const int64_t b = points.size(0), n = points.size(2), g = query.size(2), k = index.size(2);
+    check_sizes(points, "points", {FREE, 3, FREE});
+    const int64_t b = points.size(0), n = points.size(2);
+    check_sizes(query, "query", {b, 3, FREE});
+    const int64_t g = query.size(2);
+    check_sizes(index, "index", {b, g, FREE});
+    const int64_t k = index.size(2);
+    STD_TORCH_CHECK(n > 0, "points: expected at least one in a cloud");
     const float* p = floats(points, "points", points, b * 3 * n);
     const float* q = floats(query, "query", points, b * 3 * g);
     int64_t* out = data<int64_t>(index, "index", points, ScalarType::Long, b * g * k);
@@ -222,11 +235,16 @@ void add_rows(const float* g, const int64_t* index, int64_t rows, int64_t channe
 }
 
 void group_grad(Tensor grad, Tensor index, Tensor features) {
-    STD_TORCH_CHECK(grad.dim() == 3 && index.dim() == 2 && features.dim() == 3, "grad: expected [B, M, C]");
-    const int64_t b = grad.size(0), m = grad.size(1), c = grad.size(2), n = features.size(1);
+    check_sizes(grad, "grad", {FREE, FREE, FREE});
+    const int64_t b = grad.size(0), m = grad.size(1), c = grad.size(2);
+    check_sizes(index, "index", {b, m});
+    check_sizes(features, "features", {b, FREE, c});
+    const int64_t n = features.size(1);
     const float* g = floats(grad, "grad", grad, b * m * c);
     const int64_t* at = data<int64_t>(index, "index", grad, ScalarType::Long, b * m);
     float* d = floats(features, "features", grad, b * n * c);
+    STD_TORCH_CHECK(std::all_of(at, at + b * m, [&](int64_t i) { return i >= 0 && i < n; }),
+                    "index: expected indices of the ", n, " points of a cloud");
     constexpr int64_t SHARE = 64;  // channels of one owner
     const int64_t shares = ceil_div(c, SHARE);
     torch::stable::parallel_for(0, b * shares, 1, [&](int64_t begin, int64_t end) {

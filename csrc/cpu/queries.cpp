@@ -89,10 +89,14 @@ void add(const float* part, float* total, int64_t n) {
 
 void query_grad(Tensor g, Tensor k, Tensor q, Tensor t, Tensor dq, Tensor dt) {
     STD_TORCH_CHECK(q.dim() == 3 && q.size(1) <= 256, "q: expected [m, Q, D] with at most 256 queries");
+    check_sizes(g, "g", {q.size(0), FREE});
     const int64_t m = q.size(0), queries = q.size(1), d = q.size(2), n = g.size(1);
+    check_sizes(t, "t", {n, d});
     const float *grad = floats(g, "g", g, m * n), *image = floats(q, "q", g, m * queries * d);
     const float* text = floats(t, "t", g, n * d);
     const uint8_t* index = data<uint8_t>(k, "k", g, ScalarType::Byte, m * n);
+    STD_TORCH_CHECK(std::all_of(index, index + m * n, [&](uint8_t at) { return at < queries; }),
+                    "k: expected indices of the ", queries, " queries of q");
     float* to_image = optional_data<float>(dq, "dq", g, ScalarType::Float, m * queries * d);
     float* to_text = optional_data<float>(dt, "dt", g, ScalarType::Float, n * d);
 

@@ -145,8 +145,12 @@ void for_groups(int64_t col, int64_t begin, int64_t end, const F& f) {
 
 void gumbel_race(Tensor u, Tensor scale, Tensor ids, Tensor key_ids, Tensor seed, int64_t row, int64_t col,
                  int64_t stream, int64_t first, Tensor key, Tensor index) {
-    STD_TORCH_CHECK(u.dim() == 2 && key.dim() == 2, "u, key: expected 2 dimensions");
-    const int64_t r = u.size(0), n = u.size(1), k = key.size(1), count = stream % 2 ? r : n;
+    check_sizes(u, "u", {FREE, FREE});
+    const int64_t r = u.size(0), n = u.size(1), count = stream % 2 ? r : n;
+    check_sizes(key, "key", {count, FREE});
+    const int64_t k = key.size(1);
+    STD_TORCH_CHECK(k > 0, "key: expected at least one draw");
+    check_first(row, "row", r), check_first(col, "col", n), check_first(first, "first", stream % 2 ? n : r);
     const float* logits = floats(u, "u", u, r * n);
     const float s = *floats(scale, "scale", u, 1);
     const int64_t* row_id = data<int64_t>(ids, "ids", u, ScalarType::Long, r);
@@ -208,8 +212,12 @@ void gumbel_race(Tensor u, Tensor scale, Tensor ids, Tensor key_ids, Tensor seed
 // top_scores
 
 void top_scores(Tensor s, int64_t first, Tensor value, Tensor index) {
-    STD_TORCH_CHECK(s.dim() == 2 && value.dim() == 2, "s, value: expected 2 dimensions");
-    const int64_t r = s.size(0), n = s.size(1), k = value.size(1);
+    check_sizes(s, "s", {FREE, FREE});
+    const int64_t r = s.size(0), n = s.size(1);
+    check_sizes(value, "value", {r, FREE});
+    const int64_t k = value.size(1);
+    STD_TORCH_CHECK(k > 0, "value: expected at least one place in a list");
+    check_first(first, "first", n);
     const float* scores = floats(s, "s", s, r * n);
     float* largest = floats(value, "value", s, r * k);
     int64_t* at = data<int64_t>(index, "index", s, ScalarType::Long, r * k);

@@ -48,8 +48,9 @@ float add_equal(const float* u, int32_t key, const int32_t* keys, float row_cent
 // sums of u - centre where the keys are equal, but for the positive
 void add_positives(Tensor u, int64_t diagonal, Tensor row_key, Tensor col_key, Tensor row_centre, Tensor col_centre,
                    Tensor row_sum, Tensor col_sum) {
-    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    check_sizes(u, "u", {FREE, FREE});
     const int64_t c = u.size(0), n = u.size(1);
+    diagonal = near(diagonal, c, n);
     const float* logits = floats(u, "u", u, c * n);
     const int32_t* rows = data<int32_t>(row_key, "row_key", u, ScalarType::Int, c);
     const int32_t* cols = data<int32_t>(col_key, "col_key", u, ScalarType::Int, n);
@@ -73,7 +74,7 @@ void subtract_equal(float* g, int32_t key, const int32_t* keys, float p, const f
 
 // g_ij -= p_i + q_j where the keys are equal
 void subtract_targets(Tensor g, Tensor row_key, Tensor col_key, Tensor p, Tensor q) {
-    STD_TORCH_CHECK(g.dim() == 2, "g: expected 2 dimensions, got ", g.dim());
+    check_sizes(g, "g", {FREE, FREE});
     const int64_t c = g.size(0), n = g.size(1);
     float* grad = floats(g, "g", g, c * n);
     const int32_t* rows = data<int32_t>(row_key, "row_key", g, ScalarType::Int, c);
@@ -110,8 +111,9 @@ float add_cross(const float* u, const float* t, float scale, float t_scale, floa
 void cross_stats(Tensor u, Tensor t, Tensor scale, Tensor t_scale, int64_t diagonal, Tensor row_max, Tensor col_before,
                  Tensor col_max, Tensor row_centre, Tensor col_centre, Tensor row_sum, Tensor col_sum, Tensor row_cross,
                  Tensor col_cross) {
-    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    check_sizes(u, "u", {FREE, FREE});
     const int64_t c = u.size(0), n = u.size(1);
+    diagonal = near(diagonal, c, n);
     const float *student = floats(u, "u", u, c * n), *teacher = floats(t, "t", u, c * n);
     const float s = *floats(scale, "scale", u, 1), s_t = *floats(t_scale, "t_scale", u, 1);
     const float* row = floats(row_max, "row_max", u, c);
@@ -198,7 +200,7 @@ void for_parts(int64_t c, int64_t n, const F& f) {
 
 void distill_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Tensor rho, Tensor b, Tensor kappa,
                   Tensor t_a, Tensor t_rho, Tensor t_b, Tensor t_kappa, Tensor g) {
-    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    check_sizes(u, "u", {FREE, FREE});
     const int64_t c = u.size(0), n = u.size(1);
     const float *student = floats(u, "u", u, c * n), *teacher = floats(t, "t", u, c * n);
     const float s = *floats(scale, "scale", u, 1), s_t = *floats(t_scale, "t_scale", u, 1);
@@ -216,8 +218,9 @@ void distill_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Te
 void teacher_grad(Tensor u, Tensor t, Tensor scale, Tensor t_scale, Tensor a, Tensor rho, Tensor b, Tensor kappa,
                   Tensor row_mean, Tensor row_centre, Tensor row_t_centre, Tensor col_mean, Tensor col_centre,
                   Tensor col_t_centre, int64_t diagonal, Tensor g, Tensor dot) {
-    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    check_sizes(u, "u", {FREE, FREE});
     const int64_t c = u.size(0), n = u.size(1);
+    diagonal = near(diagonal, c, n);
     const float *student = floats(u, "u", u, c * n), *teacher = floats(t, "t", u, c * n);
     const float s = *floats(scale, "scale", u, 1), s_t = *floats(t_scale, "t_scale", u, 1);
     const float *row_a = floats(a, "a", u, c), *row_rho = floats(rho, "rho", u, c);

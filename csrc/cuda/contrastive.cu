@@ -205,8 +205,9 @@ bool aligned(const void* p, int64_t row_bytes) {
 
 void logit_stats(Tensor u, Tensor scale, int64_t diagonal, Tensor step, Tensor row_max, Tensor row_sum,
                  Tensor col_max, Tensor col_sum, Tensor q) {
-    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    check_sizes(u, "u", {FREE, FREE});
     const int64_t c = u.size(0), n = u.size(1);
+    diagonal = near(diagonal, c, n);
     const float* logits = floats(u, "u", u, c * n);
     const float* s = floats(scale, "scale", u, 1);
     float *row_m = floats(row_max, "row_max", u, c), *row_l = floats(row_sum, "row_sum", u, c);
@@ -291,7 +292,7 @@ struct SigmoidGrad {
         const float s = r.scale * x + r.bias, z = positive ? -s : s;
         const float e = __expf(-fabsf(z));
         const float sigma = __fdividef(z < 0 ? e : 1.0f, 1.0f + e), g = positive ? -sigma : sigma;
-        terms[0] = 0.5f * (z + fabsf(z)) + log1pf(e);
+        terms[0] = (z > 0 ? z : 0.0f) + log1pf(e);
         terms[1] = g;
         terms[2] = g * x;
         return g;
@@ -388,8 +389,9 @@ void with_type_of(const Tensor& g, const F& f) {
 
 void logit_grad(Tensor u, Tensor scale, Tensor a, Tensor rho, Tensor b, Tensor kappa, Tensor d, double shift,
                 int64_t diagonal, Tensor step, Tensor g, Tensor dot) {
-    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    check_sizes(u, "u", {FREE, FREE});
     const int64_t c = u.size(0), n = u.size(1);
+    diagonal = near(diagonal, c, n);
     const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
     with_type_of(g, [&]<class G>(G*) {
         G* out = data<G>(g, "g", u, g.scalar_type(), c * n);
@@ -408,8 +410,9 @@ void logit_grad(Tensor u, Tensor scale, Tensor a, Tensor rho, Tensor b, Tensor k
 }
 
 void sigmoid_grad(Tensor u, Tensor scale, Tensor bias, int64_t diagonal, bool negative_only, Tensor g, Tensor sums) {
-    STD_TORCH_CHECK(u.dim() == 2, "u: expected 2 dimensions, got ", u.dim());
+    check_sizes(u, "u", {FREE, FREE});
     const int64_t c = u.size(0), n = u.size(1);
+    diagonal = near(diagonal, c, n);
     const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
     with_type_of(g, [&]<class G>(G*) {
         const SigmoidGrad op{floats(scale, "scale", u, 1), floats(bias, "bias", u, 1)};

@@ -177,7 +177,9 @@ const float* factor(const std::optional<Tensor>& t, const Tensor& like) {
 
 void normalized(Tensor z, Tensor rows, Tensor mean, Tensor rstd, const Tensor& x, const std::optional<Tensor>& index,
                 const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, double eps) {
+    check_sizes(x, "x", {FREE, FREE, FREE});
     const int64_t b = x.size(0), length = x.size(1), d = x.size(2);
+    STD_TORCH_CHECK(b == 0 || length * d > 0, "x: expected at least one token and one feature");
     if (b == 0) return;
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     with_type(x, [&](auto kind) {
@@ -193,6 +195,7 @@ void normalized(Tensor z, Tensor rows, Tensor mean, Tensor rstd, const Tensor& x
 
 void unit(Tensor out, Tensor inverse, const Tensor& y, const std::optional<Tensor>& scale, bool normalize,
           int64_t clips) {
+    check_sizes(y, "y", {FREE, FREE});
     const int64_t b = y.size(0), n = y.size(1);
     STD_TORCH_CHECK(clips > 0 && clips <= 4096 && b % clips == 0, "clips: expected a divisor of ", b,
                     " up to 4096, got ", clips);
@@ -209,9 +212,12 @@ void unit(Tensor out, Tensor inverse, const Tensor& y, const std::optional<Tenso
 
 void unit_grad(Tensor dy, Tensor along, const Tensor& g, const Tensor& y, const Tensor& inverse,
                const std::optional<Tensor>& scale, bool normalize, int64_t clips) {
+    check_sizes(y, "y", {FREE, FREE});
     const int64_t b = y.size(0), n = y.size(1);
-    STD_TORCH_CHECK(clips > 0 && g.scalar_type() == y.scalar_type() && g.size(0) * clips == b && g.size(1) == n,
-                    "g: expected [", b, " / clips, ", n, "] in the type of y");
+    STD_TORCH_CHECK(clips > 0 && b % clips == 0, "clips: expected a divisor of ", b, ", got ", clips);
+    check_sizes(g, "g", {b / clips, n});
+    STD_TORCH_CHECK(g.scalar_type() == y.scalar_type() && g.is_cuda() && g.get_device_index() == y.get_device_index(),
+                    "g: expected the type and the device of y");
     if (b == 0) return;
     const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
     with_type(y, [&](auto kind) {
@@ -226,7 +232,11 @@ void unit_grad(Tensor dy, Tensor along, const Tensor& g, const Tensor& y, const 
 
 void norm_grad(Tensor dx, const Tensor& dz, const Tensor& rows, const std::optional<Tensor>& index,
                const std::optional<Tensor>& gamma, const Tensor& mean, const Tensor& rstd) {
-    const int64_t b = rows.size(0), d = rows.size(1), length = dx.size(1);
+    check_sizes(rows, "rows", {FREE, FREE});
+    const int64_t b = rows.size(0), d = rows.size(1);
+    check_sizes(dx, "dx", {b, FREE, d});
+    const int64_t length = dx.size(1);
+    STD_TORCH_CHECK(b == 0 || length > 0, "dx: expected at least one token");
     if (b == 0) return;
     const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
     with_type(rows, [&](auto kind) {

@@ -137,8 +137,18 @@ void patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtrac
     const auto three = [](int64_t t, int64_t y, int64_t x) { return Three{int(t), int(y), int(x)}; };
     const Source s{three(kt, ky, kx), three(st, sy, sx), three(gt, gy, gx), three(x.size(2), x.size(3), x.size(4)),
                    x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4), int(x.size(1)), channels_last};
-    const int64_t m = rows.size(0), kp = rows.size(1), k = x.size(1) * kt * ky * kx;
-    STD_TORCH_CHECK(k <= kp, "rows: expected at least ", k, " columns, got ", kp);
+    const int64_t m = rows.size(0), kp = rows.size(1), k = product({x.size(1), kt, ky, kx}, "kt, ky, kx");
+    STD_TORCH_CHECK(k <= kp && kp <= INT32_MAX, "rows: expected at least ", k, " columns, got ", kp);
+    STD_TORCH_CHECK(product({gt, gy, gx}, "gt, gy, gx") <= INT32_MAX && n > 0 && n <= INT32_MAX && st > 0 && sy > 0 && sx > 0,
+                    "gt, gy, gx, n, st, sy, sx: expected numbers from 1 on, and less than 2^31 patches");
+    for (int d = 2; d < 5; ++d) {
+        const int64_t grid[] = {gt, gy, gx}, step[] = {st, sy, sx}, size = x.size(d);
+        STD_TORCH_CHECK(size <= INT32_MAX && grid[d - 2] - 1 <= (size - 1) / step[d - 2] && step[d - 2] <= INT32_MAX,
+                        "st, sy, sx: patches ", step[d - 2], " apart do not begin within ", size, " pixels");
+    }
+    STD_TORCH_CHECK(m == 0 || x.size(0) > 0, "x: expected an image");
+    STD_TORCH_CHECK(order.numel() > 0 || m <= x.size(0) * n, "rows: expected at most the ", x.size(0) * n, " patches");
+    STD_TORCH_CHECK(rows.is_cuda() && rows.get_device_index() == x.get_device_index(), "rows: expected the device of x");
     const int64_t* at = optional_data<int64_t>(order, "order", x, ScalarType::Long, m);
     const int64_t* kept = optional_data<int64_t>(count, "count", x, ScalarType::Long, 1);
     const int64_t* numbers = optional_data<int64_t>(ids, "ids", x, ScalarType::Long, x.size(0) * n);

@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(THREADS)
         least[i] = distance(q, q) == 0 ? INFINITE : NEVER;
     }
 
-    int last = static_cast<int>(start[blockIdx.x]);
+    // the host does not look at it: out of range, it is the nearest index
+    int last = static_cast<int>(max(int64_t(0), min(start[blockIdx.x], int64_t(n) - 1)));
     for (int64_t step = 0, buffer = 0; step < k; ++step, buffer ^= 1) {
         if (threadIdx.x == 0) out[step] = last;
         const Point from = point_of(p, n, last);
@@ -95,12 +96,15 @@ void launch_farthest(const float* p, const int64_t* start, int64_t* index, int64
 }
 
 void farthest_points(Tensor points, Tensor start, Tensor index) {
-    STD_TORCH_CHECK(points.dim() == 3 && points.size(1) == 3 && index.dim() == 2, "points: expected [B, 3, N]");
-    const int64_t b = points.size(0), n = points.size(2), k = index.size(1);
+    check_sizes(points, "points", {FREE, 3, FREE});
+    const int64_t b = points.size(0), n = points.size(2);
+    check_sizes(index, "index", {b, FREE});
+    const int64_t k = index.size(1);
     const float* p = floats(points, "points", points, b * 3 * n);
     const int64_t* first = data<int64_t>(start, "start", points, ScalarType::Long, b);
     int64_t* out = data<int64_t>(index, "index", points, ScalarType::Long, b * k);
-    STD_TORCH_CHECK(n <= 16384, "points: expected at most 16384 in a cloud, got ", n);
+    STD_TORCH_CHECK(n > 0 && n <= 16384, "points: expected 1 to 16384 in a cloud, got ", n);
+    STD_TORCH_CHECK(b <= INT_MAX, "points: expected less than 2^31 clouds, got ", b);
     if (b == 0) return;
     const torch::stable::accelerator::DeviceGuard guard(points.get_device_index());
     const cudaStream_t stream = current_stream_of(points);
@@ -249,11 +253,15 @@ struct Pair {
     int64_t* out;
 
     Pair(const Tensor& query, const Tensor& points, const Tensor& index) {
-        STD_TORCH_CHECK(points.dim() == 3 && points.size(1) == 3 && query.dim() == 3 && index.dim() == 3,
-                        "query, points: expected [B, 3, G] and [B, 3, N]");
-        b = points.size(0), n = points.size(2), g = query.size(2), k = index.size(2);
-        STD_TORCH_CHECK(b < 65536 && n <= INT_MAX / 3 && g <= INT_MAX / 3,
-                        "query, points: expected less than 65536 clouds of less than 2^31 / 3 points");
+        check_sizes(points, "points", {FREE, 3, FREE});
+        b = points.size(0), n = points.size(2);
+        check_sizes(query, "query", {b, 3, FREE});
+        g = query.size(2);
+        check_sizes(index, "index", {b, g, FREE});
+        k = index.size(2);
+        STD_TORCH_CHECK(b < 65536 && n > 0 && n <= INT_MAX / 3 && g <= INT_MAX / 3,
+                        "query, points: expected less than 65536 clouds of 1 to 2^31 / 3 points");
+        STD_TORCH_CHECK(k > 0 && k <= INT_MAX, "index: expected at least one neighbour, got ", k);
         p = floats(points, "points", points, b * 3 * n);
         q = floats(query, "query", points, b * 3 * g);
         out = data<int64_t>(index, "index", points, ScalarType::Long, b * g * k);
@@ -262,7 +270,7 @@ struct Pair {
 
 void nearest_neighbors(Tensor query, Tensor points, Tensor index) {
     const Pair a(query, points, index);
-    STD_TORCH_CHECK(a.k <= 64, "index: expected at most 64 neighbours, got ", a.k);
+    STD_TORCH_CHECK(a.k <= 64 && a.k <= a.n, "index: expected at most 64 neighbours of ", a.n, " points, got ", a.k);
     if (a.b * a.g == 0) return;
     const torch::stable::accelerator::DeviceGuard guard(points.get_device_index());
     const auto launch = [&](auto kernel, int queries) {
@@ -304,7 +312,8 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 void group_grad(Tensor grad, Tensor order, Tensor begin, Tensor features) {
-    STD_TORCH_CHECK(grad.dim() == 2 && features.dim() == 2, "grad, features: expected [M, C] and [P, C]");
+    check_sizes(grad, "grad", {FREE, FREE});
+    check_sizes(features, "features", {FREE, grad.size(1)});
     const int64_t m = grad.size(0), c = grad.size(1), points = features.size(0);
     const float* g = floats(grad, "grad", grad, m * c);
     const int64_t* sorted = data<int64_t>(order, "order", grad, ScalarType::Long, m);

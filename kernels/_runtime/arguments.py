@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -96,22 +95,24 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """`value` as a 0-d tensor in the accumulation dtype of `like`, keeping its graph."""
     acc = accumulation_dtype(like.dtype)
     if not isinstance(value, Tensor):
-        if torch.compiler.is_compiling():
+        try:
             # as a factor a number stays a variable of the graph; any other use compiles it anew for each value
             return torch.ones((), dtype=acc, device=like.device) * value
-        if not abs(value) < math.inf:
-            raise ValueError(f"{name} is {value}, expected a finite number")
-        return torch.full((), value, dtype=acc, device=like.device)
+        except TypeError:
+            raise TypeError(f"{name} is {type(value).__name__}, expected a number or a tensor of one element") from None
     if value.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element")
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}, expected a floating-point dtype")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, expected {like.device} as the features")
-    # reading a GPU's number would wait for it: there, a non-finite scale shows in the loss
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(value.detach().item()):
-        raise ValueError(f"{name} is {value.item()}, expected a finite number")
     return value.reshape(()).to(acc)
+
+
+def multiplier(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """`scalar`, for a factor of logits: NaN if it is infinite, as in eager code, where terms of both signs meet."""
+    factor = scalar(name, value, like)
+    return torch.add(factor, factor, alpha=0)
 
 
 def check_range(name: str, ids: Tensor, n: int, of: str, least: int = 0) -> None:

@@ -55,7 +55,7 @@ def rows_of(codebook: Tensor, codes: Tensor) -> Tensor:
 
 
 def assign(
-    z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float
+    z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z_q [N, D], loss, 1 / (elements that count))."""
     acc, kept = accumulation_dtype(z.dtype), codes >= 0
@@ -63,6 +63,10 @@ def assign(
     share = 1 / (kept.sum().clamp_min(1) * z.shape[1]).to(acc)
     difference = z.to(acc) - e
     distance = torch.where(kept, torch.linalg.vecdot(difference, difference), 0).sum()
+    if gradient != "none":
+        # z + (e - z), without its rounding: what is not a number in z is none in e, nor in a row that is turned
+        row = z if gradient == "straight_through" else z.sum(1, keepdim=True, dtype=acc)
+        e.add_(row, alpha=0).masked_fill_(~kept[:, None], 0)
     return e, (beta + codebook_weight) * share * distance, share
 
 

@@ -220,7 +220,8 @@ class Assigned(NamedTuple):
 
 
 def _assign(z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str) -> Assigned:
-    return Assigned(*blocked.assign(z, codebook, codes, beta, codebook_weight))
+    check_range("codes", codes, len(codebook), "the rows of codebook", least=-1)
+    return Assigned(*blocked.assign(z, codebook, codes, beta, codebook_weight, gradient))
 
 
 def _assign_fake(z: Tensor) -> Assigned:
@@ -283,7 +284,6 @@ def assign_code(
     """
     z, codebook = _rows_and_codes(z, codebook)
     codes = integers("codes", codes, z, "z")
-    check_range("codes", codes, len(codebook), "the rows of codebook", least=-1)
     one_of("gradient", gradient, get_args(Gradient))
     z_q, loss, *_ = QUANTIZE(z, codebook, codes, float(beta), float(codebook_weight), gradient, backend=backend)
     return z_q, loss
@@ -319,7 +319,8 @@ def vector_quantize(
         backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
 
     Returns:
-        (z_q [N, D], codes [N] int64, loss in float32, or float64 for float64). The loss is 0 without rows.
+        (z_q [N, D], codes [N] int64, loss in float32, or float64 for float64). The loss is 0 without rows. What is
+        not a number in z is none in z_q, which is z + (e - z): with "rotation" the whole row, with "none" nothing.
 
     Deterministic: two runs are equal bitwise. Differentiable in z and codebook, whose gradient is a sum of
     `code_statistics`. Raises as `nearest_code`.
@@ -327,7 +328,8 @@ def vector_quantize(
     z, codebook = _rows_and_codes(z, codebook)
     codes = nearest_code(z, codebook, metric=metric, mask=mask, backend=backend)
     if metric == "cosine":
-        z, codebook = F.normalize(z, dim=1), F.normalize(codebook, dim=1)
+        acc, dtype = accumulation_dtype(z.dtype), z.dtype
+        z, codebook = (F.normalize(t.to(acc), dim=1).to(dtype) for t in (z, codebook))
     z_q, loss = assign_code(
         z, codebook, codes, beta=beta, codebook_weight=codebook_weight, gradient=gradient, backend=backend
     )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime.arguments import check_range
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 # of the norms in the rotation trick, as in vector-quantize-pytorch
@@ -49,6 +50,7 @@ def assign(
     z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str
 ) -> tuple[Tensor, Tensor]:
     """(z_q [N, D], loss) of rows with known codes; see `vector_quantize`."""
+    check_range("codes", codes, len(codebook), "the rows of codebook", least=-1)
     kept = (codes >= 0)[:, None]
     e = F.embedding(codes.clamp_min(0), codebook)
     x, y = (t.to(accumulation_dtype(t.dtype)) for t in (z, e))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime.arguments import autocast, check, integers, scalar
+from mmfuse.kernels._runtime.arguments import autocast, check, integers, multiplier
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 
@@ -27,7 +27,7 @@ def features(
             f"{first} has {image.shape[0]} rows at row_offset {row_offset}, expected 0 <= row_offset and at most the "
             f"{text.shape[0]} rows of {second}"
         )
-    return image, text, scalar("logit_scale", logit_scale, image)
+    return image, text, multiplier("logit_scale", logit_scale, image)
 
 
 def alike(

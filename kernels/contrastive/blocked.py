@@ -72,7 +72,7 @@ def finish_rows(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, ou
 def positive_logits(x: Tensor, y: Tensor, row_offset: int) -> Tensor:
     """U near the positives of the rows, and of the columns (0 where there is none), [b + N]."""
     pairs = y[row_offset : row_offset + len(x)]
-    u = torch.mul(x, pairs).sum(1, dtype=accumulation_dtype(x.dtype))
+    u = torch.mul(x.to(accumulation_dtype(x.dtype)), pairs).sum(1)
     return torch.cat([u, F.pad(u, (row_offset, len(y) - len(x) - row_offset))])
 
 
@@ -303,7 +303,7 @@ def grad(
     """
     blocks = Blocks(x, y)
     acc, device = blocks.acc, x.device
-    out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y, wide)
+    out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y, acc if wide else None)
     dot = torch.zeros(len(x) if need_s and not (need_x or need_y) else 0, dtype=acc, device=device)
     step = fixed_point_step(x, y) if logits.dtype == torch.int16 else dot[:0]
     if len(x) and len(y):
@@ -340,13 +340,15 @@ def sigmoid(
     y_inv: Tensor | None,
     need_x: bool,
     need_y: bool,
-    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dx, dy, ds, db) of SigLIP's loss, sum over all pairs divided by the number of rows; `wide`: see `grad`."""
+    """(loss, dx, dy, ds, db) of SigLIP's loss, sum over all pairs divided by the number of rows.
+
+    dx and dy are in the accumulation dtype: they are rounded when they have been multiplied by the upstream gradient.
+    """
     blocks = Blocks(x, y)
     acc = blocks.acc
     alpha = torch.full((), 1 / max(1, len(x)), dtype=acc, device=x.device)
-    out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y, wide)
+    out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y, acc, acc)
     sums = torch.zeros(3, len(x), dtype=torch.float64, device=x.device)
     if len(x) and len(y):
         u_block = blocks.block(acc)
@@ -367,13 +369,15 @@ def sigmoid(
 class Gradients:
     """dx and dy, from blocks of G as they come."""
 
-    def __init__(self, blocks, x, y, factor, x_inv, y_inv, need_x, need_y, wide=False):  # type: ignore[no-untyped-def]
+    def __init__(  # type: ignore[no-untyped-def]
+        self, blocks, x, y, factor, x_inv, y_inv, need_x, need_y, dx_dtype=None, dy_dtype=None
+    ):
         self.blocks, self.x, self.y, self.x_inv, self.y_inv = blocks, x, y, x_inv, y_inv
-        self.need_x, self.need_y = need_x, need_y
+        self.need_x, self.need_y, self.dy_dtype = need_x, need_y, dy_dtype or y.dtype
         self.unscale = 1 / FP16_SCALE if blocks.dtype == torch.float16 else 1.0
         self.factor = factor * self.unscale
         new = {"dtype": blocks.acc, "device": x.device}
-        self.dx = torch.zeros(x.shape if need_x else 0, dtype=blocks.acc if wide else x.dtype, device=x.device)
+        self.dx = torch.zeros(x.shape if need_x else 0, dtype=dx_dtype or x.dtype, device=x.device)
         self.gx = torch.empty((min(blocks.rows, len(x)), x.shape[1]) if need_x else 0, **new)
         self.gy = torch.zeros(y.shape if need_y else 0, **new)
         self.xgy = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -389,7 +393,7 @@ class Gradients:
             self.blocks.add_product(self.gy, g.t(), self.blocks.x[i:j])
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        dy = torch.zeros(self.y.shape if self.need_y else 0, dtype=self.y.dtype, device=self.y.device)
+        dy = torch.zeros(self.y.shape if self.need_y else 0, dtype=self.dy_dtype, device=self.y.device)
         if self.need_y:
             ygx = finish_rows(self.gy, self.y, self.factor, self.y_inv, dy)
             self.xgy = self.xgy if self.need_x else ygx

@@ -744,7 +744,8 @@ def grad(
         if in_tiles:
             dot.add_(part.sum(dtype=torch.float64))
 
-    dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill, wide)
+    factor, dx_dtype = scale * alpha, scale.dtype if wide else None
+    dx, dy, xgy = _gradients(x, y, left, right, factor, x_inv, y_inv, need_x, need_y, fill, dx_dtype)
     ds = alpha * (dot if in_tiles else xgy).to(scale.dtype)
     return dx, dy, ds if need_s else scale.new_empty(0)
 
@@ -760,9 +761,8 @@ def sigmoid(
     y_inv: Tensor | None,
     need_x: bool,
     need_y: bool,
-    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dx, dy, ds, db) as `blocked.sigmoid`. Memory as `grad`."""
+    """(loss, dx, dy, ds, db) as `blocked.sigmoid`. Memory as `grad`, the results in float32."""
     left, right = aligned_rows(x), aligned_rows(y)
     store = need_x or need_y
     settings = _settings("sigmoid", left, wide=not store)
@@ -797,7 +797,8 @@ def sigmoid(
         )
         sums.add_(part.sum(1, dtype=torch.float64))
 
-    dx, dy, xgy = _gradients(x, y, left, right, scale * alpha, x_inv, y_inv, need_x, need_y, fill, wide)
+    factor, acc = scale * alpha, scale.dtype
+    dx, dy, xgy = _gradients(x, y, left, right, factor, x_inv, y_inv, need_x, need_y, fill, acc, acc)
     loss, db, ds = (sums * alpha).to(scale.dtype)
     # <x, G y> costs nothing beside the products; where there are none, the tiles have summed G U
     return loss.clone(), dx, dy, (alpha * xgy).to(scale.dtype) if store else ds.clone(), db.clone()
@@ -818,19 +819,19 @@ def _gradients(
     need_x: bool,
     need_y: bool,
     fill: Callable[[int, int, int, int, Tensor], None],
-    wide: bool = False,
+    dx_dtype: torch.dtype | None = None,
+    dy_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, <x, G y>): `fill(i, j, m, n, g)` writes the m x n block of G whose first element is (i, j)."""
     (b, dim), n, acc = x.shape, len(y), accumulation_dtype(x.dtype)
     unscale = 1 / _g_scale(x.dtype)
     factor = factor * unscale
-    empty = {"dtype": x.dtype, "device": x.device}
     # whole vectors in each row of G, for the kernel and for cuBLAS
     side = -(-min(n, _SQUARE) // 16) * 16
-    square = torch.empty((min(b, _SQUARE), side) if need_x or need_y else (1, 1), **empty)
+    square = torch.empty((min(b, _SQUARE), side) if need_x or need_y else (1, 1), dtype=x.dtype, device=x.device)
     gx = torch.empty((len(square), dim) if need_x else 0, dtype=acc, device=x.device)
     gy = torch.zeros((n, dim) if need_y else 0, dtype=acc, device=x.device)
-    dx = torch.zeros(x.shape if need_x else 0, dtype=acc if wide else x.dtype, device=x.device)
+    dx = torch.zeros(x.shape if need_x else 0, dtype=dx_dtype or x.dtype, device=x.device)
     xgy = torch.zeros((), dtype=torch.float64, device=x.device)
     for i in range(0, b, _SQUARE):
         m = min(b - i, _SQUARE)
@@ -846,7 +847,7 @@ def _gradients(
         if need_x and n:
             xgy += finish(gx[:m], x[rows], factor, None if x_inv is None else x_inv[rows], dx[rows])
     del square, gx
-    dy = torch.empty(y.shape if need_y else 0, **empty)
+    dy = torch.empty(y.shape if need_y else 0, dtype=dy_dtype or y.dtype, device=x.device)
     if need_y:
         ygx = finish_rows(gy, y, factor, y_inv, dy)
         xgy = xgy if need_x else ygx

@@ -328,7 +328,7 @@ def _metrics(
 
 class SiglipOutputs(NamedTuple):
     loss: Tensor
-    d_image: Tensor = _NONE  # the gradients for g = 1, empty where they are not needed
+    d_image: Tensor = _NONE  # the gradients for g = 1 in the accumulation dtype, empty where they are not needed
     d_text: Tensor = _NONE
     d_scale: Tensor = _NONE
     d_bias: Tensor = _NONE
@@ -347,17 +347,26 @@ def _siglip_forward(
 ) -> SiglipOutputs:
     pair = normalize_pair(image, text, normalize)
     options = (row_offset, negative_only, *pair.inverses, needs.image, needs.text)
-    return SiglipOutputs(*passes.sigmoid(pair.x, pair.y, scale, bias, *options))
+    loss, *grads = passes.sigmoid(pair.x, pair.y, scale, bias, *options)
+    return SiglipOutputs(loss if len(image) else loss / 0.0, *grads)
 
 
 def _siglip_fake(image: Tensor, text: Tensor, scale: Tensor, needs: Any) -> SiglipOutputs:
-    d_image, d_text = (t.new_empty(t.shape if need else 0) for t, need in zip((image, text), needs, strict=False))
+    d_image, d_text = (scale.new_empty(t.shape if n else 0) for t, n in zip((image, text), needs, strict=False))
     return SiglipOutputs(scale.new_empty(()), d_image, d_text, scale.new_empty(()), scale.new_empty(()))
 
 
-def _siglip_backward(g: Tensor, d_image: Tensor, d_text: Tensor, d_scale: Tensor, d_bias: Tensor) -> dict[str, Tensor]:
-    grads = {"image": d_image, "text": d_text, "scale": d_scale, "bias": d_bias}
-    return {name: (g * d).to(d.dtype) for name, d in grads.items()}
+def _siglip_backward(
+    g: Tensor,
+    d_image: Tensor,
+    d_text: Tensor,
+    d_scale: Tensor,
+    d_bias: Tensor,
+    image_dtype: torch.dtype,
+    text_dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    d_image, d_text = ((g * d).to(dtype) for d, dtype in ((d_image, image_dtype), (d_text, text_dtype)))
+    return {"image": d_image, "text": d_text, "scale": g * d_scale, "bias": g * d_bias}
 
 
 SIGLIP_SIDES = {
@@ -406,7 +415,7 @@ def siglip_loss(
         backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 features).
+        The loss, a scalar in float32 (float64 for float64 features); NaN without pairs, a mean over nothing.
         Under autocast, float32 features are rounded to the autocast dtype first, as a matrix product would.
 
     Deterministic: two runs are equal bitwise. Differentiable in image, text, logit_scale and logit_bias.

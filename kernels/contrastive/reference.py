@@ -14,12 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+
 
 def _logits(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> Tensor:
     if normalize:
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        image, text = unit(image), unit(text)
     # logits in the operands' dtype, as eager code computes them; the loss itself in float32 or float64
     return ((scale.to(image.dtype) * image) @ text.t()).to(scale.dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of unit length, and those of zeros as they are: in float16 the smallest length, 1e-12, would be 0."""
+    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1).to(x.dtype)
 
 
 def clip_loss(
@@ -96,4 +103,6 @@ def statistics(s: Tensor, row_offset: int) -> tuple[Tensor, Tensor, Tensor, Tens
     positive = s.diagonal(row_offset)[: len(s)]
     negatives = s.clone()
     negatives.diagonal(row_offset).fill_(-torch.inf)
+    if not s.numel():  # nor is there anything to take the largest of
+        return *(s.new_full((n,), -torch.inf) for n in s.shape), positive, s.sum()
     return negatives.amax(1), negatives.amax(0), positive, s.sum()

@@ -29,6 +29,7 @@ _MOST_POINTS = 16384
 
 
 def _farthest(passes: Any, points: Tensor, k: int, start: Tensor) -> Tensor:
+    check_range("start", start, points.shape[1], "the points of a cloud")
     return passes.farthest_points(points, k, start)
 
 
@@ -83,7 +84,6 @@ def farthest_points(points: Tensor, k: int, *, start: int | Tensor = 0, backend:
         start = torch.full((b,), int(start), device=points.device)
     else:
         check("start", start, (b,), "", torch.int64, ("points", points))
-        check_range("start", start, n, "the points of a cloud")
     return FARTHEST(points, k, start, backend=backend)
 
 

@@ -41,7 +41,17 @@ def the_same_everywhere(rank: int, size: int) -> None:
     lucid = VectorQuantizer(5, 11, kmeans_init=True, threshold_ema_dead_code=3, sync_codebook=True)
     for _ in range(2):
         lucid(x[None])
-    for quantizer in (published, lucid):
+    starved = VectorQuantizer(5, 60, threshold_ema_dead_code=3, sync_codebook=True)
+    masked = VectorQuantizer(5, 60, threshold_ema_dead_code=3, sync_codebook=True)
+    torch.manual_seed(9)  # as one model is
+    for quantizer in (starved, masked):
+        quantizer._codebook.embed.copy_(torch.randn(1, 60, 5))
+        quantizer._codebook.embed_avg.copy_(quantizer._codebook.embed)
+    torch.manual_seed(rank)
+    starved(x[None, : 6 + rank])
+    masked(x[None, :20], mask=torch.arange(20)[None] < 9 - rank)
+    assert (starved._codebook.cluster_size == 3).sum() == 6 and (masked._codebook.cluster_size == 3).sum() == 10 - size
+    for quantizer in (published, lucid, starved, masked):
         states += [t.flatten().float() for t in quantizer.state_dict().values()]
     state = torch.cat(states)
     others = [torch.empty_like(state) for _ in range(size)]

@@ -195,6 +195,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cosine k-means": {"kmeans_init": True, "use_cosine_sim": True, "kmeans_iters": 4},
     "dead codes": {"threshold_ema_dead_code": 2},
     "cosine dead codes": {"threshold_ema_dead_code": 2, "use_cosine_sim": True},
+    "more dead codes than rows": {"threshold_ema_dead_code": 50, "decay": 0.99},
     "frozen": {"freeze_codebook": True},
     "manual": {"manual_ema_update": True, "decay": 0.5},
     "no commitment": {"commitment_weight": 0.0},
@@ -203,7 +204,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "images": {"accept_image_fmap": True},
     "volumes": {"accept_3d_fmap": True},
 }
-SHAPES = {"images": (B, DIM, 4, 5), "volumes": (B, DIM, 2, 2, 5), "channels second": (B, DIM, N)}
+SHAPES = {
+    "more dead codes than rows": (1, 5, DIM),
+    "images": (B, DIM, 4, 5),
+    "volumes": (B, DIM, 2, 2, 5),
+    "channels second": (B, DIM, N),
+}
 
 
 def steps(vq: nn.Module, shape: tuple[int, ...], masked: bool = False) -> list[Tensor]:
@@ -315,6 +321,43 @@ def test_masked_dead_codes_come_from_rows_that_count() -> None:
     assert found.sort().values.tolist() == list(range(6))
     assert torch.equal(vq.codebook[replaced], rows[found])
     assert torch.equal(vq._codebook.embed_avg[0, replaced], rows[found] * 5)
+
+
+def test_codes_die_again_and_all_are_replaced_in_time() -> None:
+    """A replaced code has the threshold as its count, and is below it after the next step."""
+    vq, ever = VectorQuantizer(4, 16, threshold_ema_dead_code=2, decay=0.99), torch.zeros(16, dtype=torch.bool)
+    for _ in range(100):
+        x = torch.randn(1, 1, 4)
+        vq(x)
+        ever |= (vq.codebook == x[0]).all(1)
+    assert ever.sum() > 12
+
+
+@pytest.mark.parametrize("rotation_trick", [True, False])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_what_is_not_a_number_shows_as_in_the_original(weight: float, rotation_trick: bool) -> None:
+    options = {"commitment_weight": weight, "rotation_trick": rotation_trick}
+    theirs, ours = (c(DIM, CODES, **options) for c in (library.VectorQuantize, VectorQuantizer))
+    ours.load_state_dict(theirs.state_dict())
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x = torch.randn(B, N, DIM)
+        x[1, 2, 3] = value
+        seen = []
+        for vq in (theirs, ours):
+            own = x.clone().requires_grad_()
+            out, _, loss = vq(own, freeze_codebook=True)
+            seen.append((out, torch.autograd.grad(out.square().sum() + loss.sum(), own)[0]))
+        for got, want in zip(seen[1], seen[0], strict=True):
+            assert want.isnan().any() and torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(theirs.eval()(x)[0], ours.eval()(x)[0])
+        theirs.train(), ours.train()
+
+
+def test_what_is_not_a_number_shows_in_beit() -> None:
+    z = torch.randn(2, 8, 3, 3)
+    z[1, 2, 0, 0] = torch.nan
+    out = NormEMAVectorQuantizer(10, 8, beta=1.0)(z)[0]
+    assert out.isnan().any(1).nonzero().tolist() == [[1, 0, 0]]
 
 
 def test_single_tokens_breakdown_and_indices() -> None:

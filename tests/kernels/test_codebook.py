@@ -125,6 +125,34 @@ def test_what_is_not_a_number_is_the_largest_as_in_argmax(backend: str) -> None:
     assert codes[3] == 0 and (codes[[0, 1, 2, 4, 6]] == 44).all()
 
 
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("backend", ALL)
+def test_a_nan_passes_through_the_quantizer(backend: str, dtype: torch.dtype, gradient: str) -> None:
+    z, codebook = (t.to(dtype) for t in random(12, 80, 6))
+    z[3, 1], z[5, 2], z[7] = torch.nan, torch.inf, torch.nan
+    mask = torch.arange(12, device=z.device) != 7
+    z_q, codes, loss = vector_quantize(z, codebook, gradient=gradient, mask=mask, backend=backend)
+    want = {"straight_through": [[3, 1], [5, 2]], "none": []}.get(gradient)
+    want = [[i, j] for i in (3, 5) for j in range(6)] if want is None else want
+    assert z_q.isnan().nonzero().tolist() == want and loss.isnan()
+    kept = mask.clone()
+    kept[[3, 5]] = False
+    torch.testing.assert_close(z_q[kept], codebook[codes[kept]])
+    assert (z_q[7] == 0).all() and codes[7] == -1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ALL)
+def test_a_row_of_zeros_has_a_cosine(backend: str, dtype: torch.dtype) -> None:
+    z, codebook = (t.to(dtype) for t in random(5, 7, 6))
+    z[2], codebook[4] = 0, 0
+    z_q, _, loss = vector_quantize(z.requires_grad_(), codebook, metric="cosine", backend=backend)
+    (grad,) = torch.autograd.grad(z_q.float().sum() + loss, z)
+    assert z_q.isfinite().all() and loss.isfinite()
+    assert grad[[0, 1, 3, 4]].isfinite().all()
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e-6, 1e4, 1e15])
 @pytest.mark.parametrize("backend", OURS)
 def test_any_size_of_numbers(backend: str, scale: float) -> None:

@@ -237,7 +237,9 @@ SIGMOID = ("loss", "dx", "dy", "ds", "db")
 def check_sigmoid(draw, scale, bias, row_offset, negative_only=False, needs=(True, True)):  # type: ignore[no-untyped-def]
     def results(x: Tensor, y: Tensor) -> tuple[Results, ...]:
         given = (tensor(scale, x), tensor(bias, x), row_offset, negative_only)
-        got = kernel.sigmoid(x, y, *given, None, None, *needs)
+        loss, dx, dy, ds, db = kernel.sigmoid(x, y, *given, None, None, *needs)
+        assert dx.dtype == dy.dtype == loss.dtype  # to be rounded when they have been scaled
+        got = (loss, dx.to(x.dtype), dy.to(y.dtype), ds, db)
         wanted = (True, *needs, True, True)
         assert all(t.numel() == 0 for t, need in zip(got, wanted, strict=True) if not need)
         both = (plain_sigmoid(x, y, *given), plain_sigmoid(*double(x, y, *given[:2]), *given[2:]))

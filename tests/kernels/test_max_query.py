@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -396,7 +395,7 @@ def test_bad_arguments() -> None:
         (ValueError, "at least one feature", (image[:, :0], text, 1.0), {}),
         (ValueError, "text is on meta", (image, text.to("meta"), 1.0), {}),
         (ValueError, r"text has shape \(3, 8\), expected \[4, D\]", (image, text[:3], 1.0), {}),
-        (ValueError, "temp is nan", (image, text, math.nan), {}),
+        (TypeError, "temp is str", (image, text, "2"), {}),
         (ValueError, r"temp has shape \(2,\), expected one element", (image, text, pair), {}),
         (ValueError, r"text_all has shape \(4, 8\), expected \[8, D\]", (image, text, 1.0), {"image_all": images}),
         (TypeError, "image_all has dtype torch.float64", (image, text, 1.0), double),

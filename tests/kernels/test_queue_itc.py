@@ -261,6 +261,14 @@ def test_nothing_but_the_query_and_the_temperature_gets_a_gradient(backend: str)
 
 
 @pytest.mark.parametrize("backend", ["torch", *FAST])
+def test_own_keys_are_multiplied_in_float32(backend: str) -> None:
+    x = torch.full((4, 8), 300.0, device=DEVICE).half()
+    small = torch.full((3, 8), 0.5, device=DEVICE).half()
+    loss = moco_loss(x, x, small, 1e6, backend=backend)
+    assert 0.5 < loss < 2
+
+
+@pytest.mark.parametrize("backend", ["torch", *FAST])
 def test_not_a_number_is_seen(backend: str) -> None:
     for name in ("query", "query_m", "keys", "queue"):
         given = case()

@@ -199,7 +199,8 @@ def test_what_is_not_masked_is_not_seen(backend: str) -> None:
 @pytest.mark.parametrize("backend", ALL)
 def test_nothing_masked_and_no_image(backend: str) -> None:
     (prediction, pixels, mask), options = make("MAE")
-    assert masked_patch_loss(prediction, pixels, mask & False, **options, backend=backend).isnan()
+    loss = masked_patch_loss(prediction.requires_grad_(), pixels, mask & False, **options, backend=backend)
+    assert loss.isnan() and not torch.autograd.grad(loss, prediction)[0].any()
     assert masked_patch_loss(prediction[:0], pixels[:0], mask[:0], **options, backend=backend).isnan()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check, scalar
+from mmfuse.kernels._runtime.arguments import check, multiplier
 from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, weights_of
@@ -184,7 +184,7 @@ def distill_clip_loss(
     teacher = features(teacher_image, teacher_text, 1.0, row_offset, names=names)[:2]
     for name, t, rows in zip(names, teacher, (image, text), strict=True):
         check(name, t, (rows.shape[0], "Dt"), f" with the rows of {name[8:]}", image.dtype, ("image", image))
-    t_scale = scalar("teacher_scale", teacher_scale, image)
+    t_scale = multiplier("teacher_scale", teacher_scale, image)
     given = Models(image, text, scale, *teacher, t_scale, *weights_of(weights), row_offset)
     contrastive, distill, *_ = DISTILL(given, backend=backend)
     return contrastive, distill

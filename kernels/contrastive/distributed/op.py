@@ -317,7 +317,7 @@ class _Siglip(torch.autograd.Function):
             for y, positives_at in exchange.blocks(text):
                 paired = positives_at is not None
                 loss, dx_part, dy, ds, db = TEMPLATE[backend].sigmoid(
-                    image, y, scale, bias, positives_at or 0, not paired, None, None, need_x, need_y, wide=True
+                    image, y, scale, bias, positives_at or 0, not paired, None, None, need_x, need_y
                 )
                 sums += torch.stack([loss, ds, db])
                 if need_x:
@@ -325,7 +325,7 @@ class _Siglip(torch.autograd.Function):
                 dys.append(dy)
         loss, ds, db = sums.unbind()
         ctx.exchange, ctx.text_grad = exchange, need_y
-        ctx.save_for_backward(image, text, scale, bias, dx.to(image.dtype), ds, db, *dys)
+        ctx.save_for_backward(image, text, scale, bias, dx, ds, db, *dys)
         return loss.clone()
 
     @staticmethod
@@ -336,10 +336,10 @@ class _Siglip(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        dx, ds, db, *dys = ctx.saved_tensors[4:]
-        dy = ctx.exchange.home((g * dy).to(dy.dtype) for dy in reversed(dys)) if ctx.text_grad else None
+        image, _, _, _, dx, ds, db, *dys = ctx.saved_tensors
+        dy = ctx.exchange.home((g * dy).to(image.dtype) for dy in reversed(dys)) if ctx.text_grad else None
         x, _, s, b = ctx.needs_input_grad[:4]
-        return (g * dx).to(dx.dtype) if x else None, dy, g * ds if s else None, g * db if b else None, *[None] * 3
+        return (g * dx).to(image.dtype) if x else None, dy, g * ds if s else None, g * db if b else None, *[None] * 3
 
 
 def _fused_siglip(

@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels.contrastive.blocked import finite
+from mmfuse.kernels.contrastive.reference import unit
 
 
 def moving_average(log_u: Tensor, log_g: Tensor, gamma: float) -> Tensor:
@@ -41,7 +41,7 @@ def global_contrastive_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, new log u [N], new log w [N])."""
     if normalize:
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        image, text = unit(image), unit(text)
     s = ((scale.to(image.dtype) * image) @ text.t()).to(scale.dtype)
     n = len(s)
     positive, negatives = s.diagonal(), s.masked_fill(torch.eye(n, dtype=torch.bool, device=s.device), -torch.inf)

@@ -39,7 +39,7 @@ def queue_itc_loss(
 
 
 def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor) -> Tensor:
-    own = (query * key.detach()).sum(1, keepdim=True).to(temp.dtype) / temp
+    own = (query.to(temp.dtype) * key.detach()).sum(1, keepdim=True) / temp
     # a copy: the queue may change before the backward
     negatives = queue.detach().to(query.dtype, copy=True)
     s = torch.cat([own, _logits(query, negatives, temp)], dim=1)

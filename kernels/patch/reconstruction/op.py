@@ -33,7 +33,8 @@ def _forward(passes: Any, prediction: Tensor, target: Target) -> Tensor:
 def _backward(passes: Any, g: Tensor, prediction: Tensor, target: Target) -> dict[str, Tensor]:
     ids, weight = _weights(prediction, target.mask)
     grad = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
-    weight = weight * (g.to(weight.dtype) / weight.sum())
+    # without a masked patch the loss is NaN, and depends on no prediction
+    weight = weight * (g.to(weight.dtype) / weight.sum().clamp_min(1))
     passes.rows(prediction, target, ids, weight, grad)
     return {"prediction": grad}
 
