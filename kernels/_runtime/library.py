@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,46 @@ import torch
 from mmfuse.kernels._runtime.device import once
 
 _PACKAGE = Path(__file__).resolve().parents[2]
+_FAILURES: dict[str, OSError] = {}
 
 
 @once
 def load(part: str) -> str | None:
-    """Load `mmfuse/_C_<part>.so`, once. Returns None, or the reason why its operators are not there."""
-    path = _PACKAGE / "mmfuse" / f"_C_{part}.so"
-    if not path.exists():  # installed: kernels/ lies inside the package
-        path = _PACKAGE / f"_C_{part}.so"
+    """Load `_C_<part>.so`, once. Returns None, or the reason why its operators are not there.
+
+    It lies in the package, or in `MMFUSE_LIBRARY_DIR`: another build of it, such as one with sanitizers.
+    """
+    another = os.environ.get("MMFUSE_LIBRARY_DIR")
+    # installed, kernels/ lies inside the package
+    folders = [Path(another)] if another else [_PACKAGE / "mmfuse", _PACKAGE]
+    paths = [folder / f"_C_{part}.so" for folder in folders]
+    path = next((p for p in paths if p.exists()), paths[-1])
     if not path.exists():
         return f"the compiled part _C_{part} was not built" + _why_not_built(path.parent, part)
     if part == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
+    if hasattr(getattr(torch.ops, f"mmfuse_{part}"), "logit_stats"):  # a second library of them ends the process
+        return _why_not_again(path)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the compiled part _C_{part} does not load beside torch {torch.__version__}: {error}"
+        _FAILURES[part] = error
+        return f"the compiled part _C_{part} does not load beside torch {torch.__version__}: {error.__cause__ or error}"
     return None
+
+
+def failure(part: str) -> OSError | None:
+    """Where a part is there and does not load, why: the cause of an error that says so."""
+    return _FAILURES.get(part)
+
+
+def _why_not_again(path: Path) -> str | None:
+    """None if the operators that are registered are those of this library, out of another copy of it."""
+    others = [p for p in torch.ops.loaded_libraries if Path(p).name == path.name]
+    if any(Path(p).exists() and filecmp.cmp(p, path, shallow=False) for p in others):
+        return None
+    where = f"by {', '.join(others)}" if others else "by another library"
+    return f"the operators of {path} are registered in this process already, {where}, which is another build"
 
 
 def build_info() -> dict[str, Any]:
