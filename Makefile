@@ -1,5 +1,5 @@
-# Targets: test, demo, bench, lint, docs, compile-report (each makes .venv on first use), and test-gpu (uses $(PYTHON) as
-# it is).
+# Targets: test, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on first use), and test-gpu (uses
+# $(PYTHON) as it is).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := pytest $(TESTS) --durations=15 $(PYTEST_ARGS)
 PACKAGES := bench export models fused kernels
 
-.PHONY: test demo bench lint docs compile-report test-gpu clean build/typing
+.PHONY: test demo bench lint docs compile-report sanitize test-gpu clean build/typing
 .DEFAULT_GOAL := test
 
 # torch comes first and is named again below, so that nothing pulls in another one
@@ -51,6 +51,27 @@ lint: $(VENV)/ready build/typing
 
 docs: $(VENV)/ready build/typing
 	$(BIN)/mkdocs build --strict
+
+# The CPU part under the sanitizers of addresses and of undefined behaviour, beside the installed one. The first report
+# ends the process. LD_PRELOAD: Python itself is built without them, and exceptions are thrown to a libtorch that is.
+SANITIZED := build/sanitized/_C_cpu.so
+SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZED_TESTS := tests/csrc $(addprefix tests/kernels/test_,codebook.py max_query.py negatives.py patch.py points.py topk.py)
+CPU_FLAGS := -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-trapping-math -DTORCH_TARGET_VERSION=0x020b000000000000
+TORCH_DIR = $(shell $(BIN)/python -c "from importlib.util import find_spec as f; print(*f('torch').submodule_search_locations)")
+
+sanitize: $(VENV)/ready
+	$(MAKE) --jobs $(JOBS) $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MMFUSE_LIBRARY_DIR=$(CURDIR)/$(dir $(SANITIZED)) \
+	  OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(SANITIZED_TESTS) -x -q -k "(csrc or cpu) and not compiles and not opcheck and not library"
+
+$(SANITIZED): $(patsubst csrc/cpu/%.cpp,build/sanitized/%.o,$(wildcard csrc/cpu/*.cpp))
+	$(CXX) -shared $(SANITIZERS) $^ -o $@ -L$(TORCH_DIR)/lib -Wl,--no-as-needed -ltorch
+
+build/sanitized/%.o: csrc/cpu/%.cpp $(wildcard csrc/*.h csrc/cpu/*.h) Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(CPU_FLAGS) $(SANITIZERS) -isystem $(TORCH_DIR)/include -c $< -o $@
 
 # what reads the sources does not follow package_dir: show it the folders in the shape they install in
 build/typing:

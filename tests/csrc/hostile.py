@@ -63,7 +63,9 @@ VALID: dict[str, list[Callable[..., list[Any]]]] = {
     "add_positives": [lambda c=3, n=20: [F(c, n), 0, keys(c), keys(n), F(c), F(n), F(c), F(n)]],
     "subtract_targets": [lambda c=3, n=20: [F(c, n), keys(c), keys(n), F(c), F(n)]],
     "cross_stats": [
-        lambda c=3, n=20: [F(c, n), F(c, n), number(), number(), 0, F(c), F(n), F(n), F(c), F(n), F(c), F(n), F(c), F(n)]
+        lambda c=3, n=20: [
+            F(c, n), F(c, n), number(), number(), 0, F(c), F(n), F(n), F(c), F(n), F(c), F(n), F(c), F(n)
+        ]
     ],
     "distill_grad": [
         lambda c=3, n=20: [
@@ -83,8 +85,8 @@ VALID: dict[str, list[Callable[..., list[Any]]]] = {
     "code_statistics": [lambda n=7, d=5, K=9: [F(n, d), ints(n), F(K), F(K, d)]],
     "patch_rows": [
         lambda m=2, c=3, size=8, p=4: [
-            ints(m, c, 1, size, size, dtype=torch.uint8), none(torch.int64), F(c), F(c), False, 1, p, p, 1, 4, 4, 1, 2, 2,
-            F(m, 4, c * p * p),
+            ints(m, c, 1, size, size, dtype=torch.uint8), none(torch.int64), F(c), F(c), False,
+            1, p, p, 1, 4, 4, 1, 2, 2, F(m, 4, c * p * p),
         ],
         lambda m=2, c=3, count=3, p=4: [
             F(m, c, 2, 8, 8), ints(count), F(c), none(), True, 2, p, p, 2, 4, 4, 1, 2, 2, F(count, 2 * c * p * p)
