@@ -238,7 +238,8 @@ def clip_loss(
     Args:
         image: [b, D], float16, bfloat16, float32 or float64; any strides.
         text: [N, D] with N >= b + row_offset, same dtype and device. Row i of `image` pairs with row i + row_offset.
-        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element.
+        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element. One that is not finite
+            gives NaN, as open_clip's losses do.
         logit_bias: accepted for a common signature; softmax does not see it, its gradient is zero.
         normalize: divide each row by its L2 norm first, inside the operator.
         weights: (w_r, w_c) of the image-to-text and the text-to-image direction; a zero makes the loss one-sided.
@@ -407,7 +408,8 @@ def siglip_loss(
     Args:
         image: [b, D], float16, bfloat16, float32 or float64; any strides.
         text: [N, D] with N >= b + row_offset, same dtype and device. Row i of `image` pairs with row i + row_offset.
-        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element.
+        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element. One that is not finite
+            gives NaN, as open_clip's losses do.
         logit_bias: a float, a tensor of one element, or None for 0.
         normalize: divide each row by its L2 norm first, inside the operator.
         negative_only: no pair is positive, as for a block of another process's texts.

@@ -104,5 +104,5 @@ def statistics(s: Tensor, row_offset: int) -> tuple[Tensor, Tensor, Tensor, Tens
     negatives = s.clone()
     negatives.diagonal(row_offset).fill_(-torch.inf)
     if not s.numel():  # nor is there anything to take the largest of
-        return *(s.new_full((n,), -torch.inf) for n in s.shape), positive, s.sum()
+        return s.new_full((len(s),), -torch.inf), s.new_full((s.shape[1],), -torch.inf), positive, s.sum()
     return negatives.amax(1), negatives.amax(0), positive, s.sum()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.head.blocked import Head
 
 
@@ -16,7 +17,8 @@ def select_head(x: Tensor, head: Head) -> Tensor:
     if head.weight is not None:
         y = F.linear(y, head.weight)
     if head.normalize:
-        y = F.normalize(y, dim=-1)
+        # in float16 the smallest length, 1e-12, would be 0
+        y = F.normalize(y.to(accumulation_dtype(y.dtype)), dim=-1).to(y.dtype)
     if head.scale is not None:
         y = head.scale.to(y.dtype) * y
     return y.unflatten(0, (-1, head.clips)).mean(1) if head.clips > 1 else y

@@ -223,3 +223,11 @@ def test_no_synchronisation() -> None:
             call(given, backend).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ALL)
+def test_a_row_of_zeros_stays_one(backend: str, dtype: torch.dtype) -> None:
+    nothing = torch.zeros(D, device=DEVICE, dtype=dtype)
+    x = torch.randn(2, 3, D, device=DEVICE).to(dtype)
+    assert not select_head(x, 0, (nothing, nothing, 1e-6), normalize=True, backend=backend).any()

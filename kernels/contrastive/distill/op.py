@@ -161,7 +161,8 @@ def distill_clip_loss(
     Args:
         image: [b, D], float16, bfloat16, float32 or float64; any strides.
         text: [N, D] with N >= b + row_offset, same dtype and device. Row i of `image` pairs with row i + row_offset.
-        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element.
+        logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element. One that is not finite
+            gives NaN, as open_clip's losses do.
         teacher_image, teacher_text, teacher_scale: the same of the teacher, [b, Dt] and [N, Dt]; the dtype of `image`.
         weights: (w_r, w_c) of the image-to-text and the text-to-image direction.
         row_offset: where the pairs begin, for a block of rows of a larger batch. With b < N, the text-to-image

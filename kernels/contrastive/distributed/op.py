@@ -219,6 +219,7 @@ def distributed_clip_loss(
         image: [b, D] of this rank, float16, bfloat16, float32 or float64; any strides. b may differ by rank, and be 0.
         text: [b, D], same dtype and device. Row i pairs with row i of `image`.
         logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element. The same on all ranks.
+            One that is not finite gives NaN.
         group: a process group that this process is in; None is the default group.
         local_loss: return this rank's part of the loss, not the loss of the global batch.
         gather_with_grad: the features of a rank get the gradient of every rank's loss, not of its own alone.
@@ -381,6 +382,7 @@ def distributed_siglip_loss(
         image: [b, D] of this rank, float16, bfloat16, float32 or float64; any strides. b may differ by rank, and be 0.
         text: [b, D], same dtype and device. Row i pairs with row i of `image`.
         logit_scale: the multiplier, already exponentiated: a float, or a tensor of one element. The same on all ranks.
+            One that is not finite gives NaN.
         logit_bias: a float, a tensor of one element, or None for 0. The same on all ranks.
         group: a process group that this process is in; None is the default group.
         dist_impl: how the texts travel, the next block under way while one is computed: around a ring in both
