@@ -1,6 +1,6 @@
 """Modules and losses that replace the field's own, and `accelerate()`, which swaps them into a live model."""
 
-from mmfuse.fused.acceleration import Report, accelerate
+from mmfuse.fused.acceleration import Report, accelerate, decelerate
 from mmfuse.fused.global_contrastive import GlobalContrastiveLoss
 from mmfuse.fused.grad_cache import GradCache
 from mmfuse.fused.imagebind import ImageBindLoss
@@ -35,6 +35,7 @@ __all__ = [
     "SigLipLoss",
     "VectorQuantizer",
     "accelerate",
+    "decelerate",
     "linear_cross_entropy",
     "momentum_update",
     "rerank",

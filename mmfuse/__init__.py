@@ -15,6 +15,7 @@ if not Path(__file__).with_name("kernels").exists():
 # beside the operators that `mmfuse.kernels` gathers
 _ELSEWHERE = {
     "accelerate": "mmfuse.fused",
+    "decelerate": "mmfuse.fused",
     "linear_cross_entropy": "mmfuse.fused",
     "UnsupportedError": "mmfuse.kernels._runtime",
     "explain": "mmfuse.kernels._runtime",
@@ -24,6 +25,7 @@ _PACKAGES = ("fused", "kernels", "models")
 
 if TYPE_CHECKING:
     from mmfuse.fused import accelerate as accelerate
+    from mmfuse.fused import decelerate as decelerate
     from mmfuse.fused import linear_cross_entropy as linear_cross_entropy
     from mmfuse.kernels import *  # noqa: F403
     from mmfuse.kernels._runtime import UnsupportedError as UnsupportedError

@@ -8,9 +8,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmfuse.fused import captioning
+
+
+_BLOCK = ("open_clip.transformer:ResidualAttentionBlock", "open_clip.transformer:CustomResidualAttentionBlock")
+_ATTENTION = ("torch.nn.modules.activation:MultiheadAttention", "open_clip.transformer:Attention")
+_PROJECTION = ("torch.nn.modules.linear:NonDynamicallyQuantizableLinear", "torch.nn.modules.linear:Linear")
+CHILDREN = {
+    "text": ("open_clip.transformer:TextTransformer",),
+    "text.transformer": ("open_clip.transformer:Transformer",),
+    "text_decoder": ("open_clip.transformer:MultimodalTransformer",),
+    **{
+        f"{blocks}.*{path}": classes
+        for blocks in ("text.transformer.resblocks", "text_decoder.resblocks", "text_decoder.cross_attn")
+        for path, classes in (("", _BLOCK), (".attn", _ATTENTION), (".attn.out_proj", _PROJECTION))
+    },
+    # they are called, a token at a time
+    "text.**": (),
+    "text_decoder.**": (),
+}
 
 
 def generate(
@@ -48,21 +66,8 @@ def generate(
 
 def reason_against(model: Any) -> str | None:
     """Why a CoCa of open_clip cannot keep keys and values of its captions, or None."""
-    from open_clip import transformer as t
-
-    text, decoder = model.text, model.text_decoder
-    if type(text) is not t.TextTransformer or type(decoder) is not t.MultimodalTransformer:
-        return f"its text towers are {type(text).__name__} and {type(decoder).__name__}, expected open_clip's own"
-    if text.attn_mask is None:
+    if model.text.attn_mask is None:
         return "its text tower has no causal mask, so every token changes with the next one"
-    if text.cls_emb is None:
+    if model.text.cls_emb is None:
         return "its text tower has no class token, and open_clip's own generate fails without"
-    for block in [*text.transformer.resblocks, *decoder.resblocks, *decoder.cross_attn]:
-        if (type(block), type(block.attn)) not in (
-            (t.ResidualAttentionBlock, nn.MultiheadAttention),
-            (t.CustomResidualAttentionBlock, t.Attention),
-        ):
-            return f"it has a {type(block).__name__} with {type(block.attn).__name__}, expected open_clip's own"
-    if any(m._forward_hooks or m._forward_pre_hooks for tower in (text, decoder) for m in tower.modules()):
-        return "its text towers have hooks, which would see single tokens"
     return None

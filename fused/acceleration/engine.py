@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import nn
 
+from mmfuse.fused.acceleration.method import carried, swap
 from mmfuse.fused.acceleration.report import Entry, Report
-from mmfuse.fused.acceleration.rules import RULES, Fused, Rule, loaded
+from mmfuse.fused.acceleration.rules import RULES, Rule, loaded
 from mmfuse.kernels._runtime import UnsupportedError
 
 
@@ -19,14 +21,19 @@ def accelerate(
     dry_run: bool = False,
     uint8: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Report:
-    """Swap fused code into the modules of `model` that a rule matches, in place, and report it.
+    """Swap fused code into the modules of `model` that a rule matches, in place, and report it. Call it last.
+
+    Last, that is after adapters, hooks, parametrizations and weights have their place, and before `torch.compile`,
+    DistributedDataParallel and `fully_shard`. Fused code reads the tensors of child modules and does not call them;
+    where such a child is more than its tensors, a module is left, and where it becomes more, its class's own method
+    runs and warns once.
 
     Only one method of matched instances changes, mostly `forward`: classes, parameters, buffers,
     state-dict keys, hooks and outputs stay; copies and pickles of the model stay accelerated. transformers' CLIPModel
     and SiglipModel return the logits, so there the fused loss is opt-in: with `return_loss=True` the logits are then
     computed only when read.
 
-        report = accelerate(model)          # print(report); report.undo()
+        report = accelerate(model)          # print(report); report.undo(), or mmfuse.decelerate(model)
         with accelerate(model): ...         # undone at the end
 
     Args:
@@ -40,7 +47,7 @@ def accelerate(
 
     Raises:
         TypeError: `model` is no module, or `uint8` no pair.
-        ValueError: `ops` names an unknown operator.
+        ValueError: `ops` names an unknown operator, or `uint8` has a mean outside [0, 1] or a std that is not positive.
         UnsupportedError: `strict`, and a matched module has to be left or none is matched; the message is the report.
     """
     if not isinstance(model, nn.Module):
@@ -63,7 +70,7 @@ def accelerate(
         raise UnsupportedError(f"strict, so the model is unchanged\n{report}")
     if not dry_run:
         for rule, module, given in swaps:
-            report.remember(rule.apply(module, **given))
+            report.remember(swap(rule, module, given))
     return report
 
 
@@ -86,19 +93,20 @@ def _most_specific(rules: list[Rule]) -> list[Rule]:
 def _statistics(uint8: tuple[Sequence[float], Sequence[float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     try:
         mean, std = (tuple(map(float, values)) for values in uint8)
-        if len(mean) == len(std):
-            return mean, std
     except (TypeError, ValueError):
-        pass
-    raise TypeError(f"uint8 is {uint8!r}, expected (mean, std), a number for each channel")
+        mean, std = (), (0.0,)
+    if len(mean) != len(std):
+        raise TypeError(f"uint8 is {uint8!r}, expected (mean, std), a number for each channel")
+    if not all(0 <= m <= 1 for m in mean) or not all(0 < s < math.inf for s in std):
+        raise ValueError(f"uint8 is {uint8!r}, expected means in [0, 1], as of pixels in [0, 1], and positive stds")
+    return mean, std
 
 
 def _outcome(
     rule: Rule, module: nn.Module, path: str, barriers: dict[str, str], opted_in: bool, options: dict[str, Any]
 ) -> tuple[str, str]:
-    present = vars(module).get(rule.method)
-    if isinstance(present, Fused):
-        if options.items() <= present.keywords.items():
+    if present := carried(vars(module).get(rule.method)):
+        if options.items() <= present.options.items():
             return "already replaced", ""
         return "left", "it is replaced already, with another uint8: undo that first"
     inside = [why for outer, why in barriers.items() if outer in ("", path) or path.startswith(f"{outer}.")]

@@ -44,7 +44,7 @@ class Report:
 
     @property
     def already(self) -> list[Entry]:
-        """Replaced by an earlier call, which alone can undo it."""
+        """Replaced by an earlier call, whose report can undo it, as `mmfuse.decelerate(model)` can."""
         return self._of("already replaced")
 
     def _of(self, outcome: str) -> list[Entry]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
 
 from torch import nn
 
 from mmfuse.fused.acceleration import coca, stems, vector_quantize
+from mmfuse.fused.acceleration.plain import Children, why_not_plain
 from mmfuse.fused.losses import unsupported
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """Instances of a class run another `forward` (or another method), and keep everything else.
 
@@ -25,7 +25,9 @@ class Rule:
         target: the class, as "module:Class". It is never imported: without its module there is no instance.
         forward: the replacement, as "module:function", of the instance and the arguments of the class's method.
         relies_on: methods that must be the class's own; a subclass or an instance with another is left.
-        reason_against: why an instance is left, or None.
+        children: what the replacement reads or passes over instead of calling it. They have to be plain, at the swap
+            and at every call, where otherwise the class's own method runs.
+        reason_against: why an instance whose children are plain is left, or None.
         opt_in: why it is left unless `ops` names the operator; empty if it is replaced by default.
         method: what is replaced.
     """
@@ -34,6 +36,7 @@ class Rule:
     target: str
     forward: str
     relies_on: tuple[str, ...] = ("forward",)
+    children: Children = field(default_factory=dict)
     reason_against: Callable[[Any], str | None] = lambda module: None
     opt_in: str = ""
     method: str = "forward"
@@ -44,10 +47,19 @@ class Rule:
 
     def why_not(self, module: nn.Module) -> str | None:
         """Why `module`, which matches, has to be left, or None."""
-        cls, actual = loaded(self.target), type(module)
-        for method in self.relies_on:
-            if method in vars(module):
-                return f"its {method} was replaced by something else"
+        if self.method in vars(module):
+            return f"its {self.method} was replaced by something else"
+        return _asked(self._why_not_class, type(module)) or self.why_not_now(module)
+
+    def why_not_now(self, module: nn.Module) -> str | None:
+        """The same of what may change between two calls: methods set on the instance, children and tensors."""
+        return _asked(self._why_not_now, module)
+
+    def _why_not_class(self, actual: type) -> str | None:
+        cls = loaded(self.target)
+        for method in (*self.relies_on, self.method):
+            if not hasattr(cls, method):
+                return f"this version has no {method}"
             if getattr(actual, method) is not getattr(cls, method):
                 return f"{actual.__name__} overrides {method}"
         theirs, ours = getattr(actual, self.method), resolve_name(self.forward)
@@ -55,29 +67,31 @@ class Rule:
         known = [name for name in known if name != "uint8"]
         if found != known:
             return f"this version's {self.method} takes ({', '.join(found)}), expected ({', '.join(known)})"
-        return self.reason_against(module)
+        return None
+
+    def _why_not_now(self, module: nn.Module) -> str | None:
+        return self.why_overridden(module) or why_not_plain(module, self.children) or self.reason_against(module)
+
+    def why_overridden(self, module: nn.Module) -> str | None:
+        own = module.__dict__
+        for method in self.relies_on:
+            # around the replaced method itself other tools may wrap theirs
+            if method in own and method != self.method:
+                return f"its {method} was replaced by something else"
+        return None
 
     @property
     def takes_uint8(self) -> bool:
         """Whether the replacement can normalise the bytes of images itself."""
         return "uint8" in inspect.signature(resolve_name(self.forward)).parameters
 
-    def apply(self, module: nn.Module, **options: Any) -> Callable[[], None]:
-        """Replace the method of `module`, and return the function that puts it back."""
-        fused = Fused(resolve_name(self.forward), module, **options)
-        setattr(module, self.method, fused)
 
-        def undo() -> None:
-            if vars(module).get(self.method) is not fused:
-                name = f"{type(module).__name__}.{self.method}"
-                raise RuntimeError(f"{name} was replaced after accelerate(): undo that first")
-            delattr(module, self.method)
-
-        return undo
-
-
-class Fused(partial):
-    """A module's fused method. As a partial, not a bound method, it follows its module through copy and pickle."""
+def _asked(check: Callable[[Any], str | None], of: Any) -> str | None:
+    """What a check says; in a version of the library that it does not know, what it stumbles over is the reason."""
+    try:
+        return check(of)
+    except Exception as error:
+        return f"this version is not known: {type(error).__name__}: {error}"
 
 
 def loaded(target: str) -> type | None:
@@ -87,6 +101,27 @@ def loaded(target: str) -> type | None:
 
 
 _LOGITS_IN_OUTPUT = "its output holds the N x N logits; with ops={%r} they are computed only when read"
+
+_CONV2D = ("torch.nn.modules.conv:Conv2d",)
+_CONV3D = ("torch.nn.modules.conv:Conv3d",)
+_LINEAR = ("torch.nn.modules.linear:Linear",)
+_EMBEDDING = ("torch.nn.modules.sparse:Embedding",)
+_IDENTITY = ("torch.nn.modules.linear:Identity",)
+_TIMM_NORM = (
+    *_IDENTITY,
+    "torch.nn.modules.normalization:LayerNorm",
+    "timm.layers.norm:LayerNorm",
+    "timm.layers.norm:LayerNormFp32",
+)
+_OPEN_CLIP_NORM = (
+    *_IDENTITY,
+    "torch.nn.modules.normalization:LayerNorm",
+    "open_clip.transformer:LayerNorm",
+    "open_clip.transformer:LayerNormFp32",
+)
+_TIMM_STEM = {"proj": _CONV2D, "norm": _TIMM_NORM}
+_PATCHES = {"patch_embedding": _CONV2D}
+_PATCHES_AND_POSITIONS = {"patch_embedding": _CONV2D, "position_embedding": _EMBEDDING}
 
 RULES = (
     Rule(
@@ -120,6 +155,7 @@ RULES = (
         op="clip_loss",
         target="transformers.models.clip.modeling_clip:CLIPModel",
         forward="mmfuse.fused.acceleration.huggingface:forward",
+        relies_on=("forward", "get_image_features", "get_text_features"),
         opt_in=_LOGITS_IN_OUTPUT % "clip_loss",
     ),
     Rule(
@@ -133,18 +169,21 @@ RULES = (
         op="vector_quantize",
         target="vector_quantize_pytorch.vector_quantize_pytorch:VectorQuantize",
         forward="mmfuse.fused.acceleration.vector_quantize:forward",
+        children={"_codebook": ("vector_quantize_pytorch.vector_quantize_pytorch:Codebook",)},
         reason_against=vector_quantize.reason_against,
     ),
     Rule(
         op="vector_quantize",
         target="norm_ema_quantizer:NormEMAVectorQuantizer",
         forward="mmfuse.fused.quantizer:NormEMAVectorQuantizer.forward",
+        children={"embedding": ("norm_ema_quantizer:EmbeddingEMA", "torch.nn.modules.module:Module")},
     ),
     Rule(
         op="coca_generate",
         target="open_clip.coca_model:CoCa",
         forward="mmfuse.fused.acceleration.coca:generate",
         relies_on=("generate", "_generate_beamsearch", "forward", "_encode_text"),
+        children=coca.CHILDREN,
         reason_against=coca.reason_against,
         method="generate",
     ),
@@ -153,12 +192,14 @@ RULES = (
         target="timm.layers.patch_embed:PatchEmbed",
         forward="mmfuse.fused.acceleration.stems:timm_patch_embed",
         relies_on=("forward", "dynamic_feat_size"),
+        children=_TIMM_STEM,
         reason_against=stems.against_timm_patch_embed,
     ),
     Rule(
         op="patch_embed",
         target="timm.layers.patch_embed:PatchEmbedWithSize",
         forward="mmfuse.fused.acceleration.stems:timm_patch_embed_with_size",
+        children=_TIMM_STEM,
         reason_against=stems.against_timm_patch_embed,
     ),
     Rule(
@@ -166,6 +207,14 @@ RULES = (
         target="timm.models.vision_transformer:VisionTransformer",
         forward="mmfuse.fused.acceleration.stems:timm_forward_features",
         relies_on=("forward_features", "_pos_embed"),
+        children={
+            "patch_embed": ("timm.layers.patch_embed:PatchEmbed",),
+            "patch_embed.proj": _CONV2D,
+            "patch_embed.norm": _TIMM_NORM,
+            "patch_drop": (*_IDENTITY, "timm.layers.patch_dropout:PatchDropout"),
+            "pos_drop": ("torch.nn.modules.dropout:Dropout",),
+            "norm_pre": _TIMM_NORM,
+        },
         reason_against=stems.against_timm_model,
         method="forward_features",
     ),
@@ -174,6 +223,11 @@ RULES = (
         target="open_clip.transformer:VisionTransformer",
         forward="mmfuse.fused.acceleration.stems:open_clip_embeds",
         relies_on=("_embeds",),
+        children={
+            "conv1": _CONV2D,
+            "patch_dropout": (*_IDENTITY, "open_clip.transformer:PatchDropout"),
+            "ln_pre": _OPEN_CLIP_NORM,
+        },
         reason_against=stems.against_open_clip,
         method="_embeds",
     ),
@@ -181,66 +235,83 @@ RULES = (
         op="patch_embed",
         target="transformers.models.vit.modeling_vit:ViTEmbeddings",
         forward="mmfuse.fused.acceleration.stems:vit_embeddings",
-        reason_against=stems.against_vit,
+        children={
+            "patch_embeddings": ("transformers.models.vit.modeling_vit:ViTPatchEmbeddings",),
+            "patch_embeddings.projection": _CONV2D,
+        },
+        reason_against=stems.against_patch_embeddings,
     ),
     Rule(
         op="patch_embed",
         target="transformers.models.beit.modeling_beit:BeitEmbeddings",
         forward="mmfuse.fused.acceleration.stems:beit_embeddings",
-        reason_against=stems.against_vit,
+        children={
+            "patch_embeddings": ("transformers.models.beit.modeling_beit:BeitPatchEmbeddings",),
+            "patch_embeddings.projection": _CONV2D,
+        },
+        reason_against=stems.against_patch_embeddings,
     ),
     Rule(
         op="patch_embed",
         target="transformers.models.clip.modeling_clip:CLIPVisionEmbeddings",
         forward="mmfuse.fused.acceleration.stems:clip_embeddings",
+        children=_PATCHES_AND_POSITIONS,
         reason_against=stems.against_patch_embedding,
     ),
     Rule(
         op="patch_embed",
         target="transformers.models.siglip.modeling_siglip:SiglipVisionEmbeddings",
         forward="mmfuse.fused.acceleration.stems:siglip_embeddings",
+        children=_PATCHES_AND_POSITIONS,
         reason_against=stems.against_patch_embedding,
     ),
     Rule(
         op="patch_embed",
         target="transformers.models.blip.modeling_blip:BlipVisionEmbeddings",
         forward="mmfuse.fused.acceleration.stems:blip_embeddings",
+        children=_PATCHES,
         reason_against=stems.against_patch_embedding,
     ),
     Rule(
         op="patch_embed",
         target="transformers.models.blip_2.modeling_blip_2:Blip2VisionEmbeddings",
         forward="mmfuse.fused.acceleration.stems:blip_embeddings",
+        children=_PATCHES,
         reason_against=stems.against_patch_embedding,
     ),
     Rule(
         op="patch_embed",
         target="transformers.models.instructblip.modeling_instructblip:InstructBlipVisionEmbeddings",
         forward="mmfuse.fused.acceleration.stems:blip_embeddings",
+        children=_PATCHES,
         reason_against=stems.against_patch_embedding,
     ),
     Rule(
         op="patch_embed",
         target="transformers.models.qwen2_vl.modeling_qwen2_vl:PatchEmbed",
         forward="mmfuse.fused.acceleration.stems:qwen_patch_embed",
+        children={"proj": _CONV3D},
         reason_against=stems.against_qwen,
     ),
     Rule(
         op="patch_embed",
         target="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionPatchEmbed",
         forward="mmfuse.fused.acceleration.stems:qwen_patch_embed",
+        children={"proj": _CONV3D},
         reason_against=stems.against_qwen,
     ),
     Rule(
         op="patch_embed",
         target="transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionPatchEmbed",
         forward="mmfuse.fused.acceleration.stems:qwen_patch_embed",
+        children={"proj": _CONV3D},
         reason_against=stems.against_qwen,
     ),
     Rule(
         op="patch_embed_packed",
         target="timm.models.naflexvit:NaFlexEmbeds",
         forward="mmfuse.fused.acceleration.stems:naflex_embeds",
+        children={"proj": (*_LINEAR, *_CONV2D), "norm": _IDENTITY},
         reason_against=stems.against_naflex,
     ),
     Rule(
@@ -248,6 +319,7 @@ RULES = (
         target="transformers.models.siglip2.modeling_siglip2:Siglip2VisionEmbeddings",
         forward="mmfuse.fused.acceleration.stems:siglip2_embeddings",
         relies_on=("forward", "resize_positional_embeddings"),
-        reason_against=stems.against_siglip2,
+        children={"patch_embedding": _LINEAR, "position_embedding": _EMBEDDING},
+        reason_against=stems.against_positions,
     ),
 )

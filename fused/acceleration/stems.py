@@ -118,19 +118,7 @@ def against_timm_patch_embed(module: Any) -> str | None:
 
 def against_timm_model(model: Any) -> str | None:
     """Why timm's VisionTransformer stays, or None."""
-    from timm.layers import PatchDropout, PatchEmbed
-
-    if type(model.patch_embed) is not PatchEmbed:
-        return f"its patch_embed is {type(model.patch_embed).__name__}, expected timm's PatchEmbed"
-    if type(model.patch_drop) not in (nn.Identity, PatchDropout):
-        return f"its patch_drop is {type(model.patch_drop).__name__}, expected timm's PatchDropout"
-    if type(model.pos_drop) is not nn.Dropout:
-        return f"its pos_drop is {type(model.pos_drop).__name__}, expected torch's Dropout"
-    return (
-        _hooked(model, "patch_embed", "patch_drop", "pos_drop", "norm_pre")
-        or against_timm_patch_embed(model.patch_embed)
-        or against_norm("norm_pre", model.norm_pre)
-    )
+    return against_timm_patch_embed(model.patch_embed) or against_norm("norm_pre", model.norm_pre)
 
 
 def naflex_embeds(
@@ -209,7 +197,7 @@ def _naflex_mode(module: Any) -> str:
 
 def against_naflex(module: Any) -> str | None:
     """Why timm's NaFlexEmbeds stays, or None."""
-    if not isinstance(module.norm, nn.Identity) or module.norm_input is not None:
+    if module.norm_input is not None:
         return "it normalises its patches"
     if module.pos_embed_type == "factorized" and module.pos_embed_use_grid_sample:
         return "it samples factorised positions with grid_sample"
@@ -218,7 +206,9 @@ def against_naflex(module: Any) -> str | None:
     known = {"bicubic"} if module.pos_embed_use_grid_sample else {"bicubic", "bilinear"}
     if module.pos_embed_type == "learned" and module.pos_embed_interp_mode not in known:
         return f"it interpolates its positions by {module.pos_embed_interp_mode}"
-    return _hooked(module, "proj") or _against_projection(module.proj, nn.Linear if module.is_linear else nn.Conv2d)
+    if module.is_linear != isinstance(module.proj, nn.Linear):
+        return f"its proj is {type(module.proj).__name__}, which its is_linear contradicts"
+    return _against_projection(module.proj)
 
 
 # --- open_clip ----------------------------------------------------------------------------------------------------
@@ -246,17 +236,9 @@ def open_clip_embeds(model: Any, x: Tensor, uint8: Statistics | None = None) -> 
 
 def against_open_clip(model: Any) -> str | None:
     """Why open_clip's VisionTransformer stays, or None."""
-    from open_clip.transformer import PatchDropout
-
-    if type(model.patch_dropout) not in (nn.Identity, PatchDropout):
-        return f"its patch_dropout is {type(model.patch_dropout).__name__}, expected open_clip's"
     if not getattr(model.patch_dropout, "exclude_first_token", True):
         return "its patch_dropout may drop the class token"
-    return (
-        _hooked(model, "conv1", "patch_dropout", "ln_pre")
-        or _against_projection(model.conv1)
-        or against_norm("ln_pre", model.ln_pre)
-    )
+    return _against_projection(model.conv1) or against_norm("ln_pre", model.ln_pre)
 
 
 # --- transformers -------------------------------------------------------------------------------------------------
@@ -346,28 +328,27 @@ def qwen_patch_embed(module: Any, hidden_states: Tensor) -> Tensor:
     return _rows(proj, patches, None, layout="patches", dtype=_dtype(proj))[0]
 
 
-def against_vit(module: Any) -> str | None:
+def against_patch_embeddings(module: Any) -> str | None:
     """Why ViTEmbeddings or BeitEmbeddings stay, or None."""
-    patches = module.patch_embeddings
-    # another forward would not be called any more
-    if "forward" in vars(patches) or type(patches).__module__ != type(module).__module__:
-        return f"its patch_embeddings is {type(patches).__name__}, expected a plain projection"
-    return _hooked(module, "patch_embeddings") or _against_projection(patches.projection)
+    return _against_projection(module.patch_embeddings.projection)
 
 
 def against_patch_embedding(module: Any) -> str | None:
-    """Why the embeddings of CLIP, SigLIP and BLIP stay, or None."""
-    return _hooked(module, "patch_embedding") or _against_projection(module.patch_embedding)
+    """Why the embeddings of BLIP stay, or None."""
+    return _against_projection(module.patch_embedding)
 
 
-def against_siglip2(module: Any) -> str | None:
-    """Why Siglip2VisionEmbeddings stays, or None."""
-    return _hooked(module, "patch_embedding") or _against_projection(module.patch_embedding, nn.Linear)
+def against_positions(module: Any) -> str | None:
+    """Why the embeddings of CLIP and SigLIP stay, or None."""
+    table = module.position_embedding
+    if table.max_norm is not None or table.padding_idx is not None or table.scale_grad_by_freq or table.sparse:
+        return "its position_embedding has options, expected none"
+    return _against_projection(module.patch_embedding)
 
 
 def against_qwen(module: Any) -> str | None:
     """Why a patch embedding of Qwen stays, or None."""
-    return _hooked(module, "proj") or _against_projection(module.proj, nn.Conv3d)
+    return _against_projection(module.proj)
 
 
 def _masked_rows(
@@ -426,12 +407,11 @@ def _rows(proj: Any, pixels: Tensor, uint8: Statistics | None, **options: Any) -
 
 
 def _operands(proj: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the projection, as long as it is no more than those."""
-    if type(proj) not in (nn.Conv2d, nn.Conv3d, nn.Linear):
-        name = type(proj).__name__
-        raise RuntimeError(f"the projection is {name} by now, whose own terms would be missing: accelerate() goes last")
+    """Weight and bias of the projection."""
     if torch.jit.is_tracing():
-        raise RuntimeError("torch.jit.trace cannot follow a fused stem: undo accelerate() first, or use torch.export")
+        raise RuntimeError(
+            "torch.jit.trace cannot follow a fused stem after accelerate(): mmfuse.decelerate(model) first, or use torch.export"
+        )
     return proj.weight, proj.bias
 
 
@@ -479,19 +459,11 @@ def against_norm(name: str, norm: Any) -> str | None:
     return None
 
 
-def _against_projection(proj: Any, kind: Any = nn.Conv2d) -> str | None:
-    if type(proj) is not kind:
-        return f"its projection is {type(proj).__name__}, expected torch's {kind.__name__}"
-    if kind is nn.Linear:
+def _against_projection(proj: Any) -> str | None:
+    if isinstance(proj, nn.Linear):
         return None
     if proj.padding not in ("valid", (0,) * len(proj.kernel_size)) or set(proj.dilation) != {1} or proj.groups != 1:
         return "its projection has padding, dilation or groups"
-    return None
-
-
-def _hooked(module: Any, *names: str) -> str | None:
-    for name in names:
-        for inner in getattr(module, name).modules():
-            if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks:
-                return f"its {name} has hooks, which would not be called"
+    if proj.stride != proj.kernel_size:
+        return f"its projection has stride {tuple(proj.stride)}, expected its kernel's size {tuple(proj.kernel_size)}"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -364,6 +365,9 @@ def test_reasons_to_leave() -> None:
     for uint8 in (True, (MEAN,), (MEAN, STD[:2]), (0.5, 0.5)):
         with pytest.raises(TypeError, match="uint8 is .* expected \\(mean, std\\)"):
             accelerate(vit(), uint8=uint8)
+    for uint8 in (((123.7,) * 3, STD), ((-0.1,) * 3, STD), (MEAN, (0.0,) * 3), (MEAN, (float("nan"),) * 3)):
+        with pytest.raises(ValueError, match="uint8 is .* expected means in .* and positive stds"):
+            accelerate(vit(), uint8=uint8)
     with pytest.raises(TypeError, match="uint8"):
         model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
@@ -382,19 +386,27 @@ def test_an_adapter_put_in_later_is_not_passed_over() -> None:
     class Adapter(nn.Module):
         def __init__(self, layer: nn.Module) -> None:
             super().__init__()
-            self.weight, self.bias, self.in_channels, self.kernel_size = layer.weight, layer.bias, 3, (8, 8)
+            self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
 
-    for model in (clip_vision(), ANY_SIZE["siglip2"]()):
-        accelerate(model)
-        if isinstance(model, OpenClipVision):
-            model.conv1, arguments = Adapter(model.conv1), (torch.zeros(1, 3, 16, 16),)
-        else:
-            embeds = model.get_submodule("embeddings")
-            embeds.patch_embedding = Adapter(nn.Linear(48, 16))
-            pixels, options = sizes(model)
-            arguments = (pixels.float(), *options.values())
-        with pytest.raises(RuntimeError, match="projection is Adapter"):
-            model(*arguments)
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * self.layer(x)
+
+    for model, path in ((clip_vision(), "conv1"), (ANY_SIZE["siglip2"](), "embeddings.patch_embedding")):
+        pixels, options = (torch.randn(2, 3, 16, 16), {}) if path == "conv1" else sizes(model)
+        outputs = []
+        for change in (lambda m: None, lambda m: accelerate(m, strict=True)):
+            model = copy.deepcopy(model).eval()
+            change(model)
+            model.set_submodule(path, Adapter(model.get_submodule(path)))
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                outputs += [features(model, pixels.float(), options) for _ in range(2)]
+            model = copy.deepcopy(model)
+            model.set_submodule(path, model.get_submodule(path).layer)
+        for got in outputs[1:]:
+            assert torch.equal(got, outputs[0])
+        (warning,) = (str(w.message) for w in said if "mmfuse" in str(w.message))
+        assert f"its {path.split('.')[-1]} is test_an_adapter" in warning and "Call accelerate() last" in warning
 
 
 def test_a_jit_trace_is_refused_by_name() -> None:

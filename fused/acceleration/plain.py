@@ -1,0 +1,138 @@
+"""Whether modules are plain: fused code reads their tensors and does not call them, so they may do nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain, repeat
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as _module
+
+# Paths below a module and the classes, as "module:Class", that a child there may have. In a path "*" is every child and
+# "**" everything further down; no classes are any, of modules that are called, but with other inputs.
+Children = Mapping[str, tuple[str, ...]]
+
+# fake and functional tensors stand for ordinary ones while a graph is traced
+_ORDINARY = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)))
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS_OF_ALL = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
+_is_meta = attrgetter("is_meta")
+
+
+def why_not_plain(module: nn.Module, children: Children) -> str | None:
+    """Why the tensors of `module` and of `children` are not all that there is to them, or None."""
+    if why := _unusual_tensor(module):
+        return f"its {why}"
+    if children and any(_HOOKS_OF_ALL):
+        return "hooks of all modules are registered, which fused code passes over"
+    for path, child, classes in _found(module, children):
+        if why := _why_child_not_plain(child, classes):
+            return f"its {path} {why}"
+    return None
+
+
+def _why_child_not_plain(child: Any, classes: tuple[str, ...]) -> str | None:
+    if classes and _name(type(child)) not in classes:
+        return f"is {_readable(_name(type(child)))}, expected {' or '.join(_readable(c) for c in classes)}"
+    if child is None:
+        return None
+    own = child.__dict__
+    if any(own[name] for name in _HOOKS):
+        return "has hooks, which fused code passes over"
+    if "forward" in own and not is_fused(own["forward"]):
+        return "has a forward of its own, which fused code passes over"
+    if why := _unusual_tensor(child):
+        return f"has {why}"
+    return None
+
+
+def is_fused(method: Any) -> bool:
+    """Whether `accelerate()` has put it there."""
+    return getattr(method, "fused", False)
+
+
+def _unusual_tensor(module: nn.Module) -> str | None:
+    own = module.__dict__
+    for tensors in (own["_parameters"], own["_buffers"]):
+        for name, t in tensors.items():
+            if type(t) not in _ORDINARY:
+                return f"{name} of class {type(t).__name__}, expected a Tensor or Parameter"
+            if t is None:
+                continue
+            if t.is_meta:
+                return f"{name} on the meta device, without values"
+            if t.numel() == 0 or hasattr(t, "ds_id"):
+                return f"{name} without its elements, as they are spread over processes"
+    return None
+
+
+def _found(module: nn.Module, children: Children) -> list[tuple[str, Any, tuple[str, ...]]]:
+    """(path, child, classes) of all that is to be plain; a child that is missing is None, and no class of it fits."""
+    found = []
+    for path, classes in children.items():
+        places: list[tuple[str, Any]] = [("", module)]
+        for name in path.split("."):
+            places = [place for at, m in places for place in _below(at, m, name)]
+        found += [(at[1:], child, classes) for at, child in places]
+    return found
+
+
+def _below(path: str, module: Any, name: str) -> list[tuple[str, Any]]:
+    if module is None:
+        return [(f"{path}.{name}", None)]
+    if name == "**":
+        return [(f"{path}.{inner}", m) for inner, m in module.named_modules() if inner]
+    inside = module.__dict__["_modules"]
+    names = list(inside) if name == "*" else [name]
+    return [(f"{path}.{inner}", inside.get(inner)) for inner in names]
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _readable(name: str) -> str:
+    module, _, cls = name.partition(":")
+    return "nothing" if cls == "NoneType" else f"{cls} ({module})"
+
+
+class Snapshot:
+    """A module and children that are plain, flat: that they still are takes a few microseconds to see."""
+
+    def __init__(self, module: nn.Module, children: Children) -> None:
+        self.module = module
+        found = {id(m): m for _, m, _ in _found(module, children) if m is not None}
+        watched = list(found.values())
+        self._watched, self._classes = watched, [type(m) for m in watched]
+        self._states = [vars(m) for m in watched]
+        self._forwards = [state.get("forward") for state in self._states]
+        self._hooks = [state[name] for state in self._states for name in _HOOKS] + list(
+            _HOOKS_OF_ALL if watched else ()
+        )
+        self._places = [vars(m)["_modules"] for m in (module, *watched) if vars(m)["_modules"]] if watched else []
+        self._placed = list(chain.from_iterable(map(dict.values, self._places)))
+        self._tensors = [vars(m)[kind] for m in (module, *watched) for kind in ("_parameters", "_buffers")]
+        self._tensors = [tensors for tensors in self._tensors if tensors]
+
+    def holds(self) -> bool:
+        """Whether nothing has changed but the values, and the tensors are ordinary ones."""
+        if any(self._hooks) or list(map(type, self._watched)) != self._classes:
+            return False
+        if not all(map(is_, map(dict.get, self._states, repeat("forward")), self._forwards)):
+            return False
+        placed = list(chain.from_iterable(map(dict.values, self._places)))
+        if len(placed) != len(self._placed) or not all(map(is_, placed, self._placed)):
+            return False
+        tensors = list(chain.from_iterable(map(dict.values, self._tensors)))
+        if not _ORDINARY.issuperset(map(type, tensors)):
+            return False
+        return not any(map(_is_meta, filter(_is_tensor, tensors)))
+
+
+def _is_tensor(t: Any) -> bool:
+    return t is not None
