@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mmfuse.fused import captioning
 
-
 _BLOCK = ("open_clip.transformer:ResidualAttentionBlock", "open_clip.transformer:CustomResidualAttentionBlock")
 _ATTENTION = ("torch.nn.modules.activation:MultiheadAttention", "open_clip.transformer:Attention")
 _PROJECTION = ("torch.nn.modules.linear:NonDynamicallyQuantizableLinear", "torch.nn.modules.linear:Linear")

@@ -7,14 +7,13 @@ from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
 
 # Paths below a module and the classes, as "module:Class", that a child there may have. In a path "*" is every child and
-# "**" everything further down; no classes are any, of modules that are called, but with other inputs.
+# "**" everything further down. Without classes, modules are called, but with other inputs than their hooks expect.
 Children = Mapping[str, tuple[str, ...]]
 
 # fake and functional tensors stand for ordinary ones while a graph is traced
@@ -41,10 +40,12 @@ def _why_child_not_plain(child: Any, classes: tuple[str, ...]) -> str | None:
         return f"is {_readable(_name(type(child)))}, expected {' or '.join(_readable(c) for c in classes)}"
     if child is None:
         return None
-    own = child.__dict__
-    if any(own[name] for name in _HOOKS):
+    # as attributes, on which torch.compile can guard
+    if child._forward_pre_hooks or child._forward_hooks or child._backward_pre_hooks or child._backward_hooks:
         return "has hooks, which fused code passes over"
-    if "forward" in own and not is_fused(own["forward"]):
+    if not classes:
+        return None
+    if "forward" in child.__dict__ and not is_fused(child.__dict__["forward"]):
         return "has a forward of its own, which fused code passes over"
     if why := _unusual_tensor(child):
         return f"has {why}"
@@ -57,8 +58,7 @@ def is_fused(method: Any) -> bool:
 
 
 def _unusual_tensor(module: nn.Module) -> str | None:
-    own = module.__dict__
-    for tensors in (own["_parameters"], own["_buffers"]):
+    for tensors in (module._parameters, module._buffers):
         for name, t in tensors.items():
             if type(t) not in _ORDINARY:
                 return f"{name} of class {type(t).__name__}, expected a Tensor or Parameter"
@@ -87,7 +87,7 @@ def _below(path: str, module: Any, name: str) -> list[tuple[str, Any]]:
         return [(f"{path}.{name}", None)]
     if name == "**":
         return [(f"{path}.{inner}", m) for inner, m in module.named_modules() if inner]
-    inside = module.__dict__["_modules"]
+    inside = module._modules
     names = list(inside) if name == "*" else [name]
     return [(f"{path}.{inner}", inside.get(inner)) for inner in names]
 
@@ -106,22 +106,24 @@ class Snapshot:
 
     def __init__(self, module: nn.Module, children: Children) -> None:
         self.module = module
-        found = {id(m): m for _, m, _ in _found(module, children) if m is not None}
-        watched = list(found.values())
-        self._watched, self._classes = watched, [type(m) for m in watched]
-        self._states = [vars(m) for m in watched]
+        found = [(child, bool(classes)) for _, child, classes in _found(module, children) if child is not None]
+        watched = {id(child): child for child, _ in found}.values()
+        read = list({id(child): child for child, is_read in found if is_read}.values())
+        self._read, self._classes = read, [type(child) for child in read]
+        self._states = [vars(child) for child in read]
         self._forwards = [state.get("forward") for state in self._states]
-        self._hooks = [state[name] for state in self._states for name in _HOOKS] + list(
-            _HOOKS_OF_ALL if watched else ()
-        )
-        self._places = [vars(m)["_modules"] for m in (module, *watched) if vars(m)["_modules"]] if watched else []
-        self._placed = list(chain.from_iterable(map(dict.values, self._places)))
-        self._tensors = [vars(m)[kind] for m in (module, *watched) for kind in ("_parameters", "_buffers")]
-        self._tensors = [tensors for tensors in self._tensors if tensors]
+        self._hooks = [vars(child)[name] for child in watched for name in _HOOKS]
+        if watched:
+            self._hooks += _HOOKS_OF_ALL
+        kept = set(map(id, read))
+        places = [m._modules for m in (module, *watched) if not kept.isdisjoint(map(id, m._modules.values()))]
+        self._places, self._placed = places, list(chain.from_iterable(map(dict.values, places)))
+        tensors = [kind for m in (module, *read) for kind in (m._parameters, m._buffers)]
+        self._tensors = [kind for kind in tensors if kind]
 
     def holds(self) -> bool:
         """Whether nothing has changed but the values, and the tensors are ordinary ones."""
-        if any(self._hooks) or list(map(type, self._watched)) != self._classes:
+        if any(self._hooks) or list(map(type, self._read)) != self._classes:
             return False
         if not all(map(is_, map(dict.get, self._states, repeat("forward")), self._forwards)):
             return False

@@ -410,7 +410,8 @@ def _operands(proj: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the projection."""
     if torch.jit.is_tracing():
         raise RuntimeError(
-            "torch.jit.trace cannot follow a fused stem after accelerate(): mmfuse.decelerate(model) first, or use torch.export"
+            "torch.jit.trace cannot follow a fused stem after accelerate(): mmfuse.decelerate(model) first, "
+            "or use torch.export"
         )
     return proj.weight, proj.bias
 
