@@ -77,12 +77,17 @@ class Fused:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._own.__get__(self.module))
 
+    # torch.fx and torch.export look into the function
     @property
     def __globals__(self) -> dict[str, Any]:
-        return self._own.__globals__  # torch.fx looks for functions there that it has to wrap
+        return self._own.__globals__
 
     @property
     def __code__(self) -> Any:
+        return self._own.__code__
+
+    @property
+    def _torchscript_modifier(self) -> Any:
         name = f"{type(self.module).__name__}.{self.rule.method}"
         raise RuntimeError(f"torch.jit.script cannot compile {name} after accelerate(): mmfuse.decelerate(model) first")
 

@@ -384,7 +384,7 @@ def _classed(
 def _interpolated(module: Any, proj: Any, table: Tensor, pixels: Tensor, prefix: int = 1) -> Tensor:
     """The model's own interpolated positions [1, prefix + N, D]; of the tokens it reads the shape alone."""
     gh, gw = _grid(proj, pixels)
-    tokens = table.new_empty((1, prefix + gh * gw, table.shape[-1]), device="meta")
+    tokens = table.new_zeros((1, prefix + gh * gw, table.shape[-1]), device="meta")
     return module.interpolate_pos_encoding(tokens, *pixels.shape[-2:])
 
 
