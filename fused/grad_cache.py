@@ -44,6 +44,7 @@ class GradCache:
 
         Raises:
             ValueError: there is no micro-batch, or their outputs differ in number or names.
+            TypeError: `model` returned no tuple or dict, or `loss` no scalar nor a tuple or dict of scalars.
         """
         if not batches:
             raise ValueError("batches is empty, expected at least one micro-batch")
@@ -89,7 +90,11 @@ class GradCache:
 
 
 def _by_name(outputs: Any) -> dict[Any, Any]:
-    return dict(outputs) if isinstance(outputs, Mapping) else dict(enumerate(outputs))
+    if isinstance(outputs, Mapping):
+        return dict(outputs)
+    if isinstance(outputs, tuple | list):
+        return dict(enumerate(outputs))
+    raise TypeError(f"model returned {type(outputs).__name__}, expected a tuple or a dict of what loss takes")
 
 
 def _shared(t: Any) -> bool:
@@ -106,7 +111,12 @@ def _leaf(parts: list[Any]) -> Any:
 
 
 def _scalars(value: Any) -> list[Tensor]:
-    return list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else [value]
+    found = list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else [value]
+    for t in found:
+        if not isinstance(t, Tensor) or t.numel() != 1:
+            what = f"a Tensor of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"loss returned {what}, expected a scalar, or a tuple or dict of scalars")
+    return found
 
 
 def _detached(value: Any) -> Any:

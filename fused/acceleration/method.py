@@ -39,12 +39,12 @@ class Fused:
         if args and isinstance(args[0], nn.Module):  # some tools bind what they find to its module once more
             module, args = args[0], args[1:]
         own = getattr(type(module), self.rule.method)
-        # torch.fx traces symbols, and ONNX has no fused operators
-        symbolic = torch.onnx.is_in_onnx_export() or any(isinstance(t, Proxy) for t in (*args, *kwargs.values()))
-        if symbolic or not self.fused:
+        given = (*args, *kwargs.values())
+        # without values there is nothing to compute, and ONNX has no fused operators
+        if not self.fused or any(map(_without_values, given)) or torch.onnx.is_in_onnx_export():
             return own(module, *args, **kwargs)
         if why := self._why_not(module):
-            self._say(why, module, (*args, *kwargs.values()))
+            self._say(why, module, given)
             return own(module, *args, **kwargs)
         return self._function(module, *args, **kwargs, **self.options)
 
@@ -98,6 +98,10 @@ class Fused:
         (rule,) = (r for r in RULES if r.target == state["target"])
         Fused.__init__(self, rule, state["module"], state["options"])
         self.fused = state["fused"]
+
+
+def _without_values(given: Any) -> bool:
+    return isinstance(given, Proxy) or (isinstance(given, Tensor) and given.is_meta)
 
 
 def swap(rule: Rule, module: nn.Module, options: dict[str, Any]) -> Callable[[], None]:

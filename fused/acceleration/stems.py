@@ -309,6 +309,10 @@ def siglip2_embeddings(
     module: Any, pixel_values: Tensor, spatial_shapes: Tensor, uint8: Statistics | None = None
 ) -> Tensor:
     """Siglip2VisionEmbeddings: patches [B, L, P P C] of images of any sizes to [B, L, D], positions of each grid."""
+    # as the library does; on a GPU a look would wait for it
+    on_cpu = spatial_shapes.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and not (spatial_shapes > 0).all():
+        raise ValueError("spatial_shapes has a grid without patches, expected positive sizes (h, w)")
     proj, table = module.patch_embedding, module.position_embedding.weight
     pixels = _cast(proj, pixel_values, uint8)
     dtype = _dtype(proj, table)

@@ -493,6 +493,16 @@ def test_images_of_any_size(name: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("grid", [(0, 0), (0, 3), (-1, 2), (5, 5)])
+def test_siglip2_refuses_what_the_library_refuses(grid: tuple[int, int]) -> None:
+    embeddings = ANY_SIZE["siglip2"]().embeddings
+    shapes = torch.tensor([(4, 4), grid])
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            embeddings(torch.randn(2, 16, 48), shapes)
+        accelerate(embeddings, strict=True)
+
+
 def test_no_images() -> None:
     model = ANY_SIZE["naflex registers"]()
     accelerate(model, strict=True)

@@ -99,3 +99,18 @@ def test_bad_input() -> None:
     model.forward = lambda *_: next(outputs)
     with pytest.raises(ValueError, match=r"outputs are \[0, 1\], expected \[0\]"):
         GradCache(model, ClipLoss())([(0,), (1,)])
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "message"),
+    [
+        (nn.Linear(6, 5), ClipLoss(), "model returned Tensor, expected a tuple or a dict of what loss takes"),
+        (Towers(), lambda *f: [ClipLoss()(*f)], "loss returned list, expected a scalar, or a tuple or dict of scalars"),
+        (Towers(), lambda *f: f[0], r"loss returned a Tensor of shape \(4, 5\), expected a scalar"),
+        (Towers(), lambda *f: (1.0, ClipLoss()(*f)), "loss returned float, expected a scalar"),
+    ],
+)
+def test_what_it_cannot_sum_is_named(model: nn.Module, loss: Any, message: str) -> None:
+    images = (torch.randn(4, 6),) if isinstance(model, nn.Linear) else tuple(torch.randn(2, 4, 6))
+    with pytest.raises(TypeError, match=message):
+        GradCache(model, loss)([images])
