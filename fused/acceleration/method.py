@@ -17,12 +17,13 @@ from mmfuse.fused.acceleration.plain import Snapshot, is_fused
 from mmfuse.fused.acceleration.rules import RULES, Rule
 from mmfuse.kernels._runtime import UnsupportedError
 
-_REPLICATE = "_replicate_for_data_parallel"
+# how a module is copied: what is fused is bound to the copy, or not in it
+_REPLICATE, _REDUCE = "_replicate_for_data_parallel", "__reduce_ex__"
 _LAST = "Call accelerate() last, and mmfuse.decelerate(model) before another tool"
 
 
 class Fused:
-    """A module's method with fused code. It follows its module through copy and pickle.
+    """A module's method with fused code. It follows its module through deepcopy and pickle.
 
     Where a child is no longer plain, the class's own method runs, and a warning names the child once.
     """
@@ -109,6 +110,7 @@ def swap(rule: Rule, module: nn.Module, options: dict[str, Any]) -> Callable[[],
     fused = Fused(rule, module, options)
     setattr(module, rule.method, fused)
     setattr(module, _REPLICATE, partial(_replica, module))
+    setattr(module, _REDUCE, partial(_reduced, module))
 
     def undo() -> None:
         present = vars(module).get(rule.method)
@@ -166,6 +168,7 @@ def _tidy(module: nn.Module) -> None:
     own = vars(module)
     if not any(isinstance(method, Fused) for method in own.values()):
         own.pop(_REPLICATE, None)
+        own.pop(_REDUCE, None)
 
 
 def _replica(module: nn.Module) -> nn.Module:
@@ -173,3 +176,22 @@ def _replica(module: nn.Module) -> nn.Module:
     replica = type(module)._replicate_for_data_parallel(module)
     _put_back(replica)
     return replica
+
+
+def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """For copy and pickle: the module without its fused methods, which are made again for the other one."""
+    reduced: Any = type(module).__reduce_ex__(module, protocol)
+    create, args, state, *rest = reduced
+    fused = {name: f for name, f in state.items() if isinstance(f, Fused) and name == f.rule.method}
+    state = {name: value for name, value in state.items() if name not in (*fused, _REPLICATE, _REDUCE)}
+    return _rebuilt, (create, args, [(f.rule.target, f.options) for f in fused.values()]), state, *rest
+
+
+def _rebuilt(
+    create: Callable[..., nn.Module], args: tuple[Any, ...], fused: list[tuple[str, dict[str, Any]]]
+) -> nn.Module:
+    module = create(*args)
+    for target, options in fused:
+        (rule,) = (r for r in RULES if r.target == target)
+        swap(rule, module, options)
+    return module

@@ -256,14 +256,14 @@ RULES = (
         target="transformers.models.clip.modeling_clip:CLIPVisionEmbeddings",
         forward="mmfuse.fused.acceleration.stems:clip_embeddings",
         children=_PATCHES_AND_POSITIONS,
-        reason_against=stems.against_patch_embedding,
+        reason_against=stems.against_positions,
     ),
     Rule(
         op="patch_embed",
         target="transformers.models.siglip.modeling_siglip:SiglipVisionEmbeddings",
         forward="mmfuse.fused.acceleration.stems:siglip_embeddings",
         children=_PATCHES_AND_POSITIONS,
-        reason_against=stems.against_patch_embedding,
+        reason_against=stems.against_positions,
     ),
     Rule(
         op="patch_embed",

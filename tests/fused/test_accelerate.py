@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import io
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -598,6 +601,131 @@ def test_another_version_of_forward_is_left(monkeypatch: pytest.MonkeyPatch) -> 
         "this version's forward takes (image_features, text_features, logit_scale, margin), "
         "expected (image_features, text_features, logit_scale, logit_bias, output_dict)"
     )
+
+
+def test_a_version_without_a_method_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for target, method in (("ClipLoss", "get_logits"), ("ClipLoss", "forward"), ("SigLipLoss", "_loss")):
+        with monkeypatch.context() as patch:
+            patch.delattr(getattr(open_clip.loss, target), method)
+            if method == "forward":  # nn.Module has one, which raises
+                (entry,) = accelerate(getattr(open_clip.loss, target)()).left
+                assert "this version's forward takes" in entry.why
+                continue
+            (entry,) = accelerate(getattr(open_clip.loss, target)()).left
+            assert entry.why == f"this version has no {method}"
+
+
+def test_whatever_a_check_stumbles_over_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    naflexvit = pytest.importorskip("timm.models.naflexvit")
+    cfg = naflexvit.NaFlexVitCfg(patch_size=4, embed_dim=16, depth=1, num_heads=2, pos_embed_grid_size=(4, 4))
+    model = naflexvit.NaFlexVit(cfg)
+    del model.embeds.pos_embed_align_corners  # as in timm 1.0.30
+    (entry,) = accelerate(model).left
+    assert entry.why.startswith("this version is not known: AttributeError: ") and "align_corners" in entry.why
+    monkeypatch.setitem(sys.modules, "mmfuse.fused.acceleration.huggingface", None)
+    (entry,) = accelerate(hf_clip(), ops={"clip_loss"}).left
+    assert entry.why.startswith("this version is not known: ModuleNotFoundError: ")
+
+
+class Subclass(Tensor):
+    pass
+
+
+CHILDREN: dict[str, Callable[[nn.Module], Any]] = {
+    "position_embedding has hooks": lambda m: m.position_embedding.register_forward_hook(lambda *a: None),
+    "patch_embedding has a forward of its own": lambda m: setattr(m.patch_embedding, "forward", lambda x: x),
+    r"patch_embedding is Linear \(torch.nn.*\), expected Conv2d \(torch.nn.*\)": lambda m: setattr(
+        m, "patch_embedding", nn.Linear(2, 2)
+    ),
+    "patch_embedding is nothing, expected Conv2d": lambda m: setattr(m, "patch_embedding", None),
+    "position_embedding has weight on the meta device": lambda m: m.position_embedding.to("meta"),
+    "position_embedding has weight of class Subclass": lambda m: m.position_embedding._parameters.update(
+        weight=m.position_embedding.weight.detach().as_subclass(Subclass)
+    ),
+    "class_embedding on the meta device": lambda m: m._parameters.update(
+        class_embedding=nn.Parameter(m.class_embedding.detach().to("meta"))
+    ),
+    # as DeepSpeed keeps those of its third stage
+    "patch_embedding has weight without its elements": lambda m: setattr(
+        m.patch_embedding.weight, "data", torch.empty(0)
+    ),
+    "position_embedding has weight without its elements": lambda m: setattr(m.position_embedding.weight, "ds_id", 3),
+    "hooks of all modules": lambda m: None,
+    "its projection has padding, dilation or groups": lambda m: setattr(
+        m, "patch_embedding", nn.Conv2d(3, 16, 8, 8, padding=1)
+    ),
+    "its position_embedding has options": lambda m: setattr(m, "position_embedding", nn.Embedding(5, 16, max_norm=1.0)),
+}
+
+
+@pytest.mark.parametrize("why", CHILDREN)
+def test_a_child_that_is_not_plain(why: str) -> None:
+    """At the swap it is a reason to leave, and at a call for the class's own method."""
+    for order in ("before", "after"):
+        model = hf_clip().vision_model.embeddings
+        assert type(model).__name__ == "CLIPVisionEmbeddings"
+        hook = None
+        if order == "after":
+            accelerate(model, strict=True)
+        CHILDREN[why](model)
+        if why.startswith("hooks"):
+            hook = nn.modules.module.register_module_forward_hook(lambda *a: None)
+        try:
+            if order == "before":
+                (entry,) = accelerate(model).left
+                assert re.search(why, entry.why), entry.why
+            elif "elements" not in why:  # which are looked for where something else has changed
+                model.__class__ = type("Mine", (type(model),), {"forward": lambda self, pixel_values: "its own"})
+                with pytest.warns(UserWarning, match=f"Mine.forward is not fused.*{why}.* accelerate\\(\\) last"):
+                    assert model(torch.randn(1, 3, 16, 16)) == "its own"
+        finally:
+            if hook is not None:
+                hook.remove()
+
+
+def test_a_method_of_the_instance_set_later(pair: tuple[Tensor, Tensor]) -> None:
+    loss = open_clip.loss.ClipLoss()
+    accelerate(loss)
+    own = loss.get_logits
+    loss.get_logits = lambda *args, **kwargs: tuple(2 * t for t in own(*args, **kwargs))
+    with pytest.warns(UserWarning, match="ClipLoss.forward is not fused.* its get_logits was replaced"):
+        doubled = loss(*pair, 2.0)
+    torch.testing.assert_close(doubled, open_clip.loss.ClipLoss()(*pair, 4.0))
+
+
+def test_decelerate(pair: tuple[Tensor, Tensor]) -> None:
+    task = Task()
+    before = everything(task)
+    report = accelerate(task)
+    mmfuse.decelerate(task)
+    assert everything(task) == before
+    report.undo()
+    mmfuse.decelerate(task)
+    assert everything(task) == before and accelerate(task).replaced
+    # a tool's wrapper stays, around the class's own method
+    loss = task.losses[0]
+
+    @functools.wraps(fused := loss.forward)
+    def twice(*args: Any) -> Tensor:
+        return 2 * fused(*args)
+
+    loss.forward = twice
+    assert runs_fused_code(lambda: task(*pair)) and accelerate(task).already
+    mmfuse.decelerate(task)
+    assert loss.forward is twice and not runs_fused_code(lambda: task(*pair))
+    torch.testing.assert_close(task(*pair), 2 * open_clip.loss.ClipLoss()(task.model(pair[0]), pair[1], 2.0))
+    (entry,) = accelerate(task).left
+    assert entry.why == "its forward was replaced by something else"
+    with pytest.raises(TypeError, match=r"model is dict, expected a torch\.nn\.Module"):
+        mmfuse.decelerate({})
+
+
+def test_the_signature_is_the_classs(pair: tuple[Tensor, Tensor]) -> None:
+    """Trainers look which inputs a forward takes."""
+    model = hf_clip()
+    want = inspect.signature(model.forward)
+    accelerate(model, ops={"clip_loss"})
+    assert inspect.signature(model.forward) == want
 
 
 def test_hooks_still_run(pair: tuple[Tensor, Tensor]) -> None:

@@ -258,7 +258,12 @@ def carries(model: nn.Module) -> list[str]:
     """What accelerate() has left in a model."""
     found = []
     for path, module in model.named_modules():
-        found += [f"{path}.{k}" for k, v in vars(module).items() if isinstance(v, Fused) or "replicate" in k]
+        own = vars(module).items()
+        found += [
+            f"{path}.{k}"
+            for k, v in own
+            if isinstance(v, Fused) or k in ("_replicate_for_data_parallel", "__reduce_ex__")
+        ]
     return found
 
 
@@ -354,6 +359,21 @@ def test_the_way_back_from_a_copy(rule: str, twin_of: Any) -> None:
     assert_same(result(sample, twin), result(sample, other))
     assert_same(result(sample, model), want)
     assert carries(model)
+
+
+@EACH
+def test_a_shallow_copy_is_another_module(rule: str) -> None:
+    sample = SAMPLES[rule]
+    model = sample.model()
+    accelerate(model, sample)
+    for module in model.modules():
+        for name, method in list(vars(module).items()):
+            if isinstance(method, Fused):
+                twin = copy.copy(module)
+                assert vars(twin)[name].module is twin and vars(module)[name] is method and method.module is module
+                assert twin._parameters is module._parameters and twin._modules is module._modules
+                mmfuse.decelerate(twin)
+                assert name not in vars(twin) and vars(module)[name] is method
 
 
 def saved_and_loaded(model: nn.Module) -> nn.Module:
