@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from mmfuse.fused.acceleration.plain import Snapshot, is_fused
+from mmfuse.fused.acceleration.plain import FusedMethod, Snapshot, is_fused
 from mmfuse.fused.acceleration.rules import RULES, Rule
 from mmfuse.kernels._runtime import UnsupportedError
 
@@ -22,7 +22,7 @@ _REPLICATE, _REDUCE = "_replicate_for_data_parallel", "__reduce_ex__"
 _LAST = "Call accelerate() last, and mmfuse.decelerate(model) before another tool"
 
 
-class Fused:
+class Fused(FusedMethod):
     """A module's method with fused code. It follows its module through deepcopy and pickle.
 
     Where a child is no longer plain, the class's own method runs, and a warning names the child once.
@@ -30,7 +30,6 @@ class Fused:
 
     def __init__(self, rule: Rule, module: nn.Module, options: dict[str, Any]) -> None:
         self.rule, self.module, self.options = rule, module, options
-        self.fused = True  # until decelerate() meets it inside another tool's wrapper
         self._function = resolve_name(rule.forward)
         self._snapshot: Snapshot | None = None
         self._said: set[str] = set()
@@ -41,8 +40,7 @@ class Fused:
             module, args = args[0], args[1:]
         own = getattr(type(module), self.rule.method)
         given = (*args, *kwargs.values())
-        # without values there is nothing to compute, and ONNX has no fused operators
-        if not self.fused or any(map(_without_values, given)) or torch.onnx.is_in_onnx_export():
+        if not self.fused or any(map(_without_values, given)) or _for_others():
             return own(module, *args, **kwargs)
         if why := self._why_not(module):
             self._say(why, module, given)
@@ -90,7 +88,8 @@ class Fused:
     @property
     def _torchscript_modifier(self) -> Any:
         name = f"{type(self.module).__name__}.{self.rule.method}"
-        raise RuntimeError(f"torch.jit.script cannot compile {name} after accelerate(): mmfuse.decelerate(model) first")
+        way_out = "mmfuse.decelerate(model) first, or use torch.export"
+        raise RuntimeError(f"torch.jit cannot follow {name} after accelerate(): {way_out}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"target": self.rule.target, "module": self.module, "options": self.options, "fused": self.fused}
@@ -99,6 +98,11 @@ class Fused:
         (rule,) = (r for r in RULES if r.target == state["target"])
         Fused.__init__(self, rule, state["module"], state["options"])
         self.fused = state["fused"]
+
+
+def _for_others() -> bool:
+    """Whether a graph is made that cannot hold fused operators."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 def _without_values(given: Any) -> bool:

@@ -22,7 +22,7 @@ import tool_worlds
 import worlds
 from mmfuse.fused.acceleration.method import Fused
 from mmfuse.fused.acceleration.rules import RULES
-from rule_samples import SAMPLES, Sample
+from rule_samples import SAMPLES, VISION, Sample
 
 for library in ("open_clip", "timm", "transformers", "vector_quantize_pytorch"):
     pytest.importorskip(library)
@@ -217,6 +217,34 @@ def test_reentrant_checkpointing(order: str, rule: str) -> None:
         tail.backward()
         trained.append({"output": output.detach(), "adapter": adapter.grad})
     assert_same(*trained)
+
+
+@ORDER
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_adapters_of_a_frozen_tower_train_under_reentrant_checkpointing(name: str, order: str) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}VisionConfig")(**VISION | {"num_hidden_layers": 2})
+
+    def adapt(model: nn.Module) -> None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), model)
+
+    grads = []
+    for accelerated in (False, True):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}VisionModel")(config).train()
+        if accelerated and order == "before":
+            mmfuse.accelerate(model, strict=True)
+        torch.manual_seed(1)
+        adapt(model)
+        if accelerated and order == "after":
+            mmfuse.accelerate(model)
+        with said():
+            model(torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)).last_hidden_state.square().sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if "lora_" in n})
+    assert len(grads[0]) == 4 and all(g is not None and g.abs().max() > 0 for g in grads[0].values())
+    torch.testing.assert_close(grads[1], grads[0])
 
 
 # their own code reads weights of modules that it does not call, as of the output of nn.MultiheadAttention
