@@ -111,35 +111,28 @@ class Snapshot:
 
     def __init__(self, module: nn.Module, children: Children) -> None:
         self.module = module
-        found = [(child, bool(classes)) for _, child, classes in _found(module, children) if child is not None]
-        watched = {id(child): child for child, _ in found}.values()
-        read = list({id(child): child for child, is_read in found if is_read}.values())
-        self._read, self._classes = read, [type(child) for child in read]
-        self._states = [vars(child) for child in read]
+        found = [(path, child, bool(classes)) for path, child, classes in _found(module, children) if child is not None]
+        read = {path: child for path, child, is_read in found if is_read}
+        self._read, self._classes = list(read.values()), [type(child) for child in read.values()]
+        parents = [path.rpartition(".") for path in read]
+        self._places = [module.get_submodule(parent)._modules for parent, _, _ in parents]
+        self._names = [name for _, _, name in parents]
+        self._states = [vars(child) for child in read.values()]
         self._forwards = [state.get("forward") for state in self._states]
+        watched = {id(child): child for _, child, _ in found}.values()
         self._hooks = [vars(child)[name] for child in watched for name in _HOOKS]
         if watched:
             self._hooks += _HOOKS_OF_ALL
-        kept = set(map(id, read))
-        places = [m._modules for m in (module, *watched) if not kept.isdisjoint(map(id, m._modules.values()))]
-        self._places, self._placed = places, list(chain.from_iterable(map(dict.values, places)))
-        tensors = [kind for m in (module, *read) for kind in (m._parameters, m._buffers)]
+        tensors = [kind for m in (module, *read.values()) for kind in (m._parameters, m._buffers)]
         self._tensors = [kind for kind in tensors if kind]
 
     def holds(self) -> bool:
         """Whether nothing has changed but the values, and the tensors are ordinary ones."""
         if any(self._hooks) or list(map(type, self._read)) != self._classes:
             return False
+        if not all(map(is_, map(dict.get, self._places, self._names), self._read)):
+            return False
         if not all(map(is_, map(dict.get, self._states, repeat("forward")), self._forwards)):
             return False
-        placed = list(chain.from_iterable(map(dict.values, self._places)))
-        if len(placed) != len(self._placed) or not all(map(is_, placed, self._placed)):
-            return False
-        tensors = list(chain.from_iterable(map(dict.values, self._tensors)))
-        if not _ORDINARY.issuperset(map(type, tensors)):
-            return False
-        return not any(map(_is_meta, filter(_is_tensor, tensors)))
-
-
-def _is_tensor(t: Any) -> bool:
-    return t is not None
+        tensors = [t for t in chain.from_iterable(map(dict.values, self._tensors)) if t is not None]
+        return _ORDINARY.issuperset(map(type, tensors)) and not any(map(_is_meta, tensors))
