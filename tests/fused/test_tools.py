@@ -112,6 +112,12 @@ def parametrized(by: Callable[..., Any]) -> Callable[[nn.Module, Sample], None]:
     return change
 
 
+def weight_norm(child: nn.Module, sample: Sample) -> None:
+    parametrizations.weight_norm(child, sample.weight)
+    with torch.no_grad():
+        getattr(child.parametrizations, sample.weight).original0.mul_(1.5)
+
+
 CHANGES: dict[str, Callable[[nn.Module, Sample], None]] = {
     "forward hook": forward_hook,
     "pre-hook": pre_hook,
@@ -119,7 +125,7 @@ CHANGES: dict[str, Callable[[nn.Module, Sample], None]] = {
     "forward of the instance": instance_forward,
     "spectral_norm, a hook": parametrized(torch.nn.utils.spectral_norm),
     "spectral_norm": parametrized(parametrizations.spectral_norm),
-    "weight_norm": parametrized(parametrizations.weight_norm),
+    "weight_norm": weight_norm,
     "prune": parametrized(partial(prune.l1_unstructured, amount=0.5)),
 }
 
