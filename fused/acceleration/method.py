@@ -19,6 +19,7 @@ from mmfuse.kernels._runtime import UnsupportedError
 
 # how a module is copied: what is fused is bound to the copy, or not in it
 _REPLICATE, _REDUCE = "_replicate_for_data_parallel", "__reduce_ex__"
+_GRAPH = "the graph that is made cannot hold fused operators"
 _LAST = "Call accelerate() last, and mmfuse.decelerate(model) before another tool"
 
 
@@ -40,9 +41,9 @@ class Fused(FusedMethod):
             module, args = args[0], args[1:]
         own = getattr(type(module), self.rule.method)
         given = (*args, *kwargs.values())
-        if not self.fused or any(map(_without_values, given)) or _for_others():
+        if not self.fused or any(map(_without_values, given)):
             return own(module, *args, **kwargs)
-        if why := self._why_not(module):
+        if why := (_GRAPH if _for_others() else self._why_not(module)):
             self._say(why, module, given)
             return own(module, *args, **kwargs)
         return self._function(module, *args, **kwargs, **self.options)
@@ -64,7 +65,7 @@ class Fused(FusedMethod):
         name = f"{type(module).__name__}.{self.rule.method}"
         if self.options and any(isinstance(t, Tensor) and t.dtype == torch.uint8 for t in given):
             raise UnsupportedError(f"{name} takes no bytes, as its class's own code has to run: {why}. {_LAST}")
-        if why not in self._said and not torch.compiler.is_compiling():
+        if why != _GRAPH and why not in self._said and not torch.compiler.is_compiling():
             self._said.add(why)
             warnings.warn(f"{name} is not fused, its class's own code runs: {why}. {_LAST}", stacklevel=3)
 

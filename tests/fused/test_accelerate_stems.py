@@ -409,6 +409,21 @@ def test_an_adapter_put_in_later_is_not_passed_over() -> None:
         assert f"its {path.split('.')[-1]} is test_an_adapter" in warning and "Call accelerate() last" in warning
 
 
+def test_bytes_never_reach_the_class_s_own_code() -> None:
+    """It would take them for floats."""
+    bytes_ = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    model, _, _ = build("clip")
+    accelerate(model, uint8=(MEAN, STD))
+    model(bytes_)
+    with pytest.raises(RuntimeError, match="Embeddings.forward takes no bytes.*cannot hold fused operators"):
+        torch.jit.trace(lambda x: model(x).last_hidden_state, bytes_)
+    model.embeddings.patch_embedding.register_forward_hook(lambda *args: None)
+    with pytest.raises(
+        mmfuse.UnsupportedError, match="Embeddings.forward takes no bytes.*its patch_embedding has hooks"
+    ):
+        model(bytes_)
+
+
 def test_a_jit_trace_is_refused_by_name() -> None:
     model, _, _ = build("clip")
     accelerate(model)
