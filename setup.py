@@ -153,7 +153,11 @@ class Wheel(bdist_wheel):
 setup(
     packages=sorted(packages),
     package_dir=ROOTS,
-    package_data={"mmfuse": ["py.typed"], "mmfuse.kernels": ["**/configs/*.json", "**/README.md"]},
+    package_data={
+        "mmfuse": ["py.typed"],
+        "mmfuse.fused": ["acceleration/*.json"],
+        "mmfuse.kernels": ["**/configs/*.json", "**/README.md"],
+    },
     ext_modules=[] if MODE == "0" else [Extension(f"mmfuse._C_{p}", SOURCES[p], py_limited_api=True) for p in BUILD],
     cmdclass={"build_ext": BuildParts, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -11,6 +11,7 @@ from torch import nn
 from mmfuse.fused.acceleration.method import carried, swap
 from mmfuse.fused.acceleration.report import Entry, Report
 from mmfuse.fused.acceleration.rules import RULES, Rule, loaded
+from mmfuse.fused.acceleration.upstream import why_changed
 from mmfuse.kernels._runtime import UnsupportedError
 
 
@@ -110,7 +111,7 @@ def _outcome(
             return "already replaced", ""
         return "left", "it is replaced already, with another uint8: undo that first"
     inside = [why for outer, why in barriers.items() if outer in ("", path) or path.startswith(f"{outer}.")]
-    why = inside[0] if inside else ("" if opted_in else rule.opt_in) or rule.why_not(module)
+    why = inside[0] if inside else ("" if opted_in else rule.opt_in) or rule.why_not(module) or why_changed(rule)
     if not why and options and not rule.takes_uint8:
         why = "the model casts its pixels before it gets them, so it cannot tell bytes"
     return ("left", why) if why else ("replaced", "")

@@ -49,11 +49,11 @@ class Rule:
         """Why `module`, which matches, has to be left, or None."""
         if self.method in vars(module):
             return f"its {self.method} was replaced by something else"
-        return _asked(self._why_not_class, type(module)) or self.why_not_now(module)
+        return asked(self._why_not_class, type(module)) or self.why_not_now(module)
 
     def why_not_now(self, module: nn.Module) -> str | None:
         """The same of what may change between two calls: methods set on the instance, children and tensors."""
-        return _asked(self._why_not_now, module)
+        return asked(self._why_not_now, module)
 
     def _why_not_class(self, actual: type) -> str | None:
         cls = loaded(self.target)
@@ -86,7 +86,7 @@ class Rule:
         return "uint8" in inspect.signature(resolve_name(self.forward)).parameters
 
 
-def _asked(check: Callable[[Any], str | None], of: Any) -> str | None:
+def asked(check: Callable[[Any], str | None], of: Any) -> str | None:
     """What a check says; in a version of the library that it does not know, what it stumbles over is the reason."""
     try:
         return check(of)
