@@ -7,7 +7,9 @@
 #include "simd.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -94,7 +96,13 @@ struct List {
     // after its equals; `x` is larger than the least
     void insert(float x, int64_t i) const {
         int64_t at = k - 1;
-        for (; at > 0 && x > key[at - 1]; --at) key[at] = key[at - 1], index[at] = index[at - 1];
+        if (k > 32) {
+            at = std::upper_bound(key, key + at, x, std::greater<float>()) - key;
+            std::copy_backward(key + at, key + k - 1, key + k);
+            std::copy_backward(index + at, index + k - 1, index + k);
+        } else {
+            for (; at > 0 && x > key[at - 1]; --at) key[at] = key[at - 1], index[at] = index[at - 1];
+        }
         key[at] = x, index[at] = i;
     }
 };
@@ -211,6 +219,22 @@ void gumbel_race(Tensor u, Tensor scale, Tensor ids, Tensor key_ids, Tensor seed
 // ---------------------------------------------------------------------------------------------------------------
 // top_scores
 
+struct Scored {
+    float x;
+    int64_t j;
+
+    // the larger first, of equals the first
+    bool operator<(const Scored& other) const { return x > other.x || (x == other.x && j < other.j); }
+};
+
+// A list that is still empty, from the n >= k scores of a row.
+void fill(const List& list, const float* s, float lowest, int64_t first, int64_t n, std::vector<Scored>& row) {
+    row.resize(n);
+    for (int64_t j = 0; j < n; ++j) row[j] = {s[j] >= lowest ? s[j] : lowest, first + j};
+    std::partial_sort(row.begin(), row.begin() + list.k, row.end());
+    for (int64_t j = 0; j < list.k; ++j) list.key[j] = row[j].x, list.index[j] = row[j].j;
+}
+
 void top_scores(Tensor s, int64_t first, Tensor value, Tensor index) {
     check_sizes(s, "s", {FREE, FREE});
     const int64_t r = s.size(0), n = s.size(1);
@@ -224,8 +248,14 @@ void top_scores(Tensor s, int64_t first, Tensor value, Tensor index) {
     constexpr float lowest = std::numeric_limits<float>::lowest();
 
     torch::stable::parallel_for(0, r, ceil_div(32768, n + 1), [&](int64_t top, int64_t bottom) {
+        std::vector<Scored> row;
         for (int64_t i = top; i < bottom; ++i) {
             const List list{largest + i * k, at + i * k, k};
+            // a list that takes much of the row is sorted rather than inserted into
+            if (k <= n && n <= 16 * k && list.key[0] == -INF) {
+                fill(list, scores + i * n, lowest, first, n, row);
+                continue;
+            }
             for (int64_t begin = 0; begin < n; begin += GROUP) {
                 const int64_t end = std::min(begin + GROUP, n);
                 const float* s_i = scores + i * n;
