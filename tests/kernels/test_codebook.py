@@ -142,6 +142,15 @@ def test_a_nan_passes_through_the_quantizer(backend: str, dtype: torch.dtype, gr
     assert (z_q[7] == 0).all() and codes[7] == -1
 
 
+@pytest.mark.skipif(GPU, reason="a GPU would have to be waited for")
+def test_a_code_out_of_range_raises_in_a_graph_too() -> None:
+    z, codebook = random(3, 5, 4)
+    compiled = torch.compile(lambda codes: assign_code(z, codebook, codes, backend="chunked"), backend="aot_eager")
+    for code in (-2, 5):
+        with pytest.raises(ValueError, match=f"codes has {code}, expected -1 <= code < 5"):
+            compiled(torch.tensor([0, -1, code]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ALL)
 def test_a_row_of_zeros_has_a_cosine(backend: str, dtype: torch.dtype) -> None:

@@ -334,6 +334,12 @@ def test_a_scale_that_is_no_number_gives_none(backend: str, n: int, value: float
         assert loss(image, text, value, backend=backend, **how).isnan()
 
 
+def test_a_scale_that_is_no_number_gives_none_in_a_graph() -> None:
+    image, text = features(3, 8)
+    compiled = torch.compile(lambda s: clip_loss(image, text, s) + siglip_loss(image, text, s), backend="aot_eager")
+    assert compiled(torch.tensor(math.inf, device=DEVICE)).isnan()
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_siglip_at_infinite_logits(backend: str) -> None:
     """softplus(-inf) is 0, and softplus(S) is S where S + |S| is no number."""

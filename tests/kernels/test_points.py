@@ -347,3 +347,17 @@ def test_no_synchronisation() -> None:
             ball_query(centre, points, 5, 0.5, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(GPU, reason="a GPU would have to be waited for")
+@pytest.mark.parametrize("backend", [None, *backends(lambda: farthest_points(torch.ones(1, 2, 3), 1))])
+def test_a_start_out_of_range_raises_in_a_graph_too(backend: str | None) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda points, start: farthest_points(points, 4, start=start, backend=backend), backend="aot_eager"
+    )
+    points = torch.randn(2, 30, 3)
+    assert compiled(points, torch.tensor([0, 29]))[:, 0].tolist() == [0, 29]
+    for start in (-1, 30, 10**8):
+        with pytest.raises(ValueError, match=f"start has {start}, expected 0 <= start < 30"):
+            compiled(points, torch.tensor([0, start]))
