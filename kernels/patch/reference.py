@@ -20,7 +20,7 @@ def patch_embed(stem: Stem) -> Tensor:
     s = stem
     w, bias = s.weight.to(s.compute), None if s.bias is None else s.bias.to(s.compute)
     mask = s.mask if s.mask is None or s.ids_keep is None else s.mask.gather(1, s.ids_keep)
-    if w.dim() == 4 and mask is None and s.ids_keep is None:
+    if w.dim() == s.pixels.dim() == 4 and mask is None and s.ids_keep is None:
         # what a library runs, on the pixels as they lie
         x = s.pixels.movedim(-1, 1) if s.layout == "nhwc" else s.pixels
         h, width = (n - m for n, m in zip(s.geometry.padded[1:], x.shape[2:], strict=True))
