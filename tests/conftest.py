@@ -12,6 +12,9 @@ if not GPU:  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+from mmfuse.fused.acceleration.method import Fused  # noqa: E402
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not GPU:
         for item in items:
@@ -40,6 +43,20 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+_aside = Fused._aside
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of tests are so small that the class's own code is the faster one: the fused code is what is tested."""
+    monkeypatch.setattr(Fused, "_aside", lambda *_: False)
+
+
+@pytest.fixture
+def stepping_aside(_fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fused, "_aside", _aside)
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ def row_call(row: Row, name: str) -> Callable[[], Any]:
 
 def _modules(dtype: torch.dtype, wanted: set[str] | None) -> Iterator[tuple[str, Pair]]:
     for name, make in MODULES.items():
-        if wanted and name not in wanted:
+        if wanted and not any(name.startswith(w) for w in wanted):
             continue
         try:
             torch.manual_seed(0)
@@ -201,7 +201,7 @@ MODULES: dict[str, Callable[[], Any]] = {
     "transformers ViT 1 x 224 / 16": _transformers("ViT", 1, 224, 16, 768),
     "VectorQuantize 64 x 16": _quantizer(64, dim=16, codebook_size=64),
     "VectorQuantize 1024 x 64": _quantizer(1024, dim=64, codebook_size=512),
-    "VectorQuantize, 4 heads": _quantizer(
+    "VectorQuantize of 4 heads": _quantizer(
         256, dim=32, codebook_size=64, heads=4, codebook_dim=8, separate_codebook_per_head=True
     ),
 }

@@ -46,6 +46,8 @@ class Fused(FusedMethod):
         if why := (_GRAPH if _for_others() else self._why_not(module)):
             self._say(why, module, given)
             return own(module, *args, **kwargs)
+        if given and self._aside(module, given[0]):
+            return own(module, *args, **kwargs)
         return self._function(module, *args, **kwargs, **self.options)
 
     def _why_not(self, module: nn.Module) -> str | None:
@@ -57,6 +59,9 @@ class Fused(FusedMethod):
                 return why
             self._snapshot = Snapshot(module, self.rule.children)
         return None
+
+    def _aside(self, module: nn.Module, x: Any) -> bool:
+        return self.rule.aside(module, x)
 
     def _overridden(self, module: nn.Module) -> bool:
         return self.rule.why_overridden(module) is not None

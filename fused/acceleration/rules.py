@@ -28,6 +28,7 @@ class Rule:
         children: what the replacement reads or passes over instead of calling it. They have to be plain, at the swap
             and at every call, where otherwise the class's own method runs.
         reason_against: why an instance whose children are plain is left, or None.
+        aside: whether the class's own method is the faster one for an input, the first argument.
         opt_in: why it is left unless `ops` names the operator; empty if it is replaced by default.
         method: what is replaced.
     """
@@ -38,6 +39,7 @@ class Rule:
     relies_on: tuple[str, ...] = ("forward",)
     children: Children = field(default_factory=dict)
     reason_against: Callable[[Any], str | None] = lambda module: None
+    aside: Callable[[Any, Any], bool] = lambda module, x: False
     opt_in: str = ""
     method: str = "forward"
 
@@ -171,6 +173,7 @@ RULES = (
         forward="mmfuse.fused.acceleration.vector_quantize:forward",
         children={"_codebook": ("vector_quantize_pytorch.vector_quantize_pytorch:Codebook",)},
         reason_against=vector_quantize.reason_against,
+        aside=vector_quantize.few_scores,
     ),
     Rule(
         op="vector_quantize",
@@ -194,6 +197,7 @@ RULES = (
         relies_on=("forward", "dynamic_feat_size"),
         children=_TIMM_STEM,
         reason_against=stems.against_timm_patch_embed,
+        aside=stems.few_products("proj"),
     ),
     Rule(
         op="patch_embed",
@@ -201,6 +205,7 @@ RULES = (
         forward="mmfuse.fused.acceleration.stems:timm_patch_embed_with_size",
         children=_TIMM_STEM,
         reason_against=stems.against_timm_patch_embed,
+        aside=stems.few_products("proj"),
     ),
     Rule(
         op="patch_embed",
@@ -216,6 +221,7 @@ RULES = (
             "norm_pre": _TIMM_NORM,
         },
         reason_against=stems.against_timm_model,
+        aside=stems.few_products("patch_embed.proj"),
         method="forward_features",
     ),
     Rule(
@@ -229,6 +235,7 @@ RULES = (
             "ln_pre": _OPEN_CLIP_NORM,
         },
         reason_against=stems.against_open_clip,
+        aside=stems.few_products("conv1"),
         method="_embeds",
     ),
     Rule(
@@ -240,6 +247,7 @@ RULES = (
             "patch_embeddings.projection": _CONV2D,
         },
         reason_against=stems.against_patch_embeddings,
+        aside=stems.few_products("patch_embeddings.projection"),
     ),
     Rule(
         op="patch_embed",
@@ -250,6 +258,7 @@ RULES = (
             "patch_embeddings.projection": _CONV2D,
         },
         reason_against=stems.against_patch_embeddings,
+        aside=stems.few_products("patch_embeddings.projection"),
     ),
     Rule(
         op="patch_embed",
@@ -257,6 +266,7 @@ RULES = (
         forward="mmfuse.fused.acceleration.stems:clip_embeddings",
         children=_PATCHES_AND_POSITIONS,
         reason_against=stems.against_positions,
+        aside=stems.few_products("patch_embedding"),
     ),
     Rule(
         op="patch_embed",
@@ -264,6 +274,7 @@ RULES = (
         forward="mmfuse.fused.acceleration.stems:siglip_embeddings",
         children=_PATCHES_AND_POSITIONS,
         reason_against=stems.against_positions,
+        aside=stems.few_products("patch_embedding"),
     ),
     Rule(
         op="patch_embed",
@@ -271,6 +282,7 @@ RULES = (
         forward="mmfuse.fused.acceleration.stems:blip_embeddings",
         children=_PATCHES,
         reason_against=stems.against_patch_embedding,
+        aside=stems.few_products("patch_embedding"),
     ),
     Rule(
         op="patch_embed",
@@ -278,6 +290,7 @@ RULES = (
         forward="mmfuse.fused.acceleration.stems:blip_embeddings",
         children=_PATCHES,
         reason_against=stems.against_patch_embedding,
+        aside=stems.few_products("patch_embedding"),
     ),
     Rule(
         op="patch_embed",
@@ -285,6 +298,7 @@ RULES = (
         forward="mmfuse.fused.acceleration.stems:blip_embeddings",
         children=_PATCHES,
         reason_against=stems.against_patch_embedding,
+        aside=stems.few_products("patch_embedding"),
     ),
     Rule(
         op="patch_embed",

@@ -8,12 +8,14 @@ at the end; masked tokens are selected, so what lies under a mask never reaches 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmfuse.kernels import patch_embed, patch_embed_packed
+from mmfuse.kernels.patch import steps_aside
 
 Norm = tuple[Tensor, Tensor | None, float]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -400,6 +402,11 @@ def _check_size(pixels: Tensor, expected: Any) -> None:
 def _cast(proj: Any, pixels: Tensor, uint8: Statistics | None = None) -> Tensor:
     """In the dtype of the weights, as transformers does; bytes that are to be normalised stay bytes."""
     return pixels if uint8 is not None and pixels.dtype == torch.uint8 else pixels.to(proj.weight.dtype)
+
+
+def few_products(path: str) -> Callable[[Any, Any], bool]:
+    """Whether the convolution at `path`, as the library runs it, is faster than the operator for these pixels."""
+    return lambda module, pixels: steps_aside(pixels, module.get_submodule(path).weight)
 
 
 # --- common -------------------------------------------------------------------------------------------------------

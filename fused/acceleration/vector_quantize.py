@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfuse.fused.quantizer import missing_in_call, quantize
+from mmfuse.kernels._runtime.dispatch import forced_backend
 
 
 def forward(
@@ -30,6 +31,14 @@ def forward(
     if missing_in_call(vq, call) or vq._codebook.cluster_size.grad is not None:
         return type(vq).forward(vq, **call)
     return quantize(vq, x, mask, lens, freeze_codebook, return_loss_breakdown, ema_update)
+
+
+def few_scores(vq: Any, x: Any) -> bool:
+    """Whether there are so few rows and codes that the matrix of distances costs nothing, measured on a CPU."""
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or forced_backend() is not None:
+        return False
+    scores = x.numel() // vq.dim * vq.heads * vq.codebook_size
+    return isinstance(scores, int) and scores < 1 << 17
 
 
 def reason_against(vq: Any) -> str | None:

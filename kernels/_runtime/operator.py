@@ -37,6 +37,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime import dispatch
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dispatch import UnsupportedError
+from mmfuse.kernels._runtime.library import failure
 from mmfuse.kernels._runtime.reasons import against
 from mmfuse.kernels._runtime.registration import register, without_autocast
 from mmfuse.kernels._runtime.signature import Signature, asking, hints_of, is_tensor
@@ -185,7 +186,11 @@ class Operator:
 
     def _unsupported(self, reasons: Mapping[str, list[str]]) -> UnsupportedError:
         every = "\n  ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
-        return UnsupportedError(f"{self.name}: no implementation accepts these arguments\n  {every}")
+        error = UnsupportedError(f"{self.name}: no implementation accepts these arguments\n  {every}")
+        failed = [f for name, why in reasons.items() if "does not load" in "".join(why) and (f := failure(name))]
+        if failed:
+            error.__cause__ = failed[0]
+        return error
 
     def _other_reasons(self, name: str, args: Sequence[Any]) -> list[str]:
         return [why for ask in self._reasons[name] if (why := ask(args)) is not None]

@@ -12,6 +12,8 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import autocast_dtype, check
 from mmfuse.kernels._runtime.device import triton_missing
+from mmfuse.kernels._runtime.dispatch import forced_backend
+from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.patch import blocked, reference
 from mmfuse.kernels.patch.arguments import Norm, channel_values, check_source, norm, vector
 from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Stem
@@ -58,16 +60,32 @@ _EAGER_PRODUCTS = {"cpu": 400_000_000, "chunked": 2_000_000_000}
 
 
 def _few_products(backend: str, stem: Stem) -> str | None:
-    if stem.pixels.device.type != "cpu":
+    b, _, n = stem.shape
+    return _eager_is_faster(backend, stem.pixels, stem.compute, b * n * stem.weight.numel())
+
+
+def _eager_is_faster(backend: str, pixels: Tensor, compute: torch.dtype, products: int) -> str | None:
+    if pixels.device.type != "cpu":
         return None
-    if stem.compute == torch.bfloat16:
+    if compute == torch.bfloat16:
         return "eager multiplies bfloat16 at twice the speed"
-    (b, _, n), few = stem.shape, _EAGER_PRODUCTS[backend]
-    products = b * n * stem.weight.numel()
+    few = _EAGER_PRODUCTS[backend]
     # a dynamic batch is not worth a graph for each side
-    if not isinstance(products, int) or stem.compute == torch.float16 or products >= few:
+    if not isinstance(products, int) or compute == torch.float16 or products >= few:
         return None
     return f"eager is faster for fewer than {few // 1_000_000} million products"  # torch.compile knows no {:g}
+
+
+def steps_aside(pixels: Any, weight: Tensor) -> bool:
+    """Whether `patch_embed` of these images would run plain torch, where nothing is named: a look of a few microseconds.
+
+    Bytes are its own: a library would have to normalise them.
+    """
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or forced_backend() is not None:
+        return False
+    backend = "cpu" if load("cpu") is None else "chunked"
+    products = pixels.numel() * weight.shape[0]  # of patches that tile the images
+    return _eager_is_faster(backend, pixels, autocast_dtype(weight) or weight.dtype, products) is not None
 
 
 def _example(x: Tensor, **how: Any) -> Tensor:

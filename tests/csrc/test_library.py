@@ -37,3 +37,6 @@ def test_the_linker_says_why(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert "does not load beside torch" in done.stdout and "file too short" in done.stdout
     assert "OSError" in done.stderr and "file too short" in done.stderr
+    program = "import mmfuse, torch; x = torch.zeros(2, 2); mmfuse.clip_loss(x, x, 1.0, backend='cpu')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert "direct cause" in done.stderr and done.stderr.index("file too short") < done.stderr.index("UnsupportedError")

@@ -604,3 +604,28 @@ def test_dynamic_quantization(order: str) -> None:
     (why,) = messages or [e.why for e in report.left]
     assert "its proj is Linear (torch.ao.nn.quantized.dynamic" in why
     assert "expected Linear (torch.nn.modules.linear)" in why
+
+
+# --- where the library's own code is the faster one -------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("stepping_aside")
+def test_small_inputs_run_the_class_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is named, bytes and large inputs do not."""
+    from mmfuse.fused.acceleration import stems
+    from timm.layers.patch_embed import PatchEmbed
+
+    stem = PatchEmbed(32, 8, 3, 24)
+    mmfuse.accelerate(stem, uint8=((0.5,) * 3, (0.5,) * 3))
+    fused: list[int] = []
+    own = stems.timm_patch_embed
+    monkeypatch.setattr(stem.forward, "_function", lambda *a, **k: fused.append(1) or own(*a, **k))
+    images = torch.randn(2, 3, 32, 32)
+    want = PatchEmbed.forward(stem, images)
+    assert torch.equal(stem(images), want) and not fused
+    with mmfuse.use_backend("chunked"):
+        torch.testing.assert_close(stem(images), want)
+    stem(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    monkeypatch.setattr("mmfuse.kernels.patch.op._EAGER_PRODUCTS", {"cpu": 0, "chunked": 0})
+    torch.testing.assert_close(stem(images), want)
+    assert len(fused) == 3
