@@ -50,7 +50,7 @@ _aside = Fused._aside
 
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models of tests are so small that the class's own code is the faster one: the fused code is what is tested."""
+    """Tests have small models, for which the class's own code is faster: the fused code is what they test."""
     monkeypatch.setattr(Fused, "_aside", lambda *_: False)
 
 

@@ -231,7 +231,8 @@ struct Scored {
 void fill(const List& list, const float* s, float lowest, int64_t first, int64_t n, std::vector<Scored>& row) {
     row.resize(n);
     for (int64_t j = 0; j < n; ++j) row[j] = {s[j] >= lowest ? s[j] : lowest, first + j};
-    std::partial_sort(row.begin(), row.begin() + list.k, row.end());
+    if (list.k < n) std::nth_element(row.begin(), row.begin() + list.k - 1, row.end());
+    std::sort(row.begin(), row.begin() + list.k);
     for (int64_t j = 0; j < list.k; ++j) list.key[j] = row[j].x, list.index[j] = row[j].j;
 }
 

@@ -43,7 +43,9 @@ def clip_loss(
     row_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """(loss, logits [b, N]). Positives have equal keys [b + N], `shares` is one over their number."""
-    s = _logits(image, text, scale, normalize)
+    if normalize:
+        image, text = unit(image), unit(text)
+    s = _logits(image, text, scale, False)
     b = len(s)
     pairs = slice(row_offset, row_offset + b)
     column_target = torch.arange(b, device=s.device)
@@ -58,7 +60,9 @@ def clip_loss(
         row_target = same * shares[:b, None]
         column_target = (same * shares[b:])[:, pairs].t()
     images = (s, row_target, w_image)
-    texts = (s.t() if b == s.shape[1] else s[:, pairs].t(), column_target, w_text)
+    # two products of 16 bits, as open_clip has them, are cheaper than to walk down the columns in 32
+    columns = _logits(text[pairs], image, scale, False) if image.dtype.itemsize == 2 else s[:, pairs].t()
+    texts = (columns, column_target, w_text)
     terms = [w * F.cross_entropy(t, y, label_smoothing=label_smoothing) for t, y, w in (images, texts) if w]
     return terms[0] + terms[1] if len(terms) == 2 else terms[0] if terms else s.new_zeros(()), s
 

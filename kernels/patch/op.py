@@ -77,9 +77,9 @@ def _eager_is_faster(backend: str, pixels: Tensor, compute: torch.dtype, product
 
 
 def steps_aside(pixels: Any, weight: Tensor) -> bool:
-    """Whether `patch_embed` of these images would run plain torch, where nothing is named: a look of a few microseconds.
+    """Whether `patch_embed` of these images would run plain torch: a look of a few microseconds.
 
-    Bytes are its own: a library would have to normalise them.
+    Not where an implementation is named, and not for bytes, which a library would have to normalise.
     """
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or forced_backend() is not None:
         return False

@@ -612,8 +612,9 @@ def test_dynamic_quantization(order: str) -> None:
 @pytest.mark.usefixtures("stepping_aside")
 def test_small_inputs_run_the_class_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is named, bytes and large inputs do not."""
-    from mmfuse.fused.acceleration import stems
     from timm.layers.patch_embed import PatchEmbed
+
+    from mmfuse.fused.acceleration import stems
 
     stem = PatchEmbed(32, 8, 3, 24)
     mmfuse.accelerate(stem, uint8=((0.5,) * 3, (0.5,) * 3))

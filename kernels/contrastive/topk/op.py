@@ -36,10 +36,6 @@ def _long(k: int) -> str | None:
     return f"k is {k}: a program keeps lists of at most {_MOST}" if k > _MOST else None
 
 
-def _sorted(k: int) -> str | None:
-    return f"k is {k}: a list is kept in order by insertion up to 256" if k > 256 else None
-
-
 _TILED = over_tiles(blocked, "similarity_topk", tiles=blocked)
 
 TOPK = Operator(
@@ -50,7 +46,7 @@ TOPK = Operator(
         Implementation(
             "triton", passes=Deferred("mmfuse.kernels.contrastive.topk.kernel"), against=[_long], traceable=True
         ),
-        Implementation("cpu", passes=_TILED["cpu"], prefer_eager=_sorted),
+        Implementation("cpu", passes=_TILED["cpu"]),
         Implementation("chunked", passes=_TILED["chunked"]),
         Implementation("torch", passes=reference),
     ],
