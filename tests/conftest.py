@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,17 @@ if not GPU:  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+import reliability  # noqa: E402
 from mmfuse.fused.acceleration.method import Fused  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, metavar="FILE", help="keep what ran, by area, as JSON")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if (file := config.getoption("--record")) is not None:
+        file.write_text(json.dumps(reliability.record(terminalreporter.stats)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pkgutil import resolve_name
 import pytest
 
 import mmfuse
+import reliability
 from mmfuse.bench import report, store
 from mmfuse.bench.cases import Record
 from mmfuse.cli import main
@@ -112,3 +114,11 @@ def test_every_rule_of_accelerate_is_listed() -> None:
         name = rule.target.split(":")[1]
         rows = [line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line]
         assert any(f"`{rule.op}`" in row for row in rows), f"no row has {name} and {rule.op}"
+
+
+def test_the_figures_are_those_of_the_record() -> None:
+    found = json.loads(reliability.RECORD.read_text())
+    page = reliability.PAGE.read_text()
+    assert page == reliability.written(page, found)
+    assert found["tests"].keys() == reliability.AREAS.keys()
+    assert not any(counts["failed"] for counts in found["tests"].values())
