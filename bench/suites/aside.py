@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
                     eager, ours = _paired(*pair)
                     holds = ours <= max(_RATIO * eager, eager + _DISPATCH)
                     late += not holds
-                    found = {"row": name, "dtype": str(dtype)[6:], "threads": threads}
+                    found: dict[str, Any] = {"row": name, "dtype": str(dtype)[6:], "threads": threads}
                     found |= {"eager_us": eager * 1e6, "ours_us": ours * 1e6, "holds": holds}
                     print(json.dumps(found) if args.json else _line(found), flush=True)
     finally:
