@@ -1,5 +1,5 @@
-# Targets: test, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on first use), and test-gpu (uses
-# $(PYTHON) as it is).
+# Targets: test, fuzz, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on first use), and test-gpu
+# (uses $(PYTHON) as it is).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,16 +7,18 @@ TORCH ?= 2.13.0
 TORCHVISION ?= 0.28.0
 # parallel test processes, one thread each
 JOBS ?= 2
+# calls of each operator that `make fuzz` draws
+FUZZ_EXAMPLES ?= 20000
 # what pytest runs, and any further options
 TESTS ?= tests
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PYTEST := pytest $(TESTS) --durations=15 $(PYTEST_ARGS)
+PYTEST = pytest $(TESTS) --durations=15 $(PYTEST_ARGS)
 PACKAGES := bench export models fused kernels
 
-.PHONY: test demo bench lint docs compile-report sanitize test-gpu clean build/typing
+.PHONY: test fuzz demo bench lint docs compile-report sanitize test-gpu clean build/typing
 .DEFAULT_GOAL := test
 
 # torch comes first and is named again below, so that nothing pulls in another one
@@ -34,6 +36,10 @@ $(VENV)/ready: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*/*)
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -n $(JOBS) --dist loadgroup
+
+fuzz: TESTS = tests/fuzz/test_fuzz.py
+fuzz: export FUZZ_EXAMPLES := $(FUZZ_EXAMPLES)
+fuzz: test
 
 demo: $(VENV)/ready
 	$(BIN)/mmfuse demo
