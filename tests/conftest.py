@@ -15,7 +15,6 @@ if not GPU:  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-import reliability  # noqa: E402
 from mmfuse.fused.acceleration.method import Fused  # noqa: E402
 
 
@@ -25,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if (file := config.getoption("--record")) is not None:
+        import reliability
+
         file.write_text(json.dumps(reliability.record(terminalreporter.stats)))
 
 

@@ -164,8 +164,9 @@ void patch_rows(Tensor x, Tensor tokens, Tensor subtract, Tensor multiply, bool 
     const int64_t m = x.size(0), n = product({gt, gy, gx}, "gt, gy, gx"), k = product({x.size(1), kt, ky, kx}, "kt, ky, kx");
     product({m + 1, n}, "gt, gy, gx");
     const char* const over[3] = {"st: of time", "sy: of rows", "sx: of columns"};
-    for (int d = 0; d < 3; ++d)  // a patch begins inside of the image
-        STD_TORCH_CHECK(s.step[d] > 0 && s.grid[d] - 1 <= (s.size[d] - 1) / s.step[d], over[d], ": ", s.grid[d],
+    for (int d = 0; d < 3; ++d)  // the last patch may be zeros alone, the one before it begins inside of the image
+        STD_TORCH_CHECK(s.step[d] > 0 && s.step[d] <= INT32_MAX && s.grid[d] - 2 <= (s.size[d] - 1) / s.step[d],
+                        over[d], ": ", s.grid[d],
                         " patches ", s.step[d], " apart do not begin within ", s.size[d], " pixels");
     const bool some = rows.dim() == 2;
     if (some)

@@ -60,7 +60,8 @@ def register(operator: Operator, implementation: Implementation) -> Callable[[Se
         elif backward is not None and any(needs):
             outputs = _Eager.apply(backward, args, flat, needs, *leaves)
         else:
-            return operator.compute(implementation, args, needs)
+            with torch.no_grad() if graph else nullcontext():  # what is no leaf may ask for a gradient all the same
+                return operator.compute(implementation, args, needs)
         return outputs if single else operator.Outputs(*outputs)  # type: ignore[misc]
 
     return run
@@ -135,7 +136,8 @@ class Backward:
         self, op: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Any], needs: Sequence[bool]
     ) -> list[Any]:
         """Of the differentiable arguments; None where it is not needed."""
-        values = {n: grads[i] for n, i in self.grads.items()}
+        # memory of a negated view is without its sign
+        values = {n: None if grads[i] is None else grads[i].resolve_neg() for n, i in self.grads.items()}
         if all(g is None for g in values.values()):
             return [None] * len(needs)
         tensors, options = iter(ctx.saved_tensors), iter(ctx.options)

@@ -15,5 +15,7 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, **arguments: Any) -> 
     if not INTERPRET and torch._C._len_torch_dispatch_stack():
         torch.library.wrap_triton(kernel)[grid](**arguments)
         return
+    # a kernel reads memory: a negated view would be read without its sign
+    arguments = {name: a.resolve_neg() if isinstance(a, Tensor) else a for name, a in arguments.items()}
     with torch.cuda.device_of(on):
         kernel[grid](**arguments)

@@ -13,7 +13,8 @@ from mmfuse.kernels.head.blocked import Head
 def select_head(x: Tensor, head: Head) -> Tensor:
     """x [B, L, D] to [B / clips, O], or [B / clips, D] without a weight."""
     rows = x[:, 0] if head.index is None else x[torch.arange(x.shape[0], device=x.device), head.index]
-    y = F.layer_norm(rows, rows.shape[-1:], head.gamma, head.beta, head.eps)
+    beta = head.beta if head.beta is None or head.gamma is not None else head.beta.to(rows.dtype)
+    y = F.layer_norm(rows, rows.shape[-1:], head.gamma, beta, head.eps)
     if head.weight is not None:
         y = F.linear(y, head.weight)
     if head.normalize:

@@ -85,7 +85,7 @@ def channel_values(name: str, given: Any, channels: int, layout: str, pixels: Te
         given = constant((given,) * channels if isinstance(given, (int, float)) else given, pixels.device)
     n = given.numel()
     blocks = layout == "patches" and n > 0 and channels % n == 0
-    if given.dim() > 1 or not (n == channels or blocks):
+    if given.dim() != 1 or not (n == channels or blocks):
         raise ValueError(f"{name} has shape {tuple(given.shape)}, expected [{channels}], one for each channel")
     check(name, given, dtype=given.dtype, like=("pixels", pixels))
     return given if n == channels else given.reshape(-1).repeat_interleave(channels // n)

@@ -196,6 +196,11 @@ def patch_embed(
     return PATCH_EMBED(stem, backend=backend)
 
 
+def _dense(t: Tensor | None) -> Tensor | None:
+    """The kernels read a vector without its stride."""
+    return t.contiguous() if isinstance(t, Tensor) else t
+
+
 def stem_of(
     pixels: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int | tuple[int, ...] | None = None,
     layout: str = "nchw", mean: Any = None, std: Any = None, stem_norm: Norm | None = None,
@@ -220,8 +225,10 @@ def stem_of(
     pre_weight, pre_bias, pre_eps = norm("pre_norm", pre_norm, weight)
     compute = autocast_dtype(weight) or weight.dtype
     stride = (stride,) * (weight.dim() - 2) if isinstance(stride, int) else stride
+    vectors = (bias, stem_weight, stem_bias, mask_token, type_embed, pre_weight, pre_bias, mean, std)
+    bias_, stem_weight, stem_bias, token_, type_, pre_weight, pre_bias, mean, std = map(_dense, vectors)
     stem = Stem(
-        pixels, weight, bias, stem_weight, stem_bias, prefix, position, prefix_position, mask_token, type_embed,
+        pixels, weight, bias_, stem_weight, stem_bias, prefix, position, prefix_position, token_, type_,
         pre_weight, pre_bias, mask, ids_keep, mean, std, stride, layout, padding, stem_eps, pre_eps, compute,
         dtype or compute,
     )  # fmt: skip

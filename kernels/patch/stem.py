@@ -115,7 +115,7 @@ def entering(stem: Stem) -> Folded:
     """How pixels enter the product; the weight is still to come."""
     g = stem.geometry
     x = view(stem.pixels, stem.weight.dim(), stem.layout)
-    mean, std = stem.mean, stem.std
+    mean, std = (None if t is None else t.to(torch.promote_types(t.dtype, stem.acc)) for t in (stem.mean, stem.std))
     subtract = multiply = scale = rest = None
     if stem.pixels.dtype != torch.uint8:
         subtract, multiply = mean, None if std is None else 1 / std

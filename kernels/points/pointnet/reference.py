@@ -24,7 +24,7 @@ def training(
     rows = v.flatten(0, 1)
     wide = rows.detach().to(torch.promote_types(v.dtype, torch.float32))
     var, mean = torch.var_mean(wide, 0, correction=0)
-    h = F.batch_norm(rows, None, None, scale.to(x.dtype), b3, True, 0.0, eps).view_as(v)
+    h = F.batch_norm(rows, None, None, scale.to(x.dtype).contiguous(), b3, True, 0.0, eps).view_as(v)
     return (h.relu() @ w4.t() + b4).max(1).values, mean, var
 
 
