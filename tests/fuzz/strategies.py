@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+# What is drawn without randomness follows from the strategies, not from the constants in whatever is imported beside.
+providers._get_local_constants = providers.Constants
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
