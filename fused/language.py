@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime.arguments import autocast
 from mmfuse.kernels._runtime.dispatch import forced_backend
 from mmfuse.kernels._runtime.dtypes import autocast_is_on
 from mmfuse.kernels._runtime.registration import differentiated_again, gradients_with_graph, without_autocast
@@ -109,9 +110,7 @@ def _chunked(  # type: ignore[no-untyped-def]
     hidden: Tensor, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk, aside
 ):
     kind = hidden.device.type
-    if autocast_is_on(kind) and hidden.dtype != torch.float64:
-        low = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(low), weight.to(low)
+    hidden, weight = autocast(hidden, weight)
     rows, flat = hidden.flatten(0, -2), labels.flatten()
     shape, total = labels.shape, len(flat)
     counts = flat != ignore_index

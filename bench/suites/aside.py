@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse.bench.cases import Shape, everything, label
-from mmfuse.bench.row import Row
+from mmfuse.bench.row import Row, first_line
 from mmfuse.fused import accelerate
 
 _RATIO, _DISPATCH = 1.05, 60e-6
@@ -101,8 +102,9 @@ def _operators(dtype: torch.dtype, wanted: set[str] | None) -> Iterator[tuple[st
                     baseline = case.definitions[0]
                     seconds = row.sample(baseline, 1)[0] / 1e3
                     row.call("mmfuse")
-                except (NotImplementedError, TypeError, ValueError, RuntimeError):
-                    continue  # one of the two does not take the dtype
+                except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:  # often it is the dtype
+                    print(f"{case.name} {label(shape)} {mode} left out: {first_line(error)}", file=sys.stderr)
+                    continue
                 if seconds < _LONG:
                     yield f"{case.name} {label(shape)} {mode}", (row_call(row, baseline), row_call(row, "mmfuse"))
 

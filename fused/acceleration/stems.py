@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse.kernels import patch_embed, patch_embed_packed
-from mmfuse.kernels._runtime.dtypes import autocast_is_on
+from mmfuse.kernels._runtime.arguments import autocast_dtype
 from mmfuse.kernels.patch import steps_aside
 
 Norm = tuple[Tensor, Tensor | None, float]
@@ -438,9 +438,7 @@ def _statistics(pixels: Tensor, uint8: Statistics | None) -> dict[str, Any]:
 
 def _dtype(proj: Any, *others: Tensor | Norm | None) -> torch.dtype:
     """What the projection gives, under autocast its dtype, promoted by what is added to it and normalises it."""
-    kind = proj.weight.device.type
-    on = autocast_is_on(kind) and proj.weight.dtype != torch.float64
-    given = torch.get_autocast_dtype(kind) if on else proj.weight.dtype
+    given = autocast_dtype(proj.weight) or proj.weight.dtype
     dtypes = [(t[0] if isinstance(t, tuple) else t).dtype for t in others if t is not None]
     return functools.reduce(torch.promote_types, dtypes, given)
 
