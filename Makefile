@@ -1,5 +1,5 @@
-# Targets: test, fuzz, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on first use), and test-gpu
-# (uses $(PYTHON) as it is).
+# Targets: test, fuzz, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on first use); gpu-report (.venv
+# where there is one, else $(PYTHON)) and test-gpu ($(PYTHON) as it is).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,6 +9,9 @@ TORCHVISION ?= 0.28.0
 JOBS ?= 2
 # calls of each operator that `make fuzz` draws
 FUZZ_EXAMPLES ?= 20000
+# where gpu-report writes, and how many seconds it may take
+OUT ?= build/gpu-report
+BUDGET ?= 480
 # what pytest runs, and any further options
 TESTS ?= tests
 PYTEST_ARGS ?=
@@ -18,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST = pytest $(TESTS) --durations=15 $(PYTEST_ARGS)
 PACKAGES := bench export models fused kernels
 
-.PHONY: test fuzz demo bench lint docs compile-report sanitize test-gpu clean build/typing
+.PHONY: test fuzz demo bench lint docs compile-report sanitize gpu-report test-gpu clean build/typing
 .DEFAULT_GOAL := test
 
 # torch comes first and is named again below, so that nothing pulls in another one
@@ -83,6 +86,10 @@ build/sanitized/%.o: csrc/cpu/%.cpp $(wildcard csrc/*.h csrc/cpu/*.h) Makefile
 build/typing:
 	rm -rf $@ && mkdir -p $@/mmfuse
 	ln -s $(CURDIR)/mmfuse/* $(addprefix $(CURDIR)/,$(PACKAGES)) $@/mmfuse
+
+# the first command on a GPU: what the kernels do there, within BUDGET seconds
+gpu-report:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu_report.py --out $(OUT) --budget $(BUDGET)
 
 # Nothing from a network: torch and pytest are there already. Where pip cannot install, the checkout itself is imported.
 test-gpu: export PIP_BREAK_SYSTEM_PACKAGES := 1

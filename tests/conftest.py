@@ -20,6 +20,45 @@ from mmfuse.fused.acceleration.method import Fused  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, metavar="FILE", help="keep what ran, by area, as JSON")
+    parser.addoption("--results", type=Path, metavar="FILE", help="keep each test's outcome at once, as JSON lines")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (file := config.getoption("--results")) is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Results(file))
+    if GPU and hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Context())
+
+
+class _Results:
+    """What was collected and how each test ended, written as it is known: a run that is ended leaves what it did."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def _write(self, **line: Any) -> None:
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self._write(collected=list(ids))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            lines = report.longreprtext.strip().splitlines() if report.failed else []
+            self._write(test=report.nodeid, outcome=report.outcome, error=lines[-1] if lines else "")
+
+
+class _Context:
+    """An illegal memory access breaks CUDA for its process: the worker ends, and another takes the tests to come."""
+
+    def pytest_runtest_logfinish(self) -> None:
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                os._exit(1)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
