@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
-NAMES = ("clip", "albef", "coca", "imagebind", "metatransformer")  # mmfuse.models.<name> declares its SYSTEM
+# mmfuse.models.<name> declares its SYSTEM
+NAMES = ("clip", "albef", "vlmo", "coca", "beit3", "imagebind", "metatransformer")
 
 
 @dataclass(frozen=True)

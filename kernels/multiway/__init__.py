@@ -1,0 +1,1 @@
+"""Modality experts (MoME, Multiway): an expert for each row of a stream."""

@@ -1,0 +1,129 @@
+"""Streams of rows with an expert for each modality, against two modules side by side and against dense masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse.fused.multiway import MoMEBlock, MultiwayBlock, MultiwayLayerNorm, MultiwayLinear
+from mmfuse.kernels.multiway.reference import packed_attention
+from mmfuse.kernels.multiway.routing import Part, Routing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, device=DEVICE)
+
+
+def packed(x: Tensor, split: int) -> Tensor:
+    """The rows of [B, S, D] in the order of `Routing.from_split`."""
+    return torch.cat([x[:, :split].flatten(0, 1), x[:, split:].flatten(0, 1)])
+
+
+@pytest.mark.parametrize("split", [0, 1, 4, 6])
+def test_split_is_two_modules_side_by_side(split: int) -> None:
+    x, routing = normal(3, 6, 8), Routing.from_split(3, 6, split, device=DEVICE)
+    linear, norm = (m.to(DEVICE, torch.float64) for m in (MultiwayLinear(2, 8, 5), MultiwayLayerNorm(2, 8)))
+    norm.weight.data.normal_()
+    parts = x[:, :split], x[:, split:]
+    both = zip(parts, linear.weight, linear.bias, strict=True)
+    want = torch.cat([F.linear(t, w, b) for t, w, b in both], dim=1)
+    got = linear(packed(x, split), routing)
+    torch.testing.assert_close(got, packed(want, split))
+    both = zip(parts, norm.weight, norm.bias, strict=True)
+    want = torch.cat([F.layer_norm(t, (8,), w, b) for t, w, b in both], dim=1)
+    torch.testing.assert_close(norm(packed(x, split), routing), packed(want, split))
+    got.sum().backward()
+    unused = [e for e, t in enumerate(parts) if not t.numel()]
+    assert all(torch.equal(linear.weight.grad[e], torch.zeros_like(linear.weight[e])) for e in unused)
+
+
+def test_a_stream_without_rows() -> None:
+    linear, routing = MultiwayLinear(2, 8, 5).to(DEVICE), Routing.from_split(0, 6, 3, device=DEVICE)
+    y = linear(torch.empty(0, 8, device=DEVICE), routing)
+    y.sum().backward()
+    assert y.shape == (0, 5) and not linear.weight.grad.any()
+
+
+def test_attention_is_that_of_each_sample() -> None:
+    """Pairs, an image alone and a text alone, with padding and a table of relative positions, in one stream."""
+    h, d, images, texts = 2, 4, 5, 3
+    pairs, kept = torch.arange(2, device=DEVICE), torch.tensor([3, 1], device=DEVICE)
+    parts = [
+        Part(0, 3, images, torch.tensor([0, 1, 2], device=DEVICE), place=texts),
+        Part(1, 2, texts, pairs, kept),
+        Part(1, 1, texts, torch.tensor([3], device=DEVICE), torch.tensor([2], device=DEVICE)),
+    ]
+    routing = Routing.of(parts, 2, samples=4, device=DEVICE)
+    q, k, v = (normal(routing.rows, h, d) for _ in range(3))
+    bias = normal(h, texts + images, texts + images)
+    got = packed_attention(q, k, v, routing, bias=bias)
+    assert got.shape == (3 * images + 3 * texts, h * d)
+    words = 3 * images  # the first row of a text
+    for sample, (image, text, n) in enumerate([(0, 0, 3), (1, 1, 1), (2, None, 0), (None, 2, 2)]):
+        rows, keys, places = [], [], []
+        if image is not None:
+            rows += range(image * images, (image + 1) * images)
+            keys += [True] * images
+            places += range(texts, texts + images)
+        if text is not None:
+            rows += range(words + text * texts, words + (text + 1) * texts)
+            keys += [i < n for i in range(texts)]
+            places += range(texts)
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[rows]) / d**0.5 + bias[:, places][:, :, places]
+        scores = scores.masked_fill(~torch.tensor(keys, device=DEVICE), float("-inf"))
+        want = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[rows]).flatten(1)
+        torch.testing.assert_close(got[rows], want, msg=f"sample {sample}")
+        assert routing.sample[rows].eq(sample).all()
+
+
+def test_what_a_segment_sees() -> None:
+    routing = Routing.from_split(2, 7, 4, device=DEVICE)
+    q, k, v = (normal(14, 1, 4) for _ in range(3))
+    sees = (("all", "none"), ("all", "causal"))
+    got = packed_attention(q, k, v, routing, sees)
+    mask = torch.ones(7, 7, dtype=torch.bool, device=DEVICE)
+    mask[:4, 4:], mask[4:, 4:] = False, torch.ones(3, 3, device=DEVICE).tril().bool()
+    order = packed(torch.arange(14, device=DEVICE).view(2, 7, 1), 4).flatten()
+    q, k, v = (torch.empty_like(t).index_copy(0, order, t).view(2, 7, 4) for t in (q[:, 0], k[:, 0], v[:, 0]))
+    want = packed(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 4)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_branch_is_dropped_for_a_whole_sample_or_for_each_of_its_parts() -> None:
+    routing = Routing.from_split(64, 5, 3, device=DEVICE)
+    x = normal(routing.rows, 8)
+    for kind, together in ((MultiwayBlock, True), (MoMEBlock, False)):
+        block = kind(2, 8, 2, 16, drop_path=0.5).to(DEVICE, torch.float64)
+        scale = block._kept if together else lambda t, r, b=block: b._scaled(t, None, b._separately(r))
+        kept = scale(torch.ones_like(x), routing)[:, 0]
+        image, text = kept[: 64 * 3].view(64, 3), kept[64 * 3 :].view(64, 2)
+        assert set(kept.tolist()) == {0.0, 2.0}
+        assert (image == image[:, :1]).all() and (text == text[:, :1]).all()
+        assert (image[:, 0] == text[:, 0]).all() == together
+        assert torch.equal(block.eval()(x, routing), block(x, routing))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Routing.from_split(2, 5, 6), "split is 6, expected 0 <= split <= 5, the length"),
+        (lambda: Routing.of([Part(2, 1, 1)], 2), r"parts\[0\] has expert 2, expected 0 <= expert < 2"),
+        (lambda: Routing.of([Part(0, 3, 1)], 1, samples=2), r"parts\[0\] has 3 sequences, expected at most 2"),
+        (lambda: Routing.of([Part(0, 3, 1, kept=torch.ones(2, dtype=torch.int64))], 1), r"parts\[0\].kept has shape"),
+        (lambda: Routing.from_split(2, 5, 2).mapped([0], 1), r"runs is \(0,\), expected 2 experts from 0 to 0"),
+        (lambda: MultiwayBlock(2, 9, 2, 16), "width is 9 with 2 heads"),
+    ],
+)
+def test_errors_name_the_argument(make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_another_phase_has_other_experts_for_the_same_rows() -> None:
+    routing = Routing.from_split(2, 5, 3, device=DEVICE)
+    upper = routing.mapped([2, 2], 3)
+    assert upper.slices() == [(2, slice(0, 6)), (2, slice(6, 10))] and upper.first is routing.first

@@ -1,0 +1,119 @@
+"""VLMo beyond the golden cases: packed steps, stages, presets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse import models
+from mmfuse.models.vlmo import VLMo
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ARCH = {"embed_dim": 16, "depth": 3, "num_heads": 2, "vlffn_start_layer_index": 2}
+CONFIG = {"image_size": 32, "vocab_size": 40, "max_text_len": 6, "max_text_len_of_initckpt": 9, "drop_path_rate": 0.0}
+LOSSES = {"itm": 1, "itc": 1, "mlm": 1}
+
+
+def tiny(losses: dict[str, int] = LOSSES, **arch: object) -> VLMo:
+    model = models.create("vlmo", {"arch": ARCH | arch, "config": CONFIG | {"loss_names": losses}})
+    if model.transformer.table is not None:
+        torch.nn.init.normal_(model.transformer.table)
+    return model.to(DEVICE, torch.float64).eval()
+
+
+def inputs(n: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.randint(5, 40, (n, 6), device=DEVICE)
+    mask = (torch.arange(6, device=DEVICE) < torch.randint(2, 7, (n, 1), device=DEVICE)).long()
+    return torch.randn(n, 3, 32, 32, dtype=torch.float64, device=DEVICE), ids, mask
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_one_forward_of_all_is_each_by_itself(relative: bool) -> None:
+    model = tiny(need_relative_position_embed=relative, use_abs_pos_emb=not relative)
+    image, ids, mask = inputs()
+    batches = [model.pairs(ids, mask, image), model.images(image, fused=True), model.texts(ids, mask, fused=True)]
+    together = model.transformer(batches)
+    for batch, found in zip(batches, together, strict=True):
+        (alone,) = model.transformer([batch])
+        for got, want in zip(found, alone, strict=True):
+            assert (got is None) == (want is None)
+            if want is not None:
+                torch.testing.assert_close(got, want)
+
+
+def test_a_step_is_its_losses() -> None:
+    """Two forwards give what six passes, one for each objective's input, give."""
+    model = tiny()
+    image, ids, mask = inputs()
+    labels = ids.where(torch.arange(6, device=DEVICE) == 1, -100)
+    masked = ids.masked_fill(labels != -100, 4)
+    negatives = torch.tensor([1, 2, 0], device=DEVICE), torch.tensor([2, 0, 1], device=DEVICE)
+    step = model.pretrain(image, ids, mask, masked, labels, negatives)
+    words = model(model.pairs(masked, mask, image)).text
+    mlm = 0.25 * F.cross_entropy(model.word_head(words).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(step.mlm, mlm)
+    f = model.contrast(
+        *(model.transformer([b])[0] for b in (model.images(image, fused=True), model.texts(ids, mask, fused=True)))
+    )
+    torch.testing.assert_close(step.itc, model.contrastive_loss(f))
+    images, texts = negatives
+    three = [(ids, mask, image), (ids, mask, image[images]), (ids[texts], mask[texts], image)]
+    logits = torch.cat([model.match_head(model.pooled(model(model.pairs(*of)))) for of in three])
+    matches = torch.tensor([1] * 3 + [0] * 6, device=DEVICE)
+    torch.testing.assert_close(step.itm, F.cross_entropy(logits, matches))
+    torch.testing.assert_close(step.total, step.mlm + step.itc + step.itm)
+
+
+def test_negatives_are_drawn_by_similarity_and_never_the_own_pair() -> None:
+    model = tiny()
+    image, ids, mask = inputs()
+    seen = []
+    match = model.match
+    model.match = lambda image, ids, mask, negatives: (seen.append(negatives), match(image, ids, mask, negatives))[1]  # type: ignore[method-assign]
+    for _ in range(5):
+        assert torch.isfinite(model.pretrain(image, ids, mask, ids, ids).total)
+    own = torch.arange(3, device=DEVICE)
+    assert all((drawn != own).all() and (drawn >= 0).all() for pair in seen for drawn in pair)
+
+
+def test_text_alone_has_no_expert_of_pairs() -> None:
+    model = tiny({"textmlm": 1})
+    assert all(len(block.mlp.fc1.weight) == 2 for block in model.transformer.blocks)
+    _, ids, mask = inputs()
+    model.text_loss(ids, mask, ids).backward()
+    grad = model.transformer.blocks[0].mlp.fc1.weight.grad
+    assert grad[0].any() and not grad[1].any()  # the image's expert saw nothing
+
+
+def test_padding_is_not_seen() -> None:
+    model = tiny()
+    image, ids, _ = inputs()
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 3, device=DEVICE)
+    other = torch.where(mask.bool(), ids, torch.randint_like(ids, 5, 40))
+    one, two = (model(model.pairs(words, mask, image)) for words in (ids, other))
+    assert torch.equal(one.image, two.image) and torch.equal(one.text[:, :3], two.text[:, :3])
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("base", 175), ("large", 561)])
+def test_size_is_the_papers(preset: str, millions: int) -> None:
+    """Of the transformer and the words; the paper counts 175 M and 562 M."""
+    with torch.device("meta"):
+        model = models.create("vlmo", preset)
+    count = sum(t.numel() for part in (model.transformer, model.word) for t in part.parameters())
+    assert int(count / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "message"),
+    [
+        ({}, {"loss_names": {"caption": 1}}, "loss_names has 'caption', expected some of itm"),
+        ({"num_heads": 3}, {}, "width is 16 with 3 heads"),
+        ({"rel_pos": True}, {}, "unknown key 'rel_pos'"),
+        ({}, {"image_size": 40}, "img_size is 40, expected a multiple of patch_size 16"),
+    ],
+)
+def test_create_names_what_does_not_fit(arch: dict[str, object], config: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.create("vlmo", {"arch": ARCH | arch, "config": CONFIG | {"loss_names": LOSSES} | config})
