@@ -148,7 +148,7 @@ class MoMEBlock(nn.Module):
     def forward(self, x: Tensor, routing: Routing, bias: Tensor | None = None) -> Tensor:
         """x [T, D]; bias [heads, P, P], of relative positions."""
         of_qkv = None
-        if self.q_bias is not None:
+        if self.q_bias is not None and self.v_bias is not None:
             of_qkv = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(self.norm1(x), self.qkv.weight, of_qkv).unflatten(1, (3, self.heads, -1)).unbind(1)
         x = x + self._scaled(self.proj(packed_attention(q, k, v, routing, bias=bias)), self.gamma_1, routing.sample)

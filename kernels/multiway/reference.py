@@ -63,6 +63,7 @@ def packed_attention(
         place = (torch.tensor(routing.places, device=device)[segment] + within).where(real, 0)
         of_pairs = bias[:, place[:, :, None], place[:, None, :]].transpose(0, 1)  # [B, H, S, S]
         mask = of_pairs.masked_fill(~mask, float("-inf"))
-    y = F.scaled_dot_product_attention(*(t[row].transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+    q_of, k_of, v_of = (t[row].transpose(1, 2) for t in (q, k, v))  # [B, H, S, d]
+    y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask)
     y = y.transpose(1, 2).flatten(2)
     return y.new_zeros(len(q), y.shape[2]).index_put((row[real],), y[real])

@@ -17,7 +17,7 @@ class Part(NamedTuple):
     """Sequences of one length and one modality, [n, length, D] as an embedder gives them: a run of the stream."""
 
     expert: int
-    count: int  # n
+    sequences: int  # n
     length: int
     samples: Tensor | None = None  # int64 [n]: the sample of each, no two of them the same; None: 0 to n - 1
     kept: Tensor | None = None  # int64 [n]: rows that others attend to, the rest is padding; None: all
@@ -64,26 +64,26 @@ class Routing:
             samples: how many there are; by default as many as the largest part has sequences.
             device: where the stream is.
         """
-        count = max(p.count for p in parts) if samples is None else samples
+        count = max(p.sequences for p in parts) if samples is None else samples
         shape = (count, len(parts))
         first, lengths, kept = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(3))
         bounds, sample = [0], []
         for k, part in enumerate(parts):
             if not 0 <= part.expert < experts:
                 raise ValueError(f"parts[{k}] has expert {part.expert}, expected 0 <= expert < {experts}")
-            if part.samples is None and part.count > count:
+            if part.samples is None and part.sequences > count:
                 raise ValueError(
-                    f"parts[{k}] has {part.count} sequences, expected at most {count}, one for each sample"
+                    f"parts[{k}] has {part.sequences} sequences, expected at most {count}, one for each sample"
                 )
             for name, t in (("samples", part.samples), ("kept", part.kept)):
                 if t is not None:
-                    check(f"parts[{k}].{name}", t, (part.count,), ", one for each sequence", torch.int64)
-            at = torch.arange(part.count, device=device) if part.samples is None else part.samples
+                    check(f"parts[{k}].{name}", t, (part.sequences,), ", one for each sequence", torch.int64)
+            at = torch.arange(part.sequences, device=device) if part.samples is None else part.samples
             sample.append(at.repeat_interleave(part.length))
-            first[at, k] = bounds[-1] + part.length * torch.arange(part.count, device=device)
+            first[at, k] = bounds[-1] + part.length * torch.arange(part.sequences, device=device)
             lengths[at, k] = part.length
             kept[at, k] = part.length if part.kept is None else part.kept
-            bounds.append(bounds[-1] + part.count * part.length)
+            bounds.append(bounds[-1] + part.sequences * part.length)
         longest = sum(p.length for p in parts)
         runs, places = tuple(p.expert for p in parts), tuple(p.place for p in parts)
         return Routing(experts, runs, tuple(bounds), first, lengths, kept, places, torch.cat(sample), longest)

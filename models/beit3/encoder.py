@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +65,8 @@ class BEiT3(nn.Module):
         self.text_position = nn.Embedding(max_source_positions, width)
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         sizes = (2, width, encoder_attention_heads, encoder_ffn_embed_dim)
-        self.layers = nn.ModuleList(MultiwayBlock(*sizes, eps=layernorm_eps, drop_path=rate) for rate in rates)
+        layers = [MultiwayBlock(*sizes, eps=layernorm_eps, drop_path=rate) for rate in rates]
+        self.layers: Sequence[MultiwayBlock] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = MultiwayLayerNorm(2, width, layernorm_eps) if normalize_output else None
         self.apply(_initialise)
         # sub-LayerNorm's initialisation (Magneto, arXiv:2210.06423, section 2.3)
@@ -142,7 +143,10 @@ class BEiT3(nn.Module):
         experts = [VISION] * (image is not None) + [LANGUAGE] * (text_ids is not None)
         words = None if padding_mask is None else (padding_mask == 0).sum(1)
         shapes = [t.shape[:2] for t in tokens]
-        parts = [Part(e, *s, kept=words if e == LANGUAGE else None) for e, s in zip(experts, shapes, strict=True)]
+        parts = [
+            Part(e, n, length, kept=words if e == LANGUAGE else None)
+            for e, (n, length) in zip(experts, shapes, strict=True)
+        ]
         routing = Routing.of(parts, 2, device=tokens[0].device)
         x = self.encode(torch.cat([t.flatten(0, 1) for t in tokens]), routing, sees)
         runs = x.split([n * length for n, length in shapes])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from mmfuse.fused import HardNegativeSampler, linear_cross_entropy
 from mmfuse.fused.multiway import MultiwayLinear
 from mmfuse.kernels import clip_loss
 from mmfuse.kernels.text import embed_text
-from mmfuse.models.registry import instantiate
+from mmfuse.models.registry import check_keys, instantiate
 from mmfuse.models.vlmo.transformer import Batch, Hidden, MultiwayTransformer, official
 
 # of the text's embeddings and of the words' head, as BERT has it
@@ -26,7 +26,7 @@ _EPS = 1e-12
 class VLMoConfig:
     """The entries of the official config that the model depends on; a loss exists where its name is not 0."""
 
-    loss_names: Mapping[str, float]
+    loss_names: Mapping[str, float] = field(default_factory=dict)
     image_size: int = 224
     vocab_size: int = 30522
     max_text_len: int = 40
@@ -105,9 +105,10 @@ class VLMo(nn.Module):
 
     def __init__(self, arch: Mapping[str, Any], config: Mapping[str, Any], arch_call: str = ""):
         super().__init__()
-        self.config = instantiate(VLMoConfig, config)
+        check_keys(config, (f.name for f in fields(VLMoConfig) if f.init))
+        self.config = VLMoConfig(**config)
         losses, length = self.config.names, self.config.max_text_len
-        sizes = {"img_size": self.config.image_size, "text_len": length}
+        sizes: dict[str, Any] = {"img_size": self.config.image_size, "text_len": length}
         sizes |= {"longest_text": self.config.max_text_len_of_initckpt, "drop_path_rate": self.config.drop_path_rate}
         arch = dict(arch)
         if "textmlm" in losses:  # no experts of pairs yet
@@ -180,7 +181,7 @@ class VLMo(nn.Module):
         def project(x: Tensor, head: nn.Linear) -> Tensor:
             return F.normalize(head(self.transformer.norm(x[:, 0])), dim=-1)
 
-        found = Contrast(project(image.image, self.image_head), project(text.text, self.text_head))  # type: ignore[arg-type]
+        found = Contrast(project(image.image, self.image_head), project(text.text, self.text_head))
         if image.fused is None or text.fused is None:
             return found
         fused = project(image.fused, self.image_fused_head), project(text.fused, self.text_fused_head)
