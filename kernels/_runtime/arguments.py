@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype, autocast_is_on
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, autocast_is_on, cast
 
 PIXELS = "uint8 or a floating-point dtype"
 
@@ -32,9 +32,7 @@ def check(
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is {type(t).__name__}, expected a tensor {_sizes(shape)}{note}")
-    if shape is not None and not (
-        len(shape) == t.dim() and all(isinstance(n, str) or n == m for n, m in zip(shape, t.shape, strict=True))
-    ):
+    if shape is not None and not _fits(shape, t.shape):
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {_sizes(shape)}{note}")
     if dtype == "integers":
         fits = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
@@ -48,6 +46,16 @@ def check(
         raise TypeError(f"{name} has dtype {t.dtype}, expected {expected}")
     if like is not None and t.device != like[1].device:
         raise ValueError(f"{name} is on {t.device}, expected {like[1].device} as {like[0]}")
+
+
+def _fits(shape: Sequence[int | str], sizes: Sequence[int]) -> bool:
+    if len(shape) != len(sizes):
+        return False
+    # a loop: a generator costs as much as all else that is checked
+    for expected, size in zip(shape, sizes, strict=True):  # noqa: SIM110
+        if not isinstance(expected, str) and expected != size:
+            return False
+    return True
 
 
 def _sizes(shape: Sequence[int | str] | None) -> str:
@@ -77,13 +85,13 @@ def norm_of(norm: Any) -> tuple[Tensor | None, Tensor | None, float]:
 def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     """As a matrix product would take them."""
     dtype = autocast_dtype(operands[0])
-    return operands if dtype is None else tuple(t.to(dtype) for t in operands)
+    return operands if dtype is None else tuple(cast(t, dtype) for t in operands)
 
 
 def integers(name: str, ids: Tensor | None, rows: Tensor, of: str) -> Tensor:
     """Ids of the rows of `of`, int64 and contiguous."""
     check(name, ids, rows.shape[:1], f", one for each row of {of}", "integers", (of, rows))
-    return ids.to(torch.int64).contiguous()  # type: ignore[union-attr]
+    return cast(ids, torch.int64).contiguous()  # type: ignore[arg-type]
 
 
 def require_integer(name: str, value: object) -> None:
@@ -91,14 +99,21 @@ def require_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r}, expected an integer")
 
 
+def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As a 0-d tensor."""
+    if not torch.compiler.is_compiling():
+        return torch.full((), value, dtype=dtype, device=device)
+    # as a factor it stays a variable of the graph; any other use compiles it anew for each value
+    return torch.ones((), dtype=dtype, device=device) * value
+
+
 def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """`value` as a 0-d tensor in the accumulation dtype of `like`, keeping its graph."""
     acc = accumulation_dtype(like.dtype)
     if not isinstance(value, Tensor):
         try:
-            # as a factor a number stays a variable of the graph; any other use compiles it anew for each value
-            return torch.ones((), dtype=acc, device=like.device) * value
-        except TypeError:
+            return number(value, acc, like.device)
+        except (TypeError, RuntimeError):  # of what is no number, and of a complex one
             raise TypeError(f"{name} is {type(value).__name__}, expected a number or a tensor of one element") from None
     if value.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element")
@@ -106,7 +121,7 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
         raise TypeError(f"{name} has dtype {value.dtype}, expected a floating-point dtype")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, expected {like.device} as the features")
-    return value.reshape(()).to(acc)
+    return cast(value if value.dim() == 0 else value.reshape(()), acc)
 
 
 def multiplier(name: str, value: Tensor | float, like: Tensor) -> Tensor:

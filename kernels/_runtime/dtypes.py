@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 # operands of the Triton kernels and of the compiled parts; float64 is for plain torch and Triton's interpreter
 COMPILED = (torch.float16, torch.bfloat16, torch.float32)
@@ -10,7 +11,12 @@ COMPILED = (torch.float16, torch.bfloat16, torch.float32)
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of products, sums and statistics: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `t.to(dtype)`, which takes its time where there is nothing to do, too."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def autocast_is_on(kind: str) -> bool:

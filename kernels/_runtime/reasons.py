@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -13,10 +16,19 @@ from mmfuse.kernels._runtime.library import load
 
 def against(name: str, x: Tensor) -> list[str]:
     """Reasons of every implementation of this name against operands like `x`."""
-    why = _AGAINST[name](x) if name in _AGAINST else []
+    # a compiler traces what is cached otherwise
+    of_kind = _against if torch.compiler.is_compiling() else _known
+    why = of_kind(name, x.device.type, x.dtype)
     if name != "torch" and transforming():
-        why.append("torch.func or forward-mode differentiation is active, which knows plain torch alone")
+        why = [*why, "torch.func or forward-mode differentiation is active, which knows plain torch alone"]
     return why
+
+
+def _against(name: str, device: str, dtype: torch.dtype) -> list[str]:
+    return _AGAINST[name](device, dtype) if name in _AGAINST else []
+
+
+_known = functools.cache(_against)
 
 
 def transforming() -> bool:
@@ -24,35 +36,35 @@ def transforming() -> bool:
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
 
 
-def _compiled(kind: str, x: Tensor) -> list[str]:
-    if x.device.type != kind:
-        return [f"device is {x.device.type}"]
+def _compiled(kind: str, device: str, dtype: torch.dtype) -> list[str]:
+    if device != kind:
+        return [f"device is {device}"]
     why = []
     if missing := load(kind):
         why.append(missing)
-    if x.dtype not in COMPILED:
-        why.append(f"dtype is {x.dtype}, the compiled part computes in float32")
+    if dtype not in COMPILED:
+        why.append(f"dtype is {dtype}, the compiled part computes in float32")
     return why
 
 
-def _triton(x: Tensor) -> list[str]:
+def _triton(device: str, dtype: torch.dtype) -> list[str]:
     why = []
     if missing := triton_missing():
         why.append(missing)
-    if not (x.is_cuda or (INTERPRET and x.device.type == "cpu")):
-        why.append(f"device is {x.device.type}")
-    if x.dtype not in COMPILED and not (INTERPRET and x.dtype == torch.float64):
-        why.append(f"dtype is {x.dtype}")
+    if device not in (("cuda", "cpu") if INTERPRET else ("cuda",)):
+        why.append(f"device is {device}")
+    if dtype not in COMPILED and not (INTERPRET and dtype == torch.float64):
+        why.append(f"dtype is {dtype}")
     return why
 
 
-def _chunked(x: Tensor) -> list[str]:
-    return [] if x.device.type in ("cpu", "cuda") else [f"device is {x.device.type}"]
+def _chunked(device: str, dtype: torch.dtype) -> list[str]:
+    return [] if device in ("cpu", "cuda") else [f"device is {device}"]
 
 
 _AGAINST = {
-    "cuda": lambda x: _compiled("cuda", x),
+    "cuda": partial(_compiled, "cuda"),
     "triton": _triton,
-    "cpu": lambda x: _compiled("cpu", x),
+    "cpu": partial(_compiled, "cpu"),
     "chunked": _chunked,
 }

@@ -236,7 +236,7 @@ from triton.backends.compiler import GPUTarget
 from mmfuse.kernels._runtime import operators, reasons
 
 # a trace computes nothing, and takes the same launches on any device
-reasons._AGAINST["triton"] = lambda x: []
+reasons._AGAINST["triton"] = lambda device, dtype: []
 triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
 torch.backends.cuda.matmul.fp32_precision = "tf32"
