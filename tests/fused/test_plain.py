@@ -1,0 +1,70 @@
+"""That children are still plain, as every call of a fused method sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from mmfuse.fused.acceleration.plain import Snapshot
+
+_LINEAR = ("torch.nn.modules.linear:Linear",)
+
+
+class Other(Tensor):
+    pass
+
+
+def _own_forward(model: nn.Module) -> None:
+    model[0].forward = lambda x: x  # type: ignore[index]
+
+
+def _subclass(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(2, 2).as_subclass(Other))  # type: ignore[index]
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "forward hook": lambda model: model[0].register_forward_hook(lambda *_: None),
+    "forward hook further down": lambda model: model[1][0].register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda model: model[0].register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda model: model[0].register_full_backward_hook(lambda *_: None),
+    "backward pre-hook": lambda model: model[0].register_full_backward_pre_hook(lambda *_: None),
+    "forward of its own": _own_forward,
+    "another child": lambda model: model.__setitem__(0, nn.Linear(2, 2)),
+    "without values": lambda model: model.to("meta"),
+    "subclass of tensors": _subclass,
+}
+
+
+def _model() -> tuple[nn.Sequential, Snapshot]:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU()))
+    return model, Snapshot(model, {"0": _LINEAR, "1.**": ()})
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(change: str) -> None:
+    model, snapshot = _model()
+    assert snapshot.holds() and snapshot.holds()
+    CHANGES[change](model)
+    assert not snapshot.holds() and not snapshot.holds()
+
+
+def test_hooks_of_all_modules_and_their_end() -> None:
+    _, snapshot = _model()
+    assert snapshot.holds()
+    handle = register_module_forward_hook(lambda *_: None)
+    assert not snapshot.holds()
+    handle.remove()
+    assert snapshot.holds()
+
+
+def test_hooks_of_others_and_new_values_are_none() -> None:
+    model, snapshot = _model()
+    assert snapshot.holds()
+    nn.Linear(2, 2).register_forward_hook(lambda *_: None)
+    model[0].weight = nn.Parameter(torch.zeros(2, 2))
+    assert snapshot.holds()
