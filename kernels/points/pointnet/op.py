@@ -117,7 +117,7 @@ def mini_pointnet(groups: Tensor, layers: Sequence[Layer], *, backend: str | Non
     """
     x, given = _arguments(groups, layers)
     y: Tensor = POINTNET(x, given, backend=backend)[0]
-    return y.view(*groups.shape[:-2], y.shape[1])
+    return _as_given(y, groups)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -181,10 +181,16 @@ def mini_pointnet_training(
         raise ValueError(f"groups has shape {tuple(groups.shape)}, expected at least one point")
     check("scale", scale, given.b3.shape, like=("groups", groups))
     y, mean, var, *_ = TRAINING(x, given, scale, eps, backend=backend)
-    return y.view(*groups.shape[:-2], y.shape[1]), mean, var
+    return _as_given(y, groups), mean, var
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _as_given(y: Tensor, groups: Tensor) -> Tensor:
+    """Tokens [M, D] as [..., D]."""
+    return y if groups.dim() == 3 else y.view(*groups.shape[:-2], y.shape[1])
+
 
 _NAMES = tuple(f"layers[{i}] {kind}" for i in range(4) for kind in ("weight", "bias"))
 
@@ -204,5 +210,6 @@ def _arguments(groups: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Layers]
         width = 2 * t.shape[0] if name == "layers[1] bias" else t.shape[0]
     x, *operands = autocast(groups, *tensors)
     for name, t in zip(_NAMES, operands, strict=True):
-        check(name, t, dtype=x.dtype)
-    return x.reshape(-1, *x.shape[-2:]), Layers(*operands)
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected {x.dtype} as groups")
+    return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:]), Layers(*operands)

@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+
 
 def mini_pointnet(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, w4: Tensor, b4: Tensor
 ) -> Tensor:
     """[M, D] of groups x [M, k, C]."""
-    h = _third(x, w1, b1, w2, b2, w3) + b3
-    return (h.relu() @ w4.t() + b4).max(1).values
+    h = _third(x, w1, b1, w2, b2, w3, b3)
+    return F.linear(h.relu(), w4, b4).max(1).values
 
 
 def training(
@@ -20,15 +22,15 @@ def training(
     scale: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same with batch normalisation of the third product, and its mean [C3] and biased variance [C3]."""
-    v = _third(x, w1, b1, w2, b2, w3)
+    v = _third(x, w1, b1, w2, b2, w3, None)
     rows = v.flatten(0, 1)
-    wide = rows.detach().to(torch.promote_types(v.dtype, torch.float32))
+    wide = rows.detach().to(accumulation_dtype(v.dtype))
     var, mean = torch.var_mean(wide, 0, correction=0)
     h = F.batch_norm(rows, None, None, scale.to(x.dtype).contiguous(), b3, True, 0.0, eps).view_as(v)
-    return (h.relu() @ w4.t() + b4).max(1).values, mean, var
+    return F.linear(h.relu(), w4, b4).max(1).values, mean, var
 
 
-def _third(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor) -> Tensor:
-    f = (x @ w1.t() + b1).relu() @ w2.t() + b2
+def _third(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor | None) -> Tensor:
+    f = F.linear(F.linear(x, w1, b1).relu(), w2, b2)
     g = f.max(1, keepdim=True).values
-    return torch.cat([g.expand_as(f), f], 2) @ w3.t()
+    return F.linear(torch.cat([g.expand_as(f), f], 2), w3, b3)
