@@ -18,6 +18,7 @@ from mmfuse.bench.cases import Case, Check
 from mmfuse.bench.inputs import TEMPERATURE, differentiated, near, scalar, unit, units
 from mmfuse.bench.providers import Anchor, Scratch, anchor, formula
 from mmfuse.kernels import moco_loss, queue_itc_loss
+from mmfuse.kernels.contrastive.queue import queue_itc_losses
 
 _ALPHA = 0.4
 
@@ -55,8 +56,8 @@ def _ours(
     image: Tensor, text: Tensor, image_m: Tensor, text_m: Tensor, *queues: Tensor, backend: str | None = None
 ) -> Tensor:
     *_, image_rows, text_rows, temp = queues
-    i2t = queue_itc_loss(image, text_m, text_rows, temp, query_m=image_m, alpha=_ALPHA, backend=backend)
-    t2i = queue_itc_loss(text, image_m, image_rows, temp, query_m=text_m, alpha=_ALPHA, backend=backend)
+    features = (image, text, image_m, text_m, image_rows, text_rows)
+    i2t, t2i = queue_itc_losses(*features, temp, alpha=_ALPHA, backend=backend)
     return (i2t + t2i) / 2
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import check, check_range, integers, one_of
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.codebook import blocked, reference
 
 Metric = Literal["euclidean", "cosine"]
@@ -157,7 +157,7 @@ def _rows_and_codes(z: Tensor, codebook: Tensor, names: tuple[str, str] = ("z", 
     if 0 in codebook.shape:
         raise ValueError(f"{second} has shape {tuple(codebook.shape)}, expected at least one code and one feature")
     wide = torch.promote_types(z.dtype, codebook.dtype)
-    return z.to(wide), codebook.to(wide)
+    return cast(z, wide), cast(codebook, wide)
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.arguments import autocast, check, integers, multiplier
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 
 def features(
@@ -20,6 +19,12 @@ def features(
     names: tuple[str, str] = ("image", "text"),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As they are multiplied, with the scale as a tensor. Without a row_offset, no rows are pairs."""
+    image, text = pairs(image, text, row_offset, names)
+    return image, text, multiplier("logit_scale", logit_scale, image)
+
+
+def pairs(image: Tensor, text: Tensor, row_offset: int | None, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """The same without a scale."""
     first, second = names
     image, text = alike(first, image, second, text)
     if row_offset is not None and not (row_offset >= 0 and row_offset + image.shape[0] <= text.shape[0]):
@@ -27,7 +32,7 @@ def features(
             f"{first} has {image.shape[0]} rows at row_offset {row_offset}, expected 0 <= row_offset and at most the "
             f"{text.shape[0]} rows of {second}"
         )
-    return image, text, multiplier("logit_scale", logit_scale, image)
+    return image, text
 
 
 def alike(
@@ -58,32 +63,33 @@ def weights_of(weights: tuple[float, float]) -> tuple[float, float]:
     return w_image, w_text
 
 
-def positives(
+def ids_of_sides(
     ids: Tensor | tuple[Tensor, Tensor] | None, image: Tensor, text: Tensor, row_offset: int
 ) -> tuple[Tensor | None, Tensor | None]:
+    """(image ids [b], text ids [N]), int64."""
+    if ids is None:
+        return None, None
+    if isinstance(ids, Tensor):
+        text_ids = integers("ids", ids, text, "text")
+        return text_ids[row_offset : row_offset + image.shape[0]], text_ids
+    if isinstance(ids, (tuple, list)) and len(ids) == 2:
+        return integers("ids[0]", ids[0], image, "image"), integers("ids[1]", ids[1], text, "text")
+    raise TypeError(f"ids is {type(ids).__name__}, expected a tensor [N] or a pair (image ids [b], text ids [N])")
+
+
+def positives(image_ids: Tensor, text_ids: Tensor, row_offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(keys [b + N] int32, shares [b + N]) of ids: positives have equal keys, `shares` is one over their number.
 
     The key of an id is where it begins among the sorted ids of the texts, -1 where they lack it. A share is 0 for a row
     without a positive, and for the texts that have no image here.
     """
-    if ids is None:
-        return None, None
-    b, n = len(image), len(text)
-    if isinstance(ids, Tensor):
-        text_ids = integers("ids", ids, text, "text")
-        image_ids = text_ids[row_offset : row_offset + b]
-    elif isinstance(ids, (tuple, list)) and len(ids) == 2:
-        image_ids, text_ids = integers("ids[0]", ids[0], image, "image"), integers("ids[1]", ids[1], text, "text")
-    else:
-        raise TypeError(f"ids is {type(ids).__name__}, expected a tensor [N] or a pair (image ids [b], text ids [N])")
+    b, n = len(image_ids), len(text_ids)
     ordered = text_ids.sort().values
     pairs = text_ids[row_offset : row_offset + b]
     row_count, pair_count = _count(ordered, image_ids), _count(image_ids.sort().values, pairs)
     keys = torch.searchsorted(ordered, torch.cat([image_ids, text_ids]), out_int32=True)
     found = torch.cat([row_count > 0, torch.ones_like(text_ids, dtype=torch.bool)])
-    share = torch.cat([row_count, F.pad(pair_count, (row_offset, n - b - row_offset))]).to(
-        accumulation_dtype(image.dtype)
-    )
+    share = torch.cat([row_count, F.pad(pair_count, (row_offset, n - b - row_offset))]).to(dtype)
     return torch.where(found, keys, -1), torch.where(share > 0, 1 / share, 0)
 
 

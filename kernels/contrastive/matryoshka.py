@@ -54,4 +54,5 @@ def matryoshka_clip_loss(
         raise ValueError(f"weights is {weights}, expected {len(dims)} finite numbers, one for each of dims")
     images, texts = ([t[:, :d] for d in dims] for t in (image, text))
     losses = grouped_clip_loss(images, texts, [scale] * len(dims), normalize=normalize, backend=backend)
-    return sum((c * loss for c, loss in zip(weights, losses.unbind(), strict=True)), start=losses.new_zeros(()))
+    first, *others = (loss if c == 1 else c * loss for c, loss in zip(weights, losses.unbind(), strict=True))
+    return sum(others, start=first)

@@ -15,7 +15,7 @@ from mmfuse.kernels._runtime.arguments import one_of, scalar
 from mmfuse.kernels._runtime.device import total_memory
 from mmfuse.kernels._runtime.thresholds import few_pairs, fewer_pairs
 from mmfuse.kernels.contrastive import reference
-from mmfuse.kernels.contrastive.arguments import features, needs_gradient, positives, weights_of
+from mmfuse.kernels.contrastive.arguments import features, ids_of_sides, needs_gradient, positives, weights_of
 from mmfuse.kernels.contrastive.backends import of_template
 from mmfuse.kernels.contrastive.blocked import positive_logits, unit_rows
 from mmfuse.kernels.contrastive.normalisers import column_normaliser, negative_log_prob, normaliser
@@ -69,14 +69,16 @@ class ClipOutputs(NamedTuple):
     y: Tensor = _NONE
     x_inv: Tensor = _NONE  # one over their norms, or empty
     y_inv: Tensor = _NONE
+    keys: Tensor = _NONE  # [b + N] int32, equal for a row and a column that are a positive; empty without ids
+    shares: Tensor = _NONE  # [b + N], one over the number of positives
 
 
 @dataclass(frozen=True)
 class Targets:
     """What the softmaxes are to be, and how much the directions count."""
 
-    keys: Tensor | None  # [b + N] int32, equal for a row and a column that are a positive
-    shares: Tensor | None  # [b + N], one over the number of positives
+    image_ids: Tensor | None  # [b], equal for a row and a column that are a positive
+    text_ids: Tensor | None  # [N]
     w_image: float
     w_text: float
     label_smoothing: float
@@ -89,8 +91,11 @@ def _clip_forward(
 ) -> ClipOutputs:
     pair = normalize_pair(image, text, normalize)
     x, y, b, n = pair.x, pair.y, len(image), len(text)
-    keys, shares, label_smoothing, row_offset = want.keys, want.shares, want.label_smoothing, want.row_offset
-    same = None if keys is None else (keys, positive_logits(x, y, row_offset))
+    label_smoothing, row_offset = want.label_smoothing, want.row_offset
+    keys, shares, same = scale.new_empty(0), scale.new_empty(0), None
+    if want.image_ids is not None and want.text_ids is not None:
+        keys, shares = positives(want.image_ids, want.text_ids, row_offset, scale.dtype)
+        same = (keys, positive_logits(x, y, row_offset))
     row_max, row_sum, col_max, col_sum, positive, logits, *sums = passes.stats(x, y, scale, row_offset, save, same)
     pairs = slice(row_offset, row_offset + b)
     diag = scale * positive
@@ -99,7 +104,7 @@ def _clip_forward(
     else:
         row = negative_log_prob(row_max, row_sum, diag)
         column = negative_log_prob(col_max[pairs], col_sum[pairs], diag)
-    if keys is not None and shares is not None and same is not None:
+    if same is not None:
         own = keys[:b] == keys[b:][pairs]
         nearly = scale * (same[1][:b] - positive)
         row = _over_positives(row, scale * sums[0], nearly, own, shares[:b], label_smoothing)
@@ -112,7 +117,7 @@ def _clip_forward(
         to_all = (want.w_image / n + want.w_text / b) * total_logits / b
         loss = loss + label_smoothing * ((want.w_image + want.w_text) * diag.mean() - to_all)
     kept = normalize_pair_kept(pair, normalize)
-    return ClipOutputs(loss, row_max, col_max, diag, total_logits, row_sum, col_sum, logits, *kept)
+    return ClipOutputs(loss, row_max, col_max, diag, total_logits, row_sum, col_sum, logits, *kept, keys, shares)
 
 
 def _over_positives(
@@ -127,11 +132,12 @@ def _over_positives(
     return (1 - label_smoothing) * hard + label_smoothing * of_pair if label_smoothing else hard
 
 
-def _clip_fake(image: Tensor, text: Tensor, scale: Tensor, normalize: bool, save: str) -> ClipOutputs:
+def _clip_fake(image: Tensor, text: Tensor, scale: Tensor, want: Targets, normalize: bool, save: str) -> ClipOutputs:
     b, n, new = image.shape[0], text.shape[0], scale.new_empty
     logits = new((b, n), dtype=torch.int16 if save == "int16" else scale.dtype) if save else new(0)
     kept = normalize_pair_kept(normalize_pair(image, text, normalize), normalize)
-    return ClipOutputs(new(()), new(b), new(n), new(b), new(()), new(b), new(n), logits, *kept)
+    of_ids = (new(0), new(0)) if want.text_ids is None else (new(b + n, dtype=torch.int32), new(b + n))
+    return ClipOutputs(new(()), new(b), new(n), new(b), new(()), new(b), new(n), logits, *kept, *of_ids)
 
 
 def _clip_backward(
@@ -146,10 +152,12 @@ def _clip_backward(
     col_sum: Tensor,
     diag: Tensor,
     logits: Tensor,
+    keys: Tensor,
+    shares: Tensor,
     needs: Any,
 ) -> dict[str, Tensor]:
     b, n = len(pair.x), len(pair.y)
-    keys, shares, w_image, w_text = want.keys, want.shares, want.w_image, want.w_text
+    w_image, w_text = want.w_image, want.w_text
     label_smoothing, pairs = want.label_smoothing, slice(want.row_offset, want.row_offset + b)
     shift = label_smoothing * (w_image / n + w_text / b) if b else 0.0
     counted = torch.full_like(diag, -torch.inf) if want.decoupled else diag
@@ -159,7 +167,7 @@ def _clip_backward(
     # P_ii - 1 without cancellation, likewise the columns
     d = label_smoothing * (w_image + w_text) - shift - w_image * miss - w_text * column_miss
     targets = None
-    if keys is not None and shares is not None:
+    if want.text_ids is not None:
         p, q = ((1 - label_smoothing) * w * share for w, share in ((w_image, shares[:b]), (w_text, shares[b:])))
         # what a row's targets add up to: its probabilities count as often
         mass = (1 - label_smoothing) * (shares > 0).to(shares.dtype) + label_smoothing
@@ -193,7 +201,7 @@ _IDS_SIDES = {
 
 
 def _few_pairs(backend: str, image: Tensor, text: Tensor, want: Targets) -> str | None:
-    sides = CLIP_SIDES if want.keys is None else _IDS_SIDES[backend]
+    sides = CLIP_SIDES if want.text_ids is None else _IDS_SIDES[backend]
     return fewer_pairs(sides, image, image.shape[0] * text.shape[0])
 
 
@@ -207,7 +215,7 @@ CLIP = Operator(
     implementations=of_template(
         _clip_reference,
         prefer_eager={name: partial(_few_pairs, name) for name in ("cpu", "chunked")},
-        against={"cuda": [lambda want: None if want.keys is None else "ids are given"]},
+        against={"cuda": [lambda want: None if want.text_ids is None else "ids are given"]},
     ),
     example=lambda x, **how: clip_loss(x, x, 1.0, **how),
 )
@@ -289,8 +297,8 @@ def clip_loss(
         raise ValueError("decoupled is set and image has 1 row, expected at least 2: a pair alone has no negatives")
     one_of("save", save, _SAVES)
     kept = kept_logits(save, store_budget, image, n) if needs_gradient(image, text, scale) else ""
-    of_ids = positives(ids, image, text, row_offset)
-    want = Targets(*of_ids, w_image, w_text, float(label_smoothing), decoupled, row_offset)
+    sides = ids_of_sides(ids, image, text, row_offset)
+    want = Targets(*sides, w_image, w_text, float(label_smoothing), decoupled, row_offset)
     found = CLIP(image, text, scale, want, normalize, kept, metrics, backend=backend)
     loss = found.loss
     if isinstance(logit_bias, Tensor):

@@ -14,27 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 
 
 def _logits(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> Tensor:
     if normalize:
         image, text = unit(image), unit(text)
     # logits in the operands' dtype, as eager code computes them; the loss itself in float32 or float64
-    return ((scale.to(image.dtype) * image) @ text.t()).to(scale.dtype)
+    return cast((cast(scale, image.dtype) * image) @ text.t(), scale.dtype)
 
 
 def unit(x: Tensor) -> Tensor:
     """Rows of unit length, and those of zeros as they are: in float16 the smallest length, 1e-12, would be 0."""
-    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1).to(x.dtype)
+    return cast(F.normalize(cast(x, accumulation_dtype(x.dtype)), dim=-1), x.dtype)
 
 
 def clip_loss(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    keys: Tensor | None,
-    shares: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
     w_image: float,
     w_text: float,
     label_smoothing: float,
@@ -42,23 +42,25 @@ def clip_loss(
     normalize: bool,
     row_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, logits [b, N]). Positives have equal keys [b + N], `shares` is one over their number."""
+    """(loss, logits [b, N]). With ids [b] and [N], the positives are the pairs that have equal ones."""
     if normalize:
         image, text = unit(image), unit(text)
     s = _logits(image, text, scale, False)
     b = len(s)
     pairs = slice(row_offset, row_offset + b)
-    column_target = torch.arange(b, device=s.device)
-    row_target = column_target + row_offset if row_offset else column_target
+    if image_ids is not None and text_ids is not None:
+        same = (image_ids[:, None] == text_ids).to(s.dtype)
+        row_target = same / same.sum(1, keepdim=True).clamp_min(1)
+        same = same[:, pairs]
+        column_target = (same / same.sum(0).clamp_min(1)).t()
+    else:
+        column_target = torch.arange(b, device=s.device)
+        row_target = column_target + row_offset if row_offset else column_target
     if decoupled:
         own = row_target[:, None] == torch.arange(s.shape[1], device=s.device)
         positive, negatives = s.diagonal(row_offset)[:b], s.masked_fill(own, -torch.inf)
         row, column = negatives.logsumexp(1), negatives[:, pairs].logsumexp(0)
         return (w_image * (row - positive) + w_text * (column - positive)).mean(), s
-    if keys is not None and shares is not None:
-        same = (keys[:b, None] == keys[b:]).to(s.dtype)
-        row_target = same * shares[:b, None]
-        column_target = (same * shares[b:])[:, pairs].t()
     images = (s, row_target, w_image)
     # two products of 16 bits, as open_clip has them, are cheaper than to walk down the columns in 32
     columns = _logits(text[pairs], image, scale, False) if image.dtype.itemsize == 2 else s[:, pairs].t()

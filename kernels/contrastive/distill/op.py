@@ -12,7 +12,7 @@ from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import check, multiplier
 from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
-from mmfuse.kernels.contrastive.arguments import features, weights_of
+from mmfuse.kernels.contrastive.arguments import features, pairs, weights_of
 from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.blocked import positive_logits
 from mmfuse.kernels.contrastive.distill import blocked
@@ -182,7 +182,7 @@ def distill_clip_loss(
     """
     image, text, scale = features(image, text, logit_scale, row_offset)
     names = ("teacher_image", "teacher_text")
-    teacher = features(teacher_image, teacher_text, 1.0, row_offset, names=names)[:2]
+    teacher = pairs(teacher_image, teacher_text, row_offset, names)
     for name, t, rows in zip(names, teacher, (image, text), strict=True):
         check(name, t, (rows.shape[0], "Dt"), f" with the rows of {name[8:]}", image.dtype, ("image", image))
     t_scale = multiplier("teacher_scale", teacher_scale, image)

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import cast
 from mmfuse.kernels.contrastive.blocked import finite
 from mmfuse.kernels.contrastive.reference import unit
 
@@ -21,12 +22,13 @@ from mmfuse.kernels.contrastive.reference import unit
 def moving_average(log_u: Tensor, log_g: Tensor, gamma: float) -> Tensor:
     """log((1 - gamma) u + gamma g); g itself where there is no u yet."""
     old = log_u + (math.log1p(-gamma) if gamma < 1 else -math.inf)
-    return torch.where(log_u.isfinite(), torch.logaddexp(old, log_g + math.log(gamma)), log_g)
+    # isfinite is four operations
+    return torch.where(log_u.abs() < math.inf, torch.logaddexp(old, log_g + math.log(gamma)), log_g)
 
 
 def log_divisor(log_u: Tensor, eps: float) -> Tensor:
     """log(u + eps); 0 where both are 0, for then g is 0 too."""
-    return finite(torch.logaddexp(log_u, log_u.new_full((), math.log(eps) if eps else -math.inf)))
+    return torch.logaddexp(log_u, log_u.new_full((), math.log(eps))) if eps else finite(log_u)
 
 
 def global_contrastive_loss(
@@ -42,13 +44,12 @@ def global_contrastive_loss(
     """(loss, new log u [N], new log w [N])."""
     if normalize:
         image, text = unit(image), unit(text)
-    s = ((scale.to(image.dtype) * image) @ text.t()).to(scale.dtype)
+    s = cast((cast(scale, image.dtype) * image) @ text.t(), scale.dtype)
     n = len(s)
     positive, negatives = s.diagonal(), s.masked_fill(torch.eye(n, dtype=torch.bool, device=s.device), -torch.inf)
-    loss, found = torch.zeros_like(positive), []
+    terms, found = [], []
     for dim, old in ((1, log_u), (0, log_w)):
         log_g = negatives.logsumexp(dim) - positive - math.log(max(n - 1, 1))
         found.append(moving_average(old, log_g.detach(), gamma))
-        loss = loss + torch.exp(log_g - log_divisor(found[-1], eps))
-    new_u, new_w = found
-    return loss.mean() / scale.detach(), new_u, new_w
+        terms.append(torch.exp(log_g - log_divisor(found[-1], eps)))
+    return (terms[0] + terms[1]).mean() / scale.detach(), found[0], found[1]

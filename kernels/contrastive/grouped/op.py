@@ -14,9 +14,18 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import check
 from mmfuse.kernels._runtime.thresholds import few_pairs
+from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, needs_gradient, weights_of
 from mmfuse.kernels.contrastive.normalisers import negative_log_prob, normaliser
-from mmfuse.kernels.contrastive.op import CLIP_SIDES, Pair, clip_loss, normalize_pair, normalize_pair_kept
+from mmfuse.kernels.contrastive.op import (
+    CLIP,
+    CLIP_SIDES,
+    Pair,
+    Targets,
+    kept_logits,
+    normalize_pair,
+    normalize_pair_kept,
+)
 
 # the gradient matrix of a group is one square of the template
 _LARGEST = 8192
@@ -80,7 +89,15 @@ def _of_groups(image: Tensor, text: Tensor, scale: Tensor, groups: Groups, norma
     images, texts = (
         [t[:, :d] for t, d in zip(side.split(groups.sizes), groups.dims, strict=True)] for side in (image, text)
     )
-    return (_one_by_one("torch", images, texts, list(scale), (groups.w_image, groups.w_text), normalize),)
+    return (_in_torch(images, texts, list(scale), (groups.w_image, groups.w_text), normalize),)
+
+
+def _in_torch(
+    images: list[Tensor], texts: list[Tensor], scales: list[Tensor], weights: tuple[float, float], normalize: bool
+) -> Tensor:
+    options = (None, None, *weights, 0.0, False, normalize, 0)
+    every = zip(images, texts, scales, strict=True)
+    return torch.stack([reference.clip_loss(*group, *options)[0] for group in every])
 
 
 _LAUNCH = Operator(
@@ -115,7 +132,12 @@ def _one_by_one(
     weights: tuple[float, float],
     normalize: bool,
 ) -> Tensor:
-    one = partial(clip_loss, weights=weights, normalize=normalize, backend=backend)
+    want = Targets(None, None, *weights, 0.0, False, 0)
+
+    def one(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        kept = kept_logits("auto", None, image, text.shape[0]) if needs_gradient(image, text, scale) else ""
+        return CLIP(image, text, scale, want, normalize, kept, False, backend=backend).loss
+
     return torch.stack([one(*group) for group in zip(images, texts, scales, strict=True)])
 
 
@@ -148,7 +170,7 @@ GROUPED = Operator(
         Implementation("cuda", function=partial(_one_by_one, "cuda")),
         Implementation("cpu", function=partial(_one_by_one, "cpu"), prefer_eager=_few_pairs),
         Implementation("chunked", function=partial(_one_by_one, "chunked"), prefer_eager=_few_pairs),
-        Implementation("torch", function=partial(_one_by_one, "torch")),
+        Implementation("torch", function=_in_torch),
     ],
     example=lambda x, **how: grouped_clip_loss([x], [x], [1.0], **how),
 )

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
@@ -179,8 +180,8 @@ def max_query_loss(
     elif all_ids is not None:
         raise ValueError("all_ids is given without ids, expected both")
 
-    similarity = partial(max_query_similarity, backend=backend)
-    i2t = similarity(image, text_all) / temp
-    t2i = i2t.t() if own else similarity(image_all, text).t() / temp
-    target = (row_offset, label_smoothing, ids, all_ids)
-    return (reference.cross_entropy(i2t, *target) + reference.cross_entropy(t2i, *target)) / 2
+    i2t = MAX_QUERY(image, text_all, backend=backend).u / temp
+    t2i = i2t.t() if own else MAX_QUERY(image_all, text, backend=backend).u.t() / temp
+    target = reference.targets(i2t, row_offset, ids, all_ids)
+    of_image, of_text = (F.cross_entropy(s, target, label_smoothing=label_smoothing) for s in (i2t, t2i))
+    return (of_image + of_text) / 2

@@ -7,25 +7,20 @@ L = -mean_i sum_j T_ij log softmax_j(u_ij / temp),     T = (1 - eps) positives +
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 
 
 def similarity(image: Tensor, text: Tensor) -> Tensor:
     """u [B, N], with the [B, Q, N] products in memory. Of equal queries the first gets the gradient."""
     s = (image.flatten(0, 1) @ text.t()).unflatten(0, image.shape[:2])
-    return s.max(1).values.to(accumulation_dtype(image.dtype))
+    return cast(s.max(1).values, accumulation_dtype(image.dtype))
 
 
-def cross_entropy(
-    s: Tensor, row_offset: int, label_smoothing: float, ids: Tensor | None, all_ids: Tensor | None
-) -> Tensor:
-    """One direction of the loss over logits s [b, N]; positives are the pairs, or what has the row's id."""
+def targets(s: Tensor, row_offset: int, ids: Tensor | None, all_ids: Tensor | None) -> Tensor:
+    """Of both directions' logits like s [b, N], for cross_entropy: the pairs, or shares of what has the row's id."""
     if ids is None or all_ids is None:
-        target = torch.arange(len(s), device=s.device) + row_offset
-    else:
-        same = (ids[:, None] == all_ids).to(s.dtype)
-        target = same / same.sum(1, keepdim=True)
-    return F.cross_entropy(s, target, label_smoothing=label_smoothing)
+        return torch.arange(row_offset, row_offset + s.shape[0], device=s.device)
+    same = (ids[:, None] == all_ids).to(s.dtype)
+    return same / same.sum(1, keepdim=True)

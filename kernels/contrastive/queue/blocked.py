@@ -42,8 +42,8 @@ class Directions:
 
     def each(self) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
         """(query, query_m, keys, queue) of every direction."""
-        teachers = [None] * len(self.query) if self.query_m is None else self.query_m
-        return list(zip(self.query, teachers, self.keys, self.queues, strict=True))
+        teachers = [None] * len(self.queues) if self.query_m is None else self.query_m.unbind()
+        return list(zip(self.query.unbind(), teachers, self.keys.unbind(), self.queues, strict=True))
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Ids of the queries and of the keys, equal where a key is not to be drawn."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import autocast, check, integers, require_integer, scalar
+from mmfuse.kernels._runtime.arguments import autocast, check, integers, number, require_integer, scalar
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels.contrastive.negatives.op import NEGATIVES, OTHER_DIRECTION, seed_of
 from mmfuse.kernels.contrastive.queue import blocked, reference
@@ -98,7 +98,7 @@ def _itc_fake(given: Directions, k: int, needs: Any) -> ItcOutputs:
 
 def _itc_reference(given: Directions, k: int, mixture: float, seeds: Tensor | None) -> ItcOutputs:
     options: Any = (given.temp, given.alpha, given.ids, given.key_ids, given.queue_ids)
-    loss = torch.stack([reference.queue_itc_loss(*one, *options) for one in given.each()])
+    loss = _stacked(tuple(reference.queue_itc_loss(*one, *options) for one in given.each()))
     if seeds is None:
         return ItcOutputs(loss)
     with torch.no_grad():
@@ -267,8 +267,7 @@ def _way(alpha: float, ids: Tensor | None, teacher: tuple[str, Tensor | None], *
         return query, None, keys, queue
     if query_m is None:
         raise ValueError(f"alpha is {alpha} and {name} is None, expected the teacher's queries [B, D]")
-    query_m = _features(**{first: query, name: query_m})[1]
-    check(name, query_m, query.shape, f" as {first}")
+    check(name, query_m, query.shape, f" as {first}", _dtypes_beside(query), (first, query))
     return query, query_m.to(query.dtype), keys, queue
 
 
@@ -295,7 +294,7 @@ def _itc(
     if not 0.0 <= mixture < math.inf:
         raise ValueError(f"mixture is {mixture}, expected a finite number >= 0")
     # as a number it would be compiled anew for each value, and it is warmed up step by step
-    weight = torch.ones((), dtype=torch.float64, device=temp.device) * alpha
+    weight = number(alpha, torch.float64, temp.device)
     teacher = None if teachers[0] is None else _stacked(teachers)
     other_queue = queues[1] if len(queues) == 2 else None
     given = Directions(_stacked(queries), _stacked(keys), queues[0], temp, weight, teacher, other_queue, *ids)
@@ -389,7 +388,11 @@ def _features(**named: Tensor) -> tuple[Tensor, ...]:
     if query.shape[1] == 0:
         raise ValueError(f"{first} has shape {tuple(query.shape)}, expected at least one feature per row")
     (query,) = autocast(query)
-    dtypes = (query.dtype, torch.float32) if query.dtype.itemsize == 2 else query.dtype
     for name, t in others:
-        check(name, t, ("N", query.shape[1]), f", as many features per row as {first}", dtypes, (first, query))
+        shape, note = ("N", query.shape[1]), f", as many features per row as {first}"
+        check(name, t, shape, note, _dtypes_beside(query), (first, query))
     return query, *(t for _, t in others)
+
+
+def _dtypes_beside(query: Tensor) -> torch.dtype | tuple[torch.dtype, ...]:
+    return (query.dtype, torch.float32) if query.dtype.itemsize == 2 else query.dtype

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import cast
+
 
 def queue_itc_loss(
     query: Tensor,
@@ -25,14 +27,14 @@ def queue_itc_loss(
     key_ids: Tensor | None,
     queue_ids: Tensor | None,
 ) -> Tensor:
-    everything = torch.cat([keys.to(query.dtype), queue.to(query.dtype)]).detach()
+    everything = torch.cat([cast(keys, query.dtype), cast(queue, query.dtype)]).detach()
     log_p = F.log_softmax(_logits(query, everything, temp), dim=1)
     with torch.no_grad():
         if ids is None or key_ids is None or queue_ids is None:
-            hard = torch.eye(len(query), len(everything), dtype=temp.dtype, device=temp.device)
+            targets = (1 - alpha) * torch.eye(len(query), len(everything), dtype=temp.dtype, device=temp.device)
         else:
             hard = (ids[:, None] == torch.cat([key_ids, queue_ids])).to(temp.dtype)
-        targets = (1 - alpha) * hard / hard.sum(1, keepdim=True).clamp_min(1)
+            targets = (1 - alpha) * hard / hard.sum(1, keepdim=True).clamp_min(1)
         if query_m is not None:
             targets = targets + alpha * F.softmax(_logits(query_m, everything, temp), dim=1)
     return -(targets * log_p).sum(1).mean()
@@ -48,4 +50,4 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor) -> Tensor
 
 def _logits(x: Tensor, keys: Tensor, temp: Tensor) -> Tensor:
     # products in the operands' dtype, as eager code computes them; the loss itself in float32 or float64
-    return (x @ keys.t()).to(temp.dtype) / temp
+    return cast(x @ keys.t(), temp.dtype) / temp

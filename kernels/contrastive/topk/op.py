@@ -10,7 +10,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels.contrastive.arguments import features
+from mmfuse.kernels.contrastive.arguments import alike
 from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.topk import blocked, reference
 
@@ -75,7 +75,7 @@ def similarity_topk(queries: Tensor, gallery: Tensor, k: int, *, backend: str | 
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    queries, gallery, _ = features(queries, gallery, 1.0, None, ("queries", "gallery"))
+    queries, gallery = alike("queries", queries, "gallery", gallery)
     require_integer("k", k)
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"k is {k}, expected at least 1 and at most the {gallery.shape[0]} rows of gallery")
