@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.arguments import PIXELS, check, constant, one_of
-from mmfuse.kernels.patch.geometry import LAYOUTS, is_still, view
+from mmfuse.kernels.patch.geometry import LAYOUTS, is_still, view_shape
 
 Norm = tuple[Tensor, Tensor | None, float]
 
@@ -45,7 +45,7 @@ def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | N
     still = is_still(pixels, weight, layout)
     if pixels.dim() != weight.dim() - still:
         raise ValueError(f"pixels has shape {tuple(pixels.shape)}, expected {expected} for layout {layout!r}")
-    found, channels = view(pixels, weight.dim(), layout).shape[1], weight.shape[1]
+    found, channels = view_shape(pixels, layout)[1], weight.shape[1]
     if found != channels:
         raise ValueError(f"pixels has {found} channels, expected {channels} as weight")
     dims = weight.dim() - 2

@@ -42,6 +42,18 @@ def view(pixels: Tensor, weight_dims: int, layout: str) -> Tensor:
     return x[missing]
 
 
+def view_shape(pixels: Tensor, layout: str) -> tuple[int, ...]:
+    """That of `view`, without the view."""
+    b, *sizes = pixels.shape
+    if layout == "patches":
+        return b, sizes[1], 1, 1, sizes[0]
+    if layout == "nchw":
+        c, *sizes = sizes
+    else:
+        c = sizes.pop(1 if layout == "ntchw" else -1)
+    return (b, c, *(1,) * (3 - len(sizes)), *sizes)
+
+
 def unview(x: Tensor, pixels: Tensor, layout: str) -> Tensor:
     """The reverse of `view`, contiguous in the shape of the pixels."""
     if layout == "ntchw":
@@ -79,7 +91,7 @@ def source(
     still = is_still(pixels, weight, layout)
     if still:  # every frame is the image
         kernel, steps = (1, *kernel[1:]), (1, *steps[1:])
-    return geometry(tuple(view(pixels, weight.dim(), layout).shape[2:]), kernel, steps, padding), still
+    return geometry(view_shape(pixels, layout)[2:], kernel, steps, padding), still
 
 
 def geometry(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: str) -> Geometry:

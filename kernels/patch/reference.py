@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import cast
 from mmfuse.kernels.patch.geometry import kernel_of, pad, unfold, view
 from mmfuse.kernels.patch.stem import Stem
 
@@ -18,7 +19,7 @@ from mmfuse.kernels.patch.stem import Stem
 def patch_embed(stem: Stem) -> Tensor:
     """Tokens [B, R + N, D] in the stem's dtype, products in its compute."""
     s = stem
-    w, bias = s.weight.to(s.compute), None if s.bias is None else s.bias.to(s.compute)
+    w, bias = cast(s.weight, s.compute), None if s.bias is None else cast(s.bias, s.compute)
     mask = s.mask if s.mask is None or s.ids_keep is None else s.mask.gather(1, s.ids_keep)
     if w.dim() == s.pixels.dim() == 4 and mask is None and s.ids_keep is None:
         # what a library runs, on the pixels as they lie
@@ -35,18 +36,18 @@ def patch_embed(stem: Stem) -> Tensor:
             # what is masked has no part in a gradient either, be it NaN
             rows = rows.masked_fill(mask[:, :, None], 0)
         y = F.linear(rows, kernel_of(w, s.layout, s.still).flatten(1), bias)
-    y = y.to(torch.promote_types(s.compute, s.dtype))  # wider than the product where its sum with the position is
+    y = cast(y, torch.promote_types(s.compute, s.dtype))  # wider than the product where its sum with the position is
     y = layer_norm(y, s.stem_weight, s.stem_bias, s.stem_eps)
     if mask is not None and s.mask_token is not None:
         y = torch.where(mask[:, :, None], s.mask_token.to(y.dtype), y)
     if s.position is not None:
-        y = y + (s.position if s.ids_keep is None else s.position[s.ids_keep]).to(y.dtype)
+        y = y + cast(s.position if s.ids_keep is None else s.position[s.ids_keep], y.dtype)
     if s.prefix is not None:
         front = s.prefix if s.prefix_position is None else s.prefix + s.prefix_position
-        y = torch.cat([front.to(y.dtype).expand(y.shape[0], -1, -1), y], dim=1)
+        y = torch.cat([cast(front, y.dtype).expand(y.shape[0], -1, -1), y], dim=1)
     if s.type_embed is not None:
-        y = y + s.type_embed.to(y.dtype)
-    return layer_norm(y, s.pre_weight, s.pre_bias, s.pre_eps).to(s.dtype)
+        y = y + cast(s.type_embed, y.dtype)
+    return cast(layer_norm(y, s.pre_weight, s.pre_bias, s.pre_eps), s.dtype)
 
 
 def _normalised(x: Tensor, s: Stem) -> Tensor:
@@ -57,7 +58,7 @@ def _normalised(x: Tensor, s: Stem) -> Tensor:
         x = x / 255 if bytes_ else x
         x = x if s.mean is None else x - s.mean.to(x.dtype).view(of_channels)
         x = x if s.std is None else x / s.std.to(x.dtype).view(of_channels)
-    return x.to(s.compute)
+    return cast(x, s.compute)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

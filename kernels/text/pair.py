@@ -64,7 +64,8 @@ def _implementation(name: str) -> Implementation:
     )
     against: list[Any] = [partial(_of_patches, name), *([too_wide] if on_gpu else [])]
     kernels = [*PATCH_EMBED.implementations[name].kernels, WORDS["triton"].module] if name == "triton" else []
-    return Implementation(name, passes=passes, against=against, kernels=kernels)
+    prefer_eager = PATCH_EMBED.implementations[name].prefer_eager
+    return Implementation(name, passes=passes, against=against, prefer_eager=prefer_eager, kernels=kernels)
 
 
 def _example(x: Tensor, **how: Any) -> Tensor:

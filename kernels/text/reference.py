@@ -10,7 +10,8 @@ from mmfuse.kernels.text.blocked import Words
 
 def embed_text(words: Words) -> Tensor:
     """[B, L, D]."""
-    x = F.embedding(words.ids, words.table, words.padding_idx) * words.scale
+    x = F.embedding(words.ids, words.table, words.padding_idx)
+    x = x if words.scale == 1 else x * words.scale
     if words.text_position is not None:
         x = x + words.text_position
     if words.text_type is not None:

@@ -69,20 +69,22 @@ def layout(
         source = row = torch.where(at < count[image], begin[image] + at, -1)
     else:
         row = torch.arange(patches, device=device)
-        image = torch.searchsorted(begin[1:], row, right=True)
-        if padded_in:
-            image = row.div(padded_in, rounding_mode="floor")
+        image = row // padded_in if padded_in else torch.searchsorted(begin[1:], row, right=True)
     first = torch.cat([start, begin[-1:]])
-    within = torch.where(row < 0, patches, row) - first[image]
+    within = (torch.where(row < 0, patches, row) if padded_out else row) - first[image]
     inside = within < count[image]
     within = torch.where(inside, within, 0)
 
-    h, w = thw[:, 1][image], thw[:, 2][image]
+    _, h, w = thw[image].unbind(1)
     area = (h * w).clamp(min=1)
     frame, r = within // area, within % area
-    blocks = (w // merge).clamp(min=1)
-    y = r // (merge * merge * blocks) * merge + r // merge % merge
-    x = r // (merge * merge) % blocks * merge + r % merge
+    if merge == 1:
+        columns = w.clamp(min=1)
+        y, x = r // columns, r % columns
+    else:
+        blocks = (w // merge).clamp(min=1)
+        y = r // (merge * merge * blocks) * merge + r // merge % merge
+        x = r // (merge * merge) % blocks * merge + r % merge
     ids = torch.stack([frame, y, x], 1)[:, 3 - grids.shape[1] :]
     height, width = (torch.maximum(h, w),) * 2 if keep_aspect else (h, w)
     if not pad_first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -227,15 +228,16 @@ def _check(patches: Tensor, grids: Tensor, weight: Tensor) -> tuple[int, int]:
 
 
 def _check_grids(grids: Tensor, merge: int, length: int | None, patches: int, ids_keep: Tensor | None) -> None:
-    if (grids < 0).any():
+    sizes = grids.tolist()  # one wait for the host, whatever is asked of them
+    if any(n < 0 for size in sizes for n in size):
         raise ValueError("grids has a negative number, expected (h, w) >= 0")
-    if merge > 1 and (grids[:, -2:] % merge).any():
+    if merge > 1 and any(n % merge for size in sizes for n in size[-2:]):
         raise ValueError(f"grids has a size that is not a multiple of {merge}, expected even ones for order merge2")
-    count = grids.prod(1)
-    if length is not None and len(count) and count.max() > length:
-        raise ValueError(f"grids has an image of {count.max()} patches, expected at most {length}")
-    if length is None and count.sum() > patches:
-        raise ValueError(f"grids add up to {count.sum()} patches, expected at most the {patches} of patches")
+    count = [prod(size) for size in sizes]
+    if length is not None and max(count, default=0) > length:
+        raise ValueError(f"grids has an image of {max(count)} patches, expected at most {length}")
+    if length is None and sum(count) > patches:
+        raise ValueError(f"grids add up to {sum(count)} patches, expected at most the {patches} of patches")
     if ids_keep is not None and len(ids_keep) and not 0 <= ids_keep.min() <= ids_keep.max() < patches:
         raise ValueError(f"ids_keep has values from {ids_keep.min()} to {ids_keep.max()}, expected 0 to {patches - 1}")
 

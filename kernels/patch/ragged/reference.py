@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.patch.positions.axes import axis_weights
 from mmfuse.kernels.patch.ragged.stem import entering
 
@@ -31,33 +32,36 @@ def patch_embed_packed(
     dtype: torch.dtype,
 ) -> Tensor:
     """x [T, K] to tokens [R, D]."""
-    acc = torch.promote_types(compute, torch.float32)
-    rows = entering(x, mean, std, acc).to(compute)
+    acc = accumulation_dtype(compute)
+    rows = cast(entering(x, mean, std, acc), compute)
     if source is not None:
         rows = F.pad(rows, (0, 0, 0, 1))[source]
-    y = F.linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
+    y = F.linear(rows, cast(weight, compute), None if bias is None else cast(bias, compute))
     if table is not None:
-        y = y + positions(table, place, shape, mode, factored).to(compute)
+        y = y + cast(positions(table, place, shape, mode, factored), compute)
     if source is not None:
         y = torch.where(source[:, None] < 0, 0, y)
-    return y.to(dtype)
+    return cast(y, dtype)
 
 
 def positions(table: Tensor, place: Tensor, shape: tuple[int, int], mode: str, factored: bool) -> Tensor:
     """[R, D] in the accumulation dtype: table [gh gw, D], or [gh + gw, D], resampled at `place` [R, 4]."""
-    acc = torch.promote_types(table.dtype, torch.float32)
-    return torch.cat([w @ table.to(acc) for w in dense(place, shape, mode, factored, acc)])
+    acc = accumulation_dtype(table.dtype)
+    return torch.cat([w @ cast(table, acc) for w in dense(place, shape, mode, factored, acc)])
 
 
 def dense(place: Tensor, shape: tuple[int, int], mode: str, factored: bool, acc: torch.dtype) -> list[Tensor]:
     """The weights of every row of the table, [rows, S] for each block of tokens."""
     blocks = []
     for i in range(0, max(1, place.shape[0]), _ROWS):
-        row, column, height, width = place[i : i + _ROWS].unbind(1)
-        some = (height > 0)[:, None]
-        y, x = (
-            torch.where(some, axis_weights(mode, at, size.clamp(min=1), n, acc), 0)
-            for at, size, n in ((row, height, shape[0]), (column, width, shape[1]))
-        )
+        at, size = place[i : i + _ROWS].split(2, 1)  # both axes [rows, 2]
+        some = (size[:, :1] > 0)[..., None]
+        if shape[0] == shape[1]:
+            y, x = torch.where(some, axis_weights(mode, at, size.clamp(min=1), shape[0], acc), 0).unbind(1)
+        else:
+            y, x = (
+                torch.where(some[:, 0], axis_weights(mode, at[:, axis], size[:, axis].clamp(min=1), n, acc), 0)
+                for axis, n in enumerate(shape)
+            )
         blocks.append(torch.cat([y, x], 1) if factored else (y[:, :, None] * x[:, None]).flatten(1))
     return blocks

@@ -44,6 +44,17 @@ def _large(prediction: Tensor) -> str | None:
     return f"a patch has {k} elements, more than 8192: a program holds one" if k > 8192 else None
 
 
+# on a CPU, eager is faster for fewer: whole targets are still in the cache. Measured on one core
+_EAGER_ELEMENTS = 1 << 16
+
+
+def _few_elements(prediction: Tensor) -> str | None:
+    elements = prediction.numel()
+    # a dynamic batch is not worth a graph for each side
+    few = prediction.device.type == "cpu" and isinstance(elements, int) and elements < _EAGER_ELEMENTS
+    return f"eager is faster for fewer than {_EAGER_ELEMENTS} elements on a CPU" if few else None
+
+
 LOSS = Operator(
     "masked_patch_loss",
     forward=_forward,
@@ -52,7 +63,7 @@ LOSS = Operator(
     differentiable=("prediction",),
     implementations=[
         Implementation("triton", passes=_KERNEL, against=[_large], traceable=True),
-        Implementation("chunked", passes=blocked),
+        Implementation("chunked", passes=blocked, prefer_eager=_few_elements),
         Implementation("torch", function=reference.masked_patch_loss),
     ],
     example=lambda x, **how: masked_patch_loss(

@@ -25,8 +25,9 @@ def masked_patch_loss(prediction: Tensor, target: Target) -> Tensor:
     if prediction.shape[1] != weight.shape[1]:
         at = masked_ids(target.mask, prediction.shape[1])
         x, weight = x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2])), weight.gather(1, at)
-    row = (prediction.to(acc) - x).square().mean(-1)
-    return torch.where(weight > 0, row * weight, 0).sum() / weight.sum()
+    # before the square, whose gradient is no number where what is not masked is none
+    gap = torch.where(weight[:, :, None] > 0, prediction.to(acc) - x, 0)
+    return (gap.square().mean(-1) * weight).sum() / weight.sum()
 
 
 def masked_ids(mask: Tensor, count: int) -> Tensor:
