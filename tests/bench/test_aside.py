@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import profiler
 
-from mmfuse.bench.cases import everything
+from mmfuse.bench.cases import Case, everything
+from mmfuse.bench.row import Row
 from mmfuse.bench.suites import aside
 
 
@@ -37,3 +39,24 @@ def test_sizes_are_those_of_cases() -> None:
     dims = {case.name: case for case in everything()}
     for name, sizes in aside.AWKWARD.items():
         assert all(dims[name].shape(size) for size in sizes)
+
+
+# operations of a small call beyond those of the eager code: what is asked for besides, and views
+_BEYOND = {"packed": 40, "quantizer": 30, "queue_itc": 20, "topk": 16}
+_OTHERS = 12
+
+
+def _operations(call: Callable[[], Any]) -> int:
+    """Those that Python calls; what they come to is not counted."""
+    call()
+    with profiler.profile() as seen:
+        call()
+    return sum(event.cpu_parent is None for event in seen.function_events)
+
+
+@pytest.mark.parametrize("case", everything(), ids=lambda case: case.name)
+def test_operations_of_a_small_call(case: Case) -> None:
+    """Where a call takes as long as its dispatch, checks and choices must not be made of tensors."""
+    row = Row(case, case.small, torch.device("cpu"), torch.float32, "fwd")
+    eager, ours = (_operations(lambda n=name: row.call(n)) for name in (case.definitions[0], "mmfuse"))
+    assert ours <= eager + _BEYOND.get(case.name, _OTHERS)
