@@ -16,9 +16,9 @@ from mmfuse.kernels._runtime.library import load
 
 def against(name: str, x: Tensor) -> list[str]:
     """Reasons of every implementation of this name against operands like `x`."""
+    kind = (name, x.device.type, x.dtype)
     # a compiler traces what is cached otherwise
-    of_kind = _against if torch.compiler.is_compiling() else _known
-    why = of_kind(name, x.device.type, x.dtype)
+    why = _against(*kind) if torch.compiler.is_compiling() else _known(*kind)
     if name != "torch" and transforming():
         why = [*why, "torch.func or forward-mode differentiation is active, which knows plain torch alone"]
     return why
