@@ -1,9 +1,9 @@
 """open_clip's contrastive losses, computed without the N x N matrix of logits, on one process or many.
 
-Constructor, arguments, attributes and outputs are those of open_clip 3.3.0; open_clip itself is not needed. With
-`world_size` above 1 each rank calls its own loss on its own features, as there. Three attributes may be set beside
-open_clip's: `group`, the process group (None: the default one), `grad_scale`, "open_clip" or "true", and `dist_impl`,
-of SigLIP its own, of CLIP "gather" or "ring" (`mmfuse.distributed_clip_loss`).
+Constructor, arguments, attributes and outputs are those of open_clip 3.3 and, with SigLIP's `chunk_size`, of the one
+after it; open_clip itself is not needed. With `world_size` above 1 each rank calls its own loss on its own features, as
+there. Three attributes may be set beside open_clip's: `group`, the process group (None: the default one), `grad_scale`,
+"open_clip" or "true", and `dist_impl`, of SigLIP its own, of CLIP "gather" or "ring" (`mmfuse.distributed_clip_loss`).
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ class SigLipLoss(nn.Module):
     forward(image_features [b, D], text_features [b, D], logit_scale, logit_bias, output_dict=False) returns a scalar,
     or `{"contrastive_loss": scalar}`. `logit_scale` (already exponentiated) and `logit_bias` are floats or tensors of
     one element (0-d or [1]); `logit_bias` may be None. On several ranks it is the loss of this rank's images and all
-    ranks' texts, which travel as `dist_impl` says (`mmfuse.distributed_siglip_loss`). Deterministic.
+    ranks' texts, which travel as `dist_impl` says (`mmfuse.distributed_siglip_loss`). `chunk_size`, the rows of logits
+    that open_clip holds at once, changes nothing: no logits are held. Deterministic.
 
     It differs from open_clip in two things: the loss of 16-bit features is float32, and a `logit_scale` or
     `logit_bias` of more than one element is refused.
@@ -215,12 +216,14 @@ class SigLipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int = 0,
     ) -> None:
         super().__init__()
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
         if self.dist_impl not in ("bidir", "shift", "reduce", "gather"):
             raise ValueError(f"dist_impl is {dist_impl!r}, expected 'bidir', 'shift', 'reduce' or 'gather'")
         self.prev_num_logits = 0

@@ -109,18 +109,31 @@ def test_forms_of_scale_and_bias(cls, scale: Tensor | float, bias: Tensor | floa
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+# options of some of open_clip's releases, which ours takes beside any; each changes nothing by default
+OF_SOME_RELEASES = {"use_horovod": False, "chunk_size": 0}
+
+
+def assert_same_interface(mine: type, theirs: type, *args: float, **options: object) -> None:
+    for method in ("__init__", "forward", "get_logits", "get_ground_truth", "_loss", "dist_loss"):
+        if hasattr(theirs, method):
+            found, want = (inspect.signature(getattr(c, method)).parameters for c in (mine, theirs))
+            beside = {name: p.default for name, p in found.items() if name not in want}
+            assert beside.items() <= OF_SOME_RELEASES.items(), method
+            common = [p for name, p in found.items() if name in want]
+            common, want = ([(p.name, p.default, p.kind) for p in ps] for ps in (common, want.values()))
+            assert common == want, method
+    found, want = ({k: v for k, v in vars(c(*args, **options)).items() if k[0] != "_"} for c in (mine, theirs))
+    assert {k: v for k, v in found.items() if k in want or k not in OF_SOME_RELEASES} == want
+
+
 @LOSSES
 def test_interface(cls) -> None:
     theirs = PAIRS[cls]
-    for method in ("__init__", "forward", "get_logits", "get_ground_truth", "_loss"):
-        if hasattr(theirs, method):
-            found, want = (inspect.signature(getattr(c, method)).parameters.values() for c in (cls, theirs))
-            assert [(p.name, p.default, p.kind) for p in found] == [(p.name, p.default, p.kind) for p in want], method
     options = {"cache_labels": True, "rank": 3} | ({"local_loss": True} if cls is ClipLoss else {"dist_impl": "gather"})
-    mine, other = cls(**options), theirs(**options)
-    assert {k: v for k, v in vars(mine).items() if k[0] != "_"} == {k: v for k, v in vars(other).items() if k[0] != "_"}
+    assert_same_interface(cls, theirs, **options)
+    mine = cls(**options)
     assert not mine.state_dict() and not list(mine.parameters())
-    mine.load_state_dict(other.state_dict())
+    mine.load_state_dict(theirs(**options).state_dict())
 
 
 @LOSSES
@@ -229,15 +242,73 @@ def test_a_caption_loss_without_rows_is_zero() -> None:
 @pytest.mark.parametrize("name", ["CoCaLoss", "DistillClipLoss"])
 def test_interface_of_two_losses(name: str) -> None:
     mine, theirs = (getattr(m, name) for m in (mmfuse.fused, open_clip.loss))
-    for method in ("__init__", "forward", "get_logits", "get_ground_truth", "dist_loss"):
-        if hasattr(theirs, method):
-            found, want = (inspect.signature(getattr(c, method)).parameters.values() for c in (mine, theirs))
-            assert [(p.name, p.default, p.kind) for p in found] == [(p.name, p.default, p.kind) for p in want], method
     args = (2.0, 1.0, 7) if name == "CoCaLoss" else ()
-    got, want = (c(*args, local_loss=True, cache_labels=True, rank=2) for c in (mine, theirs))
-    assert {k: v for k, v in vars(got).items() if k[0] != "_"} == {k: v for k, v in vars(want).items() if k[0] != "_"}
+    options = {"local_loss": True, "cache_labels": True, "rank": 2}
+    assert_same_interface(mine, theirs, *args, **options)
+    got, want = (c(*args, **options) for c in (mine, theirs))
     assert [type(m) for m in got.children()] == [type(m) for m in want.children()]
     assert isinstance(got, ClipLoss)
+
+
+class NextSigLipLoss(open_clip.loss.SigLipLoss):
+    """The interface of the release after 3.3."""
+
+    def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None, chunk_size=0) -> None:
+        super().__init__(cache_labels, rank, world_size, dist_impl)
+        self.chunk_size = chunk_size
+
+
+class NextClipLoss(open_clip.loss.ClipLoss):
+    """Without horovod."""
+
+    def __init__(self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1) -> None:
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size)
+        vars(self).pop("use_horovod", None)
+
+
+def test_interface_of_the_next_release() -> None:
+    assert_same_interface(SigLipLoss, NextSigLipLoss, rank=3, dist_impl="gather", chunk_size=16)
+    assert_same_interface(ClipLoss, NextClipLoss, rank=3, local_loss=True)
+    assert ClipLoss(use_horovod=False).use_horovod is False
+
+
+def test_another_interface_is_seen() -> None:
+    class Renamed(NextClipLoss):
+        def __init__(self, local=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1) -> None:
+            super().__init__(local, gather_with_grad, cache_labels, rank, world_size)
+
+    class Default(NextSigLipLoss):
+        def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None, chunk_size=8) -> None:
+            super().__init__(cache_labels, rank, world_size, dist_impl, chunk_size)
+
+    class More(NextSigLipLoss):
+        def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None, chunk_size=0, eps=0) -> None:
+            super().__init__(cache_labels, rank, world_size, dist_impl, chunk_size)
+
+    class Less(NextSigLipLoss):
+        def forward(self, image_features, text_features, logit_scale, logit_bias) -> Tensor:
+            return super().forward(image_features, text_features, logit_scale, logit_bias)
+
+    class Attribute(NextClipLoss):
+        def __init__(self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1) -> None:
+            super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size)
+            self.reduction = "mean"
+
+    for mine, theirs, how in (
+        (ClipLoss, Renamed, {}),
+        (ClipLoss, Attribute, {}),
+        (SigLipLoss, Default, {"chunk_size": 8}),
+        (SigLipLoss, More, {}),
+        (SigLipLoss, Less, {}),
+    ):
+        with pytest.raises(AssertionError):
+            assert_same_interface(mine, theirs, **how)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 1, 3, 64])
+def test_chunks_change_nothing(chunk_size: int) -> None:
+    pairs = features(7, 8)
+    assert torch.equal(SigLipLoss(chunk_size=chunk_size)(*pairs, 10.0, -10.0), SigLipLoss()(*pairs, 10.0, -10.0))
 
 
 @pytest.mark.parametrize("caption_weight, clip_weight", [(2.0, 1.0), (1.0, 0.0), (0.0, 3.0)])
