@@ -24,12 +24,20 @@ from mmfuse.kernels.codebook import assign_code, code_statistics, linear_argmax
 
 def is_set(owner: nn.Module, flag: Tensor) -> bool:
     """The value of a flag on any device, read once for every time that it was written."""
+    if torch.compiler.is_compiling():
+        # a graph cannot look; where the codes are still to be made, it breaks
+        return _when_traced(flag) or bool(flag)
     version = (id(flag), None if flag.is_inference() else flag._version)
     if owner.__dict__.get("_set_at") == version:
         return True
     found = bool(flag)
     owner.__dict__["_set_at"] = version if found else None
     return found
+
+
+@torch.compiler.assume_constant_result
+def _when_traced(flag: Tensor) -> bool:
+    return bool(flag)
 
 
 def statistics(x: Tensor, codes: Tensor, K: int, reduce: bool) -> tuple[Tensor, Tensor]:
@@ -528,7 +536,10 @@ def quantize(
     if not (vq.training and vq.has_commitment_loss):
         commitment = vq.zero
     if vq.training:
-        loss = loss.requires_grad_() + commitment * vq.commitment_weight
+        if not commitment.requires_grad:
+            # as the original's does; a graph may return it only where something else needs its gradient
+            loss.requires_grad_()
+        loss = loss + commitment * vq.commitment_weight
     if return_loss_breakdown:
         return quantized, codes, loss, LossBreakdown(commitment, vq.zero, vq.zero, vq.zero)
     return quantized, codes, loss

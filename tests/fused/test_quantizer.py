@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -161,6 +162,36 @@ def test_the_flag_is_read_again_when_it_was_written() -> None:
     quantizer(z)
     assert quantizer.embedding.initted == 1 and quantizer.embedding.weight.norm() > 0
     copy.deepcopy(quantizer)(z)
+
+
+QUANTIZERS = {
+    "NormEMA": (partial(NormEMAVectorQuantizer, 5, 3, 1.0), (2, 3, 4, 4)),
+    "Vector": (partial(VectorQuantizer, 6, 9), (2, 7, 6)),
+}
+
+
+@pytest.mark.parametrize("init", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_compiles(name: str, train: bool, init: bool) -> None:
+    """Whole where the codes are there; where they are to be made, the graph breaks to look, in every call."""
+    make, shape = QUANTIZERS[name]
+    quantizer = make(kmeans_init=init).train(train)
+    other = copy.deepcopy(quantizer)
+    torch.compiler.reset()
+    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=not init)
+    for step in range(3):
+        x = torch.randn(shape)
+        results = []
+        for run in (compiled, other):
+            torch.manual_seed(step)
+            leaf = x.clone().requires_grad_()
+            quantized, *rest = run(leaf)
+            loss = quantized.square().sum() + sum(t for t in rest if t.is_floating_point())
+            results.append([quantized, *rest, *(torch.autograd.grad(loss, leaf) if loss.requires_grad else ())])
+        torch.testing.assert_close(*results)
+    torch.testing.assert_close(quantizer.state_dict(), other.state_dict())
+    assert all(t.all() for key, t in quantizer.state_dict().items() if key.endswith("initted"))
 
 
 @pytest.mark.parametrize("cosine", [False, True])
