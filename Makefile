@@ -1,5 +1,5 @@
-# Targets: test, fuzz, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on first use); gpu-report (.venv
-# where there is one, else $(PYTHON)) and test-gpu ($(PYTHON) as it is).
+# Targets: test, fuzz, compat, newest, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on first use);
+# gpu-report (.venv where there is one, else $(PYTHON)) and test-gpu ($(PYTHON) as it is).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,15 +21,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST = pytest $(TESTS) --durations=15 $(PYTEST_ARGS)
 PACKAGES := bench export models fused kernels
 
-.PHONY: test fuzz demo bench lint docs compile-report sanitize gpu-report test-gpu clean build/typing
+.PHONY: test fuzz compat newest demo bench lint docs compile-report sanitize gpu-report test-gpu clean build/typing
 .DEFAULT_GOAL := test
 
 # torch comes first and is named again below, so that nothing pulls in another one
-$(VENV)/torch: Makefile
+$(VENV)/torch: Makefile tests/compat/newest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip 'setuptools>=77'
 	$(PIP) torch==$(TORCH)
-	$(PIP) --no-deps torchvision==$(TORCHVISION) timm==1.0.31 open_clip_torch==3.3.0 torchscale==0.3.0
+	$(PIP) --no-deps torchvision==$(TORCHVISION) torchscale==0.3.0 --requirement tests/compat/newest.txt
 	touch $@
 
 # without build isolation, the compiled part is built against this torch
@@ -43,6 +43,28 @@ test: $(VENV)/ready
 fuzz: TESTS = tests/fuzz/test_fuzz.py
 fuzz: export FUZZ_EXAMPLES := $(FUZZ_EXAMPLES)
 fuzz: test
+
+# The rules of accelerate() in the oldest and the newest supported releases of the libraries that they replace code of.
+# An environment of such releases has its own packages first, and the rest, torch among it, from .venv.
+define environment
+$(BIN)/python -m venv --clear $(1)
+$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+  > $$(echo $(1)/lib/python*/site-packages)/shared.pth
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) torch==$(TORCH)
+endef
+
+build/compat/%/ready: tests/compat/%.txt $(VENV)/ready
+	$(call environment,$(@D),--requirement $<)
+	touch $@
+
+compat: TESTS = $(addprefix tests/fused/test_,accelerate.py accelerate_coca.py accelerate_stems.py losses.py quantizer.py tools.py upstream.py)
+compat: build/compat/oldest/ready build/compat/newest/ready
+	for ready in $^; do OMP_NUM_THREADS=1 $$(dirname $$ready)/bin/python -m $(PYTEST) -n $(JOBS) --dist loadgroup || exit; done
+
+# which rules the releases of today leave
+newest: $(VENV)/ready
+	$(call environment,build/compat/today,--upgrade $(shell sed 's/==.*//' tests/compat/newest.txt))
+	build/compat/today/bin/python -m mmfuse.fused.acceleration.upstream
 
 demo: $(VENV)/ready
 	$(BIN)/mmfuse demo

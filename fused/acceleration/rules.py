@@ -51,7 +51,11 @@ class Rule:
         """Why `module`, which matches, has to be left, or None."""
         if self.method in vars(module):
             return f"its {self.method} was replaced by something else"
-        return asked(self._why_not_class, type(module)) or self.why_not_now(module)
+        return self.why_not_class(type(module)) or self.why_not_now(module)
+
+    def why_not_class(self, actual: type | None) -> str | None:
+        """Why no instance of a class fits, or None: of what a release or a subclass has changed."""
+        return asked(self._why_not_class, actual)
 
     def why_not_now(self, module: nn.Module) -> str | None:
         """The same of what may change between two calls: methods set on the instance, children and tensors."""

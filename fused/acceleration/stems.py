@@ -195,7 +195,8 @@ def _naflex_positions(module: Any, grid: tuple[int, ...]) -> Tensor | None:
 def _naflex_mode(module: Any) -> str:
     if module.pos_embed_use_grid_sample:
         return "grid_sample"
-    return module.pos_embed_interp_mode + ("_aa" if module.pos_embed_antialias else "")
+    # timm before 1.0.31 had no choice
+    return module.pos_embed_interp_mode + ("_aa" if getattr(module, "pos_embed_antialias", True) else "")
 
 
 def against_naflex(module: Any) -> str | None:
@@ -204,7 +205,7 @@ def against_naflex(module: Any) -> str | None:
         return "it normalises its patches"
     if module.pos_embed_type == "factorized" and module.pos_embed_use_grid_sample:
         return "it samples factorised positions with grid_sample"
-    if module.pos_embed_align_corners:
+    if getattr(module, "pos_embed_align_corners", False):
         return "it aligns the corners of its positions"
     known = {"bicubic"} if module.pos_embed_use_grid_sample else {"bicubic", "bilinear"}
     if module.pos_embed_type == "learned" and module.pos_embed_interp_mode not in known:

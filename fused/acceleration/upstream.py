@@ -1,8 +1,9 @@
 """The code of other libraries that the rules replace: what it was when they were written, and whether it still is.
 
-    python -m mmfuse.fused.acceleration.upstream
+    python -m mmfuse.fused.acceleration.upstream           which rules leave the installed releases, and why
+    python -m mmfuse.fused.acceleration.upstream record    adds these releases to `upstream.json`
 
-adds the installed releases to `upstream.json`, once every rule's parity test has passed on them.
+Record a release once every rule's parity test has passed on it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import ast
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
@@ -30,7 +33,7 @@ def why_changed(rule: Rule) -> str | None:
 
 
 def _why_changed(rule: Rule) -> str | None:
-    known = _known().get(_package(rule))
+    known = recorded().get(_package(rule))
     if known is None:  # it is no package with releases
         return None
     changed = [name for name, function in functions(rule).items() if fingerprint(function) not in known.get(name, ())]
@@ -98,32 +101,47 @@ def _package(rule: Rule) -> str:
 
 
 @cache
-def _known() -> dict[str, dict[str, set[str]]]:
-    """The fingerprints of a package's functions in any of its releases."""
-    known: dict[str, dict[str, set[str]]] = {}
-    for package, releases in json.loads(RECORD.read_text()).items():
-        names = known.setdefault(package, {})
-        for prints in releases.values():
-            for name, value in prints.items():
-                names.setdefault(name, set()).add(value)
-    return known
+def recorded() -> dict[str, dict[str, dict[str, str]]]:
+    """Of each package's functions the fingerprints, each with the releases that have it."""
+    return json.loads(RECORD.read_text())
 
 
-def main() -> None:
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+def installed() -> Iterator[tuple[Rule, str, str]]:
+    """The rules of installed packages, with package and release."""
     distributions = packages_distributions()
     for rule in RULES:
         package = _package(rule)
         if package in distributions:
-            import_module(rule.target.partition(":")[0])
-            release = version(distributions[package][0])
-            prints = {name: fingerprint(function) for name, function in functions(rule).items()}
-            record.setdefault(package, {}).setdefault(release, {}).update(prints)
-    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+            with suppress(ImportError):  # of a module that this release does not have
+                import_module(rule.target.partition(":")[0])
+            yield rule, package, version(distributions[package][0])
+
+
+def report() -> bool:
+    """Print what becomes of each rule, and return whether all of them fit."""
+    left = False
+    for rule, package, release in installed():
+        why = rule.why_not_class(loaded(rule.target)) or why_changed(rule)
+        left |= why is not None
+        print(f"{package} {release}  {rule.target}  {f'left: {why}' if why else 'fits'}")
+    return not left
+
+
+def record() -> None:
+    known = json.loads(RECORD.read_text())
+    for rule, package, release in installed():
+        for name, function in functions(rule).items():
+            prints = known.setdefault(package, {}).setdefault(name, {})
+            releases = {*prints.get(fingerprint(function), "").split(), release}
+            prints[fingerprint(function)] = " ".join(sorted(releases, key=lambda r: list(map(int, r.split(".")))))
+    RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
     from mmfuse._compat import allow_torchvision
 
     allow_torchvision()
-    main()
+    if sys.argv[1:] == ["record"]:
+        record()
+    else:
+        sys.exit(not report())

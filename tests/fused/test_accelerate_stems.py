@@ -451,6 +451,8 @@ def naflex(**options: Any) -> nn.Module:
     from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
     small = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "pos_embed_grid_size": (4, 4)}
+    if not hasattr(NaFlexVitCfg, "pos_embed_antialias"):  # timm before 1.0.31
+        options.pop("pos_embed_antialias", None)
     return NaFlexVit(NaFlexVitCfg(**small | options), num_classes=5)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
+import inspect
+import json
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 import mmfuse
 from mmfuse._compat import allow_torchvision
 from mmfuse.fused.acceleration import upstream
-from mmfuse.fused.acceleration.rules import RULES
+from mmfuse.fused.acceleration.rules import RULES, loaded
 from rule_samples import SAMPLES
 
 allow_torchvision()
@@ -28,7 +31,7 @@ def functions() -> dict[str, FunctionType]:
     for rule in RULES:
         with suppress(ImportError):
             importlib.import_module(rule.target.partition(":")[0])
-            if upstream._package(rule) in upstream._known():
+            if upstream._package(rule) in upstream.recorded():
                 found |= upstream.functions(rule)
     return found
 
@@ -36,9 +39,48 @@ def functions() -> dict[str, FunctionType]:
 def test_what_is_installed_is_recorded() -> None:
     found = functions()
     assert len(found) > 100
-    recorded = {name for names in upstream._known().values() for name in names}
+    recorded = {name for names in upstream.recorded().values() for name in names}
     assert set(found) <= recorded
     assert [upstream.why_changed(rule) for rule in RULES if rule.target in SAMPLES] == [None] * len(RULES)
+
+
+COMPAT = Path(__file__).parents[1] / "compat"
+
+
+@pytest.mark.parametrize("which", ["oldest", "newest"])
+def test_supported_releases_are_recorded(which: str) -> None:
+    """What each rule replaces, whichever of them is installed."""
+    pins = dict(line.split("==") for line in (COMPAT / f"{which}.txt").read_text().split())
+    pins = {name.removesuffix("_torch").replace("-", "_"): release for name, release in pins.items()}
+    assert set(pins) == set(upstream.recorded())
+    for rule in RULES:
+        if release := pins.get(upstream._package(rule)):
+            importlib.import_module(rule.target.partition(":")[0])
+            method = inspect.unwrap(getattr(loaded(rule.target), rule.method))
+            prints = upstream.recorded()[upstream._package(rule)][f"{method.__module__}:{method.__qualname__}"]
+            assert release in " ".join(prints.values()).split(), rule.target
+
+
+def test_several_releases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A rule fits the code of each release that is recorded, and no other."""
+    monkeypatch.setattr(upstream, "RECORD", tmp_path / "upstream.json")
+    upstream.RECORD.write_text("{}")
+    (rule,) = (r for r in RULES if r.target == "timm.layers.patch_embed:PatchEmbed")
+    monkeypatch.setattr(upstream, "RULES", [rule])
+    monkeypatch.setattr(upstream, "recorded", upstream.recorded.__wrapped__)
+
+    def install(release: str) -> None:
+        monkeypatch.setattr(upstream, "version", lambda _: release)
+        monkeypatch.setattr(upstream, "fingerprint", lambda function: f"{function.__name__} of {release[:4]}")
+
+    for release in ("1.0.9", "2.0.1", "1.0.10"):  # two of them have the same code
+        install(release)
+        upstream.record()
+    forward = json.loads(upstream.RECORD.read_text())["timm"]["timm.layers.patch_embed:PatchEmbed.forward"]
+    assert forward == {"forward of 1.0.": "1.0.9 1.0.10", "forward of 2.0.": "2.0.1"}
+    for release, fits in (("1.0.9", True), ("2.0.1", True), ("1.0.11", True), ("3.0.0", False)):
+        install(release)
+        assert (upstream.why_changed(rule) is None) is upstream.report() is fits
 
 
 class Mutation(ast.NodeTransformer):
