@@ -72,8 +72,14 @@ demo: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/mmfuse bench
 
-compile-report: $(VENV)/ready
-	$(BIN)/mmfuse compile-report
+# with the oldest Triton that is supported, too
+OLDEST_TRITON := 3.6
+
+compile-report: $(VENV)/ready build/triton-$(OLDEST_TRITON)
+	$(BIN)/mmfuse compile-report --also build/triton-$(OLDEST_TRITON)
+
+build/triton-$(OLDEST_TRITON):
+	$(PIP) --no-deps --target $@.new 'triton==$(OLDEST_TRITON).*' && mv $@.new $@
 
 lint: $(VENV)/ready build/typing
 	$(BIN)/ruff check .

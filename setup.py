@@ -156,7 +156,7 @@ setup(
     package_data={
         "mmfuse": ["py.typed"],
         "mmfuse.fused": ["acceleration/*.json"],
-        "mmfuse.kernels": ["**/configs/*.json", "**/README.md"],
+        "mmfuse.kernels": ["**/configs/*.json", "**/ledger.json", "**/README.md"],
     },
     ext_modules=[] if MODE == "0" else [Extension(f"mmfuse._C_{p}", SOURCES[p], py_limited_api=True) for p in BUILD],
     cmdclass={"build_ext": BuildParts, "bdist_wheel": Wheel},

@@ -5,6 +5,8 @@ Outside the interpreter only: `TRITON_INTERPRET=1` replaces the functions that w
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -12,13 +14,64 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from mmfuse.kernels._runtime import sass
+
 # opt-in shared memory per block, bytes (CUDA programming guide, technical specifications per compute capability)
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
+# what bounds are judged on, and the H100 (SXM) of the floors: its SMs issue 4 instructions of warps in a clock
+BOUNDED = 90
+_ISSUE, _FLOPS, _BYTES = 132 * 4 * 1.755e9, 989e12, 3.35e12
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch at a stated size does.
+
+    Args:
+        size: for a reader, e.g. `"32768 x 32768 x 768"`.
+        unit: what instructions are counted by, e.g. `"logit"`.
+        units: how many of them.
+        bytes: read and written in global memory, each once.
+        flops: of the products.
+        outer: iterations in each program of a loop that holds none itself.
+    """
+
+    size: str
+    unit: str
+    units: int
+    programs: int
+    bytes: int
+    flops: int = 0
+    outer: int = 1
+
+    @classmethod
+    def of_product(
+        cls, unit: str, m: int, n: int, k: int, tile: dict[str, Any], itemsize: int,
+        written: float = 0, operands: int = 1, products: int = 1, streamed: bool = False,
+    ) -> Work:  # fmt: skip
+        """Products of [m, k] and [n, k], in tiles of BLOCK_M x BLOCK_N.
+
+        A program makes one tile, or if streamed a row of tiles. `operands` pairs are read, and `written` bytes pass for
+        each number of the result.
+        """
+        tiles_m, tiles_n = -(-m // tile["BLOCK_M"]), -(-n // tile["BLOCK_N"])
+        return cls(
+            size=f"{m} x {n} x {k}",
+            unit=unit,
+            units=m * n,
+            programs=tiles_m if streamed else tiles_m * tiles_n,
+            bytes=operands * (m + n) * k * itemsize + int(m * n * written),
+            flops=2 * m * n * k * products,
+            outer=tiles_n if streamed else 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -34,6 +87,9 @@ class Spec:
         archs: compute capabilities it ships for, e.g. `(80, 90)`.
         dot: the instruction kind its matrix products must compile to: `"half"`, `"tf32"`, or None.
         double: whether float64 arithmetic is meant.
+        work: what `outside` and `loop` of its bounds are counted by, and the floors.
+        bounds: the most that `Facts.measures` may be on sm_90, by name. No kernel has narrow accesses by intent.
+            A `ledger.json` beside the kernel holds what is not there yet, and only falls.
     """
 
     kernel: str
@@ -46,6 +102,12 @@ class Spec:
     archs: tuple[int, ...] = (80, 90, 100)
     dot: str | None = None
     double: bool = False
+    work: Work | None = None
+    bounds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.split(':')[1]} {self.variant}".strip()
 
 
 @dataclass(frozen=True)
@@ -57,6 +119,41 @@ class Facts:
     shared: int  # bytes per block
     f64: int  # instructions
     tensor_core: dict[str, int] = field(default_factory=dict)  # instructions by kind: mma, wgmma, tcgen05
+    code: sass.Reading = sass.NOTHING
+
+    def measures(self, spec: Spec) -> dict[str, float]:
+        """What a bound can be stated of.
+
+        `instructions`: in all. `narrow`: accesses to global memory of 1 or 2 bytes, on the common path. `product`:
+        instructions of the main loop for each tensor-core instruction. With `spec.work`, instructions of a thread for
+        each unit: `outside` the main loops, and in the main `loop`s.
+        """
+        found: dict[str, float] = {"instructions": self.code.instructions, "narrow": self.code.narrow}
+        products = [loop for loop in self.code.loops if loop.tensor_core]
+        if products:
+            found["product"] = sum(p.instructions for p in products) / sum(p.tensor_core for p in products)
+        if spec.work:
+            threads = 32 * spec.num_warps * spec.work.programs
+            found["outside"] = self.code.outside * threads / spec.work.units
+            found["loop"] = self._looped(spec, spec.work) * threads / spec.work.units
+        return {k: round(v, 2) for k, v in found.items()}
+
+    def floors(self, spec: Spec) -> dict[str, float]:
+        """Microseconds that `spec.work` takes an H100 at the least, by what bounds it: a model, no measurement."""
+        if not spec.work:
+            return {}
+        issued = (self.code.outside + self._looped(spec, spec.work)) * spec.num_warps * spec.work.programs
+        times = {"issue": issued / _ISSUE, "bytes": spec.work.bytes / _BYTES}
+        # TF32 has half the rate
+        times["flops"] = spec.work.flops * (2 if spec.dot == "tf32" else 1) / _FLOPS
+        return {k: round(1e6 * v, 1) for k, v in times.items()}
+
+    def _looped(self, spec: Spec, work: Work) -> float:
+        """Instructions of a warp in the main loops: the products' FLOPs say how often they go round."""
+        loops = self.code.loops
+        each = sum(loop.flops for loop in loops) * spec.num_warps * work.programs
+        trips = work.flops / each if each else work.outer
+        return sum(loop.instructions * (trips if loop.flops else work.outer) for loop in loops)
 
 
 def compile_for(
@@ -90,10 +187,13 @@ def compile_for(
         options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
     )
     ptx = compiled.asm["ptx"]
-    registers, stack = _resources(compiled.asm["cubin"])
+    text = _disassembled(compiled.asm["cubin"])
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if resources is None:
+        raise RuntimeError(f"cuobjdump reported no registers:\n{text}")
     return Facts(
-        registers=registers,
-        spills=stack,
+        registers=int(resources[1]),
+        spills=int(resources[2]),
         shared=compiled.metadata.shared,
         f64=len(re.findall(r"^\s*(?:@%?\w+\s+)?[a-z][\w.]*\.f64", ptx, re.M)),
         tensor_core={
@@ -101,24 +201,20 @@ def compile_for(
             for kind, pattern in (("mma", "mma.sync"), ("wgmma", "wgmma.mma_async"), ("tcgen05", "tcgen05.mma"))
             if (n := ptx.count(pattern))
         },
+        code=sass.read(text),
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) per thread, by the cuobjdump that Triton ships."""
+def _disassembled(cubin: bytes) -> str:
+    """Resources and machine code, by the cuobjdump that Triton ships."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reported no registers:\n{report}")
-    return int(found[1]), int(found[2])
+        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def violations(spec: Spec, arch: int, facts: Facts) -> list[str]:
@@ -133,7 +229,33 @@ def violations(spec: Spec, arch: int, facts: Facts) -> list[str]:
     wanted = tensor_core_kind(spec.dot, arch)
     if wanted and not facts.tensor_core.get(wanted):
         why.append(f"has no {wanted} instruction")
+    if arch == BOUNDED:
+        measures, allowed = facts.measures(spec), limits(spec)
+        found = {k: measures.get(k, math.inf) for k in allowed}
+        why += [f"{k} is {found[k]:g}, at most {most:g}" for k, most in allowed.items() if found[k] > most]
     return why
+
+
+def limits(spec: Spec) -> dict[str, float]:
+    """The spec's bounds, and what the ledger still allows beyond them."""
+    stated = {"narrow": 0.0} | spec.bounds
+    still: dict[str, float] = ledger(spec).get(spec.name, {})
+    return stated | {k: max(most, stated.get(k, 0.0)) for k, most in still.items()}
+
+
+def ledger_path(spec: Spec) -> Path:
+    module = import_module(spec.kernel.split(":")[0])
+    return Path(str(module.__file__)).with_name("ledger.json")
+
+
+def ledger(spec: Spec) -> dict[str, dict[str, float]]:
+    """Kernel and variant: {measure: the most that it may be for now}."""
+    return _read_ledger(ledger_path(spec))
+
+
+@cache
+def _read_ledger(path: Path) -> dict[str, dict[str, float]]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def tensor_core_kind(dot: str | None, arch: int) -> str | None:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import aligned_rows
 from mmfuse.kernels.codebook.blocked import segments
@@ -361,7 +361,8 @@ def _search_spec(
     pointers |= dict.fromkeys(("z_ptr", "w_ptr"), "*" + _SHORT[given])
     return _spec(
         _search_kernel, variant, constants, pointers, double=True, dot="half", aligned=("stride_x", "stride_y", "DX"),
-        **_SEARCH_OPTIONS,
+        work=Work.of_product("score", 200704, int(variant.split()[0]), dx, constants, 2, streamed=True),
+        bounds={"loop": 3.0}, **_SEARCH_OPTIONS,
     )  # fmt: skip
 
 

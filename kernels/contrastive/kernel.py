@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime import configs
-from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
@@ -968,4 +968,21 @@ def spec(kernel: Any, variant: str, dtype: torch.dtype, options: dict[str, Any],
         aligned=tuple(n for n in signature if n in ("D", "T_D") or "stride_" in n),
         archs=archs,
         dot="half" if product and dtype.itemsize == 2 else "tf32" if product == "tf32" else None,
+        work=_work(signature, constants),
+        bounds=_BOUNDS.get((kernel.fn.__name__, variant), {}) if dtype.itemsize == 2 else {},
     )
+
+
+# instructions of a thread for each logit of CLIP's loss, products aside
+_BOUNDS = {("_stats_fwd_kernel", ""): {"outside": 20.0}, ("_grad_kernel", ""): {"outside": 10.0}}
+
+
+def _work(signature: dict[str, str], constants: dict[str, Any], n: int = 32768, d: int = 768) -> Work | None:
+    """A batch of 32768 pairs."""
+    if "BLOCK_M" not in constants:
+        return None
+    size = {"*bf16": 2, "*fp16": 2, "*i16": 2, "*fp32": 4}
+    moved = size[signature["logits_ptr"]] if constants.get("SAVE") or constants.get("SAVED") else 0
+    moved += size[signature["g_ptr"]] if constants.get("STORE") else 0
+    products = 0 if constants.get("SAVED") else 2 if "t_x_ptr" in signature else 1
+    return Work.of_product("logit", n, n, d, constants, size[signature["x_ptr"]], moved, products, products)

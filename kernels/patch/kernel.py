@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import accumulator, input_precision
@@ -829,4 +829,11 @@ def _spec(name: str, variant: str, options: dict[str, Any], dot: str | None, **t
         num_stages=options.get("num_stages", 3),
         aligned=tuple(n for n in signature if n in ("KP", "D", "stride_image", "stride_row")),
         dot=dot,
+        work=_work(constants, dot) if name == "_tokens_kernel" else None,
     )
+
+
+def _work(constants: dict[str, Any], dot: str | None) -> Work:
+    """ViT-B/16 on 256 images."""
+    itemsize = 2 if dot == "half" else 4
+    return Work.of_product("output", 256 * 196, 768, 768, constants, itemsize, itemsize)

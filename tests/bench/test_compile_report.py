@@ -8,15 +8,18 @@ import subprocess
 import sys
 import textwrap
 from argparse import Namespace
+from dataclasses import asdict, replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
+from mmfuse import kernels  # noqa: E402
 from mmfuse.bench import compile_report, csrc_report  # noqa: E402
-from mmfuse.kernels._runtime import UnsupportedError, aot, configs, operators  # noqa: E402
-from mmfuse.kernels._runtime.aot import Facts, Spec, violations  # noqa: E402
+from mmfuse.kernels._runtime import UnsupportedError, aot, configs, operators, sass  # noqa: E402
+from mmfuse.kernels._runtime.aot import Facts, Spec, Work, violations  # noqa: E402
 from mmfuse.kernels.contrastive import kernel  # noqa: E402
 
 
@@ -44,7 +47,23 @@ KERNELS = """
     import json
     import triton
     import triton.language as tl
-    from mmfuse.kernels._runtime.aot import Spec, compile_all, violations
+    from mmfuse.kernels._runtime.aot import Spec, Work, compile_all, violations
+
+    @triton.jit
+    def copied(y_ptr, x_ptr, N):
+        # N says nothing of alignment, so that the masked access is one number wide
+        i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < N), mask=i < N)
+
+    @triton.jit
+    def busy(y_ptr, x_ptr, N):
+        i, k = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+        x, y = tl.load(x_ptr + i * 64 + k), tl.zeros((64, 64), tl.float32)
+        for n in range(N):
+            # what is done with each score takes far more instructions than its product
+            score = tl.dot(x, x)
+            y += tl.exp(score * n) * tl.exp(score + n)
+        tl.store(y_ptr + i * 64 + k, y)
 
     @triton.jit
     def promoted(y_ptr, x_ptr, scale):
@@ -69,15 +88,26 @@ KERNELS = """
 
     if __name__ == "__main__":
         out = {"y_ptr": "*fp32", "x_ptr": "*fp32"}
+        half = {"y_ptr": "*bf16", "x_ptr": "*bf16"}
+        numbers = Work("2^20", "number", units=1 << 20, programs=1 << 10, bytes=1 << 22)
+        scores = Work.of_product("score", 64, 6400, 64, {"BLOCK_M": 64, "BLOCK_N": 64}, 2, streamed=True)
         specs = [
             Spec("probe:promoted", "", {**out, "scale": "fp64"}, {}),
             Spec("probe:promoted", "meant", {**out, "scale": "fp64"}, {}, double=True),
             Spec("probe:greedy", "", out, {}, num_warps=1),
             Spec("probe:small_dot", "", {**out, "x_ptr": "*fp16"}, {}, dot="half"),
             Spec("probe:broken", "", out, {}),
+            Spec("probe:copied", "", half | {"N": "i32"}, {}),
+            Spec("probe:copied", "aligned", half | {"N": "i32"}, {}, aligned=("N",)),
+            Spec("probe:copied", "bounded", half | {"N": "i32"}, {}, aligned=("N",), work=numbers,
+                 bounds={"outside": 2.0, "instructions": 20}),
+            Spec("probe:busy", "", {**out, "x_ptr": "*fp16", "N": "i32"}, {}, dot="half", work=scores,
+                 bounds={"loop": 3.0, "product": 8.0}),
         ]
         for spec, arch, facts in compile_all([(spec, 90) for spec in specs]):
-            print(json.dumps(facts if isinstance(facts, str) else [violations(spec, arch, facts), facts.tensor_core]))
+            why = facts if isinstance(facts, str) else violations(spec, arch, facts)
+            more = {} if isinstance(facts, str) else facts.tensor_core | facts.code.accesses | facts.measures(spec)
+            print(json.dumps([why, more]))
 """
 
 
@@ -85,17 +115,23 @@ def test_each_violation_is_found(tmp_path):
     (tmp_path / "probe.py").write_text(textwrap.dedent(KERNELS))
     found = outside(str(tmp_path / "probe.py"), path=str(tmp_path))
     assert found.returncode == 0, found.stderr
-    promoted, meant, greedy, small_dot, broken = map(json.loads, found.stdout.splitlines())
+    results = map(json.loads, found.stdout.splitlines())
+    promoted, meant, greedy, small_dot, broken, copied, aligned, bounded, busy = results
     assert len(promoted[0]) == 1 and promoted[0][0].endswith("float64 instructions")
-    assert meant == [[], {}]
+    assert meant[0] == []
     assert len(greedy[0]) == 1 and greedy[0][0].startswith("spills")
     # 16 rows are too few for wgmma
     assert small_dot[0] == ["has no wgmma instruction"] and small_dot[1]["mma"] > 0
-    assert "undefined" in broken
+    assert "undefined" in broken[0]
+    # eight numbers a thread
+    assert copied[0] == ["narrow is 16, at most 0"] and copied[1]["LDG 2"] == copied[1]["STG 2"] == 8
+    assert aligned[0] == [] and aligned[1]["LDG 16"] == aligned[1]["STG 16"] == 1
+    assert [why.split(" is ")[0] for why in bounded[0]] == ["outside", "instructions"]
+    assert [why.split(" is ")[0] for why in busy[0]] == ["loop", "product"]
 
 
 def test_shared_memory_is_held_against_the_architecture():
-    spec = Spec("m:f", "", {}, {})
+    spec = Spec(f"{kernel.__name__}:f", "", {}, {})
     facts = Facts(registers=32, spills=0, shared=200_000, f64=0)
     assert violations(spec, 90, facts) == []
     assert violations(spec, 80, facts) == ["needs 200000 bytes of shared memory, sm_80 has 166912"]
@@ -122,17 +158,24 @@ def test_every_operator_with_a_triton_implementation_ships_kernels():
         assert kernels and all(list(import_module(module).aot_specs()) for module in kernels), name
 
 
+DEFAULTS = {"arch": [90], "kernel": "", "json": False, "also": None, "tighten": False, "write": None}
+
+
 @pytest.fixture
-def pretend(monkeypatch):
-    """The report over results that are given to it."""
-    spec = Spec("m:_stats_fwd_kernel", "bf16", {}, {}, archs=(90,))
+def pretend(monkeypatch, tmp_path):
+    """The report over results that are given to it; the ledger is `ledger.json` in tmp_path."""
+    work = Work("4096 x 4096", "logit", units=1 << 24, programs=1 << 10, bytes=1 << 25)
+    spec = Spec("m:_stats_fwd_kernel", "bf16", {}, {}, archs=(90,), work=work, bounds={"outside": 20.0})
+    monkeypatch.setattr(aot, "ledger_path", lambda spec: tmp_path / "ledger.json")
+    monkeypatch.setattr(compile_report, "ledger_path", lambda spec: tmp_path / "ledger.json")
 
     def run(facts: Facts | str, csrc: list | str = "nvcc is not on PATH", **options) -> int:
+        aot._read_ledger.cache_clear()
         monkeypatch.setattr(compile_report, "INTERPRET", False)
         monkeypatch.setattr(compile_report, "triton_specs", lambda name: [spec] if name in spec.kernel else [])
         monkeypatch.setattr(compile_report, "compile_all", lambda jobs: [(s, arch, facts) for s, arch in jobs])
         monkeypatch.setattr(csrc_report, "resource_usage", lambda arch: csrc)
-        return compile_report.run(Namespace(**{"arch": [90], "kernel": "", "json": False} | options))
+        return compile_report.run(Namespace(**DEFAULTS | options))
 
     return run
 
@@ -150,6 +193,87 @@ def test_exit_code_and_text(pretend, capsys):
     assert pretend(clean, csrc=[usage | {"spills": 0}], json=True) == 0
 
 
+def reading(instructions: int, narrow: int = 0) -> Facts:
+    """A kernel of so many instructions in a thread, which makes 128 logits."""
+    code = sass.Reading(instructions, instructions, (), {"STG 2": narrow} if narrow else {"STG 16": 1}, narrow)
+    return Facts(registers=32, spills=0, shared=0, f64=0, code=code)
+
+
+def test_a_ledger_allows_what_it_says_and_falls(pretend, tmp_path, capsys):
+    path = tmp_path / "ledger.json"
+    wide = reading(instructions=20 * 128)
+    slow, narrow = reading(instructions=30 * 128), reading(instructions=10 * 128, narrow=64)
+    assert pretend(wide) == 0
+    assert pretend(slow) == 1 and "bf16: outside is 30, at most 20" in capsys.readouterr().out
+    assert pretend(narrow) == 1 and "bf16: narrow is 64, at most 0" in capsys.readouterr().out
+    path.write_text('{"_stats_fwd_kernel bf16": {"outside": 35, "narrow": 100, "instructions": 4000}}')
+    assert pretend(slow) == pretend(narrow) == 0
+    assert pretend(reading(instructions=32 * 128)) == 1
+    assert "bf16: instructions is 4096, at most 4000" in capsys.readouterr().out
+    assert pretend(slow, tighten=True) == 0
+    assert json.loads(path.read_text()) == {
+        "_stats_fwd_kernel bf16": {"outside": 30, "narrow": 0, "instructions": 3840}
+    }
+    assert pretend(narrow) == 1
+    assert pretend(reading(instructions=31 * 128), tighten=True) == 1
+    assert json.loads(path.read_text())["_stats_fwd_kernel bf16"]["outside"] == 30
+    path.write_text('{"_stats_fwd_kernel bf16": {"prodcut": 20}}')
+    assert pretend(wide) == 1
+
+
+def test_every_entry_of_a_ledger_is_of_a_kernel_that_ships():
+    entries: dict[Path, set[str]] = {}
+    for spec in compile_report.triton_specs():
+        if aot.BOUNDED in spec.archs:
+            entries.setdefault(aot.ledger_path(spec), set()).add(spec.name)
+    found = list((Path(kernels.__file__).parent).glob("**/ledger.json"))
+    assert found
+    for path in found:
+        assert set(json.loads(path.read_text())) <= entries[path], path
+
+
+def test_the_time_that_work_takes_at_least():
+    work = Work.of_product("logit", 1024, 512, 256, {"BLOCK_M": 128, "BLOCK_N": 64}, itemsize=2, written=2)
+    assert (work.size, work.units, work.programs) == ("1024 x 512 x 256", 1 << 19, 64)
+    assert (work.flops, work.bytes) == (1 << 28, 2 * 1536 * 256 + 2 * (1 << 19))
+    # four warps: a product of 128 x 64 x 16 in an iteration, 16 of them in all
+    loop = sass.Loop(depth=0, instructions=40, tensor_core=2, flops=2 * 128 * 64 * 16 / 4)
+    code = sass.Reading(1000, 360, (loop,), {}, 0)
+    facts = Facts(registers=32, spills=0, shared=0, f64=0, code=code)
+    spec = Spec("m:f", "", {}, {}, work=work, dot="half")
+    assert facts.measures(spec) == {"instructions": 1000, "narrow": 0, "product": 20, "outside": 5.62, "loop": 10}
+    floors = facts.floors(spec)
+    assert floors["issue"] == round((360 + 16 * 40) * 4 * 64 / (132 * 4 * 1755), 1)
+    assert floors["bytes"] == round(work.bytes / 3.35e6, 1) and floors["flops"] == round(work.flops / 989e6, 1)
+    assert facts.floors(replace(spec, dot="tf32"))["flops"] == round(2 * work.flops / 989e6, 1)
+    streamed = Work.of_product("score", 1024, 512, 256, {"BLOCK_M": 128, "BLOCK_N": 64}, itemsize=2, streamed=True)
+    assert (streamed.programs, streamed.outer) == (8, 8)
+
+
+def test_another_triton_reports_too(pretend, tmp_path, monkeypatch, capsys):
+    """A folder with a package of that name comes first for the process that compiles."""
+    (tmp_path / "other" / "mmfuse_probe").mkdir(parents=True)
+    (tmp_path / "other" / "mmfuse_probe" / "__init__.py").write_text("")
+    row = compile_report.Row(90, "_stats_fwd_kernel", "bf16", 32, triton="3.6.0", violations=["spills"])
+    program = f"import mmfuse_probe, json; print({json.dumps([asdict(row)])!r})"
+    monkeypatch.setattr(compile_report, "_PROGRAM", program)
+    assert pretend(reading(instructions=128), also=tmp_path / "other") == 1
+    printed = capsys.readouterr().out
+    assert "3.6.0" in printed and triton.__version__ in printed and "sm_90 _stats_fwd_kernel bf16: spills" in printed
+
+
+def test_a_page_has_the_table(pretend, tmp_path):
+    page = tmp_path / "gpu.md"
+    page.write_text(f"# GPU\n\n{compile_report._BEGIN}\nold\n{compile_report._END}\n\nthe rest\n")
+    assert pretend(reading(instructions=10 * 128), write=page) == 0
+    text = page.read_text()
+    assert text.startswith("# GPU\n") and text.endswith("\nthe rest\n") and "old" not in text
+    assert "| `_stats_fwd_kernel bf16` | 4096 x 4096 | 32 | global 16 | 10.0 + 0.0 a logit |" in text
+    page.write_text("# GPU\n")
+    with pytest.raises(ValueError, match="--write is .*expected a page with the lines"):
+        pretend(reading(instructions=128), write=page)
+
+
 def test_unknown_names_are_refused(pretend, monkeypatch):
     clean = Facts(registers=32, spills=0, shared=0, f64=0)
     with pytest.raises(ValueError, match="--arch is 75, expected some of 80, 90, 100"):
@@ -159,7 +283,7 @@ def test_unknown_names_are_refused(pretend, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(compile_report, "INTERPRET", True)
     with pytest.raises(UnsupportedError, match="TRITON_INTERPRET"):
-        compile_report.run(Namespace(arch=[90], kernel="", json=False))
+        compile_report.run(Namespace(**DEFAULTS))
 
 
 def test_tuned_tables(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import accumulator, aligned_rows, input_precision
@@ -309,4 +309,12 @@ def _spec(name: str, variant: str, dtype: torch.dtype, options: dict[str, Any], 
         num_stages=options.get("num_stages", 3),
         aligned=tuple(n for n in signature if n.startswith("stride_") or (n == "D" and name == "_query_max_kernel")),
         dot=dot,
+        work=_work(options, dtype) if name == "_query_max_kernel" else None,
     )
+
+
+def _work(options: dict[str, Any], dtype: torch.dtype) -> Work:
+    """BLIP-2's batch: 100 images and the texts of 16 ranks; 5 bytes are written for each pair."""
+    queries = options["QUERIES"]
+    tile = options | {"BLOCK_M": queries * options["IMAGES"]}
+    return Work.of_product("score", 100 * queries, 1600, 256, tile, dtype.itemsize, written=5 / queries)

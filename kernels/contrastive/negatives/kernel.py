@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import accumulator, aligned_rows, input_precision, products, tile_of
@@ -216,4 +216,5 @@ def _spec(variant: str, dtype: torch.dtype, kind: str, precision: str, **options
         num_stages=tile["num_stages"],
         aligned=("D", "stride_x", "stride_y"),
         dot=kind if kind != "ieee" and not constants["UNIFORM"] else None,
+        work=None if constants["UNIFORM"] else Work.of_product("logit", 4096, 4096, 256, tile, dtype.itemsize),
     )

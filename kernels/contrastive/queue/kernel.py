@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
@@ -356,4 +356,14 @@ def _spec(name: str, dtype: torch.dtype, keys: torch.dtype, options: dict[str, A
         num_warps=options["num_warps"],
         num_stages=options["num_stages"],
         aligned=tuple(n for n in signature if n == "D" or n.startswith("stride_")),
+        work=_work(options, keys) if name == "_scan_kernel" else None,
+    )
+
+
+def _work(options: dict[str, Any], keys: torch.dtype) -> Work:
+    """A direction: the logits of x and x_m, and the sums of keys that their probabilities weight."""
+    products = (1 + options["TEACHER"]) * (1 + options["GRAD"])
+    tile = options | {"BLOCK_M": options["BLOCK_B"]}
+    return Work.of_product(
+        "logit", 64, 65536, options["BLOCK_D"], tile, keys.itemsize, products=products, streamed=True
     )

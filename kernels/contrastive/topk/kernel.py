@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
@@ -144,4 +144,5 @@ def _spec(dtype: torch.dtype, precision: str, slots: int, even: bool) -> Spec:
         num_stages=tile["num_stages"],
         aligned=("D", "stride_x", "stride_y"),
         dot=kind if kind != "ieee" else None,
+        work=Work.of_product("score", 8192, 65536, 512, tile, 2 if kind == "half" else 4, streamed=True),
     )

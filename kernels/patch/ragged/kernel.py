@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfuse.kernels._runtime.aot import Spec
+from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import accumulator, input_precision, tile_of
@@ -218,4 +218,5 @@ def _spec(pixels: str, operand: torch.dtype, out: torch.dtype, mode: int, kind: 
         num_stages=tile["num_stages"],
         aligned=("D", "K", "stride_x"),
         dot=kind,
+        work=Work.of_product("output", 65536, 1152, 768, tile, operand.itemsize, out.itemsize),
     )
