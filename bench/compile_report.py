@@ -269,20 +269,18 @@ def _write(page: Path, rows: list[Row]) -> None:
 
 
 def _markdown(rows: list[Row]) -> str:
-    """The kernels with a stated size, on sm_90."""
-    shown = [r for r in rows if r.arch == BOUNDED and r.size and r.measures]
-    versions = sorted({r.triton for r in shown})
-    lines = []
-    for triton in versions:
-        lines += [
-            f"\nTriton {triton}:\n",
-            "| kernel | size | registers | bytes an access | instructions outside + in loops | floors, us |",
-            "|---|---|---|---|---|---|",
-        ]
-        for r in shown:
-            if r.triton == triton:
-                m = r.measures
-                floors = ", ".join(f"{k} {v:.0f}" for k, v in r.floors.items() if v)
-                counts = f"{m['outside']:.1f} + {m['loop']:.1f} a {r.unit}"
-                lines.append(f"| `{_named(r)}` | {r.size} | {r.registers} | {_widths(r)} | {counts} | {floors} |")
-    return "\n".join(lines) + "\n\n"
+    """A row for each kernel that has a stated size, on sm_90, with each Triton: its plainest variant."""
+    plainest: dict[tuple[str, str], Row] = {}
+    for r in sorted(rows, key=lambda r: len(r.variant)):
+        if r.arch == BOUNDED and r.floors:
+            plainest.setdefault((r.kernel, r.triton), r)
+    lines = [
+        "| kernel | size | Triton | registers | bytes an access | instructions | floors, us |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (_, triton), r in sorted(plainest.items()):
+        floors = ", ".join(f"{k} {v:.0f}" for k, v in r.floors.items())
+        lines.append(
+            f"| `{_named(r)}` | {r.size} | {triton} | {r.registers} | {_widths(r)} | {_counts(r)} | {floors} |"
+        )
+    return "\n".join(lines) + "\n"

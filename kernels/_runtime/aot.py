@@ -88,7 +88,7 @@ class Spec:
         dot: the instruction kind its matrix products must compile to: `"half"`, `"tf32"`, or None.
         double: whether float64 arithmetic is meant.
         work: what `outside` and `loop` of its bounds are counted by, and the floors.
-        bounds: the most that `Facts.measures` may be on sm_90, by name. No kernel has narrow accesses by intent.
+        bounds: the most that `Facts.measures` may be on sm_90, by name. All have no spills and no narrow accesses.
             A `ledger.json` beside the kernel holds what is not there yet, and only falls.
     """
 
@@ -124,11 +124,12 @@ class Facts:
     def measures(self, spec: Spec) -> dict[str, float]:
         """What a bound can be stated of.
 
-        `instructions`: in all. `narrow`: accesses to global memory of 1 or 2 bytes, on the common path. `product`:
-        instructions of the main loop for each tensor-core instruction. With `spec.work`, instructions of a thread for
-        each unit: `outside` the main loops, and in the main `loop`s.
+        `spills`: bytes. `instructions`: in all. `narrow`: accesses to global memory of 1 or 2 bytes, on the common
+        path. `product`: instructions of the main loop for each tensor-core instruction. With `spec.work`, instructions
+        of a thread for each unit: `outside` the main loops, and in the main `loop`s.
         """
-        found: dict[str, float] = {"instructions": self.code.instructions, "narrow": self.code.narrow}
+        found: dict[str, float] = {"spills": self.spills}
+        found |= {"instructions": self.code.instructions, "narrow": self.code.narrow}
         products = [loop for loop in self.code.loops if loop.tensor_core]
         if products:
             found["product"] = sum(p.instructions for p in products) / sum(p.tensor_core for p in products)
@@ -219,8 +220,8 @@ def _disassembled(cubin: bytes) -> str:
 
 def violations(spec: Spec, arch: int, facts: Facts) -> list[str]:
     """What a kernel that ships must not have."""
-    why = []
-    if facts.spills:
+    why, allowed = [], limits(spec) if arch == BOUNDED else {"spills": 0.0}
+    if facts.spills > allowed.pop("spills"):
         why.append(f"spills {facts.spills} bytes per thread")
     if facts.shared > SHARED_LIMIT[arch]:
         why.append(f"needs {facts.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
@@ -230,7 +231,7 @@ def violations(spec: Spec, arch: int, facts: Facts) -> list[str]:
     if wanted and not facts.tensor_core.get(wanted):
         why.append(f"has no {wanted} instruction")
     if arch == BOUNDED:
-        measures, allowed = facts.measures(spec), limits(spec)
+        measures = facts.measures(spec)
         found = {k: measures.get(k, math.inf) for k in allowed}
         why += [f"{k} is {found[k]:g}, at most {most:g}" for k, most in allowed.items() if found[k] > most]
     return why
@@ -238,7 +239,7 @@ def violations(spec: Spec, arch: int, facts: Facts) -> list[str]:
 
 def limits(spec: Spec) -> dict[str, float]:
     """The spec's bounds, and what the ledger still allows beyond them."""
-    stated = {"narrow": 0.0} | spec.bounds
+    stated = {"spills": 0.0, "narrow": 0.0} | spec.bounds
     still: dict[str, float] = ledger(spec).get(spec.name, {})
     return stated | {k: max(most, stated.get(k, 0.0)) for k, most in still.items()}
 

@@ -223,9 +223,9 @@ class _Graph:
 
     def _shortest(self, starts: Iterable[int], ends: Collection[int], region: set[int]) -> list[int] | None:
         """The blocks of the way with the fewest instructions; no loop is gone round."""
-        todo = [(len(self.blocks[s]), s, (s,)) for s in starts]
+        todo: list[tuple[int, int, tuple[int, ...]]] = [(len(self.blocks[s]), s, (s,)) for s in starts]
         heapq.heapify(todo)
-        seen = set()
+        seen: set[int] = set()
         while todo:
             cost, b, way = heapq.heappop(todo)
             if b in ends:

@@ -27,7 +27,7 @@ def outside(*command: str, path: str = "") -> subprocess.CompletedProcess[str]:
     # without nvcc: `make compile-report` has it compile the whole of csrc
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": path, "PATH": "", "CUDA_HOME": ""}
-    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=900)
 
 
 def test_a_kernel_that_ships_is_clean_on_hopper():
@@ -72,7 +72,7 @@ KERNELS = """
 
     @triton.jit
     def greedy(y_ptr, x_ptr):
-        i = tl.arange(0, 16384)
+        i = tl.arange(0, 8192)
         x = tl.load(x_ptr + i)
         tl.store(y_ptr + i, x * tl.sum(x, axis=0))
 
@@ -98,9 +98,8 @@ KERNELS = """
             Spec("probe:small_dot", "", {**out, "x_ptr": "*fp16"}, {}, dot="half"),
             Spec("probe:broken", "", out, {}),
             Spec("probe:copied", "", half | {"N": "i32"}, {}),
-            Spec("probe:copied", "aligned", half | {"N": "i32"}, {}, aligned=("N",)),
-            Spec("probe:copied", "bounded", half | {"N": "i32"}, {}, aligned=("N",), work=numbers,
-                 bounds={"outside": 2.0, "instructions": 20}),
+            Spec("probe:copied", "aligned", half | {"N": "i32"}, {}, aligned=("N",), work=numbers,
+                 bounds={"outside": 2.0, "instructions": 16}),
             Spec("probe:busy", "", {**out, "x_ptr": "*fp16", "N": "i32"}, {}, dot="half", work=scores,
                  bounds={"loop": 3.0, "product": 8.0}),
         ]
@@ -116,7 +115,7 @@ def test_each_violation_is_found(tmp_path):
     found = outside(str(tmp_path / "probe.py"), path=str(tmp_path))
     assert found.returncode == 0, found.stderr
     results = map(json.loads, found.stdout.splitlines())
-    promoted, meant, greedy, small_dot, broken, copied, aligned, bounded, busy = results
+    promoted, meant, greedy, small_dot, broken, copied, aligned, busy = results
     assert len(promoted[0]) == 1 and promoted[0][0].endswith("float64 instructions")
     assert meant[0] == []
     assert len(greedy[0]) == 1 and greedy[0][0].startswith("spills")
@@ -125,8 +124,8 @@ def test_each_violation_is_found(tmp_path):
     assert "undefined" in broken[0]
     # eight numbers a thread
     assert copied[0] == ["narrow is 16, at most 0"] and copied[1]["LDG 2"] == copied[1]["STG 2"] == 8
-    assert aligned[0] == [] and aligned[1]["LDG 16"] == aligned[1]["STG 16"] == 1
-    assert [why.split(" is ")[0] for why in bounded[0]] == ["outside", "instructions"]
+    assert aligned[1]["LDG 16"] == aligned[1]["STG 16"] == 1
+    assert [why.split(" is ")[0] for why in aligned[0]] == ["outside", "instructions"]
     assert [why.split(" is ")[0] for why in busy[0]] == ["loop", "product"]
 
 
@@ -241,7 +240,14 @@ def test_the_time_that_work_takes_at_least():
     code = sass.Reading(1000, 360, (loop,), {}, 0)
     facts = Facts(registers=32, spills=0, shared=0, f64=0, code=code)
     spec = Spec("m:f", "", {}, {}, work=work, dot="half")
-    assert facts.measures(spec) == {"instructions": 1000, "narrow": 0, "product": 20, "outside": 5.62, "loop": 10}
+    assert facts.measures(spec) == {
+        "spills": 0,
+        "instructions": 1000,
+        "narrow": 0,
+        "product": 20,
+        "outside": 5.62,
+        "loop": 10,
+    }
     floors = facts.floors(spec)
     assert floors["issue"] == round((360 + 16 * 40) * 4 * 64 / (132 * 4 * 1755), 1)
     assert floors["bytes"] == round(work.bytes / 3.35e6, 1) and floors["flops"] == round(work.flops / 989e6, 1)
@@ -268,7 +274,10 @@ def test_a_page_has_the_table(pretend, tmp_path):
     assert pretend(reading(instructions=10 * 128), write=page) == 0
     text = page.read_text()
     assert text.startswith("# GPU\n") and text.endswith("\nthe rest\n") and "old" not in text
-    assert "| `_stats_fwd_kernel bf16` | 4096 x 4096 | 32 | global 16 | 10.0 + 0.0 a logit |" in text
+    assert (
+        f"| 4096 x 4096 | {triton.__version__} | 32 | global 16 | 1280, 10 + 0 a logit | issue 6, bytes 10, flops 0 |"
+        in text
+    )
     page.write_text("# GPU\n")
     with pytest.raises(ValueError, match="--write is .*expected a page with the lines"):
         pretend(reading(instructions=128), write=page)
