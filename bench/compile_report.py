@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", default="", help="only kernels whose name or variant contains this")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--also", type=Path, metavar="DIR", help="a folder with another Triton: sm_90 with it, too")
-    parser.add_argument("--tighten", action="store_true", help="lower every ledger.json to what is measured")
+    parser.add_argument("--tighten", action="store_true", help="with --also: lower every ledger.json to what was found")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of sm_90 on a page of the docs")
 
 
@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     for arch in args.arch:
         if arch not in ARCHS:
             raise ValueError(f"--arch is {arch}, expected some of {', '.join(map(str, ARCHS))}")
+    if args.tighten and not args.also:
+        raise ValueError("--tighten is given without --also: a ledger holds the larger number of two Tritons")
     console = Console(stderr=True)
     rows, absent = [], []
     missing = triton_missing()
