@@ -230,7 +230,7 @@ def _counts(row: Row) -> str:
     """`4904, 38.3 + 1.2 a logit, 20.5 a product`: in all, outside the main loops and in them, by product."""
     m = row.measures
     texts = [f"{m['instructions']:g}"] if m else []
-    texts += [f"{m['outside']:g} + {m['loop']:g} a {row.unit}"] if row.unit and m else []
+    texts += [f"{m['outside']:g} + {m['loop']:g} a {row.unit}"] if "outside" in m else []
     texts += [f"{m['product']:g} a product"] if "product" in m else []
     return ", ".join(texts)
 

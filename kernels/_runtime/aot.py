@@ -41,7 +41,7 @@ class Work:
         units: how many of them.
         bytes: read and written in global memory, each once.
         flops: of the products.
-        outer: iterations in each program of a loop that holds none itself.
+        outer: iterations of the outermost loop in each program, 0 where the FLOPs say how often loops go round.
     """
 
     size: str
@@ -50,7 +50,7 @@ class Work:
     programs: int
     bytes: int
     flops: int = 0
-    outer: int = 1
+    outer: int = 0
 
     @classmethod
     def of_product(
@@ -70,7 +70,7 @@ class Work:
             programs=tiles_m if streamed else tiles_m * tiles_n,
             bytes=operands * (m + n) * k * itemsize + int(m * n * written),
             flops=2 * m * n * k * products,
-            outer=tiles_n if streamed else 1,
+            outer=tiles_n if streamed else 0,
         )
 
 
@@ -133,7 +133,7 @@ class Facts:
         products = [loop for loop in self.code.loops if loop.tensor_core]
         if products:
             found["product"] = sum(p.instructions for p in products) / sum(p.tensor_core for p in products)
-        if spec.work:
+        if spec.work and self._countable:
             threads = 32 * spec.num_warps * spec.work.programs
             found["outside"] = self.code.outside * threads / spec.work.units
             found["loop"] = self._looped(spec, spec.work) * threads / spec.work.units
@@ -141,7 +141,7 @@ class Facts:
 
     def floors(self, spec: Spec) -> dict[str, float]:
         """Microseconds that `spec.work` takes an H100 at the least, by what bounds it: a model, no measurement."""
-        if not spec.work:
+        if not spec.work or not self._countable:
             return {}
         issued = (self.code.outside + self._looped(spec, spec.work)) * spec.num_warps * spec.work.programs
         times = {"issue": issued / _ISSUE, "bytes": spec.work.bytes / _BYTES}
@@ -150,11 +150,17 @@ class Facts:
         return {k: round(1e6 * v, 1) for k, v in times.items()}
 
     def _looped(self, spec: Spec, work: Work) -> float:
-        """Instructions of a warp in the main loops: the products' FLOPs say how often they go round."""
-        loops = self.code.loops
-        each = sum(loop.flops for loop in loops) * spec.num_warps * work.programs
-        trips = work.flops / each if each else work.outer
-        return sum(loop.instructions * (trips if loop.flops else work.outer) for loop in loops)
+        """Instructions of a warp in the main loops."""
+        outer = [loop for loop in self.code.loops if work.outer and loop.depth == 0]
+        inner = [loop for loop in self.code.loops if loop not in outer]
+        each = sum(loop.flops for loop in inner) * spec.num_warps * work.programs
+        trips = work.flops / each if each else 0
+        return sum(loop.instructions * work.outer for loop in outer) + sum(loop.instructions * trips for loop in inner)
+
+    @property
+    def _countable(self) -> bool:
+        """Whether it is known how often the main loops go round: not without tensor cores, nor on sm_100."""
+        return not self.code.loops or any(loop.flops for loop in self.code.loops)
 
 
 def compile_for(

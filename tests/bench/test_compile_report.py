@@ -255,6 +255,14 @@ def test_the_time_that_work_takes_at_least():
     assert facts.floors(replace(spec, dot="tf32"))["flops"] == round(2 * work.flops / 989e6, 1)
     streamed = Work.of_product("score", 1024, 512, 256, {"BLOCK_M": 128, "BLOCK_N": 64}, itemsize=2, streamed=True)
     assert (streamed.programs, streamed.outer) == (8, 8)
+    # the outer loop goes round 8 times, the products within it 16 times in each
+    both = replace(code, loops=(sass.Loop(0, 100, 0, 0.0), replace(loop, depth=1)))
+    threads = 32 * 4 * 8 / streamed.units
+    found = replace(facts, code=both).measures(replace(spec, work=streamed))["loop"]
+    assert found == round((8 * 100 + 8 * 16 * 40) * threads, 2)
+    # FLOPs without tensor cores are not recognised
+    scalar = replace(code, loops=(replace(loop, tensor_core=0, flops=0.0),))
+    assert "loop" not in replace(facts, code=scalar).measures(spec)
 
 
 def test_another_triton_reports_too(pretend, tmp_path, monkeypatch, capsys):
