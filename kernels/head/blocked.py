@@ -36,13 +36,18 @@ class Head:
     clips: int
 
 
+def selected(x: Tensor, index: Tensor) -> Tensor:
+    """[B, D]: token index_b of each row. A gather asserts its bounds on every device, and takes no -1 for the last."""
+    return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
+
+
 class TorchPasses:
     """The passes over selected rows, in plain torch."""
 
     @staticmethod
     def normalized(x: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(LayerNorm of the selected rows [B, D] in `dtype`, the rows, their mean [B], 1 / standard deviation [B])."""
-        rows = x[:, 0].clone() if head.index is None else x[torch.arange(x.shape[0], device=x.device), head.index]
+        rows = x[:, 0].clone() if head.index is None else selected(x, head.index)
         acc = accumulation_dtype(x.dtype)
         gamma, beta = (t if t is None else t.to(acc) for t in (head.gamma, head.beta))
         z, mean, rstd = torch.native_layer_norm(rows.to(acc), [x.shape[-1]], gamma, beta, head.eps)

@@ -103,8 +103,8 @@ def select_head(
     each of LayerNorm, projection and result. Differentiable in x, norm, weight and scale.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. An index out of range raises on a CPU; on
-            a GPU it gives a row of NaN, and in plain torch a device-side assertion.
+        ValueError, TypeError: an argument does not fit; the message names it. An index out of range raises on a CPU, in
+            a compiled graph, too; on a GPU it gives a row of NaN, and in plain torch a device-side assertion.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     head = _head(x, index, norm, weight, normalize, scale, clips)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
-from mmfuse.kernels.head.blocked import Head
+from mmfuse.kernels.head.blocked import Head, selected
 
 
 def select_head(x: Tensor, head: Head) -> Tensor:
     """x [B, L, D] to [B / clips, O], or [B / clips, D] without a weight."""
-    rows = x[:, 0] if head.index is None else x[torch.arange(x.shape[0], device=x.device), head.index]
+    rows = x[:, 0] if head.index is None else selected(x, head.index)
     beta = head.beta if head.beta is None or head.gamma is not None else head.beta.to(rows.dtype)
     y = F.layer_norm(rows, rows.shape[-1:], head.gamma, beta, head.eps)
     if head.weight is not None:

@@ -127,3 +127,15 @@ def test_no_synchronisation(op: str) -> None:
 
 def test_every_operator_is_here() -> None:
     assert (set(operators()) & set(kernels.__all__)) - set(dir(kernels.contrastive)) <= set(OPS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an assertion on the device ends the process")
+@pytest.mark.parametrize("index", [-1, 7])
+def test_a_token_out_of_range_is_found_in_a_graph(index: int) -> None:
+    """Not the last token for -1, as an index of plain torch would have it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, at: kernels.head.select_head(x, at, HEAD, PROJECTION), fullgraph=True)
+    x, at = real(3, 7, 8), torch.full((3,), 6)
+    torch.testing.assert_close(compiled(x, at), kernels.head.select_head(x, at, HEAD, PROJECTION))
+    with pytest.raises(RuntimeError, match="index out of bounds|out of bounds"):
+        compiled(x, torch.full((3,), index))
