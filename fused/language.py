@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Implementation, Operator
-from mmfuse.kernels._runtime.arguments import autocast
+from mmfuse.kernels._runtime.arguments import autocast, check, one_of, real, require_integer
 from mmfuse.kernels._runtime.dispatch import forced_backend
 from mmfuse.kernels._runtime.dtypes import autocast_is_on
 from mmfuse.kernels._runtime.registration import differentiated_again, gradients_with_graph, without_autocast
@@ -69,7 +69,7 @@ def linear_cross_entropy(
         ValueError, TypeError: naming the argument that does not fit.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    _check(hidden, weight, labels, bias, label_smoothing, reduction, teacher, alpha, chunk)
+    _check(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk)
     if teacher is not None:
         hidden_m, weight_m, bias_m = teacher
         teacher = (
@@ -82,6 +82,8 @@ def linear_cross_entropy(
 
 def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha):  # type: ignore[no-untyped-def]
     acc = torch.promote_types(hidden.dtype, torch.float32)
+    counts = labels != ignore_index
+    hidden, teacher = _counted(hidden, counts, teacher)
     logits = F.linear(hidden, weight, _like(hidden, bias)).to(acc).flatten(0, -2)
     labels_ = labels.flatten()
     if teacher is None:
@@ -93,8 +95,14 @@ def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reductio
     )
     soft = F.linear(*teacher).to(acc).flatten(0, -2).softmax(-1)
     loss = (1 - alpha) * loss - alpha * (soft * logits.log_softmax(-1)).sum(-1)
-    counts = labels_ != ignore_index
-    return _reduce(torch.where(counts, loss, 0), counts, reduction, labels.shape)
+    return _reduce(torch.where(counts.flatten(), loss, 0), counts, reduction, labels.shape)
+
+
+def _counted(hidden: Tensor, counts: Tensor, teacher: Teacher | None) -> tuple[Tensor, Teacher | None]:
+    """Zeros for the tokens that do not count: a gradient of 0 times NaN would be NaN, in weight, too."""
+    aside = ~counts[..., None]
+    masked = None if teacher is None else (teacher[0].masked_fill(aside, 0), *teacher[1:])
+    return hidden.masked_fill(aside, 0), masked
 
 
 def _reduce(loss: Tensor, counts: Tensor, reduction: str, shape: torch.Size) -> Tensor:
@@ -199,16 +207,17 @@ def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk,
     db = torch.zeros(vocabulary, dtype=acc, device=hidden.device) if need_b else None
     for i in range(0, n, chunk):
         part = slice(i, i + chunk)
-        log_p = _logits(hidden[part], weight, bias, acc).log_softmax(-1)
         label, w = labels[part, None], per_token[part, None]
+        of_part = None if teacher is None else (teacher[0][part], *teacher[1:])
+        h, of_part = _counted(hidden[part], w[:, 0] != 0, of_part)
+        log_p = _logits(h, weight, bias, acc).log_softmax(-1)
         value = (1 - eps) * log_p.gather(1, label).squeeze(1)
         if eps:
             value = value + eps * log_p.mean(-1)
         value = (1 - alpha) * value
         soft = None
-        if teacher is not None:
-            hidden_m, weight_m, bias_m = teacher
-            soft = _logits(hidden_m[part], weight_m, bias_m, acc).softmax(-1)
+        if of_part is not None:
+            soft = _logits(*of_part, acc).softmax(-1)
             value = value + alpha * (soft * log_p).sum(-1)
         loss[part] = torch.where(w[:, 0] == 0, 0, -value)
         if not any(needs):
@@ -227,9 +236,9 @@ def _sweep(hidden, weight, bias, labels, teacher, per_token, *, settings, chunk,
         if dh is not None:
             dh[part] = _product(g, weight, acc)
         if need_w and dw is None:
-            dw = _product(g.t(), hidden[part], acc)
+            dw = _product(g.t(), h, acc)
         elif need_w:
-            _add_product(dw, g.t(), hidden[part])
+            _add_product(dw, g.t(), h)
     if need_w and dw is None:
         dw = torch.zeros(weight.shape, dtype=acc, device=hidden.device)
     return loss, dh, dw, db
@@ -339,38 +348,40 @@ LINEAR_CROSS_ENTROPY = Operator(
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _check(hidden, weight, labels, bias, label_smoothing, reduction, teacher, alpha, chunk):  # type: ignore[no-untyped-def]
+def _check(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, teacher, alpha, chunk):  # type: ignore[no-untyped-def]
     _check_head("hidden", hidden, "weight", weight, "bias", bias)
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])} as hidden")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels has dtype {labels.dtype}, expected torch.int64")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
+    check("labels", labels, hidden.shape[:-1], " as hidden", torch.int64, ("hidden", hidden))
+    require_integer("ignore_index", ignore_index)
+    one_of("reduction", reduction, ("mean", "sum", "none"))
     for name, value in (("label_smoothing", label_smoothing), ("alpha", alpha)):
-        if not 0 <= value <= 1:
+        if not 0 <= real(name, value) <= 1:
             raise ValueError(f"{name} is {value}, expected a number in [0, 1]")
     if teacher is None and alpha:
         raise ValueError(f"alpha is {alpha} without a teacher, expected 0")
     if teacher is not None:
+        if not isinstance(teacher, (tuple, list)):
+            raise TypeError(f"teacher is {type(teacher).__name__}, expected (hidden, weight, bias or None)")
         if len(teacher) != 3:
             raise ValueError(f"teacher has {len(teacher)} entries, expected (hidden, weight, bias or None)")
         _check_head("teacher's hidden", teacher[0], "teacher's weight", teacher[1], "teacher's bias", teacher[2])
+        check("teacher's hidden", teacher[0], like=("hidden", hidden))
         if teacher[0].shape[:-1] != labels.shape or len(teacher[1]) != len(weight):
             raise ValueError(
                 f"teacher has logits of shape {(*teacher[0].shape[:-1], len(teacher[1]))}, "
                 f"expected {(*labels.shape, len(weight))}"
             )
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is {chunk}, expected at least 1")
+    if chunk is not None:
+        require_integer("chunk", chunk)
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}, expected at least 1")
 
 
 def _check_head(name: str, hidden: Tensor, w_name: str, weight: Tensor, b_name: str, bias: Tensor | None) -> None:
-    if hidden.dim() < 2 or not hidden.is_floating_point():
-        raise ValueError(f"{name} is {hidden.dtype} {tuple(hidden.shape)}, expected floating-point [..., D]")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{w_name} has shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}]")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{b_name} has shape {tuple(bias.shape)}, expected [{len(weight)}]")
+    check(name, hidden)
+    if hidden.dim() < 2:
+        raise ValueError(f"{name} has shape {tuple(hidden.shape)}, expected [..., D]")
+    check(w_name, weight, ("V", hidden.shape[-1]), f" as {name} has features", like=(name, hidden))
+    if bias is not None:
+        check(b_name, bias, weight.shape[:1], f", one for each row of {w_name}", like=(name, hidden))
     if hidden.dtype != weight.dtype and not autocast_is_on(hidden.device.type):
         raise TypeError(f"{w_name} has dtype {weight.dtype}, expected {hidden.dtype} as {name}")

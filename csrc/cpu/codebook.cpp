@@ -208,7 +208,8 @@ struct Codes {
         // |float32's score - exact| <= (d + 8) 2^-24 (|z| |a w| + |b|), and what underflows
         const double size = std::sqrt(dot(z, z, d)) * largest_norm + largest_offset;
         const double gap = 2 * double(d + 8) * (0x1p-24 * size + 0x1p-126);
-        const double tie = 0x1p-51 * double(d + 8) * size;  // float64's, in which nothing underflows
+        // float64's, in which nothing underflows; numbers that are infinite have no rounding
+        const double tie = std::isfinite(size) ? 0x1p-51 * double(d + 8) * size : 0;
         candidates.clear();
         if (!(size < 1e37)) {  // float32 may overflow; a NaN too
             for (int64_t k = 0; k < K; ++k) candidates.push_back(k);

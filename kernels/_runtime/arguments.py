@@ -79,7 +79,7 @@ def norm_of(norm: Any) -> tuple[Tensor | None, Tensor | None, float]:
         weight, bias, eps = norm
     except (TypeError, ValueError):
         raise ValueError(f"norm is {norm!r}, expected (weight [D] or None, bias [D] or None, eps)") from None
-    return weight, bias, float(eps)
+    return weight, bias, real("norm's eps", eps)
 
 
 def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
@@ -105,6 +105,13 @@ def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full((), value, dtype=dtype, device=device)
     # as a factor it stays a variable of the graph; any other use compiles it anew for each value
     return torch.ones((), dtype=dtype, device=device) * value
+
+
+def real(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is {value!r}, expected a number") from None
 
 
 def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def assign(
     distance = torch.where(kept, torch.linalg.vecdot(difference, difference), 0).sum()
     if gradient != "none":
         # z + (e - z), without its rounding: what is not a number in z is none in e, nor in a row that is turned
-        row = z if gradient == "straight_through" else z.sum(1, keepdim=True, dtype=acc)
+        row = z if gradient == "straight_through" else (difference * 0).sum(1, keepdim=True)
         e.add_(row, alpha=0).masked_fill_(~kept[:, None], 0)
     return e, (beta + codebook_weight) * share * distance, share
 

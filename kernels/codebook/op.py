@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check, check_range, integers, one_of
+from mmfuse.kernels._runtime.arguments import check, check_range, integers, one_of, require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.codebook import blocked, reference
 
@@ -103,7 +103,8 @@ def nearest_code(
 
     Returns:
         [N] int64. Of codes that float64 cannot tell apart (duplicates) the first; as in torch.argmax, a NaN among the
-        scores wins, so that a row of NaN gets code 0.
+        scores wins, so that a row of NaN gets code 0. A code that is not finite is found by the rows to which its score
+        is NaN or the largest, and changes nothing for the others.
 
     Deterministic: two runs are equal. Not differentiable. Autocast does not round the arguments.
 
@@ -204,6 +205,7 @@ def code_statistics(z: Tensor, codes: Tensor, K: int, *, backend: str | None = N
     """
     check("z", z, ("N", "D"))
     codes = integers("codes", codes, z, "z")
+    require_integer("K", K)
     if K < 1:
         raise ValueError(f"K is {K}, expected at least one code")
     counts, sums = STATISTICS(z, codes, K, backend=backend)
@@ -252,7 +254,9 @@ def _assign_backward(
             total += passes.code_statistics(g, codes, len(codebook))[1]
         if step is not None and codebook_weight:
             counts, sums = passes.code_statistics(z, codes, len(codebook))
-            total += codebook_weight * step * (counts[:, None] * codebook - sums)
+            # 0 for a code without rows, also where it is not a number
+            own = torch.where(counts[:, None] > 0, counts[:, None] * codebook, 0)
+            total += codebook_weight * step * (own - sums)
         grads["codebook"] = total.to(codebook.dtype)
     return grads
 
@@ -313,8 +317,8 @@ def vector_quantize(
         beta: the weight of the commitment term, whose gradient goes to z.
         codebook_weight: of the term whose gradient goes to the codebook; 0 for one that follows a moving average.
         gradient: what reaches z from z_q: "straight_through" passes it on (Bengio et al. 2013); "rotation" turns it as
-            z was turned onto its code and stretches it by |e| / |z| (Fifty et al. 2024, section 4.2); "none" gives it
-            to the codebook, as an embedding's.
+            z was turned onto its code and stretches it by |e| / |z| (Fifty et al. 2024, section 4.2); z_q of a row of
+            zeros, which has no direction, is its code too; "none" gives it to the codebook, as an embedding's.
         mask: bool [N]; where it is False z_q is 0, the code -1, and the loss and gradients do without the row.
         backend: "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
 

@@ -26,7 +26,8 @@ def in_float64(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
     weight = weight if scale is None else weight * scale[:, None]
     size = torch.linalg.vector_norm(z, dim=1, keepdim=True) * torch.linalg.vector_norm(weight, dim=1).amax()
     size = size if bias is None else size + bias.abs().amax()
-    return z, weight, 2.0**-51 * (z.shape[1] + 8) * size
+    # what is infinite is not rounded
+    return z, weight, torch.where(size.isfinite(), 2.0**-51 * (z.shape[1] + 8) * size, 0)
 
 
 def first_of_largest(s: Tensor, tie: Tensor) -> Tensor:
@@ -40,10 +41,13 @@ def masked(codes: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def code_statistics(z: Tensor, codes: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """The number of rows of each code and their sum, by the product with the one-hot matrix."""
+    """The number of rows of each code and their sum."""
     key = torch.where((codes >= 0) & (codes < K), codes, K)
-    chosen = F.one_hot(key, K + 1)[:, :K].to(accumulation_dtype(z.dtype))
-    return chosen.sum(0), chosen.t() @ z.to(chosen.dtype)
+    counts = F.one_hot(key, K + 1)[:, :K].sum(0)
+    # no product with that matrix: 0 times what is not a number, in a row of another code, would be none
+    rows = z.to(accumulation_dtype(z.dtype))
+    sums = rows.new_zeros(K + 1, z.shape[1]).index_put_((key,), rows, accumulate=True)
+    return counts.to(rows.dtype), sums[:K]
 
 
 def assign(
@@ -53,16 +57,20 @@ def assign(
     check_range("codes", codes, len(codebook), "the rows of codebook", least=-1)
     kept = (codes >= 0)[:, None]
     e = F.embedding(codes.clamp_min(0), codebook)
-    x, y = (t.to(accumulation_dtype(t.dtype)) for t in (z, e))
-    terms = beta * (x - y.detach()) ** 2 + codebook_weight * (x.detach() - y) ** 2
-    loss = torch.where(kept, terms, 0).sum() / (kept.sum().clamp_min(1) * z.shape[1])
+    # what has no code is 0 from here on: no gradient comes out of it, be it NaN
+    x, y = (torch.where(kept, t, 0).to(accumulation_dtype(t.dtype)) for t in (z, e))
+    # a weight of 0 leaves a gradient of 0, also where it would multiply NaN
+    to_code = codebook_weight * (x.detach() - y) ** 2 if codebook_weight else 0 * y.nan_to_num()
+    loss = (beta * (x - y.detach()) ** 2 + to_code).sum() / (kept.sum().clamp_min(1) * z.shape[1])
     if gradient == "straight_through":
         routed = x + (y - x).detach()
     elif gradient == "rotation":
-        routed = _rotated(x, y.detach())
+        # the code itself: a row of zeros has no direction that could be turned onto it
+        turned = _rotated(x, y.detach())
+        routed = turned + (y - turned).detach()
     else:
         routed = y
-    return torch.where(kept, routed, 0).to(z.dtype), loss
+    return routed.to(z.dtype), loss
 
 
 def _rotated(x: Tensor, y: Tensor) -> Tensor:

@@ -163,14 +163,13 @@ class TorchTile:
     @staticmethod
     def sigmoid_grad(u, scale, bias, diagonal, negative_only, g, sums) -> None:  # type: ignore[no-untyped-def]
         s = u * scale + bias
-        positive = s.diagonal(diagonal)
+        if not negative_only:
+            s.diagonal(diagonal).neg_()
         loss = torch.logaddexp(s, s.new_zeros(())).sum(1, dtype=torch.float64)
         p = torch.sigmoid(s)
         if not negative_only:
-            rows = slice(max(0, -diagonal), max(0, -diagonal) + len(positive))
-            loss[rows] -= positive
             # sigma(S) - 1 = -sigma(-S), which keeps its digits when the pair is already well matched
-            p.diagonal(diagonal).copy_(-torch.sigmoid(-positive))
+            p.diagonal(diagonal).neg_()
         sums[0], sums[1], sums[2] = loss, p.sum(1, dtype=torch.float64), (p * u).sum(1, dtype=torch.float64)
         if g.numel():
             g.copy_(p * FP16_SCALE if g.dtype == torch.float16 else p)

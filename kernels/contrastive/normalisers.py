@@ -18,8 +18,26 @@ def merged(maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> tuple[Tensor, Te
 
 
 def negative_log_prob(m: Tensor, l: Tensor, diag: Tensor) -> Tensor:  # noqa: E741
-    """rho - S_ii = log(1 + l e^(m - S_ii)), which keeps its digits down to a loss of 0, where a difference does not."""
-    return torch.logaddexp(torch.log(l) + (m - diag), diag.new_zeros(()))
+    """rho - S_ii = log(1 + l e^(m - S_ii)), which keeps its digits down to a loss of 0, where a difference does not.
+
+    NaN where S_ii is +inf, as that difference.
+    """
+    return torch.logaddexp(torch.log(l) + (m - diag), zero_below_inf(diag))
+
+
+def zero_below_inf(x: Tensor) -> Tensor:
+    """0, and NaN where x is +inf or NaN."""
+    return x.clamp_min(0) * 0
+
+
+def times(weight: float, t: Tensor) -> Tensor:
+    """weight * t; 0 of a direction of weight 0, where NaN counts for nothing."""
+    return weight * t if weight else torch.zeros_like(t)
+
+
+def weighed(weight: float, r: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """(r, weight / Z) of a direction: what is left of a weight of 0 is 0 e^(S - inf)."""
+    return r if weight else torch.full_like(r, torch.inf), times(weight, inverse)
 
 
 def normaliser(m: Tensor, l: Tensor, diag: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741

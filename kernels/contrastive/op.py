@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Operator
-from mmfuse.kernels._runtime.arguments import one_of, scalar
+from mmfuse.kernels._runtime.arguments import one_of, require_integer, scalar
 from mmfuse.kernels._runtime.device import total_memory
 from mmfuse.kernels._runtime.thresholds import few_pairs, fewer_pairs
 from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, ids_of_sides, needs_gradient, positives, weights_of
 from mmfuse.kernels.contrastive.backends import of_template
 from mmfuse.kernels.contrastive.blocked import positive_logits, unit_rows
-from mmfuse.kernels.contrastive.normalisers import column_normaliser, negative_log_prob, normaliser
+from mmfuse.kernels.contrastive.normalisers import (
+    column_normaliser,
+    negative_log_prob,
+    normaliser,
+    times,
+    weighed,
+)
 
 Save = Literal["auto", "recompute", "store"]
 _SAVES = get_args(Save)
@@ -109,13 +115,15 @@ def _clip_forward(
         nearly = scale * (same[1][:b] - positive)
         row = _over_positives(row, scale * sums[0], nearly, own, shares[:b], label_smoothing)
         column = _over_positives(column, scale * sums[1][pairs], nearly, own, shares[b:][pairs], label_smoothing)
-    loss = (want.w_image * row + want.w_text * column).mean()
+    loss = (times(want.w_image, row) + times(want.w_text, column)).mean()
     total_logits = diag.new_zeros(())
     if label_smoothing or sum_all:
         total_logits = scale * torch.dot(x.sum(0, dtype=scale.dtype), y.sum(0, dtype=scale.dtype))
     if label_smoothing:
         to_all = (want.w_image / n + want.w_text / b) * total_logits / b
-        loss = loss + label_smoothing * ((want.w_image + want.w_text) * diag.mean() - to_all)
+        # out of the same products as the total: what is kept in 16 bits has been rounded
+        own = scale * positive_logits(x, y, row_offset)[:b] if save == "int16" else diag
+        loss = loss + label_smoothing * ((want.w_image + want.w_text) * own.mean() - to_all)
     kept = normalize_pair_kept(pair, normalize)
     return ClipOutputs(loss, row_max, col_max, diag, total_logits, row_sum, col_sum, logits, *kept, keys, shares)
 
@@ -128,7 +136,7 @@ def _over_positives(
     `of_pair` is rho - S_ii, `centre` is c - S_ii, and `others` the sum of S - c over the positives but the pair itself.
     """
     number = torch.where(share > 0, 1 / share, 0).round() - own.to(share.dtype)
-    hard = torch.where(share > 0, of_pair - share * (others + number * centre), 0)
+    hard = torch.where(share > 0, of_pair - share * (others + number * centre), 0 * of_pair)
     return (1 - label_smoothing) * hard + label_smoothing * of_pair if label_smoothing else hard
 
 
@@ -163,9 +171,10 @@ def _clip_backward(
     counted = torch.full_like(diag, -torch.inf) if want.decoupled else diag
     rho, a, miss = normaliser(row_max, row_sum, counted)
     kappa, beta, column_miss = column_normaliser(col_max, col_sum, counted, pairs)
-    a, beta = w_image * a, w_text * beta
+    (rho, a), (kappa, beta) = weighed(w_image, rho, a), weighed(w_text, kappa, beta)
     # P_ii - 1 without cancellation, likewise the columns
-    d = label_smoothing * (w_image + w_text) - shift - w_image * miss - w_text * column_miss
+    miss, column_miss = times(w_image, miss), times(w_text, column_miss)
+    d = label_smoothing * (w_image + w_text) - shift - miss - column_miss
     targets = None
     if want.text_ids is not None:
         p, q = ((1 - label_smoothing) * w * share for w, share in ((w_image, shares[:b]), (w_text, shares[b:])))
@@ -175,7 +184,7 @@ def _clip_backward(
         a, beta = row_mass * a, mass * beta
         own = torch.where(keys[:b] == keys[b:][pairs], p + q[pairs], 0)
         kept = w_image * row_mass + w_text * mass[pairs]
-        d = kept - own - shift - w_image * row_mass * miss - w_text * mass[pairs] * column_miss
+        d = kept - own - shift - row_mass * miss - mass[pairs] * column_miss
         targets = (keys, p, q)
     weighted = (g.to(scale.dtype) / max(b, 1), a, rho, beta, kappa, d, shift)
     given = (pair.x, pair.y, scale, *weighted, want.row_offset, logits, *pair.inverses)
@@ -281,6 +290,7 @@ def clip_loss(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
+    require_integer("row_offset", row_offset)
     image, text, scale = features(image, text, logit_scale, row_offset)
     w_image, w_text = weights_of(weights)
     b, n = image.shape[0], text.shape[0]
@@ -296,8 +306,13 @@ def clip_loss(
     if decoupled and b == 1:
         raise ValueError("decoupled is set and image has 1 row, expected at least 2: a pair alone has no negatives")
     one_of("save", save, _SAVES)
-    kept = kept_logits(save, store_budget, image, n) if needs_gradient(image, text, scale) else ""
     sides = ids_of_sides(ids, image, text, row_offset)
+    if not w_image and n > b and not metrics:
+        # the texts that have an image here are all that counts
+        pairs = slice(row_offset, row_offset + b)
+        text, row_offset = text[pairs], 0
+        sides = sides[0], None if sides[1] is None else sides[1][pairs]
+    kept = kept_logits(save, store_budget, image, text.shape[0]) if needs_gradient(image, text, scale) else ""
     want = Targets(*sides, w_image, w_text, float(label_smoothing), decoupled, row_offset)
     found = CLIP(image, text, scale, want, normalize, kept, metrics, backend=backend)
     loss = found.loss
@@ -434,6 +449,8 @@ def siglip_loss(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
+    require_integer("row_offset", row_offset)
+    negative_only = bool(negative_only)
     image, text, scale = features(image, text, logit_scale, None if negative_only else row_offset)
     bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
     found = SIGLIP(image, text, scale, bias, normalize, row_offset, negative_only, backend=backend)

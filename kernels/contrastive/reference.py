@@ -59,14 +59,15 @@ def clip_loss(
     if decoupled:
         own = row_target[:, None] == torch.arange(s.shape[1], device=s.device)
         positive, negatives = s.diagonal(row_offset)[:b], s.masked_fill(own, -torch.inf)
-        row, column = negatives.logsumexp(1), negatives[:, pairs].logsumexp(0)
-        return (w_image * (row - positive) + w_text * (column - positive)).mean(), s
+        sides = ((negatives, 1, w_image), (negatives[:, pairs], 0, w_text))
+        terms = [w * (t.logsumexp(dim) - positive).mean() for t, dim, w in sides if w]
+        return sum(terms, s.new_zeros(())), s
     images = (s, row_target, w_image)
     # two products of 16 bits, as open_clip has them, are cheaper than to walk down the columns in 32
     columns = _logits(text[pairs], image, scale, False) if image.dtype.itemsize == 2 else s[:, pairs].t()
     texts = (columns, column_target, w_text)
     terms = [w * F.cross_entropy(t, y, label_smoothing=label_smoothing) for t, y, w in (images, texts) if w]
-    return terms[0] + terms[1] if len(terms) == 2 else terms[0] if terms else s.new_zeros(()), s
+    return sum(terms, s.new_zeros(())), s
 
 
 def distill_loss(
@@ -84,8 +85,9 @@ def distill_loss(
     contrastive, s = clip_loss(image, text, scale, None, None, w_image, w_text, 0.0, False, False, row_offset)
     t = _logits(teacher_image, teacher_text, teacher_scale, False)
     pairs = slice(row_offset, row_offset + len(s))
-    distill = w_image * F.cross_entropy(s, t.softmax(1))
-    return contrastive, distill + w_text * F.cross_entropy(s[:, pairs].t(), t[:, pairs].t().softmax(1))
+    sides = ((s, t, w_image), (s[:, pairs].t(), t[:, pairs].t(), w_text))
+    terms = [w * F.cross_entropy(of_s, of_t.softmax(1)) for of_s, of_t, w in sides if w]
+    return contrastive, sum(terms, s.new_zeros(()))
 
 
 def siglip_loss(

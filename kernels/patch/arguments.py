@@ -49,8 +49,8 @@ def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | N
     if found != channels:
         raise ValueError(f"pixels has {found} channels, expected {channels} as weight")
     dims = weight.dim() - 2
-    steps = (stride,) * dims if isinstance(stride, int) else weight.shape[2:] if stride is None else stride
-    if len(steps) != dims or not all(isinstance(s, (int, torch.SymInt)) and s > 0 for s in steps):
+    steps = weight.shape[2:] if stride is None else stride if isinstance(stride, Sequence) else (stride,) * dims
+    if len(steps) != dims or not all(type(s) in (int, torch.SymInt) and s > 0 for s in steps):
         raise ValueError(f"stride is {stride}, expected a positive integer or {dims} of them")
     if still and steps[0] != weight.shape[2]:
         raise ValueError(
@@ -58,6 +58,11 @@ def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | N
             f"{weight.shape[2]} as the kernel's for a still image"
         )
     return channels
+
+
+def check_dtype(dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}, expected a floating-point dtype")
 
 
 def vector(name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, meaning: str) -> Tensor | None:

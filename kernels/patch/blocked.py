@@ -116,7 +116,7 @@ class Block:
             rows[:, : self.r] = added[: self.r]
             rows[:, self.r :] = added[self.r :][self.ids]
         if self.mask is not None and self.stem.mask_token is not None:
-            rows[:, self.r :] += self.mask[:, :, None] * self.stem.mask_token.to(rows.dtype)
+            rows[:, self.r :] += torch.where(self.mask[:, :, None], self.stem.mask_token.to(rows.dtype), 0)
 
     def add(self, tokens: Tensor, product: Tensor) -> None:
         """tokens [m, N, D] += product, masked tokens not."""
@@ -262,7 +262,7 @@ def backward_from(
         else:
             add_rows(tokens, block.ids, g)
         if block.mask is not None and need["mask_token"]:
-            sums["mask_token"] += (g * block.mask[:, :, None]).sum((0, 1))
+            sums["mask_token"] += g.masked_fill(~block.mask[:, :, None], 0).sum((0, 1))
         if not below or (joined and not need["pixels"]):
             continue
         dy = block.select(g)

@@ -15,7 +15,7 @@ from mmfuse.kernels._runtime.device import triton_missing
 from mmfuse.kernels._runtime.dispatch import forced_backend
 from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.patch import blocked, reference
-from mmfuse.kernels.patch.arguments import Norm, channel_values, check_source, norm, vector
+from mmfuse.kernels.patch.arguments import Norm, channel_values, check_dtype, check_source, norm, vector
 from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Stem
 
 
@@ -211,8 +211,7 @@ def stem_of(
 ) -> Stem:  # fmt: skip
     """The checked arguments of `patch_embed`."""
     channels = check_source(pixels, weight, stride, layout, padding)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype is {dtype!r}, expected a floating-point dtype")
+    check_dtype(dtype)
     b, d = pixels.shape[0], weight.shape[0]
     if prefix is not None:
         check("prefix", prefix, ("R", d), like=("pixels", pixels))

@@ -37,6 +37,8 @@ def patch_embed(stem: Stem) -> Tensor:
             rows = rows.masked_fill(mask[:, :, None], 0)
         y = F.linear(rows, kernel_of(w, s.layout, s.still).flatten(1), bias)
     y = cast(y, torch.promote_types(s.compute, s.dtype))  # wider than the product where its sum with the position is
+    if mask is not None and s.stem_weight is not None:
+        y = y.masked_fill(mask[:, :, None], 0)
     y = layer_norm(y, s.stem_weight, s.stem_bias, s.stem_eps)
     if mask is not None and s.mask_token is not None:
         y = torch.where(mask[:, :, None], s.mask_token.to(y.dtype), y)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check, check_range
+from mmfuse.kernels._runtime.arguments import check, check_range, require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.points import blocked, compiled, reference
 
@@ -254,5 +254,6 @@ def _check_pair(query: Tensor, points: Tensor, k: int) -> None:
 
 
 def _check_count(k: int, n: int) -> None:
+    require_integer("k", k)
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}, expected at least 1 and at most the {n} points of a cloud")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check, check_range, norm_of
+from mmfuse.kernels._runtime.arguments import check, check_range, norm_of, real, require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.text import blocked, reference
 from mmfuse.kernels.text.blocked import Words
@@ -136,6 +136,7 @@ def words_of(
     ids = ids.to(torch.int64).contiguous()
     check_range("ids", ids, v, "the rows of table")
     length = ids.shape[1]
+    require_integer("position_offset", position_offset)
     if position is not None:
         check("position", position, ("P", d), " as table has features", table.dtype, ("table", table))
         if position_offset < 0 or position.shape[0] < length + position_offset:
@@ -147,8 +148,10 @@ def words_of(
     for name, t in (("type_embed", type_embed), ("norm's weight", gamma), ("norm's bias", beta)):
         if t is not None:
             check(name, t, (d,), " as table has features", table.dtype, ("table", table))
+    if padding_idx is not None:
+        require_integer("padding_idx", padding_idx)
     if padding_idx is not None and not 0 <= padding_idx < v:
         raise ValueError(f"padding_idx is {padding_idx}, expected 0 <= padding_idx < {v}, the rows of table")
     if pad_mask is not None:
         check("pad_mask", pad_mask, ids.shape, " as ids", torch.bool, ("table", table))
-    return Words(ids, table, position, type_embed, gamma, beta, pad_mask, float(scale), eps, padding_idx)
+    return Words(ids, table, position, type_embed, gamma, beta, pad_mask, real("scale", scale), eps, padding_idx)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime.arguments import PIXELS, check
 from mmfuse.kernels.patch import PATCH_EMBED, Stem, stem_of
 from mmfuse.kernels.text import blocked, reference
 from mmfuse.kernels.text.blocked import Words
@@ -136,18 +137,19 @@ def embed_pair(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
-    if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[0] != pixels.shape[0]:
-        raise ValueError(f"ids has {ids.shape[0]} rows, expected {pixels.shape[0]} as pixels")
+    check("pixels", pixels, ("B", "C", "H", "W"), dtype=PIXELS)
+    check("ids", ids, (pixels.shape[0], "L"), " as pixels", (torch.int64, torch.int32), ("pixels", pixels))
     words = words_of(ids, table, text_position, position_offset, padding_idx, pad_mask)
-    if cls_token is not None and cls_token.shape != weight.shape[:1]:
-        raise ValueError(f"cls_token has shape {tuple(cls_token.shape)}, expected [{weight.shape[0]}]")
-    if weight.shape[0] != table.shape[1]:
-        raise ValueError(f"weight has {weight.shape[0]} features, expected {table.shape[1]} as table")
+    d = table.shape[1]
+    check("weight", weight, (d, "C", "P", "P'"), " as table has features", like=("table", table))
+    if cls_token is not None:
+        check("cls_token", cls_token, (d,), " as table has features", like=("table", table))
+    check("position", position, ("P", d), " as table has features", like=("table", table))
     masking: dict[str, Any] = {} if mask is None else {"mask": mask, "mask_token": mask_token}
     stem = stem_of(pixels, weight, bias, mean=mean, std=std, dtype=table.dtype, **masking)
     prefix = 0 if cls_token is None else 1
     rows = prefix + stem.shape[2]
-    if position.dim() != 2 or position_offset < 0 or position.shape[0] < position_offset + rows:
+    if position.shape[0] < position_offset + rows:
         least = f"expected at least {rows} rows + position_offset {position_offset}"
         raise ValueError(f"position has shape {tuple(position.shape)}, {least}")
     seen = position[position_offset : position_offset + rows]

@@ -308,14 +308,14 @@ def test_embed_pair_compiles() -> None:
 def test_embed_pair_errors() -> None:
     leaves, options = beit3(torch.float32)
     for message, other in (
-        ("ids has 2 rows, expected 3 as pixels", {"ids": options["ids"][:2]}),
+        (r"ids has shape \(2, 5\), expected \[3, L\] as pixels", {"ids": options["ids"][:2]}),
         (
             "position has shape .8, 24., expected at least 7 rows . position_offset 2",
             {"position": leaves["position"][:8]},
         ),
         ("cls_token has shape .3,., expected .24.", {"cls_token": leaves["cls_token"][:3]}),
         (
-            "weight has 24 features, expected 5 as table",
+            "weight has shape .24, 3, 4, 4., expected .5, C, P, P'. as table",
             {"table": leaves["table"][:, :5], "text_position": leaves["text_position"][:, :5]},
         ),
     ):

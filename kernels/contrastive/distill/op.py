@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check, multiplier
+from mmfuse.kernels._runtime.arguments import check, multiplier, require_integer
 from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, pairs, weights_of
@@ -17,7 +17,13 @@ from mmfuse.kernels.contrastive.backends import over_tiles
 from mmfuse.kernels.contrastive.blocked import positive_logits
 from mmfuse.kernels.contrastive.distill import blocked
 from mmfuse.kernels.contrastive.distill.blocked import Models, Side
-from mmfuse.kernels.contrastive.normalisers import column_normaliser, negative_log_prob, normaliser
+from mmfuse.kernels.contrastive.normalisers import (
+    column_normaliser,
+    negative_log_prob,
+    normaliser,
+    times,
+    weighed,
+)
 
 
 class Outputs(NamedTuple):
@@ -37,12 +43,12 @@ def _forward(passes: Any, given: Models) -> Outputs:
     diag, t_diag = scale * positive, given.teacher_scale * t_positive
     row = negative_log_prob(row_max, row_sum, diag)
     column = negative_log_prob(col_max[pairs], col_sum[pairs], diag)
-    contrastive = (w_image * row + w_text * column).mean()
+    contrastive = (times(w_image, row) + times(w_text, column)).mean()
     # -sum_j Pt_ij log P_ij = (rho_i - S_ii) - sum_j Pt_ij (S_ij - S_ii)
     nearly = scale * (centre[: len(image)] - positive)
     row_mean = _mean_above(t_row_max, t_row_sum, row_cross, t_diag, nearly)
     col_mean = _mean_above(t_col_max[pairs], t_col_sum[pairs], col_cross[pairs], t_diag, nearly)
-    distill = (w_image * (row - row_mean) + w_text * (column - col_mean)).mean()
+    distill = (times(w_image, row - row_mean) + times(w_text, column - col_mean)).mean()
     rows = torch.stack([row_max, row_sum, t_row_max, t_row_sum, positive, t_positive, row_mean, col_mean])
     return Outputs(contrastive, distill, rows, torch.stack([col_max, col_sum, t_col_max, t_col_sum]))
 
@@ -86,22 +92,28 @@ def _backward(
     c1, c2, alpha = g / size, g_distill / size, size / max(b, 1)
     # the largest term of the softmaxes' means of U_t: all of it where one probability is near 1
     t_centre = torch.cat([t_a * t_rho, t_beta * t_kappa]) * torch.where(teacher_scale == 0, 0, 1 / teacher_scale)
-    t_a, t_beta = c2 * w_image * t_a, c2 * w_text * t_beta
-    student = Side(image, text, scale, (c1 + c2) * w_image * a, rho, (c1 + c2) * w_text * beta, kappa)
-    teacher = Side(teacher_image, teacher_text, teacher_scale, t_a, t_rho, t_beta, t_kappa)
+
+    def counted(t: Tensor) -> Tensor:
+        """[b + N]: 0 for the rows and for the columns if their direction has no weight."""
+        return torch.cat([times(float(w != 0), part) for w, part in ((w_image, t[:b]), (w_text, t[b:]))])
+
+    (rho, a), (kappa, beta) = weighed(w_image, rho, a), weighed(w_text, kappa, beta)
+    (t_rho, t_a), (t_kappa, t_beta) = weighed(w_image, t_rho, t_a), weighed(w_text, t_kappa, t_beta)
+    student = Side(image, text, scale, (c1 + c2) * a, rho, (c1 + c2) * beta, kappa)
+    teacher = Side(teacher_image, teacher_text, teacher_scale, c2 * t_a, t_rho, c2 * t_beta, t_kappa)
     if any(of_student):
         # P_ii - 1 and P_ii - Pt_ii without cancellation
-        d = w_image * (c2 * t_miss - (c1 + c2) * miss) + w_text * (c2 * t_col_miss - (c1 + c2) * col_miss)
+        d = times(w_image, c2 * t_miss - (c1 + c2) * miss) + times(w_text, c2 * t_col_miss - (c1 + c2) * col_miss)
         found = passes.grad(student, teacher, alpha, d, row_offset, *of_student)
         grads |= zip(("image", "text", "scale"), found, strict=True)
     if any(of_teacher):
         # dT_ij = c2 [w_r Pt_ij (sum_k Pt_ik S_ik - S_ij) + w_c Qt_ij (sum_k Qt_kj S_kj - S_ij)] g / b
-        d_row, d_col = c2 * w_image * (1 - t_miss) * row_mean, c2 * w_text * (1 - t_col_miss) * col_mean
+        d_row, d_col = times(w_image, c2 * (1 - t_miss) * row_mean), times(w_text, c2 * (1 - t_col_miss) * col_mean)
         centre = positive_logits(image, text, row_offset)
         nearly = scale * (positive - centre[:b])
         mean = torch.cat([nearly + row_mean, torch.zeros_like(col_max)])
         mean[b:][pairs] = nearly + col_mean
-        about = (mean, centre, t_centre)
+        about = [counted(t) for t in (mean, centre, t_centre)]
         dx, dy, dot = passes.teacher_grad(student, teacher, alpha, *about, d_row + d_col, row_offset, *of_teacher)
         if needs.teacher_scale:
             own = d_row * (t_positive - t_centre[:b]) + d_col * (t_positive - t_centre[b:][pairs])
@@ -180,12 +192,19 @@ def distill_clip_loss(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
+    require_integer("row_offset", row_offset)
     image, text, scale = features(image, text, logit_scale, row_offset)
     names = ("teacher_image", "teacher_text")
     teacher = pairs(teacher_image, teacher_text, row_offset, names)
     for name, t, rows in zip(names, teacher, (image, text), strict=True):
         check(name, t, (rows.shape[0], "Dt"), f" with the rows of {name[8:]}", image.dtype, ("image", image))
     t_scale = multiplier("teacher_scale", teacher_scale, image)
-    given = Models(image, text, scale, *teacher, t_scale, *weights_of(weights), row_offset)
+    w_image, w_text = weights_of(weights)
+    b = image.shape[0]
+    if not w_image and text.shape[0] > b:
+        # the texts that have an image here are all that counts
+        pairs = slice(row_offset, row_offset + b)
+        text, teacher, row_offset = text[pairs], (teacher[0], teacher[1][pairs]), 0
+    given = Models(image, text, scale, *teacher, t_scale, w_image, w_text, row_offset)
     contrastive, distill, *_ = DISTILL(given, backend=backend)
     return contrastive, distill

@@ -22,7 +22,7 @@ from mmfuse.kernels.contrastive.distributed import reference
 from mmfuse.kernels.contrastive.distributed.exchange import EXCHANGES, Gather, RingExchange
 from mmfuse.kernels.contrastive.distributed.peers import Peers, agree_on_sizes, members, refuse
 from mmfuse.kernels.contrastive.distributed.reference import Mode
-from mmfuse.kernels.contrastive.normalisers import merged, negative_log_prob, normaliser
+from mmfuse.kernels.contrastive.normalisers import merged, negative_log_prob, normaliser, times, weighed
 
 GradScale = Literal["open_clip", "true"]
 DistImpl = Literal["bidir", "shift", "reduce", "gather"]
@@ -89,7 +89,7 @@ class _Clip(torch.autograd.Function):
             )
             row = negative_log_prob(row_max, row_sum, diag)
             column = negative_log_prob(exchange.by_block(kappa)[0], exchange.by_block(negatives)[0], diag)
-            loss = (mode.w_image * row + mode.w_text * column).sum() / mode.divisor
+            loss = (times(mode.w_image, row) + times(mode.w_text, column)).sum() / mode.divisor
             if not mode.local_loss:
                 peers.sum_(loss)
         ctx.settings = exchange, mode, backend
@@ -111,9 +111,9 @@ class _Clip(torch.autograd.Function):
         with without_autocast(x.device.type):
             z = negatives + positives
             rho, a, miss = normaliser(row_max, row_sum, diag)
-            a, b = mode.w_image * a, mode.w_text / z
+            (rho, a), (kappa, b) = weighed(mode.w_image, rho, a), weighed(mode.w_text, kappa, 1 / z)
             # P_ii - 1 without cancellation, likewise the columns
-            d = -mode.w_image * miss - mode.w_text * exchange.by_block(negatives / z)[0]
+            d = times(-mode.w_image, miss) + times(-mode.w_text, exchange.by_block(negatives / z)[0])
 
             # the ranks' upstream gradients may differ: row i and column j belong to a rank each
             ranks = peers.each(g.to(scale.dtype) / mode.divisor)

@@ -16,7 +16,7 @@ from mmfuse.kernels._runtime.arguments import check
 from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, needs_gradient, weights_of
-from mmfuse.kernels.contrastive.normalisers import negative_log_prob, normaliser
+from mmfuse.kernels.contrastive.normalisers import negative_log_prob, normaliser, times, weighed
 from mmfuse.kernels.contrastive.op import (
     CLIP,
     CLIP_SIDES,
@@ -57,7 +57,7 @@ def _forward(passes: Any, image: Tensor, text: Tensor, scale: Tensor, groups: Gr
     row_max, row_sum, col_max, col_sum, positive = passes.stats(pair.x, pair.y, scale, sizes, groups.dims)
     diag = torch.cat([s * u for s, u in zip(scale, positive.split(sizes), strict=True)])
     row, column = negative_log_prob(row_max, row_sum, diag), negative_log_prob(col_max, col_sum, diag)
-    loss = groups.w_image * row + groups.w_text * column
+    loss = times(groups.w_image, row) + times(groups.w_text, column)
     losses = torch.stack([part.mean() for part in loss.split(sizes)])
     found = torch.stack([row_max, row_sum, col_max, col_sum, diag])
     return Outputs(losses, found, *normalize_pair_kept(pair, normalize))
@@ -76,8 +76,9 @@ def _backward(
     rho, a, miss = normaliser(row_max, row_sum, diag)
     kappa, b, col_miss = normaliser(col_max, col_sum, diag)
     alpha = torch.stack([part / max(size, 1) for part, size in zip(g.to(scale.dtype), sizes, strict=True)])
-    d = -w_image * miss - w_text * col_miss
-    weighted = (scale, alpha, w_image * a, rho, w_text * b, kappa, d)
+    (rho, a), (kappa, b) = weighed(w_image, rho, a), weighed(w_text, kappa, b)
+    d = times(-w_image, miss) + times(-w_text, col_miss)
+    weighted = (scale, alpha, a, rho, b, kappa, d)
     wanted = ([n and needs.image for n in groups.image_wanted], [n and needs.text for n in groups.text_wanted])
     given = (pair.x, pair.y, *weighted, sizes, groups.dims, *pair.inverses)
     dx, dy, ds = passes.grad(*given, *wanted, needs.scale)

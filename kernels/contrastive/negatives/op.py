@@ -104,8 +104,10 @@ def hard_negatives(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
+    require_integer("row_offset", row_offset)
     query, keys, scale = features(query, keys, logit_scale, row_offset if ids is None else None, ("query", "keys"))
     require_integer("k", k)
+    both = bool(both)
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
     if not 0.0 <= mixture < float("inf"):

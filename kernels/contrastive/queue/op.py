@@ -15,6 +15,7 @@ from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import autocast, check, integers, number, require_integer, scalar
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels.contrastive.negatives.op import NEGATIVES, OTHER_DIRECTION, seed_of
+from mmfuse.kernels.contrastive.normalisers import zero_below_inf
 from mmfuse.kernels.contrastive.queue import blocked, reference
 from mmfuse.kernels.contrastive.queue.blocked import Directions
 
@@ -319,8 +320,10 @@ def _moco_forward(passes: Any, given: Directions, key: Tensor, needs: Any) -> Mo
     rho, o = passes.scan(given, False, any(needs))
     own = (given.query.to(given.temp.dtype) * key).sum(-1) / given.temp
     # log(e^rho + e^own) - own keeps its digits down to a loss of 0 as log(1 + e^(rho - own))
-    row = torch.logaddexp(rho - own, rho.new_zeros(()))
-    g = torch.sigmoid(rho - own)[..., None] * (o - key) if any(needs) else o
+    # NaN where that is inf - inf
+    zero = zero_below_inf(own)
+    row = torch.logaddexp(rho - own, zero)
+    g = (torch.sigmoid(rho - own) + zero)[..., None] * (o - key) if any(needs) else o
     return MocoOutputs(*_loss_and_grads(given, row, g))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import check, one_of
+from mmfuse.kernels._runtime.arguments import check, one_of, require_integer
 from mmfuse.kernels.patch.positions import blocked, reference
 from mmfuse.kernels.patch.positions.axes import MODES
 
@@ -85,6 +85,8 @@ def interpolate_position(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     h, w = grid if isinstance(grid, (tuple, list)) and len(grid) == 2 else (-1, -1)
+    for n in (h, w):
+        require_integer("grid's size", n)
     if h < 0 or w < 0:
         raise ValueError(f"grid is {grid}, expected two numbers >= 0")
     if isinstance(table, (tuple, list)):
@@ -135,6 +137,7 @@ def check_factors(table: Any, mode: str) -> tuple[Tensor, Tensor]:
     y, x = table
     if y.dim() != 2 or x.dim() != 2 or 0 in y.shape or 0 in x.shape or y.shape[1] != x.shape[1]:
         raise ValueError(f"table has shapes {tuple(y.shape)} and {tuple(x.shape)}, expected [gh, D] and [gw, D]")
+    check("table[1]", x, like=("table[0]", y))
     one_of("mode of a pair of tables", mode, ["linear_1d", *(m for m in MODES if m != "bicubic_scale")])
     return y, x
 

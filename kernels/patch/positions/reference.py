@@ -15,7 +15,8 @@ def interpolate_position(table: Tensor, h: int, w: int, size: Sequence[int], mod
     """table [gh, gw, D] to [h * w, D]: the first h x w positions of a grid of `size`."""
     gh, gw, d = table.shape
     x = table.to(torch.promote_types(table.dtype, torch.float32))
-    if mode in (*CLOSED, "grid_sample"):
+    # torch's antialiased cubic is wrong for a result of one column
+    if mode in (*CLOSED, "grid_sample") or (mode == "bicubic_aa" and size[1] == 1):
         rows, columns = (
             axis_matrix(mode, n, g, x.dtype, x.device)[:m] for n, g, m in zip(size, (gh, gw), (h, w), strict=True)
         )

@@ -44,8 +44,8 @@ def layout(
     grids: Tensor,
     patches: int,
     *,
-    padded_in: int = 0,
-    padded_out: int = 0,
+    padded_in: int | None = None,
+    padded_out: int | None = None,
     merge: int = 1,
     keep_aspect: bool = False,
     pad_first: bool = False,
@@ -57,19 +57,19 @@ def layout(
     thw = F.pad(F.pad(grids, (3 - grids.shape[1], 0), value=1), (0, 0, 0, 1))
     count = thw.prod(1)
     begin = F.pad(count.cumsum(0)[:-1], (1, 0))  # [B + 1]
-    start = torch.arange(b, device=device) * padded_in if padded_in else begin[:b]
+    start = begin[:b] if padded_in is None else torch.arange(b, device=device) * padded_in
     cu_seqlens, source = begin, None
     if ids_keep is not None:
         row = source = ids_keep
         image = torch.searchsorted(begin[1:], row, right=True)
         kept = torch.zeros_like(begin).scatter_add_(0, image, torch.ones_like(image))
         cu_seqlens = F.pad(kept[:b].cumsum(0), (1, 0))
-    elif padded_out:
+    elif padded_out is not None:
         image, at = (t.flatten() for t in _both(b, padded_out, device))
         source = row = torch.where(at < count[image], begin[image] + at, -1)
     else:
         row = torch.arange(patches, device=device)
-        image = row // padded_in if padded_in else torch.searchsorted(begin[1:], row, right=True)
+        image = torch.searchsorted(begin[1:], row, right=True) if padded_in is None else row // padded_in
     first = torch.cat([start, begin[-1:]])
     within = (torch.where(row < 0, patches, row) if padded_out else row) - first[image]
     inside = within < count[image]
@@ -87,8 +87,8 @@ def layout(
         x = r // (merge * merge) % blocks * merge + r % merge
     ids = torch.stack([frame, y, x], 1)[:, 3 - grids.shape[1] :]
     height, width = (torch.maximum(h, w),) * 2 if keep_aspect else (h, w)
-    if not pad_first:
-        height = torch.where(inside, height, 0)
+    # an empty image has no first position
+    height = torch.where(count[image] > 0 if pad_first else inside, height, 0)
     place = torch.stack([y, x, height, width], 1).to(torch.int32)
     return Layout(cu_seqlens.to(torch.int32), ids, place, source, start)
 

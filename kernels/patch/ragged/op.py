@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
-from mmfuse.kernels._runtime.arguments import PIXELS, autocast_dtype, check, constant, one_of
-from mmfuse.kernels.patch.arguments import vector
+from mmfuse.kernels._runtime.arguments import PIXELS, autocast_dtype, check, constant, one_of, require_integer
+from mmfuse.kernels.patch.arguments import check_dtype, vector
 from mmfuse.kernels.patch.positions.op import check_factors, check_table
 from mmfuse.kernels.patch.ragged import blocked, reference
 from mmfuse.kernels.patch.ragged.layout import Places, layout
@@ -173,41 +173,43 @@ def patch_embed_packed(
         UnsupportedError: `backend` was named and does not accept the arguments.
     """
     k, d = _check(patches, grids, weight)
+    check_dtype(dtype)
     one_of("order", order, _MERGES)
     one_of("pad_position", pad_position, ("first", "none"))
     merge = _MERGES[order]
     bias = vector("bias", bias, (d,), patches, "[D]")
     mean, std = (_channel_values(n, v, k, channels_last, patches) for n, v in (("mean", mean), ("std", std)))
     joined, shape, factored, mode = _table(table, mode, d, patches, keep_aspect)
-    padded_in = patches.shape[1] if patches.dim() == 3 else 0
-    if padded_in and (ids_keep is not None or padded_length is not None):
+    padded_in = patches.shape[1] if patches.dim() == 3 else None
+    if padded_length is not None:
+        require_integer("padded_length", padded_length)
+        if padded_length < 0:
+            raise ValueError(f"padded_length is {padded_length}, expected a number >= 0")
+    if padded_in is not None and (ids_keep is not None or padded_length is not None):
         raise ValueError("patches is [B, L, K], expected [T, K] with ids_keep or padded_length")
     if ids_keep is not None and padded_length is not None:
         raise ValueError("ids_keep and padded_length are given, expected one of them")
     if ids_keep is not None:
         check("ids_keep", ids_keep, ("T'",), "", torch.int64, ("patches", patches))
-    x = patches.reshape(-1, k)
+    x, length = patches.reshape(-1, k), padded_length if padded_in is None else padded_in
     if grids.device.type == "cpu" and not torch.compiler.is_compiling() and type(grids) is Tensor:
-        _check_grids(grids, merge, padded_in or padded_length, len(x), ids_keep)
+        _check_grids(grids, merge, length, len(x), ids_keep)
     grids = grids.to(torch.int64)
     pads = bool(padded_in) and pad_position == "first"
     at = layout(
-        grids, x.shape[0], padded_in=padded_in, padded_out=padded_length or 0, merge=merge, keep_aspect=keep_aspect,
+        grids, x.shape[0], padded_in=padded_in, padded_out=padded_length, merge=merge, keep_aspect=keep_aspect,
         pad_first=pads, ids_keep=ids_keep,
     )  # fmt: skip
-    source = at.source
-    if padded_length == 0:
-        source = torch.zeros(0, dtype=torch.int64, device=x.device)
 
     compute = autocast_dtype(weight) or weight.dtype
     thw = torch.nn.functional.pad(grids, (3 - grids.shape[1], 0), value=1)
     places = Places(
-        thw, at.place, source, at.start, padded_in, pads, merge, keep_aspect, *shape, factored, mode
+        thw, at.place, at.source, at.start, padded_in or 0, pads, merge, keep_aspect, *shape, factored, mode
     )  # fmt: skip
     tokens = PACKED(x, weight, bias, joined, mean, std, places, compute, dtype or compute, backend=backend)
-    ids, length = at.ids, padded_in or padded_length
-    if length:
-        tokens, ids = (t.unflatten(0, (grids.shape[0], length)) for t in (tokens, ids))
+    ids = at.ids
+    if length is not None:
+        tokens, ids = (t.view(grids.shape[0], length, t.shape[1]) for t in (tokens, ids))
     return PackedTokens(tokens, at.cu_seqlens, ids)
 
 

@@ -118,6 +118,8 @@ def masked_patch_loss(
     if len(size) not in (2, 3) or min(size) < 1:
         raise ValueError(f"patch is {patch!r}, expected P, (P, P') or (t, P, P')")
     t, p, q = (1,) * (3 - len(size)) + size
+    check("pixels", pixels, dtype=PIXELS)
+    check("mask", mask, dtype=mask.dtype if isinstance(mask, Tensor) else torch.bool)
     video = _video(pixels, layout)
     norm = ("channel" if len(size) == 3 else "patch") if norm_pix is True else norm_pix or "none"
     if norm not in ("patch", "channel", "none"):
@@ -153,6 +155,7 @@ def _per_channel(name: str, given: Any, channels: int, like: Tensor) -> Tensor |
     if given is None:
         return None
     v = given if isinstance(given, Tensor) else constant(given, like.device)
+    check(name, v, dtype=v.dtype, like=("pixels", like))
     if v.numel() not in (1, channels):
         raise ValueError(f"{name} has {v.numel()} values, expected {channels}, one for each channel")
     return v.reshape(-1).expand(channels).contiguous()

@@ -191,7 +191,8 @@ def _statistics(x: Tensor, layers: Layers) -> tuple[Tensor, Tensor]:
         rows = len(s.third)
         var, middle = torch.var_mean(s.third.to(acc), 0, correction=0)
         gap = middle - mean
-        squares += var * rows + gap.square() * (count * rows / (count + rows))
+        # of the first block nothing, however large: its square may overflow
+        squares += var * rows + gap * (count * rows / (count + rows)) * gap
         count += rows
         mean += gap * (rows / count)
     return mean, squares / count

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Implementation, Operator
-from mmfuse.kernels._runtime.arguments import autocast, check
+from mmfuse.kernels._runtime.arguments import autocast, check, real
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive import MAX_QUERY
 from mmfuse.kernels.points.pointnet import blocked, reference
@@ -180,6 +180,7 @@ def mini_pointnet_training(
     if x.numel() == 0:
         raise ValueError(f"groups has shape {tuple(groups.shape)}, expected at least one point")
     check("scale", scale, given.b3.shape, like=("groups", groups))
+    eps = real("eps", eps)
     y, mean, var, *_ = TRAINING(x, given, scale, eps, backend=backend)
     return _as_given(y, groups), mean, var
 
