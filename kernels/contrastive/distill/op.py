@@ -203,8 +203,8 @@ def distill_clip_loss(
     b = image.shape[0]
     if not w_image and text.shape[0] > b:
         # the texts that have an image here are all that counts
-        pairs = slice(row_offset, row_offset + b)
-        text, teacher, row_offset = text[pairs], (teacher[0], teacher[1][pairs]), 0
+        seen = slice(row_offset, row_offset + b)
+        text, teacher, row_offset = text[seen], (teacher[0], teacher[1][seen]), 0
     given = Models(image, text, scale, *teacher, t_scale, w_image, w_text, row_offset)
     contrastive, distill, *_ = DISTILL(given, backend=backend)
     return contrastive, distill
