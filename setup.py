@@ -2,10 +2,10 @@
 
 MMFUSE_BUILD_EXT=auto  build what this machine can (default): mmfuse/_C_cpu.so with torch and a C++ compiler,
                        mmfuse/_C_cuda.so with nvcc as well; a part that fails is left out, with one line that says why
-                 0     build nothing
+                 0     build nothing, and remove what an earlier build left
                  1     a part that fails is an error (without nvcc there is no CUDA part to fail)
-MMFUSE_CUDA_ARCHS      GPU architectures, default "80 90a 100"; the last one's PTX is added
-CXX, CUDA_HOME         the compiler, and the toolkit when nvcc is not on PATH
+MMFUSE_CUDA_ARCHS      GPU architectures, default "80 90 100"; the last one's PTX is added, for GPUs to come
+CXX, CUDA_HOME         the compiler ("ccache g++"), and the toolkit (else nvcc of PATH, else /usr/local/cuda)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,8 @@ if MODE not in ("auto", "0", "1"):
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CPU_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-trapping-math", "-Wall"]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "--threads=0"]
-CUDA_ARCHS = ["80", "90a", "100"]
+CUDA_ARCHS = ["80", "90", "100"]
+LAUNCHERS = ("ccache", "sccache", "distcc")
 
 
 class NotBuilt(Exception):
@@ -70,7 +72,10 @@ def run(*command: str) -> str:
 def torch_root() -> Path:
     spec = importlib.util.find_spec("torch")  # not imported: only its headers and its library are of use
     if spec is None or spec.origin is None:
-        raise NotBuilt("torch is not installed here; install it first, then mmfuse with --no-build-isolation")
+        raise NotBuilt(
+            "torch is not where it was built: pip builds in an empty environment; beside an installed torch,"
+            " `pip install --no-build-isolation` builds it"
+        )
     return Path(spec.origin).parent
 
 
@@ -81,29 +86,53 @@ def torch_flags(linker: str) -> list[str]:
     return ["-isystem", f"{root / 'include'}", f"-L{root / 'lib'}", *keep, "-ltorch"]
 
 
-def build_cpu(sources: list[str], out: str) -> dict[str, object]:
-    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if cxx is None:
+def compiler() -> list[str]:
+    """The words of the C++ compiler's call."""
+    cxx = shlex.split(os.environ.get("CXX", "")) or [p for p in (shutil.which("g++"), shutil.which("c++")) if p][:1]
+    if not cxx:
         raise NotBuilt("no C++ compiler (g++, or CXX) is on PATH")
-    run(cxx, *CPU_FLAGS, *DEFINES, "-shared", *sources, "-o", out, *torch_flags("-Wl,"))
-    return {"compiler": run(cxx, "--version").splitlines()[0], "flags": " ".join(CPU_FLAGS)}
+    return cxx
+
+
+def build_cpu(sources: list[str], out: str) -> dict[str, object]:
+    cxx = compiler()
+    run(*cxx, *CPU_FLAGS, *DEFINES, "-shared", *sources, "-o", out, *torch_flags("-Wl,"))
+    return {"compiler": run(*cxx, "--version").splitlines()[0], "flags": " ".join(CPU_FLAGS)}
+
+
+def nvcc() -> str:
+    # in torch's order
+    home = os.environ.get("CUDA_HOME")
+    places = [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    found = next(filter(None, map(shutil.which, places)), None)
+    if found is None:
+        raise Missing(f"no nvcc in CUDA_HOME ({home}), on PATH or in /usr/local/cuda/bin")
+    return found
 
 
 def build_cuda(sources: list[str], out: str) -> dict[str, object]:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
-    if nvcc is None:
-        raise Missing(f"no nvcc on PATH or in {home}/bin")
+    program = nvcc()
     archs = os.environ.get("MMFUSE_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").split()
     if not archs:  # those of ours that this nvcc knows
-        known = run(nvcc, "--list-gpu-arch")
-        archs = [a for a in CUDA_ARCHS if f"compute_{a.rstrip('a')}\n" in known]
+        known = run(program, "--list-gpu-arch")
+        archs = [a for a in CUDA_ARCHS if f"compute_{a}\n" in known]
+    # of the PTX of "90a" no other GPU could make code
+    ptx = archs[-1].rstrip("af")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    host = [f"-ccbin={cxx}"] if (cxx := os.environ.get("CXX")) else []
-    run(nvcc, *CUDA_FLAGS, *DEFINES, *host, *targets, "-shared", *sources, "-o", out, *torch_flags("-Xlinker="))
-    release = re.search(r"release (\S+),", run(nvcc, "--version"))
-    return {"cuda": release[1] if release else "unknown", "archs": archs, "flags": " ".join(CUDA_FLAGS)}
+    targets.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
+    # nvcc wants a compiler alone, without a launcher such as ccache in front
+    host = [f"-ccbin={next(w for w in compiler() if Path(w).name not in LAUNCHERS)}"] if os.environ.get("CXX") else []
+    run(program, *CUDA_FLAGS, *DEFINES, *host, *targets, "-shared", *sources, "-o", out, *torch_flags("-Xlinker="))
+    release = re.search(r"release (\d+)\.(\d+),", run(program, "--version"))
+    major, minor = release.groups() if release else ("unknown", "unknown")
+    return {
+        "cuda": f"{major}.{minor}",
+        "archs": archs,
+        "ptx": ptx,
+        # cudart is linked statically
+        "driver": f"of CUDA {major} or later; for GPUs that only the PTX is for, of CUDA {major}.{minor} or later",
+        "flags": " ".join(CUDA_FLAGS),
+    }
 
 
 BUILD = {"cpu": build_cpu, "cuda": build_cuda}
@@ -126,13 +155,16 @@ class BuildParts(build_ext):
             out.parent.mkdir(parents=True, exist_ok=True)
             out.unlink(missing_ok=True)
             try:
+                if MODE == "0":
+                    raise NotBuilt("MMFUSE_BUILD_EXT was 0")
                 facts = BUILD[part](ext.sources, str(out))
                 parts[part] = {"built": True, "torch": importlib.metadata.version("torch"), **facts}
                 self.extensions.append(ext)
             except NotBuilt as why:
                 if MODE == "1" and not isinstance(why, Missing):
                     sys.exit(f"mmfuse: {ext.name} was not built: {why}")
-                print(f"mmfuse: {ext.name} was not built: {why}", file=sys.stderr)
+                if MODE != "0":
+                    print(f"mmfuse: {ext.name} was not built: {why}", file=sys.stderr)
                 parts[part] = {"built": False, "reason": str(why)}
         Path(self.build_lib, INFO).write_text(json.dumps({"parts": parts}, indent=1) + "\n")
 
@@ -158,7 +190,7 @@ setup(
         "mmfuse.fused": ["acceleration/*.json"],
         "mmfuse.kernels": ["**/configs/*.json", "**/ledger.json", "**/README.md"],
     },
-    ext_modules=[] if MODE == "0" else [Extension(f"mmfuse._C_{p}", SOURCES[p], py_limited_api=True) for p in BUILD],
+    ext_modules=[Extension(f"mmfuse._C_{p}", SOURCES[p], py_limited_api=True) for p in BUILD],
     cmdclass={"build_ext": BuildParts, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -45,11 +45,14 @@ inline void check_first(int64_t first, const char* name, int64_t count) {
     STD_TORCH_CHECK(first >= 0 && first <= INT64_MAX - count, name, ": expected an index, got ", first);
 }
 
+inline bool same_device(const Tensor& t, const Tensor& u) {
+    return t.is_cuda() == u.is_cuda() && t.get_device_index() == u.get_device_index();
+}
+
 // The elements of `t`, which must be contiguous, on the device of `u`, of this type and this many.
 template <class T>
 T* data(const Tensor& t, const char* name, const Tensor& u, ScalarType dtype, int64_t numel) {
-    STD_TORCH_CHECK(t.is_contiguous() && t.is_cuda() == u.is_cuda() && t.get_device_index() == u.get_device_index(),
-                    name, ": expected a contiguous tensor on the device of u");
+    STD_TORCH_CHECK(t.is_contiguous() && same_device(t, u), name, ": expected a contiguous tensor on the device of u");
     STD_TORCH_CHECK(t.scalar_type() == dtype && t.numel() == numel, name, ": expected ", numel, " elements of type ",
                     int(dtype), ", got ", t.numel(), " of type ", int(t.scalar_type()));
     STD_TORCH_CHECK(numel == 0 || t.data_ptr() != nullptr, name, ": expected memory for ", numel, " elements, got none");
@@ -63,6 +66,7 @@ inline float* floats(const Tensor& t, const char* name, const Tensor& u, int64_t
 // null for an empty tensor: the argument is not wanted
 template <class T>
 T* optional_data(const Tensor& t, const char* name, const Tensor& u, ScalarType dtype, int64_t numel) {
+    STD_TORCH_CHECK(same_device(t, u), name, ": expected the device of u");
     return t.numel() == 0 ? nullptr : data<T>(t, name, u, dtype, numel);
 }
 

@@ -13,7 +13,7 @@ import torch
 
 import mmfuse
 from mmfuse.kernels._runtime import operators
-from mmfuse.kernels._runtime.library import build_info, load
+from mmfuse.kernels._runtime.library import build_info, error_on, load
 
 _PACKAGES = (
     "triton",
@@ -69,6 +69,9 @@ def _version(name: str) -> str | None:
 
 def _compiled(part: str) -> dict[str, Any]:
     reason = load(part)
+    if part == "cuda" and reason is None:
+        devices = map(torch.device, range(torch.cuda.device_count()))
+        reason = next(filter(None, map(error_on, devices)), None)
     built = build_info().get("parts", {}).get(part, {})
     return {"loaded": reason is None, "reason": reason, "built": built}
 
@@ -108,5 +111,5 @@ def run(args: argparse.Namespace) -> int:
         for impl, why in implementations.items():
             print(f"    {impl:14} {'; '.join(why) or 'available'}")
     for part in broken:
-        print(f"broken: the compiled part _C_{part} was built and does not load; reinstall mmfuse beside this torch")
+        print(f"broken: the compiled part _C_{part} was built and is not used; reinstall mmfuse beside this torch")
     return 1 if broken else 0

@@ -3,7 +3,7 @@
 // Every kernel reads 16 bytes per access where rows are aligned. Reductions have two levels and no atomics: a block
 // leaves one partial result per row and per column, and a second kernel adds them up in a fixed order.
 
-#include "../tensor.h"
+#include "launch.h"
 
 #include <cmath>
 #include <cstdint>
@@ -12,11 +12,8 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 namespace mmfuse {
 namespace {
@@ -24,17 +21,6 @@ namespace {
 constexpr int LANES = 32, WARPS = 8, THREADS = LANES * WARPS;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr float INF = std::numeric_limits<float>::infinity();
-
-cudaStream_t current_stream(const Tensor& t) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch() {
-    const cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error));
-}
 
 Tensor scratch(const Tensor& u, int64_t numel) { return torch::stable::new_empty(u, {numel}, ScalarType::Float); }
 
@@ -216,7 +202,7 @@ void logit_stats(Tensor u, Tensor scale, int64_t diagonal, Tensor step, Tensor r
     const float* steps = fixed ? floats(step, "step", u, c) : nullptr;
 
     const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-    const cudaStream_t stream = current_stream(u);
+    const cudaStream_t stream = current_stream_of(u);
     const int64_t groups = ceil_div(c, STATS_ROWS), spans = ceil_div(n, STATS_SPAN);
     const Tensor memory = scratch(u, 2 * (spans * c + groups * n));
     auto* row_part = static_cast<Stats*>(memory.data_ptr());
@@ -225,11 +211,11 @@ void logit_stats(Tensor u, Tensor scale, int64_t diagonal, Tensor step, Tensor r
         const bool vectors = aligned(logits, n * 4) && aligned(fixed, 0);
         const auto kernel = vectors ? stats_kernel<true> : stats_kernel<false>;
         kernel<<<dim3(groups, spans), THREADS, 0, stream>>>(logits, s, diagonal, steps, fixed, row_part, col_part, c, n);
-        check_launch();
+        check(cudaGetLastError());
         merge_kernel<<<ceil_div(n, THREADS), THREADS, 0, stream>>>(col_part, groups, n, true, col_m, col_l);
     }
     if (c > 0) merge_kernel<<<ceil_div(c, THREADS), THREADS, 0, stream>>>(row_part, spans, c, false, row_m, row_l);
-    check_launch();
+    check(cudaGetLastError());
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -360,7 +346,7 @@ template <class T, class G, class Out, class Op>
 void launch_grad(const Op& op, const Tensor& u, const T* logits, int64_t diagonal, bool positives, G* g, Out* sums) {
     const int64_t c = u.size(0), n = u.size(1), tiles = ceil_div(n, TILE_COLS);
     if (c == 0) return;
-    const cudaStream_t stream = current_stream(u);
+    const cudaStream_t stream = current_stream_of(u);
     const Tensor memory = scratch(u, sums ? Op::SUMS * tiles * c : 0);
     float* part = sums ? static_cast<float*>(memory.data_ptr()) : nullptr;
     if (n > 0) {
@@ -368,11 +354,11 @@ void launch_grad(const Op& op, const Tensor& u, const T* logits, int64_t diagona
         const auto kernel = vectors ? grad_kernel<true, T, G, Op> : grad_kernel<false, T, G, Op>;
         const dim3 grid(tiles, ceil_div(c, TILE_ROWS));
         kernel<<<grid, THREADS, 0, stream>>>(op, logits, diagonal, positives, g, part, c, n);
-        check_launch();
+        check(cudaGetLastError());
     }
     if (sums) {
-        sum_kernel<<<dim3(ceil_div(c, THREADS), Op::SUMS), THREADS, 0, stream>>>(part, tiles, c, sums);
-        check_launch();
+        sum_kernel<Out><<<dim3(ceil_div(c, THREADS), Op::SUMS), THREADS, 0, stream>>>(part, tiles, c, sums);
+        check(cudaGetLastError());
     }
 }
 

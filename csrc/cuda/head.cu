@@ -216,8 +216,7 @@ void unit_grad(Tensor dy, Tensor along, const Tensor& g, const Tensor& y, const 
     const int64_t b = y.size(0), n = y.size(1);
     STD_TORCH_CHECK(clips > 0 && b % clips == 0, "clips: expected a divisor of ", b, ", got ", clips);
     check_sizes(g, "g", {b / clips, n});
-    STD_TORCH_CHECK(g.scalar_type() == y.scalar_type() && g.is_cuda() && g.get_device_index() == y.get_device_index(),
-                    "g: expected the type and the device of y");
+    STD_TORCH_CHECK(g.scalar_type() == y.scalar_type() && same_device(g, y), "g: expected the type and the device of y");
     if (b == 0) return;
     const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
     with_type(y, [&](auto kind) {

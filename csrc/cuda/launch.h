@@ -16,6 +16,11 @@ inline cudaStream_t current_stream_of(const Tensor& t) {
     return static_cast<cudaStream_t>(stream);
 }
 
-inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error)); }
+// The runtime keeps an error until it is asked for: the next call is not to find this one's.
+inline void check(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    STD_TORCH_CHECK(false, cudaGetErrorString(error));
+}
 
 }  // namespace mmfuse

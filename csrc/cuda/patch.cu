@@ -3,18 +3,14 @@
 // A thread makes 16 neighbours of a row: one load of 16 bytes where the image's memory allows, stores of 16 bytes
 // always. Threads of a block write rows one behind another, whose pixels share sectors in the first-level cache.
 
-#include "../tensor.h"
+#include "launch.h"
 
-#include <algorithm>
 #include <cstdint>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 namespace mmfuse {
 namespace {
@@ -148,7 +144,7 @@ void patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtrac
     }
     STD_TORCH_CHECK(m == 0 || x.size(0) > 0, "x: expected an image");
     STD_TORCH_CHECK(order.numel() > 0 || m <= x.size(0) * n, "rows: expected at most the ", x.size(0) * n, " patches");
-    STD_TORCH_CHECK(rows.is_cuda() && rows.get_device_index() == x.get_device_index(), "rows: expected the device of x");
+    STD_TORCH_CHECK(same_device(rows, x), "rows: expected the device of x");
     const int64_t* at = optional_data<int64_t>(order, "order", x, ScalarType::Long, m);
     const int64_t* kept = optional_data<int64_t>(count, "count", x, ScalarType::Long, 1);
     const int64_t* numbers = optional_data<int64_t>(ids, "ids", x, ScalarType::Long, x.size(0) * n);
@@ -157,12 +153,10 @@ void patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtrac
     if (m == 0) return;
 
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     const auto blocks = static_cast<unsigned>(ceil_div(m * (kp / SEGMENT), THREADS));
     const auto run = [&]<class Out>(Out*) {
         const auto kernel = k == kp && vectors(s, pixels) ? rows_kernel<true, Out> : rows_kernel<false, Out>;
-        kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
+        kernel<<<blocks, THREADS, 0, current_stream_of(x)>>>(
             s, pixels, at, kept, numbers, less, static_cast<Out*>(rows.data_ptr()), m, int(n), int(k), int(kp));
     };
     switch (rows.scalar_type()) {
@@ -171,8 +165,7 @@ void patch_rows(Tensor x, Tensor order, Tensor count, Tensor ids, Tensor subtrac
         case ScalarType::Float: run(static_cast<float*>(nullptr)); break;
         default: STD_TORCH_CHECK(false, "rows: expected float16, bfloat16 or float32");
     }
-    const cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error));
+    check(cudaGetLastError());
 }
 
 }  // namespace

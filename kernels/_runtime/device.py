@@ -45,3 +45,9 @@ def gpu_name(index: int = 0) -> str:
 def total_memory(device: torch.device) -> int:
     """Bytes of memory on a CUDA device."""
     return torch.cuda.get_device_properties(device).total_memory
+
+
+@once
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on a CUDA device."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]

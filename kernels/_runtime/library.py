@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import filecmp
 import json
 import os
@@ -39,6 +40,20 @@ def load(part: str) -> str | None:
         _FAILURES[part] = error
         return f"the compiled part _C_{part} does not load beside torch {torch.__version__}: {error.__cause__ or error}"
     return None
+
+
+@once
+def error_on(device: torch.device) -> str | None:
+    """Why the kernels of `_C_cuda`, which is loaded, do not run on this GPU; None: they do."""
+    (library,) = (p for p in torch.ops.loaded_libraries if Path(p).name == "_C_cuda.so")
+    probe = ctypes.CDLL(library).mmfuse_cuda_error
+    probe.restype = ctypes.c_char_p
+    error = probe(device.index or 0)
+    if error is None:
+        return None
+    built = build_info().get("parts", {}).get("cuda", {})
+    what = f"built for {', '.join(built['archs'])} with CUDA {built['cuda']}" if built.get("built") else "another build"
+    return f"the compiled part _C_cuda ({what}) does not run on {torch.cuda.get_device_name(device)}: {error.decode()}"
 
 
 def failure(part: str) -> OSError | None:

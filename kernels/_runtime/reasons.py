@@ -11,12 +11,12 @@ from torch.autograd import forward_ad
 
 from mmfuse.kernels._runtime.device import INTERPRET, triton_missing
 from mmfuse.kernels._runtime.dtypes import COMPILED
-from mmfuse.kernels._runtime.library import load
+from mmfuse.kernels._runtime.library import error_on, load
 
 
 def against(name: str, x: Tensor) -> list[str]:
     """Reasons of every implementation of this name against operands like `x`."""
-    kind = (name, x.device.type, x.dtype)
+    kind = (name, x.device, x.dtype)
     # a compiler traces what is cached otherwise
     why = _against(*kind) if torch.compiler.is_compiling() else _known(*kind)
     if name != "torch" and transforming():
@@ -24,7 +24,7 @@ def against(name: str, x: Tensor) -> list[str]:
     return why
 
 
-def _against(name: str, device: str, dtype: torch.dtype) -> list[str]:
+def _against(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     return _AGAINST[name](device, dtype) if name in _AGAINST else []
 
 
@@ -36,30 +36,30 @@ def transforming() -> bool:
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
 
 
-def _compiled(kind: str, device: str, dtype: torch.dtype) -> list[str]:
-    if device != kind:
-        return [f"device is {device}"]
+def _compiled(kind: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    if device.type != kind:
+        return [f"device is {device.type}"]
     why = []
-    if missing := load(kind):
+    if missing := load(kind) or (error_on(device) if kind == "cuda" else None):
         why.append(missing)
     if dtype not in COMPILED:
         why.append(f"dtype is {dtype}, the compiled part computes in float32")
     return why
 
 
-def _triton(device: str, dtype: torch.dtype) -> list[str]:
+def _triton(device: torch.device, dtype: torch.dtype) -> list[str]:
     why = []
     if missing := triton_missing():
         why.append(missing)
-    if device not in (("cuda", "cpu") if INTERPRET else ("cuda",)):
-        why.append(f"device is {device}")
+    if device.type not in (("cuda", "cpu") if INTERPRET else ("cuda",)):
+        why.append(f"device is {device.type}")
     if dtype not in COMPILED and not (INTERPRET and dtype == torch.float64):
         why.append(f"dtype is {dtype}")
     return why
 
 
-def _chunked(device: str, dtype: torch.dtype) -> list[str]:
-    return [] if device in ("cpu", "cuda") else [f"device is {device}"]
+def _chunked(device: torch.device, dtype: torch.dtype) -> list[str]:
+    return [] if device.type in ("cpu", "cuda") else [f"device is {device.type}"]
 
 
 _AGAINST = {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import check, check_range, require_integer
+from mmfuse.kernels._runtime.device import shared_memory
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.points import blocked, compiled, reference
 
@@ -24,8 +25,9 @@ def _implementations(*names: str) -> list[Implementation]:
 
 # --- farthest points ------------------------------------------------------------------------------------------------
 
-# the most points whose distances one block of threads holds in registers
-_MOST_POINTS = 16384
+# the most points whose distances one block of threads holds in registers, and whose coordinates, too; for more, the
+# block needs this many bytes of shared memory
+_MOST_POINTS, _MOST_COORDINATES, _SHARED_BYTES = 16384, 8192, 131584
 
 
 def _farthest(passes: Any, points: Tensor, k: int, start: Tensor) -> Tensor:
@@ -34,9 +36,12 @@ def _farthest(passes: Any, points: Tensor, k: int, start: Tensor) -> Tensor:
 
 
 def _many_points(points: Tensor) -> str | None:
-    if points.shape[1] <= _MOST_POINTS:
-        return None
-    return f"{points.shape[1]} points, more than the {_MOST_POINTS} whose distances fit into registers"
+    n = points.shape[1]
+    if n > _MOST_POINTS:
+        return f"{n} points, more than the {_MOST_POINTS} whose distances fit into registers"
+    if n > _MOST_COORDINATES and points.is_cuda and (has := shared_memory(points.device)) < _SHARED_BYTES:
+        return f"{n} points need {_SHARED_BYTES} bytes of shared memory, this GPU has {has}"
+    return None
 
 
 FARTHEST = Operator(
@@ -105,6 +110,15 @@ def _many_neighbours(k: int) -> str | None:
     return f"k is {k}: a list of at most {_MOST_NEIGHBOURS} is kept in registers" if k > _MOST_NEIGHBOURS else None
 
 
+# a grid's blocks in its second dimension
+_MOST_CLOUDS = 65535
+
+
+def _many_clouds(points: Tensor) -> str | None:
+    b = points.shape[0]
+    return f"{b} clouds, more than the {_MOST_CLOUDS} of a launch" if points.is_cuda and b > _MOST_CLOUDS else None
+
+
 def _few_distances(query: Tensor, points: Tensor) -> str | None:
     if points.device.type != "cpu" or query.shape[0] * query.shape[1] * points.shape[1] >= 1 << 13:
         return None
@@ -116,9 +130,11 @@ NEAREST = Operator(
     forward=_nearest,
     fake=_neighbours_fake,
     implementations=[
-        Implementation("cuda", passes=_PASSES["cuda"], against=[_many_neighbours]),
+        Implementation("cuda", passes=_PASSES["cuda"], against=[_many_neighbours, _many_clouds]),
         # not traceable: a graph launches it with its operations fused, which rounds distances differently
-        Implementation("triton", passes=Deferred("mmfuse.kernels.points.kernel"), against=[_many_neighbours]),
+        Implementation(
+            "triton", passes=Deferred("mmfuse.kernels.points.kernel"), against=[_many_neighbours, _many_clouds]
+        ),
         Implementation("cpu", passes=_PASSES["cpu"]),
         Implementation("chunked", passes=blocked, prefer_eager=_few_distances),
         Implementation("torch", passes=reference),
@@ -159,7 +175,10 @@ BALL = Operator(
     "ball_query",
     forward=_ball,
     fake=_neighbours_fake,
-    implementations=_implementations("cuda", "cpu", "chunked", "torch"),
+    implementations=[
+        Implementation("cuda", passes=_PASSES["cuda"], against=[_many_clouds]),
+        *_implementations("cpu", "chunked", "torch"),
+    ],
     example=lambda x, **how: ball_query(x[None, :, :3], x[None, :, :3], 1, 1.0, **how),  # type: ignore[has-type]
 )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmfuse.kernels._runtime import reasons
 from mmfuse.kernels._runtime.library import load
 
 anew = load.__wrapped__  # type: ignore[attr-defined]
@@ -40,3 +41,10 @@ def test_the_linker_says_why(tmp_path: Path) -> None:
     program = "import mmfuse, torch; x = torch.zeros(2, 2); mmfuse.clip_loss(x, x, 1.0, backend='cpu')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert "direct cause" in done.stderr and done.stderr.index("file too short") < done.stderr.index("UnsupportedError")
+
+
+def test_a_gpu_without_code_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reasons, "load", lambda part: None)
+    monkeypatch.setattr(reasons, "error_on", lambda device: f"no code for {device}" if device.index == 1 else None)
+    for index, why in ((0, []), (1, ["no code for cuda:1"])):
+        assert reasons._against("cuda", torch.device("cuda", index), torch.float32) == why

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import mmfuse
 from judge import assert_no_worse
-from mmfuse.kernels.points import ball_query, farthest_points, group_points, nearest_neighbors
+from mmfuse.kernels.points import ball_query, farthest_points, group_points, nearest_neighbors, op
 from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
@@ -183,6 +186,20 @@ def test_a_ball_has_no_border(backend: str) -> None:
     query = points[:, :5]
     inside = ball_query(query, points, 3, 1.0, backend=backend)
     assert torch.equal(points[0][inside[0]], query[0][:, None].expand(5, 3, 3))
+
+
+def test_what_a_card_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_a_gpu(b: int, n: int) -> Any:
+        return SimpleNamespace(shape=(b, n, 3), is_cuda=True, device=torch.device("cuda", 0))
+
+    for has, why in ((232_448, None), (101_376, "8193 points need 131584 bytes of shared memory, this GPU has 101376")):
+        monkeypatch.setattr(op, "shared_memory", lambda device, has=has: has)
+        assert op._many_points(on_a_gpu(1, 8192)) is None and op._many_points(on_a_gpu(1, 8193)) == why
+    assert op._many_clouds(on_a_gpu(65_535, 1)) is None
+    for operator, names in ((op.NEAREST, ("cuda", "triton")), (op.BALL, ("cuda",))):
+        for name in names:
+            reasons = [reason(on_a_gpu(65_536, 1)) for reason in operator.implementations[name].against[-1:]]
+            assert reasons == ["65536 clouds, more than the 65535 of a launch"], name
 
 
 # --- grouping -------------------------------------------------------------------------------------------------------

@@ -91,10 +91,13 @@ def test_wheel_installs(wheel: Path, tree: Path, tmp_path: Path) -> None:
 
 
 def test_editable_installs(tree: Path, tmp_path: Path) -> None:
+    earlier = tree / "mmfuse" / "_C_cpu.so"
+    earlier.touch()
     python = environment(tmp_path / "env", "--editable", tree, cwd=tmp_path)
     for cwd in (tmp_path, tree):
         assert Path(run(python, "-c", IMPORT_ALL, cwd=cwd)) == tree / "kernels" / "__init__.py"
     assert run(python.parent / "mmfuse", "--version", cwd=tmp_path) == mmfuse.__version__
+    assert not earlier.exists()  # MMFUSE_BUILD_EXT=0
 
 
 def test_runs_from_an_uninstalled_checkout(tree: Path, tmp_path: Path) -> None:
