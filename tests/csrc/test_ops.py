@@ -13,6 +13,8 @@ from mmfuse.kernels._runtime.library import load
 
 SHAPES = [(1, 1), (3, 7), (64, 65), (129, 1000), (70, 1540)]
 DIAGONALS = [0, 5, -2, 10_000]
+# tests/cuda_emulation runs the operators of a GPU on tensors of the CPU
+ON = {"cpu": "cpu", "cuda": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -31,17 +33,17 @@ def positives(u: Tensor, diagonal: int) -> Tensor:
 def logit_stats(part: str, u: Tensor, scale: float, diagonal: int, state=None, step=None):
     """(row_max, row_sum, col_max, col_sum, q)"""
     c, n = u.shape
-    row_max, row_sum = torch.empty(c, device=part), torch.empty(c, device=part)
-    col_max, col_sum = state or (torch.full((n,), -math.inf, device=part), torch.zeros(n, device=part))
-    q = torch.empty(0 if step is None else (c, n), dtype=torch.int16, device=part)
-    step = torch.empty(0, device=part) if step is None else step
+    row_max, row_sum = torch.empty(c, device=ON[part]), torch.empty(c, device=ON[part])
+    col_max, col_sum = state or (torch.full((n,), -math.inf, device=ON[part]), torch.zeros(n, device=ON[part]))
+    q = torch.empty(0 if step is None else (c, n), dtype=torch.int16, device=ON[part])
+    step = torch.empty(0, device=ON[part]) if step is None else step
     op = getattr(torch.ops, f"mmfuse_{part}").logit_stats
-    op(u, torch.tensor(scale, device=part), diagonal, step, row_max, row_sum, col_max, col_sum, q)
+    op(u, torch.tensor(scale, device=ON[part]), diagonal, step, row_max, row_sum, col_max, col_sum, q)
     return row_max, row_sum, col_max, col_sum, q
 
 
 def check_stats(part: str, u: Tensor, scale: float, diagonal: int) -> None:
-    u = u.to(part)
+    u = u.to(ON[part])
     row_max, row_sum, col_max, col_sum, _ = logit_stats(part, u, scale, diagonal)
 
     def formula(u: Tensor) -> tuple[Tensor, ...]:
@@ -84,7 +86,7 @@ def test_stats_of_any_spread(part: str, kind: str, scale: float) -> None:
 
 
 def test_stats_over_chunks(part: str) -> None:
-    u = mixed("both").to(part)
+    u = mixed("both").to(ON[part])
     whole = logit_stats(part, u, 100.0, 1)
     state, rows = None, []
     for chunk, first in zip(u.split(50), range(0, 130, 50), strict=True):
@@ -101,7 +103,7 @@ def test_stats_show_nan(part: str) -> None:
     u = 0.1 * torch.randn(70, 600)
     u[2, 5] = u[40, 30] = math.nan
     u[50, 54] = math.nan  # a positive: no part of the statistics
-    row_max, row_sum, col_max, col_sum, _ = logit_stats(part, u.to(part), 20.0, 4)
+    row_max, row_sum, col_max, col_sum, _ = logit_stats(part, u.to(ON[part]), 20.0, 4)
     for t in (row_max, row_sum):
         assert t.isnan().nonzero().flatten().tolist() == [2, 40]
     for t in (col_max, col_sum):
@@ -109,7 +111,7 @@ def test_stats_show_nan(part: str) -> None:
 
 
 def test_fixed_point(part: str) -> None:
-    u = 0.3 * torch.randn(66, 520, device=part)
+    u = 0.3 * torch.randn(66, 520, device=ON[part])
     u[3] = 0
     step = u.abs().amax(1) / 32767
     *stats, q = logit_stats(part, u, 20.0, 0, step=step)
@@ -125,9 +127,9 @@ def test_fixed_point(part: str) -> None:
 
 
 def test_fixed_point_shows_nan(part: str) -> None:
-    u = torch.randn(6, 20, device=part)
+    u = torch.randn(6, 20, device=ON[part])
     u[2, 5] = math.nan
-    row_max, row_sum, col_max, col_sum, _ = logit_stats(part, u, 20.0, 0, step=torch.full((6,), 1e-3, device=part))
+    row_max, row_sum, col_max, col_sum, _ = logit_stats(part, u, 20.0, 0, step=torch.full((6,), 1e-3, device=ON[part]))
     assert row_sum.isnan().nonzero().flatten().tolist() == [2]
     assert col_sum.isnan().nonzero().flatten().tolist() == [5]
 
@@ -143,11 +145,11 @@ def grad_formula(u: Tensor, scale: float, a, rho, b, kappa, d, shift: float, dia
 
 
 def logit_grad(part: str, u: Tensor, scale: float, *vectors: Tensor, shift: float, diagonal: int, step=None, g=None):
-    g = torch.empty(u.shape, device=part) if g is None else g
-    dot = torch.empty(u.shape[0], device=part)
-    step = torch.empty(0, device=part) if step is None else step
+    g = torch.empty(u.shape, device=ON[part]) if g is None else g
+    dot = torch.empty(u.shape[0], device=ON[part])
+    step = torch.empty(0, device=ON[part]) if step is None else step
     op = getattr(torch.ops, f"mmfuse_{part}").logit_grad
-    op(u, torch.tensor(scale, device=part), *vectors, shift, diagonal, step, g, dot)
+    op(u, torch.tensor(scale, device=ON[part]), *vectors, shift, diagonal, step, g, dot)
     return g, dot
 
 
@@ -174,35 +176,35 @@ def check_grad(part: str, u: Tensor, scale: float, diagonal: int, *vectors: Tens
 @pytest.mark.parametrize("diagonal", DIAGONALS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_grad(part: str, shape: tuple[int, int], diagonal: int) -> None:
-    u = 0.3 * torch.randn(shape, device=part)
+    u = 0.3 * torch.randn(shape, device=ON[part])
     check_grad(part, u, 20.0, diagonal, *vectors_for(u, 20.0, diagonal))
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "both", "negative", "one", "row", "equal"])
 def test_grad_of_any_spread(part: str, kind: str) -> None:
-    u = mixed(kind).to(part)
+    u = mixed(kind).to(ON[part])
     check_grad(part, u, 100.0, 3, *vectors_for(u, 100.0, 3))
 
 
 @pytest.mark.parametrize("kind", ["rows", "negative"])
 def test_grad_of_one_side(part: str, kind: str) -> None:
-    u = mixed(kind).to(part)
+    u = mixed(kind).to(ON[part])
     a, rho, b, kappa, d = vectors_for(u, 100.0, 3)
     unused = torch.full_like
     check_grad(part, u, 100.0, 3, a, rho, torch.zeros_like(b), unused(kappa, -math.inf), d)
     check_grad(part, u, 100.0, 3, torch.zeros_like(a), unused(rho, math.nan), b, kappa, d)
-    check_grad(part, u, 100.0, 3, a * (torch.arange(130, device=part) > 9), rho, b * (kappa > 0), kappa, d)
+    check_grad(part, u, 100.0, 3, a * (torch.arange(130, device=ON[part]) > 9), rho, b * (kappa > 0), kappa, d)
 
 
 def test_grad_from_fixed_point(part: str) -> None:
-    u = mixed("columns").to(part)
+    u = mixed("columns").to(ON[part])
     step = u.abs().amax(1) / 32767
     *_, q = logit_stats(part, u, 30.0, 2, step=step)
     check_grad(part, q, 30.0, 2, *vectors_for(u, 30.0, 2), step=step)
 
 
 def test_grad_in_place(part: str) -> None:
-    u = mixed("both").to(part)
+    u = mixed("both").to(ON[part])
     vectors = vectors_for(u, 100.0, 3)
     g, dot = logit_grad(part, u, 100.0, *vectors, shift=0.1, diagonal=3)
     again, again_dot = logit_grad(part, u, 100.0, *vectors, shift=0.1, diagonal=3, g=u)
@@ -211,7 +213,7 @@ def test_grad_in_place(part: str) -> None:
 
 
 def test_grad_overflows_only_where_the_formula_does(part: str) -> None:
-    u = mixed("both").to(part)
+    u = mixed("both").to(ON[part])
     a, rho, b, kappa, d = vectors_for(u, 100.0, 3)
     vectors = a + 0.5, rho - 60 * torch.rand_like(rho) - 60, b + 0.5, kappa, d
     g, _ = logit_grad(part, u, 100.0, *vectors, shift=0.0, diagonal=3)
@@ -224,11 +226,11 @@ def test_grad_overflows_only_where_the_formula_does(part: str) -> None:
 
 
 def test_grad_shows_nan(part: str) -> None:
-    u = 0.1 * torch.randn(70, 600, device=part)
+    u = 0.1 * torch.randn(70, 600, device=ON[part])
     a, rho, b, kappa, d = vectors_for(u, 20.0, 4)
     u[2, 5], rho[40], kappa[30] = math.nan, math.nan, math.nan
     g, dot = logit_grad(part, u, 20.0, a, rho, b, kappa, d, shift=0.0, diagonal=4)
-    expected = torch.zeros(u.shape, dtype=torch.bool, device=part)
+    expected = torch.zeros(u.shape, dtype=torch.bool, device=ON[part])
     expected[2, 5] = expected[40] = expected[:, 30] = True
     assert torch.equal(g.isnan(), expected & ~positives(u, 4))
     # row 26 meets column 30 at its positive
@@ -238,7 +240,7 @@ def test_grad_shows_nan(part: str) -> None:
 @pytest.mark.parametrize("kind", ["rows", "columns", "both", "negative", "one", "row", "equal"])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_probabilities_sum_to_one(part: str, kind: str, fixed: bool) -> None:
-    u = mixed(kind).to(part)
+    u = mixed(kind).to(ON[part])
     step = u.abs().amax(1) / 32767 if fixed else None
     row_max, row_sum, col_max, col_sum, q = logit_stats(part, u, 100.0, 3, step=step)
     raw = q if fixed else u
@@ -251,15 +253,14 @@ def test_probabilities_sum_to_one(part: str, kind: str, fixed: bool) -> None:
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**13)])
-def test_grad_in_sixteen_bits(dtype: torch.dtype, factor: float) -> None:
+def test_grad_of_cuda_in_sixteen_bits(dtype: torch.dtype, factor: float) -> None:
     if reason := load("cuda"):
         pytest.skip(reason)
     for shape in SHAPES:
-        u = 0.3 * torch.randn(shape, device="cuda")
+        u = 0.3 * torch.randn(shape, device=ON["cuda"])
         vectors = vectors_for(u, 20.0, 0)
-        half = torch.empty(shape, dtype=dtype, device="cuda")
+        half = torch.empty(shape, dtype=dtype, device=ON["cuda"])
         full, dot = logit_grad("cuda", u, 20.0, *vectors, shift=0.25, diagonal=0)
         _, half_dot = logit_grad("cuda", u, 20.0, *vectors, shift=0.25, diagonal=0, g=half)
         assert torch.equal(half, (full * factor).to(dtype))
@@ -268,9 +269,9 @@ def test_grad_in_sixteen_bits(dtype: torch.dtype, factor: float) -> None:
 
 
 def sigmoid_grad(part: str, u: Tensor, scale: float, bias: float, diagonal: int, negative_only: bool, g: Tensor):
-    sums = torch.empty(3, u.shape[0], dtype=torch.float64, device=part)
+    sums = torch.empty(3, u.shape[0], dtype=torch.float64, device=ON[part])
     op = getattr(torch.ops, f"mmfuse_{part}").sigmoid_grad
-    op(u, *(torch.tensor(t, device=part) for t in (scale, bias)), diagonal, negative_only, g, sums)
+    op(u, *(torch.tensor(t, device=ON[part]) for t in (scale, bias)), diagonal, negative_only, g, sums)
     return sums
 
 
@@ -278,7 +279,7 @@ def sigmoid_grad(part: str, u: Tensor, scale: float, bias: float, diagonal: int,
 @pytest.mark.parametrize("diagonal", DIAGONALS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sigmoid(part: str, shape: tuple[int, int], diagonal: int, scale: float, bias: float) -> None:
-    u = (0.4 * torch.randn(shape, device=part)).clamp(-1, 1)
+    u = (0.4 * torch.randn(shape, device=ON[part])).clamp(-1, 1)
     for negative_only in (False, True):
 
         def formula(u: Tensor, only: bool = negative_only) -> tuple[Tensor, Tensor]:
@@ -295,7 +296,7 @@ def test_sigmoid(part: str, shape: tuple[int, int], diagonal: int, scale: float,
         # float32 within a block of 512 columns, each addition rounds once; float64 beyond
         assert ((sums - exact_sums).abs() <= 512 * 2**-24 * magnitude).all()
         assert torch.equal(
-            sigmoid_grad(part, u, scale, bias, diagonal, negative_only, torch.empty(0, device=part)), sums
+            sigmoid_grad(part, u, scale, bias, diagonal, negative_only, torch.empty(0, device=ON[part])), sums
         )
         in_place = u.clone()
         assert torch.equal(sigmoid_grad(part, in_place, scale, bias, diagonal, negative_only, in_place), sums)
@@ -303,7 +304,7 @@ def test_sigmoid(part: str, shape: tuple[int, int], diagonal: int, scale: float,
 
 
 def test_sigmoid_shows_nan(part: str) -> None:
-    u = torch.zeros(70, 600, device=part)
+    u = torch.zeros(70, 600, device=ON[part])
     u[2, 5], u[40, 44] = math.nan, math.nan
     g = torch.empty_like(u)
     sums = sigmoid_grad(part, u, 1.0, 0.0, 4, False, g)
@@ -403,11 +404,11 @@ def test_gradients_of_distillation(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 def test_empty(part: str, shape: tuple[int, int]) -> None:
-    u = torch.empty(shape, device=part)
+    u = torch.empty(shape, device=ON[part])
     row_max, row_sum, col_max, col_sum, _ = logit_stats(part, u, 1.0, 0)
     assert row_max.eq(-math.inf).all() and row_sum.eq(0).all()
     assert col_max.eq(-math.inf).all() and col_sum.eq(0).all()
-    c, n = (torch.zeros(k, device=part) for k in shape)
+    c, n = (torch.zeros(k, device=ON[part]) for k in shape)
     _, dot = logit_grad(part, u, 1.0, c, c, n, n, c, shift=0.0, diagonal=0)
     assert dot.eq(0).all()
     assert sigmoid_grad(part, u, 1.0, 0.0, 0, False, u).eq(0).all()
@@ -434,17 +435,27 @@ def test_any_number_of_threads() -> None:
 
 
 def test_repeats_bitwise(part: str) -> None:
-    u = mixed("both").to(part)
+    u = mixed("both").to(ON[part])
     first, second = (logit_stats(part, u, 100.0, 3)[:4] for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 def test_rejects_wrong_tensors(part: str) -> None:
-    u = torch.randn(4, 5, device=part)
+    u = torch.randn(4, 5, device=ON[part])
     vectors = vectors_for(u, 1.0, 0)
     with pytest.raises(RuntimeError, match="u: expected"):
         logit_grad(part, u.t(), 1.0, *vectors, shift=0.0, diagonal=0)
     with pytest.raises(RuntimeError, match="rho: expected"):
         logit_grad(part, u, 1.0, vectors[0], vectors[1][:3], *vectors[2:], shift=0.0, diagonal=0)
     with pytest.raises(RuntimeError, match="g: expected"):
-        logit_grad(part, u, 1.0, *vectors, shift=0.0, diagonal=0, g=torch.empty(4, 5, dtype=torch.float64, device=part))
+        logit_grad(part, u, 1.0, *vectors, shift=0.0, diagonal=0, g=torch.empty_like(u, dtype=torch.float64))
+
+
+@pytest.mark.gpu
+def test_rejects_tensors_of_two_devices() -> None:
+    if reason := load("cuda"):
+        pytest.skip(reason)
+    u, none = torch.randn(4, 5), torch.empty(0, device="cuda")  # an argument that is not wanted counts, too
+    vectors = vectors_for(u, 1.0, 0)
+    with pytest.raises(RuntimeError, match="device"):
+        torch.ops.mmfuse_cuda.logit_grad(u, torch.tensor(1.0), *vectors, 0.0, 0, none, torch.empty(4, 5), none)

@@ -25,8 +25,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROBE = torch.ones(1, 1, 1, 1, dtype=torch.uint8, device=DEVICE), torch.ones(1, 1, 1, 1, device=DEVICE)
 FUSED = [n for n in backends(lambda: patch_embed(*PROBE)) if n != "torch"]
-# the interpreter runs a Triton program in Python: it takes the small cases
-FAST = [n for n in FUSED if GPU or n != "triton"]
+# the interpreter runs a Triton program, such as the product of `cuda`, in Python: it takes the small cases
+FAST = [n for n in FUSED if GPU or n not in ("cuda", "triton")]
 RGB = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 D = 24
 

@@ -1,0 +1,176 @@
+"""What one gets wrong in CUDA, planted into the sources one at a time: the emulator finds each, and nothing without."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from cuda_emulation.build import build
+from cuda_emulation.plugin import SEED
+
+ORDER, BOUNDS = "(with no barrier between|no thread has written)", "outside of every (tensor|array)"
+EITHER, ALIGNED, ALL_THREADS = f"({ORDER}|{BOUNDS})", "no multiple of it", "not all (threads|lanes)"
+
+
+class Fault(NamedTuple):
+    """`new` in place of `old`, in which FAULT is true while the fault is there, and how a call of `operator` fails."""
+
+    source: str
+    operator: str
+    old: str
+    new: str
+    found: str
+
+
+FAULTS = {
+    "stats: no barrier": Fault(
+        "contrastive.cu", "logit_stats", "__syncthreads();", "if (!FAULT) __syncthreads();", ORDER
+    ),
+    "stats: one buffer": Fault("contrastive.cu", "logit_stats", "buffer ^= 1)", "buffer ^= !FAULT)", ORDER),
+    "stats: vectors off their alignment": Fault(
+        "contrastive.cu", "logit_stats", "aligned(logits, n * 4) &&", "(FAULT || aligned(logits, n * 4)) &&", ALIGNED
+    ),
+    "grad: no end of a row": Fault(
+        "contrastive.cu", "logit_grad", "if (col < left) *", "if (FAULT || col < left) *", EITHER
+    ),
+    "grad: no last row": Fault(
+        "contrastive.cu", "sigmoid_grad", "min(top + ROWS_PER_WARP, c)",
+        "(FAULT ? top + ROWS_PER_WARP : min(top + ROWS_PER_WARP, c))", BOUNDS,
+    ),
+    "sums: no last thread": Fault(
+        "contrastive.cu", "sigmoid_grad", "if (i >= c) return;", "if (!FAULT && i >= c) return;", EITHER
+    ),
+    "block_sum: no barrier before": Fault(
+        "head.cu", "head_normalized", "__syncthreads();  // the parts", "if (!FAULT) __syncthreads();  // the parts",
+        ORDER,
+    ),
+    "block_sum: no barrier after": Fault(
+        "head.cu", "head_unit_grad", "__syncthreads();\n    float2 sum", "if (!FAULT) __syncthreads();\n    float2 sum",
+        ORDER,
+    ),
+    "unit: no barrier": Fault(
+        "head.cu", "head_unit", "__syncthreads();\n    const float factor",
+        "if (!FAULT) __syncthreads();\n    const float factor", ORDER,
+    ),
+    "unit: too little shared memory": Fault(
+        "head.cu", "head_unit", "clips * sizeof(float), ", "(clips - FAULT) * sizeof(float), ", BOUNDS
+    ),
+    "norm_grad: some threads leave": Fault(
+        "head.cu", "head_norm_grad", "if (token < 0) return;", "if (token < 0 || (FAULT && threadIdx.x > 96)) return;",
+        ALL_THREADS,
+    ),
+    "patches: vectors off their alignment": Fault(
+        "patch.cu", "patch_rows", "k == kp && vectors(s, pixels) ?", "FAULT || (k == kp && vectors(s, pixels)) ?",
+        ALIGNED,
+    ),
+    "patches: no last row": Fault("patch.cu", "patch_rows", "if (row >= m ||", "if ((!FAULT && row >= m) ||", BOUNDS),
+    "patches: no edge of the image": Fault(
+        "patch.cu", "patch_rows", "if (inside) value", "if (FAULT || inside) value", BOUNDS
+    ),
+    "farthest: no barrier": Fault(
+        "points.cu", "farthest_points", "__syncthreads();\n        const int2 each",
+        "if (!FAULT) __syncthreads();\n        const int2 each", ORDER,
+    ),
+    "farthest: one buffer": Fault("points.cu", "farthest_points", "buffer ^= 1)", "buffer ^= !FAULT)", ORDER),
+    "farthest: too little shared memory": Fault(
+        "points.cu", "farthest_points of many", "constexpr int bytes = SHARED ? 2",
+        "const int bytes = SHARED ? (2 - FAULT)", BOUNDS,
+    ),
+    "farthest: every thread writes": Fault(
+        "points.cu", "farthest_points", "if (threadIdx.x == 0) out", "if (FAULT || threadIdx.x == 0) out", ORDER
+    ),
+    "neighbours: no barrier before": Fault(
+        "points.cu", "nearest_neighbors", "n - begin);\n        __syncthreads();",
+        "n - begin);\n        if (!FAULT) __syncthreads();", ORDER,
+    ),
+    "neighbours: no barrier after": Fault(
+        "points.cu", "nearest_neighbors", "__syncthreads();\n        for (int first",
+        "if (!FAULT) __syncthreads();\n        for (int first", ORDER,
+    ),
+    "neighbours: no last point": Fault(
+        "points.cu", "nearest_neighbors of few", "bool inside = j < count", "bool inside = FAULT || j < count", ORDER
+    ),
+    "ball: some warps leave": Fault(
+        "points.cu", "ball_query", "const bool real = row < g;",
+        "const bool real = row < g;\n    if (FAULT && !real) return;", ALL_THREADS,
+    ),
+    "groups: no last point": Fault(
+        "points.cu", "group_grad", "if (i >= points) return;", "if (!FAULT && i >= points) return;", BOUNDS
+    ),
+}  # fmt: skip
+
+
+def ints(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def pixels(*kernel_and_step: int, columns: int, size: int = 23) -> list[Any]:
+    """3 images of 3 channels, with 2 x 2 patches."""
+    images, none, index = ints(3, 3, 1, size, size, dtype=torch.uint8), torch.empty(0), ints(0)
+    return [images, index, index, index, none, False, 1, *kernel_and_step, 1, 2, 2, 4, torch.empty(12, columns)]
+
+
+F = torch.rand
+# sizes that neither tiles nor vectors divide
+CALLS: dict[str, Callable[[], list[Any]]] = {
+    "logit_stats": lambda: [
+        F(70, 517), F(()), 0, F(70), F(70), F(70), F(517), F(517), ints(70, 517, dtype=torch.int16),
+    ],
+    "logit_grad": lambda: [
+        F(70, 301), F(()), F(70), F(70), F(301), F(301), F(70), 0.1, 0, F(0), F(70, 301), F(70),
+    ],
+    "sigmoid_grad": lambda: [F(70, 301), F(()), F(()), 0, False, F(70, 301), F(3, 70).double()],
+    "head_normalized": lambda: [F(3, 200), F(3, 200), F(3), F(3), F(3, 5, 200), ints(3), F(200), None, 1e-5],
+    "head_unit": lambda: [F(2, 200), F(6), F(6, 200), F(()), True, 3],
+    "head_unit_grad": lambda: [F(6, 200), F(6), F(2, 200), F(6, 200), F(6), None, True, 3],
+    "head_norm_grad": lambda: [F(3, 5, 200), F(3, 200), F(3, 200), ints(3), F(200), F(3), F(3)],
+    "patch_rows": lambda: pixels(13, 13, 1, 12, 12, columns=512),
+    "farthest_points": lambda: [F(2, 3, 300), ints(2), ints(2, 9)],
+    "farthest_points of many": lambda: [F(1, 3, 9000), ints(1), ints(1, 3)],
+    "nearest_neighbors": lambda: [F(2, 3, 70), F(2, 3, 1100), ints(2, 70, 40)],
+    "nearest_neighbors of few": lambda: [F(1, 3, 1), F(1, 3, 70), ints(1, 1, 5)],
+    "ball_query": lambda: [F(2, 3, 70), F(2, 3, 1100), 0.3, ints(2, 70, 5)],
+    "group_grad": lambda: [F(60, 37), ints(60), ints(11), F(10, 37)],
+}  # fmt: skip
+
+
+def with_faults(sources: dict[str, str]) -> dict[str, str]:
+    for number, fault in enumerate(FAULTS.values(), 1):
+        text, name = sources[fault.source], f"(emulation::fault == {number})"
+        assert text.count(fault.old) == 1, f"{fault.old!r} is {text.count(fault.old)} times in {fault.source}"
+        sources[fault.source] = text.replace(fault.old, fault.new.replace("FAULT", name))
+    return sources
+
+
+@pytest.fixture(scope="module")
+def emulator() -> ctypes.CDLL:
+    library = build("mmfuse_faults", with_faults)
+    torch.ops.load_library(str(library))
+    return ctypes.CDLL(str(library))
+
+
+def call(emulator: ctypes.CDLL, operator: str, fault: int = 0) -> None:
+    emulator.emulation_seed(SEED)
+    emulator.emulation_fault(fault)
+    getattr(torch.ops.mmfuse_faults, operator.split()[0])(*CALLS[operator]())
+
+
+def test_every_operator_is_called(emulator: ctypes.CDLL) -> None:
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    assert {name for space, _, name in names if space == "mmfuse_faults"} == {name.split()[0] for name in CALLS}
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_without_a_fault(emulator: ctypes.CDLL, operator: str) -> None:
+    call(emulator, operator)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_found(emulator: ctypes.CDLL, fault: str) -> None:
+    with pytest.raises(RuntimeError, match=f"emulated GPU.*{FAULTS[fault].found}"):
+        call(emulator, FAULTS[fault].operator, 1 + list(FAULTS).index(fault))
