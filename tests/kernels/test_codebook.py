@@ -84,16 +84,40 @@ def test_the_first_of_equal_codes(backend: str, metric: str) -> None:
     assert torch.equal(codes, by_distance(z, codebook, metric))
 
 
+@pytest.mark.parametrize("backend", ALL)
+def test_the_first_of_what_float64_cannot_tell_apart(backend: str) -> None:
+    # the larger score is the second by one rounding of float64, and by more than that
+    for step, code in ((2.0**-51, 0), (2.0**-40, 1)):
+        x = torch.tensor([[1.0, step]], device=DEVICE)
+        weight = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.5, 0.0]], device=DEVICE)
+        assert linear_argmax(x, weight, backend=backend).tolist() == [code]
+
+
+@pytest.mark.parametrize("k", [100, 128, 200])
+@pytest.mark.parametrize("backend", OURS)
+def test_a_bias_far_larger_or_smaller_than_the_products(backend: str, k: int) -> None:
+    x, weight = random(30, k, 32)
+    for size in (1e-12, 1e-3, 1e3, 1e12):
+        b = size * torch.randn(k, device=DEVICE)
+        # all below 0, so that nothing past the last code is the largest
+        b -= b.amax() + 100
+        expected = (x.double() @ weight.double().t() + b.double()).argmax(1)
+        assert torch.equal(linear_argmax(x, weight, b, backend=backend), expected)
+
+
 @pytest.mark.skipif("triton" not in ALL, reason="no triton")
 def test_few_rows_need_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmfuse.kernels.codebook import kernel
 
-    listed, unsure = kernel._listed, []
-    monkeypatch.setattr(kernel, "_listed", lambda flag: unsure.append(flag) or listed(flag))
+    given, launch = {}, kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda *how, **given_: given.update(given_) or launch(*how, **given_))
     z, codebook = (F.normalize(t, dim=1) for t in random(100, 600, 32))
-    for dtype in (torch.float32, torch.float16):
-        nearest_code(z.to(dtype), codebook.to(dtype), backend="triton")
-        assert unsure.pop().float().mean() <= 0.02
+    for dtype, metric in ((torch.float32, "euclidean"), (torch.float16, "euclidean"), (torch.float16, "cosine")):
+        nearest_code(z.to(dtype), codebook.to(dtype), metric=metric, backend="triton")
+        groups = given["groups_ptr"]
+        assert (groups[:, 0] < 0).float().mean() <= 0.02
+        # and few of more than one group
+        assert (groups >= 0).sum() <= 1.3 * len(z)
 
 
 @pytest.mark.parametrize("backend", ALL)
