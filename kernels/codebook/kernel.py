@@ -69,7 +69,7 @@ def _of_codes(t_ptr, codes, inside, default):
     return value
 
 
-@triton.jit(do_not_specialize=["K", "D"])
+@triton.jit(do_not_specialize=["K"])
 def _sizes_kernel(
     sizes_ptr,  # out [2, blocks] float64, the largest |scale_k w_k| and |bias_k| of a block of codes
     w_ptr,  # [K, D], as given
@@ -101,7 +101,7 @@ def _largest(t_ptr, n, BLOCK: tl.constexpr):
     return tl.max(m, axis=0)
 
 
-@triton.jit(do_not_specialize=["N", "K", "D", "blocks", "row_programs"])
+@triton.jit(do_not_specialize=["N", "K", "blocks", "row_programs"])
 def _operands_kernel(
     x_ptr,  # out [N, DX]
     y_ptr,  # out [K to whole tiles, DX]
@@ -223,7 +223,7 @@ def _search_kernel(
         best = tl.maximum(best, s)
 
     largest = tl.max(best, axis=1)
-    winner = tl.zeros((BLOCK_M,), tl.int32)
+    winner, at_groups = tl.zeros((BLOCK_M,), tl.int32), groups_ptr + i.to(tl.int64) * 4
     for r in tl.static_range(4):
         m = tl.max(best, axis=1)
         slot = tl.min(tl.where(best == m[:, None], slots[None, :], SLOTS - 1), axis=1)
@@ -231,10 +231,10 @@ def _search_kernel(
         if r == 0:
             winner = group
         else:
-            tl.store(groups_ptr + i * 4 + r, tl.where(largest - m <= slack, group, -1), mask=i < count)
+            tl.store(at_groups + r, tl.where(largest - m <= slack, group, -1), mask=i < count)
         best = tl.where(slots[None, :] == slot[:, None], float("-inf"), best)
     left = tl.max(tl.maximum(best, second), axis=1)
-    tl.store(groups_ptr + i * 4, tl.where(largest - left > slack, winner, -1), mask=i < count)
+    tl.store(at_groups, tl.where(largest - left > slack, winner, -1), mask=i < count)
 
 
 @triton.jit
@@ -281,7 +281,7 @@ def _scan(
     return tl.where(broken < K, broken, code)
 
 
-@triton.jit(do_not_specialize=["N", "K", "D"])
+@triton.jit(do_not_specialize=["N", "K"])
 def _settle_kernel(
     codes_ptr,  # out [N]
     groups_ptr,  # [N, 4]
@@ -312,7 +312,7 @@ def _settle_kernel(
     rows = _rows(i, inside, rows_ptr)
     tie = _tie(size_ptr, i, inside, D)
     c = tl.arange(0, 4 * BLOCK_N // SLOTS)
-    at = groups_ptr + i[:, None] * 4 + (c // (BLOCK_N // SLOTS))[None, :]
+    at = groups_ptr + i.to(tl.int64)[:, None] * 4 + (c // (BLOCK_N // SLOTS))[None, :]
     group = tl.load(at, mask=inside[:, None], other=-1)
     codes = group // SLOTS * BLOCK_N + group % SLOTS + (c % (BLOCK_N // SLOTS) * SLOTS)[None, :]
     real = (group >= 0) & (codes < K)
@@ -322,9 +322,9 @@ def _settle_kernel(
     s = tl.where(real, s, float("-inf"))
     # what float64 cannot tell apart: the first of them
     wins = real & (s >= (tl.max(s, axis=1) - tie)[:, None])
-    tl.store(codes_ptr + rows, tl.min(tl.where(wins, codes, K), axis=1).to(tl.int64), mask=inside)
-
-    unsure = inside & (tl.load(groups_ptr + i * 4, mask=inside, other=0) < 0)
+    unsure = inside & (tl.load(groups_ptr + i.to(tl.int64) * 4, mask=inside, other=0) < 0)
+    found = tl.min(tl.where(wins, codes, K), axis=1)
+    tl.store(codes_ptr + rows, found.to(tl.int64), mask=inside & (unsure == 0))
     for _ in range(0, tl.sum(unsure.to(tl.int32), axis=0)):
         one = tl.min(tl.where(unsure, i, first + BLOCK_R), axis=0) + tl.arange(0, 1)
         unsure = unsure & (i != one)
@@ -363,7 +363,7 @@ _SEARCH = {"BLOCK_M": 128, "BLOCK_N": 128, "SLOTS": 16}
 _SEARCH_OPTIONS = {"num_warps": 8, "num_stages": 3}
 _WIDE = 64  # columns of a row that stay with the program
 _PREPARE = {"BLOCK_R": 32, "BLOCK_E": 32}
-_SETTLE = {"BLOCK_N": 128, "SLOTS": 16, "BLOCK_R": 8, "BLOCK_E": 8, "BLOCK_K": 128, "num_warps": 8}
+_SETTLE = {"BLOCK_N": 128, "SLOTS": 16, "BLOCK_R": 8, "BLOCK_E": 4, "BLOCK_K": 128, "num_warps": 8}
 _TOTAL = {"BLOCK_R": 32, "BLOCK_D": 64}
 
 
@@ -469,7 +469,8 @@ def aot_specs() -> Iterator[Spec]:
     bf16 = kinds | dict.fromkeys(("z_ptr", "w_ptr"), "*bf16")
     for kernel, block in ((_sizes_kernel, _PREPARE), (_operands_kernel, _PREPARE), (_settle_kernel, _SETTLE)):
         options: dict[str, Any] = {"double": True, "num_warps": block.get("num_warps", 4)}
-        yield _spec(kernel, "euclidean", all_codes | block, kinds, **options)
+        whole = tuple(n for n in ("D", "DX", "stride_z", "stride_w") if n in kernel.arg_names)
+        yield _spec(kernel, "euclidean", all_codes | block, kinds, aligned=whole, **options)
         yield _spec(kernel, "masked cosine", {"bias_ptr": None} | block, bf16, **options)
     for short in ("fp32", "bf16"):
         yield _spec(
