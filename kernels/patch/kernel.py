@@ -2,6 +2,7 @@
 
     fold      V = 2^q W s in the operand's dtype, one q for each row; c = bias - sum_k V d / 2^q
     rows      A = x - i, or (x - mean) / std of float pixels; kept patches only
+              none where 16 aligned bytes lie in a row of a patch: tokens then reads A = x - 128 from the pixels
     tokens    A VT / 2^q + c, then mask token, position, prefix rows, type, in float32; one rounding
     norm      the two LayerNorms need whole rows: a third kernel, over a product in float32
     weight    parts of G = dyT A, split over rows, added up in a fixed order
@@ -31,6 +32,7 @@ from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import accumulator, input_precision
 from mmfuse.kernels.patch import blocked
 from mmfuse.kernels.patch.arguments import check_ids
+from mmfuse.kernels.patch.geometry import Geometry
 from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Folded, Stem, entering
 
 # --- device code ----------------------------------------------------------------------------------------------------
@@ -108,6 +110,33 @@ def _token(row, order_ptr):
     return row
 
 
+@triton.jit
+def _patch(
+    token, N, ids_ptr, STEP_T: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr, GRID_Y: tl.constexpr,
+    GRID_X: tl.constexpr,
+):  # fmt: skip
+    """(image, t, y, x) where the patch of a token begins."""
+    patch = token % N
+    if ids_ptr is not None:
+        patch = tl.load(ids_ptr + token).to(tl.int32)
+    t = patch // (GRID_Y * GRID_X) * STEP_T
+    y = patch // GRID_X % GRID_Y * STEP_Y
+    return token // N, t, y, patch % GRID_X * STEP_X
+
+
+@triton.jit
+def _column(k, C, KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """(c, t, y, x) of a column of A within its patch."""
+    c = k % C if CHANNELS_LAST else k // (KT * KY * KX)
+    v = k // C if CHANNELS_LAST else k % (KT * KY * KX)
+    return c, v // (KY * KX), v // KX % KY, v % KX
+
+
+@triton.jit
+def _offset(t, y, x, stride_t, stride_y, stride_x):
+    return t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_y + x * stride_x
+
+
 @triton.jit(do_not_specialize=["M", "N"])
 def _rows_kernel(
     a_ptr,  # out [M, KP]
@@ -150,20 +179,11 @@ def _rows_kernel(
         end = tl.minimum(M, tl.cdiv(tl.load(count_ptr).to(tl.int32), BLOCK_M) * BLOCK_M)
     row = row0 + tl.arange(0, BLOCK_M)
     token = _token(tl.minimum(row, M - 1), order_ptr)
-    image = token // N
-    patch = token % N
-    if ids_ptr is not None:
-        patch = tl.load(ids_ptr + token).to(tl.int32)
-    t = patch // (GRID_Y * GRID_X) * STEP_T
-    y = patch // GRID_X % GRID_Y * STEP_Y
-    x = patch % GRID_X * STEP_X
-
+    image, t, y, x = _patch(token, N, ids_ptr, STEP_T, STEP_Y, STEP_X, GRID_Y, GRID_X)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    c = k % C if CHANNELS_LAST else k // (KT * KY * KX)
-    v = k // C if CHANNELS_LAST else k % (KT * KY * KX)
-    kt, ky, kx = v // (KY * KX), v // KX % KY, v % KX
-    at = image.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_y + x * stride_x
-    within = c.to(tl.int64) * stride_c + kt.to(tl.int64) * stride_t + ky.to(tl.int64) * stride_y + kx * stride_x
+    c, kt, ky, kx = _column(k, C, KT, KY, KX, CHANNELS_LAST)
+    at = image.to(tl.int64) * stride_b + _offset(t, y, x, stride_t, stride_y, stride_x)
+    within = c.to(tl.int64) * stride_c + _offset(kt, ky, kx, stride_t, stride_y, stride_x)
     valid = k < C * (KT * KY * KX)
     inside = (row < end)[:, None] & valid[None, :]
     if PADDED:
@@ -182,7 +202,8 @@ def _rows_kernel(
 @triton.jit(do_not_specialize=["M", "N", "R", "B"])
 def _tokens_kernel(
     out_ptr,  # out [B, R + N, D] by its strides
-    a_ptr,  # [M, KP]
+    a_ptr,  # [M, KP], or None: from the pixels
+    x_ptr,  # [B, C, T, H, W] bytes by their strides
     v_ptr,  # [D, KP]
     unscale_ptr,  # [D], or None
     c_ptr,  # [D], or None
@@ -196,12 +217,25 @@ def _tokens_kernel(
     ids_ptr,
     stride_image,
     stride_row,
+    stride_b,
+    stride_c,
+    stride_t,
+    stride_y,
+    stride_x,
     M,
     N,
     R,
     B,
     D,
     KP,
+    STEP_T: tl.constexpr,
+    STEP_Y: tl.constexpr,
+    STEP_X: tl.constexpr,
+    GRID_Y: tl.constexpr,
+    GRID_X: tl.constexpr,
+    KT: tl.constexpr,
+    KY: tl.constexpr,
+    KX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -228,18 +262,28 @@ def _tokens_kernel(
         if count_ptr is not None:
             # a tile of masked patches only
             end = tl.where(tile * BLOCK_M < tl.load(count_ptr), KP, 0)
-        a_ptr += (tile * BLOCK_M).to(tl.int64) * KP
         k = tl.arange(0, BLOCK_K)
-        at_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - tile * BLOCK_M)[:, None] * KP + k[None, :]
+        if a_ptr is not None:
+            a_ptr += (tile * BLOCK_M).to(tl.int64) * KP
+            at_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - tile * BLOCK_M)[:, None] * KP + k[None, :]
+        else:
+            _, t, y0, x0 = _patch(token, N, ids_ptr, STEP_T, STEP_Y, STEP_X, GRID_Y, GRID_X)
+            at_x = image.to(tl.int64) * stride_b + _offset(t, y0, x0, stride_t, stride_y, stride_x)
         at_v = tl.minimum(column, D - 1)[None, :] * KP + k[:, None]
         for k0 in range(0, end, BLOCK_K):
-            if EVEN_K:
+            if a_ptr is None:
+                c, kt, ky, kx = _column(k0 + k, 1, KT, KY, KX, False)
+                at_k = c.to(tl.int64) * stride_c + _offset(kt, ky, kx, stride_t, stride_y, stride_x)
+                a = tl.load(x_ptr + at_x[:, None] + at_k[None, :]).to(v_ptr.dtype.element_ty) - 128.0
+                v = tl.load(v_ptr + at_v)
+            elif EVEN_K:
                 a, v = tl.load(a_ptr + at_a), tl.load(v_ptr + at_v)
             else:
                 a = tl.load(a_ptr + at_a, mask=k[None, :] < KP - k0, other=0.0)
                 v = tl.load(v_ptr + at_v, mask=k[:, None] < KP - k0, other=0.0)
             y = tl.dot(a, v, y, input_precision=PRECISION, out_dtype=ACC)
-            a_ptr += BLOCK_K
+            if a_ptr is not None:
+                a_ptr += BLOCK_K
             v_ptr += BLOCK_K
         if unscale_ptr is not None:
             y *= tl.load(unscale_ptr + column, mask=real, other=0.0)[None, :]
@@ -423,6 +467,8 @@ _TILES: dict[str, dict[str, dict[str, int]]] = {
         "tokens": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
         "weight": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     },
+    # pixels as they are
+    "bytes": {"tokens": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}},
     # no tensor cores
     "ieee": {
         "tokens": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},
@@ -449,9 +495,8 @@ def operand_of(stem: Stem) -> torch.dtype:
     return stem.compute
 
 
-def folded(stem: Stem, operand: torch.dtype) -> Folded:
+def folded(stem: Stem, f: Folded, operand: torch.dtype) -> Folded:
     """As `stem.fold`, in one kernel, V padded to a multiple of 16 columns."""
-    f = entering(stem)
     (d, c), acc = (stem.weight.shape[0], f.x.shape[1]), stem.acc
     volume = prod(f.g.kernel)
     k = c * volume
@@ -513,9 +558,15 @@ def rows_of(stem: Stem, i: int, j: int) -> Rows:
     return rows
 
 
+def _source(x: Tensor, g: Geometry) -> dict[str, int]:
+    """Where patches lie in the pixels x [m, C, T, H, W]."""
+    (kt, ky, kx), (st, sy, sx), (_, gy, gx) = g.kernel, g.stride, g.grid
+    sizes = {"STEP_T": st, "STEP_Y": sy, "STEP_X": sx, "GRID_Y": gy, "GRID_X": gx, "KT": kt, "KY": ky, "KX": kx}
+    return sizes | dict(zip(("stride_b", "stride_c", "stride_t", "stride_y", "stride_x"), x.stride(), strict=True))
+
+
 def triton_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
     """A [M, KP] of the images x [m, C, T, H, W]."""
-    (kt, ky, kx), (st, sy, sx), (_, gy, gx) = f.g.kernel, f.g.stride, f.g.grid
     grid = triton.cdiv(rows.m, _ROWS["BLOCK_M"]), triton.cdiv(a.shape[1], _ROWS["BLOCK_K"])
     launch(
         _rows_kernel,
@@ -528,19 +579,11 @@ def triton_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
         ids_ptr=rows.ids,
         subtract_ptr=f.subtract,
         multiply_ptr=f.multiply,
-        **dict(zip(("stride_b", "stride_c", "stride_t", "stride_y", "stride_x"), x.stride(), strict=True)),
         M=rows.m,
         N=rows.n,
         **dict(zip(("C", "T", "H", "W"), x.shape[1:], strict=True)),
         KP=a.shape[1],
-        STEP_T=st,
-        STEP_Y=sy,
-        STEP_X=sx,
-        GRID_Y=gy,
-        GRID_X=gx,
-        KT=kt,
-        KY=ky,
-        KX=kx,
+        **_source(x, f.g),
         CHANNELS_LAST=f.channels_last,
         PADDED=f.g.padded != tuple(x.shape[2:]),
         ACC=accumulator(a.dtype),
@@ -567,6 +610,26 @@ def cuda_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
     )
 
 
+def direct(stem: Stem, f: Folded) -> bool:
+    """Whether the product reads the pixels itself: bytes of which 16 aligned neighbours are in one row of a patch."""
+    aligned = (*f.x.stride()[:4], f.x.storage_offset(), f.g.kernel[2], f.g.stride[2])
+    return (
+        stem.pixels.dtype == torch.uint8
+        and stem.compute.itemsize == 2
+        and f.x.stride(4) == 1
+        and not any(n % 16 for n in aligned)
+        and f.x.shape[1] * prod(f.g.kernel) % _TILES["bytes"]["tokens"]["BLOCK_K"] == 0
+        and f.g.padded == tuple(f.x.shape[2:])
+    )
+
+
+def centred(f: Folded) -> Folded:
+    """A = x - 128 of every channel, the rest of the mean in the bias."""
+    mean = 0 if f.subtract is None or f.rest is None else f.subtract + f.rest
+    rest = torch.full((f.x.shape[1],), -128.0, dtype=torch.float32, device=f.x.device)
+    return replace(f, subtract=None, rest=rest + mean)
+
+
 Gather = Callable[[Tensor, Tensor, Folded, Rows], None]
 
 
@@ -586,10 +649,18 @@ def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
         return
     out = out[:, offset : offset + r + n]
     operand = operand_of(stem)
-    f = folded(stem, operand)
+    f = entering(stem)
+    from_pixels = direct(stem, f)
+    source = _source(f.x, f.g)
+    if from_pixels:
+        f = centred(f)
+    else:
+        # not compiled again for other images
+        source = dict.fromkeys(source, 1)
+    f = folded(stem, f, operand)
     d, kp = f.weight.shape
     normed = stem.stem_weight is not None or stem.pre_weight is not None
-    tile = _TILES[_kind(operand)]["tokens"]
+    tile = _TILES["bytes" if from_pixels else _kind(operand)]["tokens"]
     acc = accumulator(operand)
     token = None if stem.mask is None else stem.mask_token
     kept = [
@@ -597,11 +668,12 @@ def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
         for t in (stem.position, stem.type_embed, token, stem.prefix, stem.prefix_position)
     ]
     position, type_embed, mask_token, prefix, prefix_position = kept
-    for i, j in _spans(stem, max(kp * operand.itemsize, d * stem.acc.itemsize * normed)):
-        rows, to = rows_of(stem, i, j), out[i:j]
-        a = torch.empty(rows.m, kp, dtype=operand, device=out.device)
-        if rows.m:
-            gather(a, f.x[i:j], f, rows)
+    for i, j in _spans(stem, max(kp * operand.itemsize * (not from_pixels), d * stem.acc.itemsize * normed)):
+        rows, to, a = rows_of(stem, i, j), out[i:j], None
+        if not from_pixels:
+            a = torch.empty(rows.m, kp, dtype=operand, device=out.device)
+            if rows.m:
+                gather(a, f.x[i:j], f, rows)
         y = torch.empty(rows.images, n, d, dtype=stem.acc, device=out.device) if normed else to
         front = 0 if normed else r
         programs = triton.cdiv(rows.m, tile["BLOCK_M"]) + triton.cdiv(rows.images * front, tile["BLOCK_M"])
@@ -613,6 +685,7 @@ def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
                 out,
                 out_ptr=y,
                 a_ptr=a,
+                x_ptr=f.x[i:j] if from_pixels else None,
                 v_ptr=f.weight,
                 unscale_ptr=f.unscale,
                 c_ptr=f.bias,
@@ -634,6 +707,7 @@ def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
                 B=rows.images,
                 D=d,
                 KP=kp,
+                **source,
                 ACC=acc,
                 PRECISION=input_precision(operand),
                 EVEN_K=kp % tile["BLOCK_K"] == 0,
@@ -786,14 +860,17 @@ def aot_specs() -> Iterator[Spec]:
     alone = dict.fromkeys(("order_ptr", "count_ptr", "ids_ptr"))
     plain = alone | {"mask_token_ptr": None, "type_ptr": None}
     bare = plain | dict.fromkeys(("position_ptr", "prefix_ptr", "prefix_position_ptr"))
-    yield _spec("_tokens_kernel", "224/16", product | plain | half["tokens"] | {"EVEN_K": True}, "half")
+    sizes = {"STEP_T": 1, "STEP_Y": 16, "STEP_X": 16, "GRID_Y": 14, "GRID_X": 14, "KT": 1, "KY": 16, "KX": 16}
+    pixels = sizes | {"a_ptr": None, "stride_x": 1, "EVEN_K": True}
+    yield _spec("_tokens_kernel", "224/16", product | plain | _TILES["bytes"]["tokens"] | pixels, "half")
+    product |= dict.fromkeys(sizes, 1) | {"x_ptr": None}
+    yield _spec("_tokens_kernel", "224/16, rows", product | plain | half["tokens"] | {"EVEN_K": True}, "half")
     yield _spec("_tokens_kernel", "224/14, masked", product | half["tokens"] | {"EVEN_K": False}, "half")
     exact = {"a_ptr": "*fp32", "v_ptr": "*fp32", "out_ptr": "*fp32"}
     options = product | bare | tf32["tokens"] | {"PRECISION": "tf32", "EVEN_K": True, "unscale_ptr": None}
     yield _spec("_tokens_kernel", "tf32, before a norm", options, "tf32", **exact)
     options = {"ACC": tl.float32, "PRECISION": "ieee"} | alone | half["weight"]
     yield _spec("_weight_kernel", "bf16", options, "half", g_ptr="*bf16", a_ptr="*bf16")
-    sizes = {"STEP_T": 1, "STEP_Y": 16, "STEP_X": 16, "GRID_Y": 14, "GRID_X": 14, "KT": 1, "KY": 16, "KX": 16}
     options = sizes | {"CHANNELS_LAST": False, "PADDED": False, "ACC": tl.float32, "multiply_ptr": None} | _ROWS
     yield _spec("_rows_kernel", "224/16", options | alone, None)
     options = {"ACC": tl.float32, "BLOCK_D": 2048, "num_warps": 4, "mask_ptr": None, "ids_ptr": None}
@@ -803,6 +880,7 @@ def aot_specs() -> Iterator[Spec]:
     yield _spec("_fold_kernel", "still 14", options, None)
 
 
+_ALIGNED = ("KP", "D", "stride_image", "stride_row", "stride_b", "stride_c", "stride_t", "stride_y")
 _TYPES = {
     **dict.fromkeys(("out_ptr", "g_ptr", "w_ptr", "bias_ptr", "position_ptr", "type_ptr", "mask_token_ptr"), "*bf16"),
     **dict.fromkeys(("prefix_ptr", "prefix_position_ptr", "stem_weight_ptr", "stem_bias_ptr"), "*bf16"),
@@ -827,7 +905,7 @@ def _spec(name: str, variant: str, options: dict[str, Any], dot: str | None, **t
         constants=constants,
         num_warps=options["num_warps"],
         num_stages=options.get("num_stages", 3),
-        aligned=tuple(n for n in signature if n in ("KP", "D", "stride_image", "stride_row")),
+        aligned=tuple(n for n in signature if n in _ALIGNED),
         dot=dot,
         work=_work(constants, dot) if name == "_tokens_kernel" else None,
     )

@@ -254,6 +254,51 @@ def test_16_bits(case: str, dtype: torch.dtype, backend: str) -> None:
     check(case, backend, dtype)
 
 
+# name: (pixels, weight shape, options), and whether the product takes the bytes where they lie
+BYTES: dict[str, Any] = {
+    "no mean": (lambda: (u8(2, 3, 32, 48), (D, 3, 16, 16), {}), True),
+    "more columns than a tile": (lambda: (u8(1, 1, 16, 32), (150, 1, 16, 16), {"mean": 0.5, "std": 0.25}), True),
+    "more rows than a tile": (lambda: (u8(17, 1, 32, 64), (D, 1, 16, 16), {"mean": 0.5, "std": 0.25}), True),
+    "mask and kept": (
+        lambda: (
+            u8(2, 3, 32, 48),
+            (D, 3, 16, 16),
+            RGB | rows("prefix", "mask_token", "position", n=6) | {"mask": masked(2, 6), "ids_keep": ids(2, 6, 4)},
+        ),
+        True,
+    ),
+    "video": (lambda: (u8(1, 4, 3, 16, 32), (D, 3, 2, 16, 16), RGB | {"layout": "ntchw"}), True),
+    "overlapping": (lambda: (u8(1, 3, 32, 48), (D, 3, 32, 32), RGB | {"stride": 16}), True),
+    "aligned crop": (lambda: (u8(2, 3, 64, 64)[:, :, 5:37, 16:64], (D, 3, 16, 16), RGB | rows("bias")), True),
+    "one picture, many times": (lambda: (u8(1, 3, 32, 48).expand(2, -1, -1, -1), (D, 3, 16, 16), RGB), True),
+    "none kept": (lambda: (u8(2, 3, 32, 32), (D, 3, 16, 16), RGB | {"ids_keep": ids(2, 4, 0)}), False),
+    "crop": (lambda: (u8(2, 3, 64, 64)[:, :, 5:37, 7:55], (D, 3, 16, 16), RGB), False),
+    "rows of 8": (lambda: (u8(2, 3, 16, 16), (D, 3, 8, 8), RGB), False),
+    "padded": (lambda: (u8(2, 3, 30, 48), (D, 3, 16, 16), RGB | {"padding": "zero"}), False),
+}
+
+
+@pytest.mark.skipif("triton" not in FUSED, reason="no triton")
+@pytest.mark.parametrize("case", BYTES)
+def test_bytes_in_the_product(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmfuse.kernels.patch import kernel
+
+    launched, launch = [], kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda k, *a, **b: launched.append((k, b.get("a_ptr"))) or launch(k, *a, **b))
+    draw, inside = BYTES[case]
+
+    def given() -> Given:
+        pixels, shape, options = draw()
+        return pixels, real(*shape) / prod(shape[1:]) ** 0.5, options
+
+    def run(given: Given, backend: str) -> Results:
+        pixels, weight, options = given
+        return {"tokens": patch_embed(pixels, weight, **options, backend=backend)}
+
+    judge(compared(run, given, "triton", torch.float16, draws=2))
+    assert any(k is kernel._tokens_kernel and a is None for k, a in launched) == inside
+
+
 @pytest.mark.parametrize("backend", [n for n in FUSED if n != "triton"])
 def test_blocks_of_one_image(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmfuse.kernels.patch.blocked._BLOCK_BYTES", {"cpu": 1, "cuda": 1})
