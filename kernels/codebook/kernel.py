@@ -363,7 +363,7 @@ _SEARCH = {"BLOCK_M": 128, "BLOCK_N": 128, "SLOTS": 16}
 _SEARCH_OPTIONS = {"num_warps": 8, "num_stages": 3}
 _WIDE = 64  # columns of a row that stay with the program
 _PREPARE = {"BLOCK_R": 32, "BLOCK_E": 32}
-_SETTLE = {"BLOCK_N": 128, "SLOTS": 16, "BLOCK_R": 8, "BLOCK_E": 4, "BLOCK_K": 128, "num_warps": 8}
+_SETTLE = {"BLOCK_N": 128, "SLOTS": 16, "BLOCK_R": 8, "BLOCK_E": 4, "BLOCK_K": 128}
 _TOTAL = {"BLOCK_R": 32, "BLOCK_D": 64}
 
 
@@ -468,10 +468,9 @@ def aot_specs() -> Iterator[Spec]:
     all_codes = {"scale_ptr": None, "rows_ptr": None, "count_ptr": None}
     bf16 = kinds | dict.fromkeys(("z_ptr", "w_ptr"), "*bf16")
     for kernel, block in ((_sizes_kernel, _PREPARE), (_operands_kernel, _PREPARE), (_settle_kernel, _SETTLE)):
-        options: dict[str, Any] = {"double": True, "num_warps": block.get("num_warps", 4)}
         whole = tuple(n for n in ("D", "DX", "stride_z", "stride_w") if n in kernel.arg_names)
-        yield _spec(kernel, "euclidean", all_codes | block, kinds, aligned=whole, **options)
-        yield _spec(kernel, "masked cosine", {"bias_ptr": None} | block, bf16, **options)
+        yield _spec(kernel, "euclidean", all_codes | block, kinds, aligned=whole, double=True)
+        yield _spec(kernel, "masked cosine", {"bias_ptr": None} | block, bf16, double=True)
     for short in ("fp32", "bf16"):
         yield _spec(
             _total_kernel, short, _TOTAL, {"sums_ptr": "*fp32", "z_ptr": "*" + short, "order_ptr": "*i64",
