@@ -9,6 +9,14 @@ from torch import Tensor
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """In two instructions: `tl.exp` takes three more for results below 2^-126, which are 0 here."""
+    return tl.exp2(x * LOG2E)
+
 
 @triton.jit
 def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
@@ -43,6 +51,24 @@ def products(
         x_ptr += BLOCK_D
         y_ptr += BLOCK_D
     return u
+
+
+@triton.jit
+def divide(x, y):
+    """x / y rounded to nearest: the operator is off by up to two ulps in float32."""
+    return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
+
+
+@triton.jit
+def sqrt(x):
+    """The root rounded to nearest, as `divide`."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def whole(n, EVEN: tl.constexpr):
+    """A number of columns, known to be whole vectors if EVEN: masked accesses are then as wide as others."""
+    return n // 16 * 16 if EVEN else n
 
 
 @triton.jit

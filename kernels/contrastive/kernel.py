@@ -15,6 +15,7 @@ in the dtype of the operands, and leave the two products to cuBLAS, which accumu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,10 +28,20 @@ from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
-from mmfuse.kernels._triton.tiles import aligned_rows, finite, input_precision, products, tile_of
-from mmfuse.kernels.contrastive.blocked import FP16_SCALE, finish, finish_rows, fixed_point_step
+from mmfuse.kernels._triton.tiles import (
+    LOG2E,
+    accumulator,
+    aligned_rows,
+    exp,
+    finite,
+    input_precision,
+    products,
+    tile_of,
+    whole,
+)
+from mmfuse.kernels.contrastive.blocked import FP16_SCALE, fixed_point_step
 
-# G is made in squares of this many rows and columns: 128 MiB in 16 bits, long enough products for cuBLAS, and the
+# G is made in squares of about this many rows and columns: 128 MiB in 16 bits, long enough products for cuBLAS, and the
 # float32 accumulators of dx and dy are read again only N / 8192 times
 _SQUARE = 8192
 # `stats` takes this many rows at a time, which bounds its workspace
@@ -89,17 +100,19 @@ def _sums_of(s, row_w, col_w, WEIGHTED: tl.constexpr):
     r_col = tl.where(m_col == float("-inf"), top, m_col)
     # a NaN takes the slow path too
     if (top - tl.min(r_row, axis=0) < _SPREAD) & (top - tl.min(r_col, axis=0) < _SPREAD):
-        e = tl.exp(s - top)
-        back_row, back_col = tl.exp(top - r_row), tl.exp(top - r_col)
+        # the same `t` in both: its rounding cancels
+        t = top * LOG2E
+        e = tl.exp2(s * LOG2E - t)
+        back_row, back_col = tl.exp2(t - r_row * LOG2E), tl.exp2(t - r_col * LOG2E)
         l_row, l_col = tl.sum(e, axis=1) * back_row, tl.sum(e, axis=0) * back_col
         c_row, c_col = l_row, l_col
         if WEIGHTED:
             c_row, c_col = tl.sum(e * row_w, axis=1) * back_row, tl.sum(e * col_w, axis=0) * back_col
     else:
-        e = tl.exp(s - finite(m_row)[:, None])
+        e = exp(s - finite(m_row)[:, None])
         l_row = tl.sum(e, axis=1)
         c_row = tl.sum(e * row_w, axis=1) if WEIGHTED else l_row
-        e = tl.exp(s - finite(m_col)[None, :])
+        e = exp(s - finite(m_col)[None, :])
         l_col = tl.sum(e, axis=0)
         c_col = tl.sum(e * col_w, axis=0) if WEIGHTED else l_col
     return m_row, l_row, c_row, m_col, l_col, c_col
@@ -125,13 +138,14 @@ def _negatives_of(
 def _stats_of(
     u, row_max, row_sum, row_same, col_max_ptr, col_sum_ptr, col_same_ptr, positive_ptr, logits_ptr,
     row_key, col_key_ptr, row_centre, col_centre_ptr, scale, step_ptr, stride_u, M, N, diagonal, row0, col0, at_col,
-    SAVE: tl.constexpr, KEYED: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAVE: tl.constexpr, KEYED: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the columns of `u` to the rows' running (max, sum, sum of equal keys' U - c), and write the columns' own."""
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     if SAVE != "":
         u_ptrs = _at(logits_ptr, row0, col0, stride_u, BLOCK_M, BLOCK_N)
-        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        inside = (rows < M)[:, None] & (cols < whole(N, EVEN_N))[None, :]
         if SAVE == "int16":
             # the loss is that of the kept logits, so that the probabilities of the backward sum to one
             step = tl.load(step_ptr + rows, mask=rows < M, other=1.0)
@@ -152,7 +166,7 @@ def _stats_of(
     tl.store(col_max_ptr + at_col + cols, m_col, mask=cols < N)
     tl.store(col_sum_ptr + at_col + cols, l_col, mask=cols < N)
     new = tl.maximum(row_max, m_row)
-    row_sum = row_sum * tl.exp(row_max - finite(new)) + l_row * tl.exp(m_row - finite(new))
+    row_sum = row_sum * exp(row_max - finite(new)) + l_row * exp(m_row - finite(new))
     return new, row_sum, row_same
 
 
@@ -188,23 +202,31 @@ def _stats_fwd_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
+    EVEN_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    # rows of x and of y; those of a group are counted from its first
+    height, width = M, N
     if GROUPED:
-        group, tile_m, tile_n, begin, end_m, D = _entry(table_ptr)
-        end_n = end_m
-        row0, col0 = begin + tile_m * BLOCK_M, begin + tile_n * BLOCK_N
-        scale = tl.load(scale_ptr + group)
+        group, tile_m, tile_n, begin, height, D = _entry(table_ptr)
+        width = height
+        scale_ptr += group
+        x_ptr += begin * stride_x
+        y_ptr += begin * stride_y
+        row_max_ptr += begin
+        row_sum_ptr += begin
+        col_max_ptr += begin
+        col_sum_ptr += begin
+        positive_ptr += begin
     else:
         tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-        row0, col0, end_m, end_n = tile_m * BLOCK_M, tile_n * BLOCK_N, M, N
-        scale = tl.load(scale_ptr)
+    row0, col0, scale = tile_m * BLOCK_M, tile_n * BLOCK_N, tl.load(scale_ptr)
     u = products(
-        x_ptr, y_ptr, row0, col0, stride_x, stride_y, end_m, end_n, D,
+        x_ptr, y_ptr, row0, col0, stride_x, stride_y, height, width, D,
         ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     parts = _parts(u, PARTS)
@@ -213,30 +235,29 @@ def _stats_fwd_kernel(
     row_sum = tl.zeros((BLOCK_M,), ACC)
     row_same, row_key, row_centre = row_sum, row_sum, row_sum
     if KEYED:
-        row_key = tl.load(row_key_ptr + rows, mask=rows < end_m, other=-2)
-        row_centre = tl.load(row_centre_ptr + rows, mask=rows < end_m, other=0.0)
+        row_key = tl.load(row_key_ptr + rows, mask=rows < height, other=-2)
+        row_centre = tl.load(row_centre_ptr + rows, mask=rows < height, other=0.0)
     at_col = tile_m.to(tl.int64) * N
     for i in tl.static_range(PARTS):
         row_max, row_sum, row_same = _stats_of(
             parts[i], row_max, row_sum, row_same, col_max_ptr, col_sum_ptr, col_same_ptr,
             positive_ptr, logits_ptr, row_key, col_key_ptr, row_centre, col_centre_ptr, scale, step_ptr, stride_u,
-            end_m, end_n, diagonal, row0, col0 + i * (BLOCK_N // PARTS), at_col,
-            SAVE, KEYED, ACC, BLOCK_M, BLOCK_N // PARTS,
+            height, width, diagonal, row0, col0 + i * (BLOCK_N // PARTS), at_col,
+            SAVE, KEYED, EVEN_N, ACC, BLOCK_M, BLOCK_N // PARTS,
         )  # fmt: skip
     at_row = tile_n.to(tl.int64) * M
-    tl.store(row_max_ptr + at_row + rows, row_max, mask=rows < end_m)
-    tl.store(row_sum_ptr + at_row + rows, row_sum, mask=rows < end_m)
+    tl.store(row_max_ptr + at_row + rows, row_max, mask=rows < height)
+    tl.store(row_sum_ptr + at_row + rows, row_sum, mask=rows < height)
     if KEYED:
-        tl.store(row_same_ptr + at_row + rows, row_same, mask=rows < end_m)
+        tl.store(row_same_ptr + at_row + rows, row_same, mask=rows < height)
 
 
 @triton.jit
 def _entry(table_ptr):
-    """(group, tile_m, tile_n, begin, end, D) of this program: a tile of the group's rows and columns begin to end."""
+    """(group, tile_m, tile_n, begin, height, D) of this program: a tile of the group's rows and columns from begin."""
     at = table_ptr + tl.program_id(0) * 6
-    return (
-        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
-    )  # fmt: skip
+    begin = tl.load(at + 3).to(tl.int64)
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), begin, tl.load(at + 4), tl.load(at + 5)
 
 
 @triton.jit(do_not_specialize=["G", "N"])
@@ -264,7 +285,7 @@ def _merge_kernel(
         part_m = tl.load(part_max_ptr + at, mask=inside, other=float("-inf"))
         part_l = tl.load(part_sum_ptr + at, mask=inside, other=0.0)
         new = tl.maximum(m, tl.max(part_m, axis=0))
-        back, part_back = tl.exp(m - finite(new)), tl.exp(part_m - finite(new)[None, :])
+        back, part_back = exp(m - finite(new)), exp(part_m - finite(new)[None, :])
         l = l * back + tl.sum(part_l * part_back, axis=0)  # noqa: E741
         if CROSS:
             part_c = tl.load(part_cross_ptr + at, mask=inside, other=0.0)
@@ -277,15 +298,20 @@ def _merge_kernel(
 
 
 @triton.jit
-def _softmaxes(s, a, rho, b, kappa):
+def _softmaxes(u, scale, a, rho, b, kappa):
     """a_i exp(S_ij - rho_i) + b_j exp(S_ij - kappa_j)"""
-    top = tl.max(s)
+    # no negative is above its rho or its kappa; an infinite one leaves its row or column out
+    most_row, most_col = tl.where(rho == float("inf"), -rho, rho), tl.where(kappa == float("inf"), -kappa, kappa)
+    top = tl.minimum(tl.max(most_row, axis=0), tl.max(most_col, axis=0))
     low = tl.minimum(tl.min(rho, axis=0), tl.min(kappa, axis=0))
-    # a NaN takes the slow path too
+    s = u * scale
     if top - low < _SPREAD:
-        g = tl.exp(s - top) * ((a * tl.exp(top - rho))[:, None] + (b * tl.exp(top - kappa))[None, :])
+        # the same `t` in both: its rounding cancels
+        t = top * LOG2E
+        e = tl.exp2(s * LOG2E - t)
+        g = e * ((a * tl.exp2(t - rho * LOG2E))[:, None] + (b * tl.exp2(t - kappa * LOG2E))[None, :])
     else:
-        g = a[:, None] * tl.exp(s - rho[:, None]) + b[None, :] * tl.exp(s - kappa[None, :])
+        g = a[:, None] * exp(s - rho[:, None]) + b[None, :] * exp(s - kappa[None, :])
     return g
 
 
@@ -302,7 +328,7 @@ def _grad_of(
     b = tl.load(b_ptr + cols, mask=cols < N, other=0.0)
     rho = tl.load(rho_ptr + rows, mask=rows < M, other=float("inf"))
     kappa = tl.load(kappa_ptr + cols, mask=cols < N, other=float("inf"))
-    g = _softmaxes(u * scale, a, rho, b, kappa)
+    g = _softmaxes(u, scale, a, rho, b, kappa)
     g -= shift
     if KEYED:
         row_key = tl.load(row_key_ptr + rows, mask=rows < M, other=-2)
@@ -319,14 +345,24 @@ def _finish_tile(
 ):  # fmt: skip
     """d on the positives; write the tile if STORE; return sum G U if DOT."""
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-    inside = (rows < M)[:, None] & (cols < N)[None, :]
     if _crosses(row0, col0, diagonal, BLOCK_M, BLOCK_N):
         d = tl.load(d_ptr + rows, mask=rows < M, other=0.0)
         g = tl.where(cols[None, :] == (rows + diagonal)[:, None], d[:, None], g)
     if STORE:
-        out = _at(g_ptr, row0, col0, stride_g, BLOCK_M, BLOCK_N)
-        tl.store(out, (g * G_SCALE).to(g_ptr.dtype.element_ty), mask=inside)
+        _store(g, g_ptr, stride_g, M, N, row0, col0, G_SCALE, BLOCK_M, BLOCK_N)
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
     return tl.sum(tl.where(inside, g * u, 0.0)) if DOT else 0.0
+
+
+@triton.jit
+def _store(
+    g, g_ptr, stride_g, M, N, row0, col0, G_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of G in whole vectors: its rows have room for them, and nobody reads what is beyond column N."""
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+    inside = (rows < M)[:, None] & (cols < tl.cdiv(N, 16) * 16)[None, :]
+    out = _at(g_ptr, row0, col0, stride_g, BLOCK_M, BLOCK_N)
+    tl.store(out, (g * G_SCALE).to(g_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "N", "diagonal", "shift"])
@@ -366,31 +402,39 @@ def _grad_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
+    EVEN_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    height, width = M, N
     if GROUPED:
-        group, tile_m, tile_n, begin, end_m, D = _entry(table_ptr)
-        end_n = end_m
-        row0, col0 = begin + tile_m * BLOCK_M, begin + tile_n * BLOCK_N
-        scale, g_ptr = tl.load(scale_ptr + group), g_ptr - begin
+        group, tile_m, tile_n, begin, height, D = _entry(table_ptr)
+        width = height
+        scale_ptr += group
+        x_ptr += begin * stride_x
+        y_ptr += begin * stride_y
+        g_ptr += begin * stride_g
+        a_ptr += begin
+        rho_ptr += begin
+        b_ptr += begin
+        kappa_ptr += begin
+        d_ptr += begin
     else:
         tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-        row0, col0, end_m, end_n = tile_m * BLOCK_M, tile_n * BLOCK_N, M, N
-        scale = tl.load(scale_ptr)
+    row0, col0, scale = tile_m * BLOCK_M, tile_n * BLOCK_N, tl.load(scale_ptr)
     shift = tl.full((), shift, ACC)
     if SAVED != "":
         rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-        inside = (rows < end_m)[:, None] & (cols < end_n)[None, :]
+        inside = (rows < height)[:, None] & (cols < whole(width, EVEN_N))[None, :]
         u = tl.load(_at(logits_ptr, row0, col0, stride_u, BLOCK_M, BLOCK_N), mask=inside, other=0).to(ACC)
         if SAVED == "int16":
-            u *= tl.load(step_ptr + rows, mask=rows < end_m, other=0.0)[:, None]
+            u *= tl.load(step_ptr + rows, mask=rows < height, other=0.0)[:, None]
     else:
         u = products(
-            x_ptr, y_ptr, row0, col0, stride_x, stride_y, end_m, end_n, D,
+            x_ptr, y_ptr, row0, col0, stride_x, stride_y, height, width, D,
             ACC, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     parts = _parts(u, PARTS)
@@ -398,11 +442,18 @@ def _grad_kernel(
     for i in tl.static_range(PARTS):
         total += _grad_of(
             parts[i], g_ptr, scale, a_ptr, rho_ptr, b_ptr, kappa_ptr, d_ptr, row_key_ptr, col_key_ptr, p_ptr, q_ptr,
-            stride_g, end_m, end_n, diagonal, shift, row0, col0 + i * (BLOCK_N // PARTS),
+            stride_g, height, width, diagonal, shift, row0, col0 + i * (BLOCK_N // PARTS),
             KEYED, STORE, DOT, G_SCALE, BLOCK_M, BLOCK_N // PARTS,
         )  # fmt: skip
     if DOT:
         tl.store(dot_ptr + tl.program_id(0), total)
+
+
+@triton.jit
+def _negated(t, diagonal, row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile with the positives' sign turned."""
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+    return tl.where(cols[None, :] == (rows + diagonal)[:, None], -t, t)
 
 
 @triton.jit
@@ -411,23 +462,23 @@ def _sigmoid_of(
     PAIRED: tl.constexpr, STORE: tl.constexpr, G_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write G of a tile; return the sums of softplus, of G and, unless STORE, of G U."""
-    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-    inside = (rows < M)[:, None] & (cols < N)[None, :]
-    positive = (cols[None, :] == (rows + diagonal)[:, None]) & PAIRED
     s = u * scale + bias
+    crosses = PAIRED and _crosses(row0, col0, diagonal, BLOCK_M, BLOCK_N)
     # softplus(-S) and sigmoid(S) - 1 = -sigmoid(-S) on the positives, which keeps their digits
-    s = tl.where(positive, -s, s)
+    if crosses:
+        s = _negated(s, diagonal, row0, col0, BLOCK_M, BLOCK_N)
     if (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N):
-        s = tl.where(inside, s, float("-inf"))
-    e = tl.exp(-tl.abs(s))
+        rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+        s = tl.where((rows < M)[:, None] & (cols < N)[None, :], s, float("-inf"))
+    e = exp(-tl.abs(s))
     loss = tl.sum(tl.maximum(s, 0.0) + _log1p(e))
-    g = tl.where(s >= 0, 1.0, e) / (1.0 + e)
-    g = tl.where(positive, -g, g)
+    g = tl.where(s >= 0, 1.0, e) * (1.0 / (1.0 + e))
+    if crosses:
+        g = _negated(g, diagonal, row0, col0, BLOCK_M, BLOCK_N)
     db = tl.sum(g)
     ds = 0.0 if STORE else tl.sum(g * u)
     if STORE:
-        out = _at(g_ptr, row0, col0, stride_g, BLOCK_M, BLOCK_N)
-        tl.store(out, (g * G_SCALE).to(g_ptr.dtype.element_ty), mask=inside)
+        _store(g, g_ptr, stride_g, M, N, row0, col0, G_SCALE, BLOCK_M, BLOCK_N)
     return loss, db, ds
 
 
@@ -482,6 +533,35 @@ def _sigmoid_fwd_kernel(
 
 
 @triton.jit
+def _finish_kernel(
+    out_ptr,  # out [M, D]
+    dot_ptr,  # out [M]: <x, g>
+    g_ptr,  # [M, D]
+    x_ptr,  # [M, D]
+    factor_ptr,  # []
+    inverse_ptr,  # [M], one over the norms, or None
+    stride_out,
+    stride_g,
+    stride_x,
+    stride_xd,
+    D,
+    ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    g = tl.load(g_ptr + row * stride_g + k, mask=k < D, other=0.0)
+    x = tl.load(x_ptr + row * stride_x + k * stride_xd, mask=k < D, other=0.0).to(ACC)
+    dot = tl.sum(g * x, axis=0)
+    tl.store(dot_ptr + row, dot)
+    if inverse_ptr is not None:
+        # at |v| <= 1e-12 the clamp holds the norm fixed, so nothing is projected out
+        inverse = tl.load(inverse_ptr + row)
+        g = (g - x * tl.where(inverse < 0.999e12, dot, 0.0)) * inverse
+    out = g * tl.load(factor_ptr)
+    tl.store(out_ptr + row * stride_out + k, out.to(out_ptr.dtype.element_ty), mask=k < D)
+
+
+@triton.jit
 def _log1p(e):
     """log(1 + e) for e in [0, 1] without rounding 1 + e: a sum of N^2 small terms needs their relative accuracy."""
     if e.dtype == tl.float64:
@@ -521,7 +601,7 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
         },
         9: {
             "stats": _tile(128, 128, 64, 4, 4, 3),
-            "grad": _tile(128, 128, 64, 1, 4, 3),
+            "grad": _tile(128, 128, 64, 2, 4, 3),
             "sigmoid": _tile(128, 128, 64, 4, 4, 3),
             "distill": _tile(128, 128, 64, 4, 8, 3),
         },
@@ -564,8 +644,7 @@ def _settings(kernel: str, x: Tensor, wide: bool = False) -> dict[str, Any]:
         tile = by_arch[major if major in by_arch else 8][kernel]
         tile = configs.tuned("contrastive", x.device, kernel, name, x.shape[1]) or tile
         tile = tile | _WIDE if wide else tile
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
-    return dict(tile, ACC=acc, PRECISION=precision, EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **_FUSED)
+    return dict(tile, ACC=accumulator(x.dtype), PRECISION=precision, EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **_FUSED)
 
 
 def stats(
@@ -587,7 +666,9 @@ def stats(
     row_key, col_key, row_centre, col_centre = (t for k in same for t in k.split([b, n])) if same else (scale,) * 4
     step = fixed_point_step(x, y) if save == "int16" and b else scale
     x, y = aligned_rows(x), aligned_rows(y)
-    settings = _settings("stats", x, wide=_wide_stats(save, same is not None, x.dtype, input_precision(x.dtype)))
+    even = bool(save) and n % 16 == 0
+    wide = _wide_stats(save, same is not None or bool(save) and not even, x.dtype, input_precision(x.dtype))
+    settings = _settings("stats", x, wide)
     tiles_n = triton.cdiv(n, settings["BLOCK_N"])
     for i in range(0, b if n else 0, _ROWS):
         m = min(b - i, _ROWS)
@@ -626,6 +707,7 @@ def stats(
             SAVE=save,
             KEYED=same is not None,
             GROUPED=False,
+            EVEN_N=even,
             **settings,
         )
         _merge((row_max[rows], row_sum[rows]), row[:2])
@@ -636,10 +718,10 @@ def stats(
     return row_max, row_sum, col_max, col_sum, positive, logits, *sums
 
 
-def _wide_stats(save: str, keyed: bool, dtype: torch.dtype, precision: str) -> bool:
-    """Whether a tile keeps so much beside its logits that it needs twice the registers."""
+def _wide_stats(save: str, more: bool, dtype: torch.dtype, precision: str) -> bool:
+    """Whether a tile keeps so much beside its logits that it needs twice the registers: `more` are keys, or odd N."""
     cores = dtype.itemsize == 2 or precision == "tf32"
-    return cores and (save == "full" or keyed)
+    return cores and (save == "full" or more)
 
 
 def _merge(into: tuple[Tensor, ...], parts: Tensor) -> None:
@@ -686,8 +768,8 @@ def grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, ds) as `blocked.grad`.
 
-    Extra memory: a square of G, and float32 accumulators of dy and of one square's rows of dx with what `finish` makes
-    of them: 134 + 201 + 25 + 100 MB at b = N = 65536, D = 768 in 16 bits, beside the results.
+    Extra memory: a square of G, and float32 accumulators of dy and of one square's rows of dx: 63 + 201 + 17 MB at
+    b = N = 65536, D = 768 in 16 bits on 132 multiprocessors, beside the results.
     """
     saved = "" if not logits.numel() else "int16" if logits.dtype == torch.int16 else "full"
     step = fixed_point_step(x, y) if saved == "int16" else scale
@@ -736,6 +818,7 @@ def grad(
             SAVED=saved,
             KEYED=keyed,
             GROUPED=False,
+            EVEN_N=bool(saved) and len(y) % 16 == 0,
             STORE=not in_tiles,
             DOT=in_tiles,
             G_SCALE=_g_scale(x.dtype),
@@ -808,6 +891,15 @@ def _g_scale(dtype: torch.dtype) -> float:
     return FP16_SCALE if dtype == torch.float16 else 1.0
 
 
+def _side(dim: int, device: torch.device) -> int:
+    """Near `_SQUARE`, a whole number of waves: the products' tiles of 128 x 256 leave no multiprocessor idle."""
+    if INTERPRET:
+        return _SQUARE
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    wave = 128 * triton.cdiv(processors, triton.cdiv(int(dim), 256))
+    return round(_SQUARE / wave) * wave or _SQUARE
+
+
 def _gradients(
     x: Tensor,
     y: Tensor,
@@ -826,18 +918,19 @@ def _gradients(
     (b, dim), n, acc = x.shape, len(y), accumulation_dtype(x.dtype)
     unscale = 1 / _g_scale(x.dtype)
     factor = factor * unscale
+    most = _side(dim, x.device)
     # whole vectors in each row of G, for the kernel and for cuBLAS
-    side = -(-min(n, _SQUARE) // 16) * 16
-    square = torch.empty((min(b, _SQUARE), side) if need_x or need_y else (1, 1), dtype=x.dtype, device=x.device)
+    side = -(-min(n, most) // 16) * 16
+    square = torch.empty((min(b, most), side) if need_x or need_y else (1, 1), dtype=x.dtype, device=x.device)
     gx = torch.empty((len(square), dim) if need_x else 0, dtype=acc, device=x.device)
     gy = torch.zeros((n, dim) if need_y else 0, dtype=acc, device=x.device)
     dx = torch.zeros(x.shape if need_x else 0, dtype=dx_dtype or x.dtype, device=x.device)
     xgy = torch.zeros((), dtype=torch.float64, device=x.device)
-    for i in range(0, b, _SQUARE):
-        m = min(b - i, _SQUARE)
+    for i in range(0, b, most):
+        m = min(b - i, most)
         rows = slice(i, i + m)
-        for j in range(0, n, _SQUARE):
-            k = min(n - j, _SQUARE)
+        for j in range(0, n, most):
+            k = min(n - j, most)
             g = square[:m, :k]
             fill(i, j, m, k, g)
             if need_x:
@@ -849,9 +942,24 @@ def _gradients(
     del square, gx
     dy = torch.empty(y.shape if need_y else 0, dtype=dy_dtype or y.dtype, device=x.device)
     if need_y:
-        ygx = finish_rows(gy, y, factor, y_inv, dy)
+        ygx = finish(gy, y, factor, y_inv, dy)
         xgy = xgy if need_x else ygx
     return dx, dy, xgy * unscale
+
+
+def finish(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, out: Tensor) -> Tensor:
+    """As `blocked.finish`, in one pass over g and x."""
+    dot = torch.empty(len(g), dtype=g.dtype, device=g.device)
+    if g.numel():
+        block = triton.next_power_of_2(max(int(g.shape[1]), 16))
+        launch(
+            _finish_kernel, (len(g),), g,
+            out_ptr=out, dot_ptr=dot, g_ptr=g, x_ptr=x, factor_ptr=factor, inverse_ptr=inverse,
+            stride_out=out.stride(0), stride_g=g.stride(0), stride_x=x.stride(0), stride_xd=x.stride(1), D=g.shape[1],
+            ACC=accumulator(g.dtype), BLOCK_D=block, num_warps=4 if block <= 2048 else 8,
+        )  # fmt: skip
+    # float64: the rows' terms cancel in the sum, which is the gradient of the scale
+    return dot.sum(dtype=torch.float64)
 
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
@@ -870,7 +978,8 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> Non
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _FLAGS = ("KEYED", "GROUPED")
 _TYPES = dict.fromkeys(("diagonal", "D", "T_D", "M", "N", "G"), "i32")
-_TYPES |= dict.fromkeys(("stride_g", "stride_u", "stride_x", "stride_y", "t_stride_x", "t_stride_y"), "i32")
+_STRIDES = ("stride_g", "stride_u", "stride_x", "stride_y", "t_stride_x", "t_stride_y", "stride_out")
+_TYPES |= dict.fromkeys(_STRIDES, "i32")
 _TYPES |= dict.fromkeys(("row_key_ptr", "col_key_ptr", "table_ptr"), "*i32") | {"shift": "fp32"}
 
 
@@ -881,9 +990,14 @@ def aot_specs() -> Iterator[Spec]:
             yield from _specs(kernel, dtype, precision, tile, archs)
     for saved, dtype in (("int16", torch.bfloat16), ("full", torch.float32)):
         options = dict(_STREAM, PRECISION="ieee", EVEN_D=True, SAVED=saved, STORE=True, DOT=False, G_SCALE=1.0)
-        for keyed in (False, True):
-            more = {"KEYED": keyed, "GROUPED": False}
-            yield spec(_grad_kernel, saved + " keyed" * keyed, dtype, options | more, (80, 90, 100))
+        for keyed, even in ((False, True), (True, True), (False, False)):
+            more = {"KEYED": keyed, "GROUPED": False, "EVEN_N": even}
+            name = saved + " keyed" * keyed + " odd N" * (not even)
+            yield spec(_grad_kernel, name, dtype, options | more, (80, 90, 100))
+    for normalized in (False, True):
+        options = {"BLOCK_D": 1024, "num_warps": 4, "num_stages": 3} | ({} if normalized else {"inverse_ptr": None})
+        one = spec(_finish_kernel, "normalized" * normalized, torch.bfloat16, options, (80, 90, 100))
+        yield replace(one, signature=one.signature | {"g_ptr": "*fp32"})
     for cross in (False, True):
         options = dict(_MERGE, CROSS=cross, num_warps=4, num_stages=3)
         yield spec(_merge_kernel, "cross" * cross, torch.float32, options, (80, 90, 100))
@@ -913,12 +1027,13 @@ def _specs(
     """The variants of one kernel that a call can reach, at one tile."""
     g = {"G_SCALE": _g_scale(dtype), "STORE": True}
     if kernel == "stats":
-        plain = [("", tile, {"SAVE": ""}), ("int16", tile, {"SAVE": "int16"})]
+        plain = [("", tile, {"SAVE": ""}), ("int16", tile, {"SAVE": "int16", "EVEN_N": True})]
         # masks of D cost no register
         odd = [("odd D", tile, {"SAVE": "", "EVEN_D": False})] if dtype == torch.bfloat16 else []
-        variants = [*plain, *odd]
         wide = tile | (_WIDE if dtype.itemsize == 2 or precision == "tf32" else {})
-        full = [] if dtype.itemsize == 2 else [("full", wide, {"SAVE": "full"})]
+        odd += [("int16 odd N", wide, {"SAVE": "int16"})] if dtype == torch.bfloat16 else []
+        variants = [*plain, *odd]
+        full = [] if dtype.itemsize == 2 else [("full", wide, {"SAVE": "full", "EVEN_N": True})]
         variants += full
         # the widest logits only: they come on top of what else a tile keeps
         keyed = [(name, wide, more) for name, _, more in [*plain, *full][-1:]]
@@ -932,7 +1047,7 @@ def _specs(
     variants = [*variants, *((f"keyed {name}".strip(), size, more | {"KEYED": True}) for name, size, more in keyed)]
     function = {"stats": _stats_fwd_kernel, "grad": _grad_kernel, "sigmoid": _sigmoid_fwd_kernel}[kernel]
     for variant, size, more in distinct(variants, dtype, precision):
-        flags = {"PRECISION": precision, "EVEN_D": True, "KEYED": False, "GROUPED": False}
+        flags = {"PRECISION": precision, "EVEN_D": True, "EVEN_N": False, "KEYED": False, "GROUPED": False}
         yield spec(function, variant, dtype, flags | size | more, archs)
 
 
@@ -951,9 +1066,10 @@ def spec(kernel: Any, variant: str, dtype: torch.dtype, options: dict[str, Any],
     """A compilation for operands of `dtype`; `options` are constants and launch options."""
     constants = {"ACC": tl.float32} | {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    constants |= {"stride_xd": 1} if "stride_xd" in kernel.arg_names else {}
     saved = constants.get("SAVE") or constants.get("SAVED")
     operand = "*" + _SHORT[dtype]
-    types = _TYPES | dict.fromkeys(("x_ptr", "y_ptr", "t_x_ptr", "t_y_ptr", "g_ptr"), operand)
+    types = _TYPES | dict.fromkeys(("x_ptr", "y_ptr", "t_x_ptr", "t_y_ptr", "g_ptr", "out_ptr"), operand)
     types["logits_ptr"] = "*i16" if saved == "int16" else "*fp32"
     signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
     product = None if saved and "SAVED" in constants or "PRECISION" not in constants else constants["PRECISION"]
@@ -965,7 +1081,9 @@ def spec(kernel: Any, variant: str, dtype: torch.dtype, options: dict[str, Any],
         constants=constants,
         num_warps=options["num_warps"],
         num_stages=options["num_stages"],
-        aligned=tuple(n for n in signature if n in ("D", "T_D") or "stride_" in n),
+        aligned=tuple(
+            n for n in signature if n in ("D", "T_D") or "stride_" in n and (n != "stride_u" or constants["EVEN_N"])
+        ),
         archs=archs,
         dot="half" if product and dtype.itemsize == 2 else "tf32" if product == "tf32" else None,
         work=_work(signature, constants),

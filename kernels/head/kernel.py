@@ -13,7 +13,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
-from mmfuse.kernels._triton.tiles import accumulator
+from mmfuse.kernels._triton.tiles import accumulator, divide, sqrt
 from mmfuse.kernels.head.blocked import TINY, Head
 
 _TINY = tl.constexpr(TINY)
@@ -52,7 +52,7 @@ def _normalized_kernel(
     x = tl.where(k < D, raw.to(ACC), 0.0)
     mean = tl.sum(x, axis=0) / D
     centred = tl.where(k < D, x - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / D + eps)
+    rstd = divide(1.0, sqrt(tl.sum(centred * centred, axis=0) / D + eps))
     z = centred * rstd
     if GAMMA:
         z *= tl.load(gamma_ptr + k, mask=k < D, other=0.0).to(ACC)
@@ -85,8 +85,8 @@ def _unit_kernel(
         y = tl.load(y_ptr + row * N + k, mask=k < N, other=0.0).to(ACC)
         inverse = tl.full((), 1.0, ACC)
         if NORMALIZE:
-            norm = tl.sqrt(tl.sum(y * y, axis=0))
-            inverse = 1 / tl.where(norm < _TINY, _TINY, norm)  # NaN stays
+            norm = sqrt(tl.sum(y * y, axis=0))
+            inverse = divide(1.0, tl.where(norm < _TINY, _TINY, norm))  # NaN stays
         total += y * inverse
         tl.store(inverse_ptr + row, inverse)
     total = total / clips

@@ -29,7 +29,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
-from mmfuse.kernels._triton.tiles import accumulator, input_precision
+from mmfuse.kernels._triton.tiles import accumulator, divide, input_precision, sqrt
 from mmfuse.kernels.patch import blocked
 from mmfuse.kernels.patch.arguments import check_ids
 from mmfuse.kernels.patch.geometry import Geometry
@@ -319,7 +319,7 @@ def _layer_norm(x, weight_ptr, bias_ptr, eps, D, ACC: tl.constexpr, BLOCK_D: tl.
     c = tl.arange(0, BLOCK_D)
     x = tl.where(c < D, x, 0.0)
     centred = tl.where(c < D, x - tl.sum(x, axis=0) / D, 0.0)
-    x = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / D + eps)
+    x = divide(centred, sqrt(tl.sum(centred * centred, axis=0) / D + eps))
     x *= tl.load(weight_ptr + c, mask=c < D, other=0.0).to(ACC)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + c, mask=c < D, other=0.0).to(ACC)

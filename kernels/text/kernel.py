@@ -19,7 +19,7 @@ from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
-from mmfuse.kernels._triton.tiles import accumulator
+from mmfuse.kernels._triton.tiles import accumulator, divide, sqrt
 from mmfuse.kernels.text.blocked import Words
 
 # --- device code ----------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def _embed_kernel(
     if NORM:
         mean = tl.sum(y, axis=0) / D
         y = tl.where(k < D, y - mean, 0.0)
-        rstd = tl.rsqrt(tl.sum(y * y, axis=0) / D + eps)
+        rstd = divide(1.0, sqrt(tl.sum(y * y, axis=0) / D + eps))
         y *= rstd
         tl.store(mean_ptr + t, mean)
         tl.store(rstd_ptr + t, rstd)

@@ -20,7 +20,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
-from mmfuse.kernels._triton.tiles import aligned_rows, finite, products, tile_of
+from mmfuse.kernels._triton.tiles import aligned_rows, exp, finite, products, tile_of
 from mmfuse.kernels.contrastive import kernel as template
 from mmfuse.kernels.contrastive.distill.blocked import Models, Side
 from mmfuse.kernels.contrastive.kernel import _finish_tile, _negatives_of, _parts, _softmaxes, _sums_of
@@ -30,7 +30,7 @@ from mmfuse.kernels.contrastive.kernel import _finish_tile, _negatives_of, _part
 def _add(m, l, c, m_new, l_new, c_new):  # noqa: E741
     """(max, sum, weighted sum) over both sets of columns."""
     top = tl.maximum(m, m_new)
-    back, back_new = tl.exp(m - finite(top)), tl.exp(m_new - finite(top))
+    back, back_new = exp(m - finite(top)), exp(m_new - finite(top))
     return top, l * back + l_new * back_new, c * back + c_new * back_new
 
 
@@ -182,10 +182,10 @@ def _distill_grad_kernel(
         t_b = tl.load(t_b_ptr + cols, mask=cols < N, other=0.0)
         t_kappa = tl.load(t_kappa_ptr + cols, mask=cols < N, other=float("inf"))
         kappa = tl.load(kappa_ptr + cols, mask=cols < N, other=float("inf"))
-        s_t = ts[i] * t_scale
         if TEACHER:
-            p = t_a[:, None] * tl.exp(s_t - t_rho[:, None]) * (a[:, None] - (us[i] - rho[:, None]) * scale)
-            q = t_b[None, :] * tl.exp(s_t - t_kappa[None, :]) * (b[None, :] - (us[i] - kappa[None, :]) * scale)
+            s_t = ts[i] * t_scale
+            p = t_a[:, None] * exp(s_t - t_rho[:, None]) * (a[:, None] - (us[i] - rho[:, None]) * scale)
+            q = t_b[None, :] * exp(s_t - t_kappa[None, :]) * (b[None, :] - (us[i] - kappa[None, :]) * scale)
             g = p + q
             if DOT:
                 negative = (rows < M)[:, None] & (cols < N)[None, :] & (cols[None, :] != (rows + diagonal)[:, None])
@@ -194,7 +194,7 @@ def _distill_grad_kernel(
                 terms = p * (ts[i] - row_about[:, None]) + q * (ts[i] - col_about[None, :])
                 total += tl.sum(tl.where(negative, terms, 0.0))
         else:
-            g = _softmaxes(us[i] * scale, a, rho, b, kappa) - _softmaxes(s_t, t_a, t_rho, t_b, t_kappa)
+            g = _softmaxes(us[i], scale, a, rho, b, kappa) - _softmaxes(ts[i], t_scale, t_a, t_rho, t_b, t_kappa)
         total += _finish_tile(
             g, us[i], g_ptr, d_ptr, stride_g, M, N, diagonal, row0, first,
             STORE, DOT_OF_G, G_SCALE, BLOCK_M, WIDTH,

@@ -18,7 +18,6 @@ from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels.contrastive import kernel as template
-from mmfuse.kernels.contrastive.blocked import finish
 
 
 def groups(sizes: list[int]) -> list[slice]:
@@ -27,20 +26,24 @@ def groups(sizes: list[int]) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-@lru_cache(256)
 def _table(
     sizes: tuple[int, ...], dims: tuple[int, ...], tile: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, list[int]]:
-    """(group, tile_m, tile_n, begin, end, D) of every program [programs, 6], and each group's number of programs."""
+    """(group, tile_m, tile_n, begin, height, D) of every program [programs, 6], and each group's number of programs."""
     block_m, block_n, block_d = tile
-    entries, counts = [], []
+    tables, counts = [], []
     for i, (rows, dim) in enumerate(zip(groups(list(sizes)), dims, strict=True)):
         down, across = triton.cdiv(sizes[i], block_m), triton.cdiv(sizes[i], block_n)
         wide = triton.cdiv(dim, block_d) * block_d
-        entries += [(i, m, n, rows.start, rows.stop, wide) for m in range(down) for n in range(across)]
+        program = torch.arange(down * across, dtype=torch.int32, device=device)
+        at = (program // max(across, 1), program % max(across, 1))
+        group, *given = (torch.full_like(program, number) for number in (i, rows.start, sizes[i], wide))
+        tables.append(torch.stack([group, *at, *given], dim=1))
         counts.append(down * across)
-    table = torch.tensor(entries, dtype=torch.int32, pin_memory=device.type == "cuda").reshape(-1, 6)
-    return table.to(device, non_blocking=True), counts
+    return torch.cat(tables), counts
+
+
+_kept_table = lru_cache(256)(_table)
 
 
 def _launch(kernel: str, x: Tensor, y: Tensor, sizes: list[int], dims: list[int], wide: bool):  # type: ignore[no-untyped-def]
@@ -49,8 +52,10 @@ def _launch(kernel: str, x: Tensor, y: Tensor, sizes: list[int], dims: list[int]
     block_d = settings["BLOCK_D"]
     x, y = (torch.nn.functional.pad(t, (0, -t.shape[1] % block_d)).contiguous() for t in (x, y))
     tile = (settings["BLOCK_M"], settings["BLOCK_N"], block_d)
-    table, counts = _table(tuple(sizes), tuple(dims), tile, x.device)
-    return x, y, table, counts, settings | {"EVEN_D": True}
+    # a graph makes its own: what is kept may be dropped while the graph lives, and a graph's memory is not to be kept
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    table, counts = (_table if capturing else _kept_table)(tuple(sizes), tuple(dims), tile, x.device)
+    return x, y, table, counts, settings | {"EVEN_D": True, "EVEN_N": False}
 
 
 def stats(x: Tensor, y: Tensor, scale: Tensor, sizes: list[int], dims: list[int]) -> tuple[Tensor, ...]:
@@ -183,14 +188,14 @@ def grad(
                 template._multiply(product, matrix, other[rows, :dim], accumulate=False)
                 into = out[rows, :dim] if out.numel() else torch.empty_like(own[rows, :dim])
                 inv = None if inverse is None else inverse[rows]
-                sums[i] = unscale * finish(product, own[rows, :dim], factor[i], inv, into)
+                sums[i] = unscale * template.finish(product, own[rows, :dim], factor[i], inv, into)
     ds = alpha * torch.stack(sums).to(scale.dtype)
     return dx, dy, ds if need_s else scale.new_empty(0)
 
 
 def aot_specs() -> Iterator[Spec]:
     """The grouped variants of the template's kernels, for `mmfuse compile-report`."""
-    flags = {"EVEN_D": True, "KEYED": False, "GROUPED": True, "SAVE": "", "SAVED": ""}
+    flags = {"EVEN_D": True, "EVEN_N": False, "KEYED": False, "GROUPED": True, "SAVE": "", "SAVED": ""}
     for dtype, precision, tile, archs in template.shipped("stats"):
         yield template.spec(
             template._stats_fwd_kernel, "grouped", dtype, tile | flags | {"PRECISION": precision}, archs

@@ -22,7 +22,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
-from mmfuse.kernels._triton.tiles import accumulator, aligned_rows, input_precision
+from mmfuse.kernels._triton.tiles import accumulator, aligned_rows, input_precision, whole
 from mmfuse.kernels.contrastive.max_query.blocked import index_dtype
 
 # --- device code ----------------------------------------------------------------------------------------------------
@@ -43,11 +43,13 @@ def _query_max_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
+    EVEN_N: tl.constexpr,
     QUERIES: tl.constexpr,  # Q padded
     IMAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    N = whole(N, EVEN_N)
     tiles_n = tl.cdiv(N, BLOCK_N)
     image0, text0 = tl.program_id(0) // tiles_n * IMAGES, tl.program_id(0) % tiles_n * BLOCK_N
     q_ptr += (image0.to(tl.int64) * Q) * stride_q
@@ -73,11 +75,11 @@ def _query_max_kernel(
     s = tl.reshape(tl.where(s == s, s, float("inf")), (BLOCK_N, IMAGES, QUERIES))
     u, k = tl.max(s, axis=2, return_indices=True, return_indices_tie_break_left=True)
     u = tl.where(u == float("inf"), float("nan"), u)
-    images, texts = image0 + tl.arange(0, IMAGES), text0 + tl.arange(0, BLOCK_N)
-    at = images[None, :].to(tl.int64) * N + texts[:, None]
-    inside = (images < B)[None, :] & (texts < N)[:, None]
-    tl.store(u_ptr + at, u, mask=inside)
-    tl.store(k_ptr + at, k.to(k_ptr.dtype.element_ty), mask=inside)
+    images, texts = tl.arange(0, IMAGES), text0 + tl.arange(0, BLOCK_N)
+    at = images[None, :] * N + texts[:, None]
+    inside = (images < B - image0)[None, :] & (texts < N)[:, None]
+    tl.store(u_ptr + image0.to(tl.int64) * N + at, u, mask=inside)
+    tl.store(k_ptr + image0.to(tl.int64) * N + at, k.to(k_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["B", "N", "Q"])
@@ -95,11 +97,13 @@ def _queries_grad_kernel(
     SCALED: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr,
     QUERIES: tl.constexpr,
     IMAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    N = whole(N, EVEN_N)
     image0 = tl.program_id(0) * IMAGES
     images, texts = image0 + tl.arange(0, IMAGES), tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -123,9 +127,9 @@ def _queries_grad_kernel(
     if SCALED:
         dq *= tl.load(peak_ptr)
     row = tl.arange(0, IMAGES * QUERIES)
-    image, query = tl.program_id(0) * IMAGES + row // QUERIES, row % QUERIES
-    out = dq_ptr + (image.to(tl.int64) * Q + query)[:, None] * D + columns[None, :]
-    inside = ((image < B) & (query < Q))[:, None] & (columns < D)[None, :]
+    image, query = row // QUERIES, row % QUERIES
+    out = dq_ptr + image0.to(tl.int64) * Q * D + (image * Q + query)[:, None] * D + columns[None, :]
+    inside = ((image < B - image0) & (query < Q))[:, None] & (columns < D)[None, :]
     tl.store(out, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
@@ -142,9 +146,11 @@ def _texts_grad_kernel(
     Q,
     images,  # per part
     ACC: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    N = whole(N, EVEN_N)
     texts = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (texts < N)[:, None] & (columns < D)[None, :]
@@ -223,7 +229,7 @@ def maximum(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         _query_max_kernel, grid, q,
         u_ptr=u, k_ptr=k, q_ptr=q, t_ptr=t, stride_q=q.stride(0), stride_t=t.stride(0), D=q.shape[1], B=b, N=n,
         Q=queries, ACC=accumulator(q.dtype), PRECISION=input_precision(q.dtype),
-        EVEN_D=bool(q.shape[1] % tile["BLOCK_D"] == 0), **tile,
+        EVEN_D=bool(q.shape[1] % tile["BLOCK_D"] == 0), EVEN_N=bool(n % 16 == 0), **tile,
     )  # fmt: skip
     return u, k
 
@@ -251,7 +257,7 @@ def gradient(
             _queries_grad_kernel, (triton.cdiv(b, tile["IMAGES"]), triton.cdiv(d, tile["BLOCK_D"])), g,
             dq_ptr=dq, g_ptr=g / peak if scaled else g, k_ptr=k, t_ptr=t, peak_ptr=peak, stride_t=t.stride(0),
             D=d, B=b, N=n, Q=queries, SCALED=scaled, ACC=accumulator(t.dtype), PRECISION=input_precision(t.dtype),
-            **tile,
+            EVEN_N=bool(n % 16 == 0), **tile,
         )  # fmt: skip
     if need_text:
         q = _rows(image)
@@ -261,7 +267,7 @@ def gradient(
         launch(
             _texts_grad_kernel, (*tiles, parts.shape[0]), g,
             parts_ptr=parts, g_ptr=g, k_ptr=k, q_ptr=q, stride_q=q.stride(0), D=d, B=b, N=n, Q=queries, images=images,
-            ACC=accumulator(q.dtype), **_TEXTS,
+            ACC=accumulator(q.dtype), EVEN_N=bool(n % 16 == 0), **_TEXTS,
         )  # fmt: skip
         dt = parts.sum(0).to(text.dtype)
     return dq, dt
@@ -280,16 +286,21 @@ def aot_specs() -> Iterator[Spec]:
         kind = "half" if dtype.itemsize == 2 else precision
         dot = kind if kind != "ieee" else None
         for queries in {torch.bfloat16: (1, 32, 128, 256), torch.float16: (32,)}.get(dtype, (1, 32, 256)):
-            more = {"ACC": tl.float32, "PRECISION": precision}
+            more = {"ACC": tl.float32, "PRECISION": precision, "EVEN_N": True}
             variant = f"{queries} queries"
             tile = _tile("max", kind, queries)
             yield _spec("_query_max_kernel", variant, dtype, more | tile | {"EVEN_D": True}, dot)
             if queries == 32 and dtype == torch.bfloat16:
-                yield _spec("_query_max_kernel", variant + " odd D", dtype, more | tile | {"EVEN_D": False}, dot)
+                odd = more | tile | {"EVEN_D": False, "EVEN_N": False}
+                yield _spec("_query_max_kernel", variant + " odd D, odd N", dtype, odd, dot)
             tile = _tile("queries", kind, queries)
-            yield _spec("_queries_grad_kernel", variant, dtype, more | tile | {"SCALED": dtype == torch.float16}, dot)
+            more |= tile | {"SCALED": dtype == torch.float16}
+            yield _spec("_queries_grad_kernel", variant, dtype, more, dot)
+            if queries == 32 and dtype == torch.bfloat16:
+                yield _spec("_queries_grad_kernel", variant + " odd D, odd N", dtype, more | {"EVEN_N": False}, dot)
         if precision == "ieee":
-            yield _spec("_texts_grad_kernel", "", dtype, {"ACC": tl.float32, "PRECISION": precision} | _TEXTS, None)
+            more = {"ACC": tl.float32, "PRECISION": precision, "EVEN_N": True}
+            yield _spec("_texts_grad_kernel", "", dtype, more | _TEXTS, None)
 
 
 def _spec(name: str, variant: str, dtype: torch.dtype, options: dict[str, Any], dot: str | None) -> Spec:
@@ -307,7 +318,7 @@ def _spec(name: str, variant: str, dtype: torch.dtype, options: dict[str, Any], 
         constants=constants,
         num_warps=options["num_warps"],
         num_stages=options.get("num_stages", 3),
-        aligned=tuple(n for n in signature if n.startswith("stride_") or (n == "D" and name == "_query_max_kernel")),
+        aligned=tuple(n for n in signature if n.startswith("stride_") or (n == "D" and "odd" not in variant)),
         dot=dot,
         work=_work(options, dtype) if name == "_query_max_kernel" else None,
     )

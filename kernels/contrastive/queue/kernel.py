@@ -24,7 +24,7 @@ from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
-from mmfuse.kernels._triton.tiles import accumulator
+from mmfuse.kernels._triton.tiles import accumulator, divide, exp
 from mmfuse.kernels.contrastive.negatives.kernel import hard_negatives
 from mmfuse.kernels.contrastive.queue.blocked import Directions
 
@@ -35,8 +35,8 @@ from mmfuse.kernels.contrastive.queue.blocked import Directions
 def _softmax_step(s, k, m, l, o, GRAD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # noqa: E741
     """(exp(S - m), the factor of what was summed before, m, l, O) with the columns `s` and their keys `k` taken in."""
     new = tl.maximum(m, tl.max(s, axis=1))
-    p = tl.exp(s - new[:, None])
-    shrink = tl.exp(m - new)
+    p = exp(s - new[:, None])
+    shrink = exp(m - new)
     l = l * shrink + tl.sum(p, axis=1)  # noqa: E741
     if GRAD:
         o = tl.dot(p.to(k.dtype), k, o * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
@@ -85,7 +85,7 @@ def _scan_kernel(
     queue_ptr = tl.where(way == 0, queue_ptr, other_queue_ptr)
     rows, d = row0 + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
     inside = (rows < B)[:, None] & (d < D)[None, :]
-    inv_temp = 1.0 / tl.load(temp_ptr)
+    inv_temp = divide(1.0, tl.load(temp_ptr))
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_x + d[None, :], mask=inside, other=0.0)
     x_m = x
     if TEACHER:
@@ -150,7 +150,7 @@ def _weights(part_ptr, stat, split, B, row, splits):
     """(m, exp(m_s - m) [splits]) of the splits' maxima m_s."""
     m_s = tl.load(part_ptr + (split * 7 + stat) * B + row, mask=split < splits, other=float("-inf"))
     m = tl.max(m_s, axis=0)
-    return m, tl.exp(m_s - m)
+    return m, exp(m_s - m)
 
 
 @triton.jit
@@ -209,20 +209,21 @@ def _merge_kernel(
         o, o_t, y = tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC)
         at, at_o, size = part_ptr + row, o_ptr + row * D + d, B.to(tl.int64) * D
         for _ in range(0, splits):
-            o += tl.exp(tl.load(at) - m) * tl.load(at_o, mask=d < D, other=0.0)
+            o += exp(tl.load(at) - m) * tl.load(at_o, mask=d < D, other=0.0)
             if TEACHER:
-                o_t += tl.exp(tl.load(at + 2 * B) - m_t) * tl.load(at_o + size, mask=d < D, other=0.0)
+                o_t += exp(tl.load(at + 2 * B) - m_t) * tl.load(at_o + size, mask=d < D, other=0.0)
             if IDS:
                 y += tl.load(at_o + 2 * size, mask=d < D, other=0.0)
             at += 7 * B
             at_o += 3 * size
-        g = o / l
+        p, inverse = o * divide(1.0, l), divide(1.0, n)
+        g = p
         if PAIRED:
             if not IDS:
                 y = tl.load(keys_ptr + row * stride_k + d.to(tl.int64) * stride_kd, mask=d < D, other=0.0).to(ACC)
-            g = hard * (o / l - y / n)
+            g = hard * (p - y * inverse)
             if TEACHER:
-                g += alpha * (o / l - o_t / l_t)
+                g += alpha * (p - o_t * divide(1.0, l_t))
         tl.store(g_ptr + row * D + d, g, mask=d < D)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._triton.launch import launch
-from mmfuse.kernels._triton.tiles import accumulator
+from mmfuse.kernels._triton.tiles import accumulator, divide
 
 # --- device code ----------------------------------------------------------------------------------------------------
 
@@ -28,21 +28,21 @@ def _place(i, n, SOURCE, bounds_ptr, MODE: tl.constexpr, ACC: tl.constexpr):
     """(x, stretch): target i of n in units of the source, and how far apart targets lie there if over 1."""
     source = tl.zeros((), ACC) + SOURCE
     n = tl.maximum(n, 1).to(ACC)
-    step = source / n
+    step = divide(source, n)
     t = i.to(ACC)
     stretch = tl.zeros_like(step) + 1
     if MODE == 8:
         x = t
     elif MODE == 7:
-        f = tl.minimum(i.to(tl.float32) * (1.0 / n.to(tl.float32)), 1.0 - 1e-6)
+        f = tl.minimum(i.to(tl.float32) * tl.div_rn(1.0, n.to(tl.float32)), 1.0 - 1e-6)
         g = tl.minimum((f * SOURCE).to(tl.int32), SOURCE - 1)
         below = tl.load(bounds_ptr + tl.maximum(g - 1, 0))
         above = tl.load(bounds_ptr + g)
         x = (tl.maximum(g - 1, 0) + ((g > 0) & (below <= f)).to(tl.int32) + (above <= f).to(tl.int32)).to(ACC)
     elif MODE == 5:
-        x = t * (source - 1) / tl.maximum(n - 1, 1)
+        x = divide(t * (source - 1), tl.maximum(n - 1, 1))
     elif MODE == 6:
-        x = (((2 * t + 1) / n - 1 + 1) * source - 1) / 2
+        x = ((divide(2 * t + 1, n) - 1 + 1) * source - 1) / 2
     else:
         x = (t + 0.5) * step - 0.5
         if MODE == 3:
@@ -87,7 +87,7 @@ def _weight(s, x, stretch, SOURCE, MODE: tl.constexpr):
     """Of source position s, before antialiased weights are normalised."""
     d = tl.abs(s - x) / stretch
     if MODE >= 7:
-        return tl.zeros_like(d) + 1
+        w = tl.zeros_like(d) + 1
     elif (MODE == 3) | (MODE == 4) | (MODE == 5):
         w = tl.maximum(1 - d, 0)
     else:
@@ -368,17 +368,18 @@ def adjoint(
 
 
 def aot_specs() -> Iterator[Spec]:
-    """The widest kernel, antialiased and cubic, for `mmfuse compile-report`."""
+    """The widest kernels, antialiased and cubic, and the buckets, for `mmfuse compile-report`."""
     pointers = {"out_ptr": "*bf16", "table_ptr": "*bf16", "bounds_y": "*fp32", "bounds_x": "*fp32"}
-    constants = {"MODE": 1, "ACC": tl.float32} | {k: v for k, v in _ROWS.items() if k != "num_warps"}
-    yield Spec(
-        kernel=f"{__name__}:_interpolate_kernel",
-        variant="bf16 bicubic_aa",
-        signature={n: pointers.get(n, "i32") for n in _interpolate_kernel.arg_names if n not in constants},
-        constants=constants,
-        num_warps=_ROWS["num_warps"],
-        aligned=("D",),
-    )
+    for mode, name in ((1, "bicubic_aa"), (7, "nearest_bucket")):
+        constants = {"MODE": mode, "ACC": tl.float32} | {k: v for k, v in _ROWS.items() if k != "num_warps"}
+        yield Spec(
+            kernel=f"{__name__}:_interpolate_kernel",
+            variant=f"bf16 {name}",
+            signature={n: pointers.get(n, "i32") for n in _interpolate_kernel.arg_names if n not in constants},
+            constants=constants,
+            num_warps=_ROWS["num_warps"],
+            aligned=("D",),
+        )
     pointers = {"out_ptr": "*fp32", "g_ptr": "*bf16", "grids_ptr": "*i32", "start_ptr": "*i64", "row_ptr": "*i64"}
     pointers |= {"extra_ptr": "*fp32", "bounds_y": "*fp32", "bounds_x": "*fp32"}
     flags = {"MERGE": 2, "MODE": 1, "FACTORED": False, "KEPT": True, "EXTRA": True, "ACC": tl.float32}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec
 from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import divide, sqrt
 from mmfuse.kernels.patch.reconstruction.target import EPS, Target
 
 # --- device code ----------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def _rows_kernel(
     if NORM == "patch":
         x = tl.where(inside, x - tl.sum(x, 0) / K, 0)
         var = tl.sum(x * x, 0) / (K - 1)
-        x = x / tl.sqrt(var + EPS)
+        x = divide(x, sqrt(var + EPS))
     elif NORM == "channel":
         n: tl.constexpr = T * P * Q
         y = tl.zeros_like(x)
@@ -77,7 +78,7 @@ def _rows_kernel(
             own = inside & (c == one)
             z = tl.where(own, x - tl.sum(tl.where(own, x, 0), 0) / n, 0)
             var = tl.sum(z * z, 0) / (n - 1)
-            y += z / (tl.sqrt(var) + EPS)
+            y += divide(z, sqrt(var) + EPS)
         x = y
     z = tl.load(prediction_ptr + b * stride_pb + m.to(tl.int64) * stride_pm + k, mask=inside, other=0).to(ACC) - x
     if GRAD:
