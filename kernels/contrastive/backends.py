@@ -28,10 +28,11 @@ def over_tiles(module: Any, *functions: str, tiles: Any = blocked) -> dict[str, 
 
 
 _TILED = over_tiles(blocked, "stats", "grad", "sigmoid")
-# in order of preference
+# in order of preference, by estimate and not measured: "cuda" writes its logits in float32 and reads them again, which
+# takes as long as two to three products at D = 768
 TEMPLATE = {
-    "cuda": _TILED["cuda"],
     "triton": Deferred("mmfuse.kernels.contrastive.kernel"),
+    "cuda": _TILED["cuda"],
     "cpu": _TILED["cpu"],
     "chunked": _TILED["chunked"],
 }

@@ -10,6 +10,12 @@ from torch import Tensor
 from mmfuse.kernels.contrastive.blocked import finite
 
 
+def over_their_sum(w_image: float, w_text: float) -> tuple[float, float, float]:
+    """The weights over their sum, by which G is of the size of a probability, as float16 needs it; and the sum."""
+    total = w_image + w_text or 1.0
+    return w_image / total, w_text / total, total
+
+
 def merged(maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(m, l) of the union of sets, from those of each."""
     parts = torch.stack(list(maxima))

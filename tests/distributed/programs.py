@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmfuse
 from mmfuse.fused import ClipLoss, CoCaLoss, DistillClipLoss, GradCache, SigLipLoss
@@ -249,6 +250,60 @@ def only_what_is_asked(rank: int, size: int) -> None:
                 raise AssertionError("a second derivative was not refused")
     compiled = torch.compile(lambda x, y: 2 * mmfuse.distributed_clip_loss(2 * x, y, 5.0), backend="eager")
     close([compiled(x, y)], [2 * mmfuse.distributed_clip_loss(x, y, 10.0)], "compiled")
+
+
+class _NoWait(TorchDispatchMode):
+    """Refuses what makes the host wait for a number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def waits_for_nothing(rank: int, size: int, sizes: list[int]) -> None:
+    """With known sizes: no exchange before the features', and no number read by the host, forward and backward."""
+    x, y = (rows(t, sizes, rank).requires_grad_() for t in pairs(sizes, 6))
+    scale = torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
+    clip = [partial(mmfuse.distributed_clip_loss, local_loss=a, gather_with_grad=b) for a, b in MODES]
+    clip.append(partial(mmfuse.distributed_clip_loss, gather_with_grad=True, dist_impl="ring"))
+    siglip = [partial(mmfuse.distributed_siglip_loss, dist_impl=impl) for impl in IMPLS]
+    refused = AssertionError("the ranks' sizes are known")
+    with (
+        patch.object(peers, "_exchange", side_effect=refused),
+        patch.object(Tensor, "tolist", side_effect=AssertionError("a number is read")),
+        _NoWait(),
+    ):
+        for loss in (*clip, *siglip):
+            torch.autograd.grad(loss(x, y, scale, sizes=sizes, backend="chunked"), (x, y, scale))
+
+
+def captured(rank: int, size: int, sizes: list[int]) -> None:
+    """A step over NCCL in a CUDA graph; without the sizes it is refused."""
+    torch.cuda.set_device(rank)
+    group = dist.new_group(backend="nccl")
+    x, y = (rows(t, sizes, rank).cuda().requires_grad_() for t in pairs(sizes, 16, dtype=torch.float32))
+    scale = torch.tensor(12.0, device="cuda", requires_grad=True)
+
+    def step(loss: Callable[..., Tensor], **options: Any) -> list[Tensor]:
+        value = loss(x, y, scale, group=group, backend="triton", **options)
+        return [value.detach(), *torch.autograd.grad(value, (x, y, scale))]
+
+    for loss in (partial(mmfuse.distributed_clip_loss, gather_with_grad=True), mmfuse.distributed_siglip_loss):
+        want = step(loss, sizes=sizes)
+        close(step(loss), want, "the sizes asked for", 0, 0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            try:
+                step(loss)
+            except ValueError as error:
+                assert "sizes is None" in str(error)
+            else:
+                raise AssertionError("the host waited in a capture")
+            got = step(loss, sizes=sizes)
+        for t in got:
+            t.zero_()
+        graph.replay()
+        close(got, want, "replayed", 0, 0)
 
 
 def kept_by_a_ring(rank: int, size: int, sizes: list[int], d: int) -> int:

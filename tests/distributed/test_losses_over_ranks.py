@@ -71,6 +71,17 @@ def test_only_what_is_asked() -> None:
     worlds.run(2, programs.only_what_is_asked)
 
 
+def test_known_sizes_spare_the_host_every_wait() -> None:
+    worlds.run(3, programs.waits_for_nothing, [4, 1, 3])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a rank needs a GPU of its own")
+@pytest.mark.parametrize("sizes", [[64, 64], [70, 33]], ids=str)
+def test_over_nccl_in_a_cuda_graph(sizes: list[int]) -> None:
+    worlds.run(2, programs.captured, sizes)
+
+
 def test_a_ring_keeps_no_other_texts() -> None:
     assert worlds.run(3, programs.kept_by_a_ring, [2, 4, 3], 16) == [2 * 16, 4 * 16, 3 * 16]
 

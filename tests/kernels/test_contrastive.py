@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -280,6 +281,12 @@ def test_fp16_gradients_do_not_underflow(backend: str) -> None:
     assert (clip([image, text], backend, 1.0)["image"] != 0).float().mean() > 0.5
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_fp16_gradients_do_not_overflow(backend: str) -> None:
+    given = features(40, 16, torch.float16)
+    judge(compared(partial(clip, scale=1.0, weights=(9.0, 5.0)), lambda: given, backend, torch.float16, draws=2))
+
+
 @pytest.mark.parametrize("spread", [1.0, 0.02])
 @pytest.mark.parametrize("options", [{}, {"normalize": True}], ids=str)
 @pytest.mark.parametrize("backend", FAST)
@@ -529,6 +536,13 @@ def test_what_auto_keeps() -> None:
     assert kept_logits("auto", 2 * 8192**2, wide, 8192) == ""
     assert kept_logits("store", 2 * 8192**2, wide, 8192) == "int16"
     assert kept_logits("recompute", None, wide, 8) == ""
+
+
+@pytest.mark.parametrize("columns, kept", [(512, ""), (768, "int16")])
+def test_what_auto_keeps_on_a_gpu(columns: int, kept: str) -> None:
+    image: Any = SimpleNamespace(dtype=torch.bfloat16, shape=(8192, columns), is_cuda=True)
+    assert kept_logits("auto", 1 << 30, image, 8192) == kept
+    assert kept_logits("store", 1 << 30, image, 8192) == "int16"
 
 
 @pytest.mark.parametrize("backend", FUSED)

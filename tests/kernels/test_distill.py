@@ -81,7 +81,7 @@ def in_units(draws: Iterator[tuple[Results, Results, Results]]) -> Iterator[tupl
         yield tuple({k: t / units.get(k, 1) for k, t in side.items()} for side in draw)
 
 
-OPTIONS = [{}, {"weights": (1.0, 0.0)}, {"weights": (0.2, 0.7), "row_offset": 30}]
+OPTIONS = [{}, {"weights": (9.0, 0.0)}, {"weights": (0.2, 0.7), "row_offset": 30}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

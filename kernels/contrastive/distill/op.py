@@ -21,6 +21,7 @@ from mmfuse.kernels.contrastive.normalisers import (
     column_normaliser,
     negative_log_prob,
     normaliser,
+    over_their_sum,
     times,
     weighed,
 )
@@ -67,7 +68,8 @@ def _fake(given: Models) -> Outputs:
 def _backward(
     passes: Any, g: Tensor | None, g_distill: Tensor | None, given: Models, rows: Tensor, columns: Tensor, needs: Any
 ) -> dict[str, Tensor]:
-    image, text, scale, teacher_image, teacher_text, teacher_scale, w_image, w_text, row_offset = vars(given).values()
+    image, text, scale, teacher_image, teacher_text, teacher_scale, *weights, row_offset = vars(given).values()
+    w_image, w_text, total = over_their_sum(*weights)
     grads: dict[str, Tensor] = {}
     of_student, of_teacher = needs[:3], needs[3:]
     zero = torch.zeros_like(scale)
@@ -89,7 +91,7 @@ def _backward(
     # G = [(c1 + c2) (w_r P + w_c Q) - c1 (w_r + w_c) I - c2 (w_r Pt + w_c Qt)] g / b, the larger of c1 and c2 being 1
     size = torch.maximum(g.abs(), g_distill.abs())
     size = torch.where(size == 0, 1, size).to(scale.dtype)
-    c1, c2, alpha = g / size, g_distill / size, size / max(b, 1)
+    c1, c2, alpha = g / size, g_distill / size, size * (total / max(b, 1))
     # the largest term of the softmaxes' means of U_t: all of it where one probability is near 1
     t_centre = torch.cat([t_a * t_rho, t_beta * t_kappa]) * torch.where(teacher_scale == 0, 0, 1 / teacher_scale)
 

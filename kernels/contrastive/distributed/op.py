@@ -22,7 +22,14 @@ from mmfuse.kernels.contrastive.distributed import reference
 from mmfuse.kernels.contrastive.distributed.exchange import EXCHANGES, Gather, RingExchange
 from mmfuse.kernels.contrastive.distributed.peers import Peers, agree_on_sizes, members, refuse
 from mmfuse.kernels.contrastive.distributed.reference import Mode
-from mmfuse.kernels.contrastive.normalisers import merged, negative_log_prob, normaliser, times, weighed
+from mmfuse.kernels.contrastive.normalisers import (
+    merged,
+    negative_log_prob,
+    normaliser,
+    over_their_sum,
+    times,
+    weighed,
+)
 
 GradScale = Literal["open_clip", "true"]
 DistImpl = Literal["bidir", "shift", "reduce", "gather"]
@@ -111,12 +118,13 @@ class _Clip(torch.autograd.Function):
         with without_autocast(x.device.type):
             z = negatives + positives
             rho, a, miss = normaliser(row_max, row_sum, diag)
-            (rho, a), (kappa, b) = weighed(mode.w_image, rho, a), weighed(mode.w_text, kappa, 1 / z)
+            w_image, w_text, total = over_their_sum(mode.w_image, mode.w_text)
+            (rho, a), (kappa, b) = weighed(w_image, rho, a), weighed(w_text, kappa, 1 / z)
             # P_ii - 1 without cancellation, likewise the columns
-            d = times(-mode.w_image, miss) + times(-mode.w_text, exchange.by_block(negatives / z)[0])
+            d = times(-w_image, miss) + times(-w_text, exchange.by_block(negatives / z)[0])
 
             # the ranks' upstream gradients may differ: row i and column j belong to a rank each
-            ranks = peers.each(g.to(scale.dtype) / mode.divisor)
+            ranks = peers.each(g.to(scale.dtype) * (total / mode.divisor))
             if mode.local_loss:
                 alpha = _nonzero(ranks.abs().max())
                 share = ranks / alpha
@@ -227,7 +235,8 @@ def distributed_clip_loss(
             on the same features. "true": `gather_with_grad` does not matter, and the mean over ranks of the parameters'
             gradients (what DistributedDataParallel makes) is the gradient of the global batch's loss.
         weights: (w_r, w_c) of the image-to-text and the text-to-image direction.
-        sizes: every rank's b, where it is known: nothing is exchanged to learn it, and nothing compared.
+        sizes: every rank's b, where it is known: nothing is exchanged to learn it, and nothing compared. The host then
+            waits for nothing, and a CUDA graph can be captured.
         dist_impl: "gather": every rank has all texts, N D elements, and all gradients of them on their way. "ring": the
             texts go around in the forward, and once more with their gradients, 2 blocks of either at a time: half as
             many bytes more. Not for `local_loss` alone, whose two losses need all features.
@@ -387,7 +396,8 @@ def distributed_siglip_loss(
         group: a process group that this process is in; None is the default group.
         dist_impl: how the texts travel, the next block under way while one is computed: around a ring in both
             directions ("bidir") or one ("shift"), each rank's in turn to all ("reduce"), or all at once ("gather").
-        sizes: every rank's b, where it is known: nothing is exchanged to learn it, and nothing compared.
+        sizes: every rank's b, where it is known: nothing is exchanged to learn it, and nothing compared. The host then
+            waits for nothing, and a CUDA graph can be captured.
         backend: "cuda", "triton", "cpu", "chunked" or "torch"; by default the first that accepts the arguments.
 
     Returns:

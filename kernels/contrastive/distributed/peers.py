@@ -175,7 +175,7 @@ def agree_on_sizes(group: Any, image: Tensor, sizes: Sequence[int] | None, setti
     """Exchange the number of rows, and make sure that everything else agrees: a dozen integers, once.
 
     With `sizes` nothing is exchanged, nor checked. Where only a GPU can exchange, the host waits for it, in a stream of
-    its own: not for the work that is queued.
+    its own: not for the work that is queued. A graph that is being captured cannot wait, and needs `sizes`.
 
     Raises:
         ValueError: naming what differs, on every rank; or `sizes` does not fit.
@@ -189,6 +189,8 @@ def agree_on_sizes(group: Any, image: Tensor, sizes: Sequence[int] | None, setti
     settings = {"dtype": str(image.dtype).removeprefix("torch."), **settings}
     if size == 1:
         return Peers(group, rank, size, (len(image),))
+    if image.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("sizes is None, expected the ranks' numbers of rows: a captured graph cannot ask for them")
     told = _exchange(group, [True, *image.shape, *map(_WORDS.index, settings.values())])
     if refused := [r for r in range(size) if not told[r][0]]:
         raise RuntimeError(f"rank {refused[0]}'s arguments do not fit (it says why): no rank computes a loss")

@@ -16,7 +16,7 @@ from mmfuse.kernels._runtime.arguments import check
 from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, needs_gradient, weights_of
-from mmfuse.kernels.contrastive.normalisers import negative_log_prob, normaliser, times, weighed
+from mmfuse.kernels.contrastive.normalisers import negative_log_prob, normaliser, over_their_sum, times, weighed
 from mmfuse.kernels.contrastive.op import (
     CLIP,
     CLIP_SIDES,
@@ -71,11 +71,12 @@ def _fake(image: Tensor, text: Tensor, scale: Tensor, groups: Groups, normalize:
 def _backward(
     passes: Any, g: Tensor, pair: Pair, scale: Tensor, found: Tensor, groups: Groups, needs: Any
 ) -> dict[str, Tensor]:
-    sizes, w_image, w_text = groups.sizes, groups.w_image, groups.w_text
+    sizes = groups.sizes
+    w_image, w_text, total = over_their_sum(groups.w_image, groups.w_text)
     row_max, row_sum, col_max, col_sum, diag = found
     rho, a, miss = normaliser(row_max, row_sum, diag)
     kappa, b, col_miss = normaliser(col_max, col_sum, diag)
-    alpha = torch.stack([part / max(size, 1) for part, size in zip(g.to(scale.dtype), sizes, strict=True)])
+    alpha = torch.stack([part * (total / max(size, 1)) for part, size in zip(g.to(scale.dtype), sizes, strict=True)])
     (rho, a), (kappa, b) = weighed(w_image, rho, a), weighed(w_text, kappa, b)
     d = times(-w_image, miss) + times(-w_text, col_miss)
     weighted = (scale, alpha, a, rho, b, kappa, d)
