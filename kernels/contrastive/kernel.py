@@ -470,9 +470,10 @@ def _sigmoid_of(
     if (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N):
         rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
         s = tl.where((rows < M)[:, None] & (cols < N)[None, :], s, float("-inf"))
-    e = exp(-tl.abs(s))
-    loss = tl.sum(tl.maximum(s, 0.0) + _log1p(e))
-    g = tl.where(s >= 0, 1.0, e) * (1.0 / (1.0 + e))
+    # log(1 + exp(-|S|)), of which softplus(S) and sigmoid(S) = exp(-softplus(-S)) are made
+    p = _log1p(exp(-tl.abs(s)))
+    loss = tl.sum(tl.maximum(s, 0.0) + p)
+    g = exp(tl.minimum(s, 0.0) - p)
     if crosses:
         g = _negated(g, diagonal, row0, col0, BLOCK_M, BLOCK_N)
     db = tl.sum(g)
