@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -62,7 +63,7 @@ def _chunked(device: torch.device, dtype: torch.dtype) -> list[str]:
     return [] if device.type in ("cpu", "cuda") else [f"device is {device.type}"]
 
 
-_AGAINST = {
+_AGAINST: dict[str, Callable[[torch.device, torch.dtype], list[str]]] = {
     "cuda": partial(_compiled, "cuda"),
     "triton": _triton,
     "cpu": partial(_compiled, "cpu"),

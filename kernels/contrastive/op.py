@@ -60,7 +60,7 @@ def normalize_pair(image: Tensor, text: Tensor, normalize: bool) -> Pair:
     return Pair(x, y, x_inv, y_inv)
 
 
-def normalize_pair_kept(pair: Pair, normalize: bool) -> tuple[Tensor, ...]:
+def normalize_pair_kept(pair: Pair, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The pair as outputs of an operator: empty what is an input, which an output may not alias."""
     x, y = (pair.x, pair.y) if normalize else (pair.x.new_empty(0), pair.y.new_empty(0))
     return x, y, pair.x_inv, pair.y_inv

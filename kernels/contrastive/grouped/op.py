@@ -97,7 +97,7 @@ def _of_groups(image: Tensor, text: Tensor, scale: Tensor, groups: Groups, norma
 def _in_torch(
     images: list[Tensor], texts: list[Tensor], scales: list[Tensor], weights: tuple[float, float], normalize: bool
 ) -> Tensor:
-    options = (None, None, *weights, 0.0, False, normalize, 0)
+    options: tuple[Any, ...] = (None, None, *weights, 0.0, False, normalize, 0)
     every = zip(images, texts, scales, strict=True)
     return torch.stack([reference.clip_loss(*group, *options)[0] for group in every])
 
