@@ -100,9 +100,9 @@ def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reductio
 
 def _counted(hidden: Tensor, counts: Tensor, teacher: Teacher | None) -> tuple[Tensor, Teacher | None]:
     """Zeros for the tokens that do not count: a gradient of 0 times NaN would be NaN, in weight, too."""
-    aside = ~counts[..., None]
-    masked = None if teacher is None else (teacher[0].masked_fill(aside, 0), *teacher[1:])
-    return hidden.masked_fill(aside, 0), masked
+    counts = counts[..., None]
+    masked = None if teacher is None else (torch.where(counts, teacher[0], 0), *teacher[1:])
+    return torch.where(counts, hidden, 0), masked
 
 
 def _reduce(loss: Tensor, counts: Tensor, reduction: str, shape: torch.Size) -> Tensor:

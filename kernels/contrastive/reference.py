@@ -10,11 +10,20 @@ SigLIP   L = (1/b) sum_ij softplus(-z_ij (S_ij + bias))                 Zhai et 
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
+
+
+def _sum(terms: Sequence[Tensor], like: Tensor) -> Tensor:
+    """0 where no direction counts."""
+    return functools.reduce(operator.add, terms) if terms else like.new_zeros(())
 
 
 def _logits(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> Tensor:
@@ -61,13 +70,13 @@ def clip_loss(
         positive, negatives = s.diagonal(row_offset)[:b], s.masked_fill(own, -torch.inf)
         sides = ((negatives, 1, w_image), (negatives[:, pairs], 0, w_text))
         terms = [w * (t.logsumexp(dim) - positive).mean() for t, dim, w in sides if w]
-        return sum(terms, s.new_zeros(())), s
+        return _sum(terms, s), s
     images = (s, row_target, w_image)
     # two products of 16 bits, as open_clip has them, are cheaper than to walk down the columns in 32
     columns = _logits(text[pairs], image, scale, False) if image.dtype.itemsize == 2 else s[:, pairs].t()
     texts = (columns, column_target, w_text)
     terms = [w * F.cross_entropy(t, y, label_smoothing=label_smoothing) for t, y, w in (images, texts) if w]
-    return sum(terms, s.new_zeros(())), s
+    return _sum(terms, s), s
 
 
 def distill_loss(
@@ -87,7 +96,7 @@ def distill_loss(
     pairs = slice(row_offset, row_offset + len(s))
     sides = ((s, t, w_image), (s[:, pairs].t(), t[:, pairs].t(), w_text))
     terms = [w * F.cross_entropy(of_s, of_t.softmax(1)) for of_s, of_t, w in sides if w]
-    return contrastive, sum(terms, s.new_zeros(()))
+    return contrastive, _sum(terms, s)
 
 
 def siglip_loss(
