@@ -300,9 +300,12 @@ def _merge_kernel(
 @triton.jit
 def _softmaxes(u, scale, a, rho, b, kappa):
     """a_i exp(S_ij - rho_i) + b_j exp(S_ij - kappa_j)"""
-    # no negative is above its rho or its kappa; an infinite one leaves its row or column out
-    most_row, most_col = tl.where(rho == float("inf"), -rho, rho), tl.where(kappa == float("inf"), -kappa, kappa)
-    top = tl.minimum(tl.max(most_row, axis=0), tl.max(most_col, axis=0))
+    # no negative is above its rho or its kappa; an infinite one leaves its row or column out, or a whole direction
+    most_row = tl.max(tl.where(rho == float("inf"), -rho, rho), axis=0)
+    most_col = tl.max(tl.where(kappa == float("inf"), -kappa, kappa), axis=0)
+    of_rows = tl.where(most_row == -float("inf"), most_col, most_row)
+    top = tl.minimum(of_rows, tl.where(most_col == -float("inf"), most_row, most_col))
+    top = tl.where(top == -float("inf"), 0.0, top)
     low = tl.minimum(tl.min(rho, axis=0), tl.min(kappa, axis=0))
     s = u * scale
     if top - low < _SPREAD:

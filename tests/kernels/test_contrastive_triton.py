@@ -14,7 +14,7 @@ from judge import Results, judge
 
 pytest.importorskip("triton")
 
-from mmfuse.kernels.contrastive import blocked, kernel  # noqa: E402
+from mmfuse.kernels.contrastive import blocked, clip_loss, kernel  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16 if GPU else torch.float64]
@@ -311,3 +311,15 @@ def test_two_runs_are_equal(device):
         kernel.stats(x, y, settings[0], 0, "full"), kernel.stats(x, y, settings[0], 0, "full"), strict=True
     ):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_a_direction_without_weight_has_no_offset(weights: tuple[float, float], device: str) -> None:
+    """Its normalisers are infinite: the exponentials take theirs from the other direction."""
+    x, y = (torch.randn(5, 17, device=device, requires_grad=True) for _ in range(2))
+    found = [
+        torch.autograd.grad(clip_loss(x, y, 3.0, weights=weights, backend=backend), (x, y), materialize_grads=True)
+        for backend in ("triton", "torch")
+    ]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
