@@ -242,13 +242,10 @@ def _tighten(rows: list[Row]) -> None:
             continue
         ledger: dict[str, dict[str, float]] = json.loads(path.read_text())
         for name, still in ledger.items():
-            seen = [r for r in rows if r.ledger == str(path) and _named(r) == name]
-            bounded = [r.measures for r in seen if r.arch == BOUNDED]
+            seen = [r.measures for r in rows if r.arch == BOUNDED and r.ledger == str(path) and _named(r) == name]
             for measure in still:
-                spilled = [r.spills or 0 for r in seen]  # on every card
-                found = spilled if measure == "spills" else [m.get(measure, 0.0) for m in bounded]
-                if found:
-                    still[measure] = min(still[measure], max(found))
+                if seen:
+                    still[measure] = min(still[measure], max(m.get(measure, 0.0) for m in seen))
         path.write_text(ledger_text({name: still for name, still in ledger.items() if any(still.values())}))
 
 

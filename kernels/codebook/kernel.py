@@ -363,7 +363,7 @@ _SEARCH = {"BLOCK_M": 128, "BLOCK_N": 128, "SLOTS": 16}
 _SEARCH_OPTIONS = {"num_warps": 8, "num_stages": 3}
 _WIDE = 64  # columns of a row that stay with the program
 _PREPARE = {"BLOCK_R": 32, "BLOCK_E": 32}
-_SETTLE = {"BLOCK_N": 128, "SLOTS": 16, "BLOCK_R": 8, "BLOCK_E": 4, "BLOCK_K": 128}
+_SETTLE = {"BLOCK_N": 128, "SLOTS": 16, "BLOCK_R": 4, "BLOCK_E": 2, "BLOCK_K": 128}
 _TOTAL = {"BLOCK_R": 32, "BLOCK_D": 64}
 
 

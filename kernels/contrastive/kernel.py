@@ -598,7 +598,7 @@ _TILED = ("stats", "grad", "sigmoid", "distill")
 _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
     "half": {
         8: {
-            "stats": _tile(128, 128, 32, 2, 8, 4),
+            "stats": _tile(128, 128, 32, 4, 8, 4),
             "grad": _tile(128, 128, 32, 2, 4, 4),
             "sigmoid": _tile(128, 128, 32, 4, 4, 4),
             "distill": _tile(128, 64, 32, 4, 8, 4),

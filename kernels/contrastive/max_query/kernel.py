@@ -186,7 +186,7 @@ _TILES: dict[str, dict[str, dict[str, int]]] = {
     # no tensor cores
     "ieee": {
         "max": {"columns": 64, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
-        "queries": {"columns": 64, "BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+        "queries": {"columns": 64, "BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
     },
 }
 # with few queries a tile has many images, each with its own row of g
@@ -198,8 +198,10 @@ _TEXTS = {"BLOCK_N": 32, "BLOCK_D": 128, "num_warps": 4}
 _PROGRAMS = 1024
 
 
-def _tile(kernel: str, kind: str, queries: int) -> dict[str, int]:
+def _tile(kernel: str, kind: str, queries: int, odd: bool = False) -> dict[str, int]:
     tile = dict(_TILES[kind][kernel])
+    if odd:  # masks take registers
+        tile["BLOCK_D"] = min(tile["BLOCK_D"], 32)
     # a constant of the kernels, also where a trace has it as a symbol
     padded = triton.next_power_of_2(int(queries))
     tile |= _MANY[kernel] if padded >= 128 else _FEW[kernel] if padded < 16 and kind == "half" else {}
@@ -223,7 +225,7 @@ def maximum(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     if not u.numel():
         return u, k
     q, t = _rows(image), aligned_rows(text)
-    tile = _tile("max", _kind(q.dtype), queries)
+    tile = _tile("max", _kind(q.dtype), queries, odd=bool(q.shape[1] % 64 or n % 16))
     grid = (triton.cdiv(b, tile["IMAGES"]) * triton.cdiv(n, tile["BLOCK_N"]),)
     launch(
         _query_max_kernel, grid, q,
@@ -291,7 +293,7 @@ def aot_specs() -> Iterator[Spec]:
             tile = _tile("max", kind, queries)
             yield _spec("_query_max_kernel", variant, dtype, more | tile | {"EVEN_D": True}, dot)
             if queries == 32 and dtype == torch.bfloat16:
-                odd = more | tile | {"EVEN_D": False, "EVEN_N": False}
+                odd = more | _tile("max", kind, queries, odd=True) | {"EVEN_D": False, "EVEN_N": False}
                 yield _spec("_query_max_kernel", variant + " odd D, odd N", dtype, odd, dot)
             tile = _tile("queries", kind, queries)
             more |= tile | {"SCALED": dtype == torch.float16}
