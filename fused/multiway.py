@@ -75,9 +75,7 @@ class MultiwayBlock(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width is {width} with {heads} heads, expected a multiple of the heads")
-        self.heads, self.drop_path = heads, drop_path
+        self.heads, self.drop_path = _heads_of(width, heads), drop_path
         self.attention_norm = MultiwayLayerNorm(experts, width, eps)
         self.qkv = MultiwayLinear(experts, width, 3 * width)
         self.inner_norm = MultiwayLayerNorm(experts, width, eps) if sub_norm else None
@@ -98,15 +96,9 @@ class MultiwayBlock(nn.Module):
         """The layer's output, from its input and what its heads found, both [T, width]."""
         if self.inner_norm is not None:
             attended = self.inner_norm(attended, routing)
-        x = x + self._kept(self.out(attended, routing), routing)
-        return x + self._kept(self.ffn(self.ffn_norm(x, routing), routing), routing)
-
-    def _kept(self, branch: Tensor, routing: Routing) -> Tensor:
-        if not self.training or self.drop_path == 0:
-            return branch
-        kept = 1 - self.drop_path
-        scale = branch.new_empty(len(routing.first)).bernoulli_(kept) / kept
-        return branch * scale[routing.sample][:, None]
+        probability = self.drop_path if self.training else 0.0
+        x = x + drop_path(self.out(attended, routing), routing, probability)
+        return x + drop_path(self.ffn(self.ffn_norm(x, routing), routing), routing, probability)
 
 
 class MoMEBlock(nn.Module):
@@ -131,9 +123,7 @@ class MoMEBlock(nn.Module):
         qkv_bias: bool = True,
     ):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width is {width} with {heads} heads, expected a multiple of the heads")
-        self.heads, self.drop_path = heads, drop_path
+        self.heads, self.drop_path = _heads_of(width, heads), drop_path
         self.norm1 = nn.LayerNorm(width, eps)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         # a key's bias would add the same to all scores of a query
@@ -151,21 +141,29 @@ class MoMEBlock(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             of_qkv = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(self.norm1(x), self.qkv.weight, of_qkv).unflatten(1, (3, self.heads, -1)).unbind(1)
-        x = x + self._scaled(self.proj(packed_attention(q, k, v, routing, bias=bias)), self.gamma_1, routing.sample)
+        probability = self.drop_path if self.training else 0.0
+        branch = self.proj(packed_attention(q, k, v, routing, bias=bias))
+        x = x + drop_path(branch if self.gamma_1 is None else branch * self.gamma_1, routing, probability)
         branch = self.mlp(self.norm2(x, routing), routing)
-        return x + self._scaled(branch, self.gamma_2, self._separately(routing))
+        branch = branch if self.gamma_2 is None else branch * self.gamma_2
+        return x + drop_path(branch, routing, probability, separately=True)
 
-    def _scaled(self, branch: Tensor, gamma: Tensor | None, together: Tensor) -> Tensor:
-        branch = branch if gamma is None else branch * gamma
-        if not self.training or self.drop_path == 0:
-            return branch
-        kept = 1 - self.drop_path
-        scale = branch.new_empty(int(together.max()) + 1).bernoulli_(kept) / kept
-        return branch * scale[together][:, None]
 
-    @staticmethod
-    def _separately(routing: Routing) -> Tensor:
-        """A number for the rows of each sample that have one expert."""
-        lengths = torch.tensor(routing.bounds, device=routing.sample.device).diff()
-        expert = torch.tensor(routing.runs, device=lengths.device).repeat_interleave(lengths)
-        return routing.sample * routing.experts + expert
+def drop_path(branch: Tensor, routing: Routing, probability: float, separately: bool = False) -> Tensor:
+    """0 for the rows [T, D] of samples drawn with `probability`, the others over what is left of it.
+
+    Stochastic depth (Huang et al. 2016, arXiv:1603.09382). `separately`: the parts of a sample that have different
+    experts are drawn each for itself.
+    """
+    if probability == 0 or not len(branch):
+        return branch
+    columns = routing.experts if separately else 1
+    factor = branch.new_empty(len(routing.first), columns).bernoulli_(1 - probability) / (1 - probability)
+    rows = [factor[routing.sample[rows], e if separately else 0] for e, rows in routing.slices()]
+    return branch * torch.cat(rows)[:, None]
+
+
+def _heads_of(width: int, heads: int) -> int:
+    if width % heads:
+        raise ValueError(f"width is {width} with {heads} heads, expected a multiple of the heads")
+    return heads

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.fused.multiway import MoMEBlock, MultiwayBlock, MultiwayLayerNorm, MultiwayLinear
+from mmfuse.fused.multiway import MoMEBlock, MultiwayBlock, MultiwayLayerNorm, MultiwayLinear, drop_path
 from mmfuse.kernels.multiway.reference import packed_attention
 from mmfuse.kernels.multiway.routing import Part, Routing
 
@@ -95,16 +95,21 @@ def test_what_a_segment_sees() -> None:
 
 def test_a_branch_is_dropped_for_a_whole_sample_or_for_each_of_its_parts() -> None:
     routing = Routing.from_split(64, 5, 3, device=DEVICE)
-    x = normal(routing.rows, 8)
-    for kind, together in ((MultiwayBlock, True), (MoMEBlock, False)):
-        block = kind(2, 8, 2, 16, drop_path=0.5).to(DEVICE, torch.float64)
-        scale = block._kept if together else lambda t, r, b=block: b._scaled(t, None, b._separately(r))
-        kept = scale(torch.ones_like(x), routing)[:, 0]
+    ones = torch.ones(routing.rows, 8, device=DEVICE)
+    for separately in (False, True):
+        kept = drop_path(ones, routing, 0.5, separately)[:, 0]
         image, text = kept[: 64 * 3].view(64, 3), kept[64 * 3 :].view(64, 2)
         assert set(kept.tolist()) == {0.0, 2.0}
         assert (image == image[:, :1]).all() and (text == text[:, :1]).all()
-        assert (image[:, 0] == text[:, 0]).all() == together
-        assert torch.equal(block.eval()(x, routing), block(x, routing))
+        assert (image[:, 0] == text[:, 0]).all() == (not separately)
+
+
+@pytest.mark.parametrize("kind", [MultiwayBlock, MoMEBlock])
+def test_a_layer_drops_branches_in_training_alone(kind: type[MultiwayBlock | MoMEBlock]) -> None:
+    routing = Routing.from_split(4, 5, 3, device=DEVICE)
+    x, block = normal(routing.rows, 8), kind(2, 8, 2, 16, drop_path=0.5).to(DEVICE, torch.float64)
+    assert not torch.equal(block(x, routing), block(x, routing))
+    assert torch.equal(block.eval()(x, routing), block(x, routing))
 
 
 @pytest.mark.parametrize(
