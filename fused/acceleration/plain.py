@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
-from torch.utils.hooks import RemovableHandle
 
 # Paths below a module and the classes, as "module:Class", that a child there may have. In a path "*" is every child and
 # "**" everything further down. Without classes, modules are called, but with other inputs than their hooks expect.
@@ -122,17 +121,13 @@ class Snapshot:
         self._hooks = [vars(child)[name] for child in watched for name in _HOOKS]
         if watched:
             self._hooks += _HOOKS_OF_ALL
-        self._handles = -1
         tensors = [kind for m in (module, *read.values()) for kind in (m._parameters, m._buffers)]
         self._tensors = [kind for kind in tensors if kind]
 
     def holds(self) -> bool:
         """Whether nothing has changed but the values, and the tensors are ordinary ones."""
-        # every hook has a handle, and these are numbered: without a new one there is no new hook
-        if self._handles != (handles := RemovableHandle.next_id):
-            if any(self._hooks):
-                return False
-            self._handles = handles
+        if any(self._hooks):
+            return False
         # lists are equal where their elements are the same ones
         if list(map(type, self._read)) != self._classes:
             return False

@@ -31,6 +31,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "forward hook": lambda model: model[0].register_forward_hook(lambda *_: None),
     "forward hook further down": lambda model: model[1][0].register_forward_hook(lambda *_: None),
     "forward pre-hook": lambda model: model[0].register_forward_pre_hook(lambda *_: None),
+    "forward hook without a handle": lambda model: model[0]._forward_hooks.update({0: lambda *_: None}),
     "backward hook": lambda model: model[0].register_full_backward_hook(lambda *_: None),
     "backward pre-hook": lambda model: model[0].register_full_backward_pre_hook(lambda *_: None),
     "forward of its own": _own_forward,
