@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -139,13 +140,19 @@ double dot(const float* x, const float* y, int64_t d) {
 MMFUSE_CLONES
 double pack_panel(const float* w, const double* scale, int64_t K, int64_t d, float* out) {
     double norm2[PANEL] = {};
-    for (int64_t i = 0; i < d; ++i) {
-        float* out_i = out + i * PANEL;
-        for (int64_t j = 0; j < PANEL; ++j) out_i[j] = j < K ? w[j * d + i] : 0.0f;
-        if (scale)
-            for (int64_t j = 0; j < K; ++j) out_i[j] = float(scale[j] * out_i[j]);
+    constexpr int64_t LINE = 16;  // of a code at a time: rows of a power of two share the cache's sets
+    for (int64_t first = 0; first < d; first += LINE) {
+        const int64_t count = std::min(LINE, d - first);
+        float* part = out + first * PANEL;
+        for (int64_t j = 0; j < PANEL; ++j)
+            for (int64_t i = 0; i < count; ++i) part[i * PANEL + j] = j < K ? w[j * d + first + i] : 0.0f;
+        for (int64_t i = 0; i < count; ++i) {
+            float* out_i = part + i * PANEL;
+            if (scale)
+                for (int64_t j = 0; j < K; ++j) out_i[j] = float(scale[j] * out_i[j]);
 #pragma omp simd
-        for (int64_t j = 0; j < PANEL; ++j) norm2[j] += double(out_i[j]) * double(out_i[j]);
+            for (int64_t j = 0; j < PANEL; ++j) norm2[j] += double(out_i[j]) * double(out_i[j]);
+        }
     }
     double largest = 0;
     for (int64_t j = 0; j < PANEL; ++j) largest = largest >= norm2[j] || largest != largest ? largest : norm2[j];
@@ -160,22 +167,22 @@ struct Codes {
     const double* scale;  // [K], or null: 1
     const double* bias;   // [K], or null: 0
     int64_t K, d, panels;
-    std::vector<Line> packed;      // [panels, 1 + d, PANEL]
+    std::unique_ptr<Line[]> packed;  // [panels, 1 + d, PANEL]
     std::vector<double> norm2;     // [panels] the largest |a_k w_k|^2
     std::vector<double> offset;    // [panels] the largest |b_k|
     double largest_norm, largest_offset;
 
-    const float* panel(int64_t p) const { return packed.data()->x + p * (1 + d) * PANEL; }
+    const float* panel(int64_t p) const { return packed[0].x + p * (1 + d) * PANEL; }
     double scale_of(int64_t k) const { return scale ? scale[k] : 1.0; }
     double bias_of(int64_t k) const { return bias ? bias[k] : 0.0; }
     double score(const float* z, int64_t k) const { return scale_of(k) * dot(z, w + k * d, d) + bias_of(k); }
 
     void pack() {
-        packed.resize(panels * (1 + d) * DEPTH);
+        packed.reset(new Line[panels * (1 + d) * DEPTH]);  // without zeros, which would be written in vain
         norm2.resize(panels), offset.resize(panels);
         torch::stable::parallel_for(0, panels, 16, [&](int64_t begin, int64_t end) {
             for (int64_t p = begin; p < end; ++p) {
-                float* out = packed.data()->x + p * (1 + d) * PANEL;
+                float* out = packed[0].x + p * (1 + d) * PANEL;
                 const int64_t first = p * PANEL, height = std::min(PANEL, K - first);
                 norm2[p] = pack_panel(w + first * d, scale ? scale + first : nullptr, height, d, out + PANEL);
                 for (int64_t j = 0; j < PANEL; ++j) {
@@ -258,13 +265,14 @@ void code_argmax(Tensor z, Tensor weight, Tensor scale, Tensor bias, Tensor mask
     }
     const int64_t count = list.size();
     book.pack();
-    torch::stable::parallel_for(0, ceil_div(count, ROWS), 1, [&](int64_t begin, int64_t end) {
+    const int64_t parts = ceil_div(count, ROWS);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
         std::vector<float> block(ROWS * d);
         std::vector<Slots> slots(ROWS);
         std::vector<int64_t> candidates;
         std::vector<double> scores;
         for (int64_t part = begin; part < end; ++part) {
-            const int64_t first = part * ROWS, height = std::min(ROWS, count - first);
+            const int64_t first = part * count / parts, height = (part + 1) * count / parts - first;  // alike
             for (int64_t i = 0; i < height; ++i) std::copy_n(rows + list[first + i] * d, d, block.data() + i * d);
             for (Slots& row : slots) {
                 std::fill_n(row.best, SLOTS, -INF), std::fill_n(row.second, SLOTS, -INF);

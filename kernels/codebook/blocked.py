@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,28 +12,83 @@ from mmfuse.kernels.codebook.reference import first_of_largest, in_float64, mask
 
 # of the scores of a block of rows
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+_FEW = 16  # codes of a row that are scored again one by one
 
 
 def code_argmax(
     z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, mask: Tensor | None, exact: bool
 ) -> Tensor:
-    """argmax_k scale_k <z, w_k> + bias_k over blocks of rows, in float64, or in float32 if not exact."""
-    if exact:
-        z, weight, tie = in_float64(z, weight, scale, bias)
+    """argmax_k scale_k <z, w_k> + bias_k over blocks of rows, as float64 finds it, or as float32 if not exact."""
+    if not exact:
+        codes = _largest(*_in_float32(z, weight, scale), None, bias)
+    elif _has_known_errors(z):
+        codes = _of_candidates(z, weight, scale, bias)
     else:
-        acc = accumulation_dtype(z.dtype)
-        z, weight, tie = z.to(acc), weight.to(acc), z.new_zeros((), dtype=acc)
-        weight = weight if scale is None else weight * scale.to(acc)[:, None]
-    bias = weight.new_zeros(()) if bias is None else bias.to(weight.dtype)
-    (n, _), k = z.shape, len(weight)
-    rows = max(1, min(n, _BLOCK_BYTES[z.device.type] // (k * z.dtype.itemsize)))
-    memory = torch.empty(rows, k, dtype=z.dtype, device=z.device)
-    codes = torch.empty(n, dtype=torch.int64, device=z.device)
-    for i in range(0, n, rows):
-        block = z[i : i + rows]
-        s = torch.addmm(bias, block, weight.t(), out=memory[: len(block)])
-        codes[i : i + rows] = first_of_largest(s, tie[i : i + rows]) if exact else s.argmax(1)
+        codes = _in_float64(z, weight, scale, bias)
     return masked(codes, mask)
+
+
+def _in_float32(z: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    acc = accumulation_dtype(z.dtype)
+    return z.to(acc), weight.to(acc) if scale is None else (weight * scale[:, None]).to(acc)
+
+
+def _scores(z: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their scores) of one block after another, in the same memory."""
+    (n, _), k = z.shape, len(weight)
+    offset = weight.new_zeros(()) if bias is None else bias.to(weight.dtype)
+    height = max(1, min(n, _BLOCK_BYTES[z.device.type] // (k * z.dtype.itemsize)))
+    memory = torch.empty(height, k, dtype=z.dtype, device=z.device)
+    for i in range(0, n, height):
+        block = z[i : i + height]
+        yield slice(i, i + height), torch.addmm(offset, block, weight.t(), out=memory[: len(block)])
+
+
+def _largest(z: Tensor, weight: Tensor, tie: Tensor | None, bias: Tensor | None) -> Tensor:
+    codes = torch.empty(len(z), dtype=torch.int64, device=z.device)
+    for rows, s in _scores(z, weight, bias):
+        codes[rows] = s.argmax(1) if tie is None else first_of_largest(s, tie[rows])
+    return codes
+
+
+def _in_float64(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return _largest(*in_float64(z, weight, scale, bias), bias)
+
+
+def _has_known_errors(z: Tensor) -> bool:
+    """Whether torch multiplies in float32: not on a GPU with TF32, nor where a CPU may round to bfloat16."""
+    full = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    return full and z.device.type == "cpu" and z.dtype != torch.float64
+
+
+def _of_candidates(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What a fast product cannot tell from its largest score is scored again in float64, on a CPU."""
+    d, native = z.shape[1], z.dtype == torch.bfloat16 and scale is None and bias is None
+    x, w = (z, weight) if native else _in_float32(z, weight, scale)
+    # 1.01, as a norm in 16 bits is rounded
+    norm, largest = 1.01 * torch.linalg.vector_norm(x, dim=1).double(), 1.01 * torch.linalg.vector_norm(w, dim=1).amax()
+    size = norm * largest.double() + (0 if bias is None else bias.abs().amax())
+    gap = 2 * (d + 8) * 2.0**-24 * size
+    # neither overflows, nor counts what underflows
+    safe = (norm > 2.0**-60) & (norm < 2.0**60) & (largest > 2.0**-60) & (largest < 2.0**60) & (size < 2.0**120)
+    codes = torch.full((len(z),), -1)
+    for rows, s in _scores(x, w, bias):
+        best = s.amax(1)
+        # scores are rounded, and so is this threshold
+        least = best.double() - gap[rows] - (2.0**-6 if native else 2.0**-21) * best.abs()
+        row, code = (s >= least.to(s.dtype)[:, None]).nonzero(as_tuple=True)
+        few = safe[rows] & (row.bincount(minlength=len(s)) <= _FEW) & best.isfinite()
+        row, code = row[few[row]], code[few[row]]
+        exact = (z[rows][row].double() * weight[code].double()).sum(1)
+        exact = exact if scale is None else exact * scale[code]
+        exact = exact if bias is None else exact + bias[code]
+        top = exact.new_full((len(s),), -torch.inf).scatter_reduce_(0, row, exact, "amax")
+        wins = exact >= (top - 2.0**-51 * (d + 8) * size[rows])[row]
+        codes[rows] = torch.where(few, len(w), -1).scatter_reduce_(0, row[wins], code[wins], "amin")
+    left = (codes < 0).nonzero().squeeze(1)
+    if len(left):
+        codes[left] = _in_float64(z[left], weight, scale, bias)
+    return codes
 
 
 def code_statistics(z: Tensor, codes: Tensor, K: int) -> tuple[Tensor, Tensor]:

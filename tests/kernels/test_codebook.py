@@ -71,6 +71,36 @@ def test_what_float32_cannot_tell_apart(backend: str) -> None:
     assert not torch.equal(rounded, expected), "the case is too easy: float32 finds the codes as well"
 
 
+@pairs(OURS, (torch.float32, torch.bfloat16))
+def test_what_rounded_scores_cannot_tell_apart(backend: str, dtype: torch.dtype) -> None:
+    # every other pair of neighbouring codes differs in one element, by a rounding of it
+    x, weight = random(60, 400, 256, dtype)
+    weight[1::2] = weight[::2]
+    weight[1::4, 0] *= 1 + 2 * torch.finfo(dtype).eps
+    expected = (x.double() @ weight.double().t()).argmax(1)
+    assert torch.equal(linear_argmax(x, weight, backend=backend), expected)
+    # rows with more candidates than are scored one by one, of no size, and of sizes that float32 does not hold
+    weight[100:200] = weight[100]
+    x[:20] = weight[100].sign()
+    x[20], x[21] = 0, x[21] * 2.0**-70
+    x[22], x[23] = torch.inf, torch.nan
+    s = x.double() @ weight.double().t()
+    expected = torch.where(s.isnan().any(1), s.isnan().int().argmax(1), s.argmax(1))
+    assert torch.equal(linear_argmax(x, weight, backend=backend), expected)
+
+
+@pytest.mark.skipif(GPU, reason="how a CPU multiplies float32")
+def test_float32_products_that_torch_may_round() -> None:
+    z, codebook = random(200, 3000, 64)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        codes = nearest_code(z, codebook, backend="chunked")
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert torch.equal(codes, by_distance(z, codebook))
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("backend", ALL)
 def test_the_first_of_equal_codes(backend: str, metric: str) -> None:
