@@ -95,7 +95,8 @@ def _embed(pixels: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, positio
 
 
 def _ours(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor, **options: Any) -> Tensor:
-    return _embed(pixels, weight, bias, cls, position[1:], prefix_position=position[:1], **options)
+    first, rest = position.split([1, len(position) - 1])
+    return _embed(pixels, weight, bias, cls, rest, prefix_position=first, **options)
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ class Fused(FusedMethod):
 
 def _for_others() -> bool:
     """Whether a graph is made that cannot hold fused operators."""
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    # the exporter that does not trace compiles; to ask it takes longer than all else that a call looks at
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def _without_values(given: Any) -> bool:

@@ -201,7 +201,7 @@ RULES = (
         relies_on=("forward", "dynamic_feat_size"),
         children=_TIMM_STEM,
         reason_against=stems.against_timm_patch_embed,
-        aside=stems.few_products("proj"),
+        aside=stems.few_products("proj", bare=True),
     ),
     Rule(
         op="patch_embed",
@@ -209,7 +209,7 @@ RULES = (
         forward="mmfuse.fused.acceleration.stems:timm_patch_embed_with_size",
         children=_TIMM_STEM,
         reason_against=stems.against_timm_patch_embed,
-        aside=stems.few_products("proj"),
+        aside=stems.few_products("proj", bare=True),
     ),
     Rule(
         op="patch_embed",

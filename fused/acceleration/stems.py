@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -82,6 +83,9 @@ def _timm_stem(model: Any, x: Tensor, uint8: Statistics | None) -> Tensor:
         keep = torch.randn(x.shape[0], patches, device=x.device).argsort(-1)[:, :count]
         keep = keep.sort(-1)[0] if drop.ordered else keep
     stem_norm, pre_norm = _norm(embed.norm), None if dropped else _norm(model.norm_pre)
+    first, rest = None, None if position is None else position[0]
+    if rest is not None and rows:
+        first, rest = _split(rest, rows)
     tokens = _rows(
         embed.proj,
         pixels,
@@ -90,8 +94,8 @@ def _timm_stem(model: Any, x: Tensor, uint8: Statistics | None) -> Tensor:
         padding=_padding(embed),
         stem_norm=stem_norm,
         prefix=torch.cat(prefix) if prefix else None,
-        position=None if position is None else position[0, rows:],
-        prefix_position=position[0, :rows] if position is not None and rows else None,
+        position=rest,
+        prefix_position=first,
         ids_keep=keep,
         pre_norm=pre_norm,
     )
@@ -225,14 +229,15 @@ def open_clip_embeds(model: Any, x: Tensor, uint8: Statistics | None = None) -> 
         patches = len(model.positional_embedding) - 1
         count = max(1, int(patches * (1 - drop.prob)))
         keep = torch.randn(x.shape[0], patches).topk(count, dim=-1).indices.to(x.device)
+    first, rest = _split(model.positional_embedding, 1)
     return _rows(
         model.conv1,
         _whole(model.conv1, x),
         uint8,
         dtype=_dtype(model.conv1),
         prefix=model.class_embedding[None],
-        position=model.positional_embedding[1:],
-        prefix_position=model.positional_embedding[:1],
+        position=rest,
+        prefix_position=first,
         ids_keep=keep,
         pre_norm=_norm(model.ln_pre),
     )
@@ -363,14 +368,15 @@ def _masked_rows(
     module: Any, pixels: Tensor, mask: Tensor | None, position: Tensor | None, uint8: Statistics | None = None
 ) -> Tensor:
     proj = module.patch_embeddings.projection
+    first, rest = (None, None) if position is None else _split(position[0], 1)
     return _rows(
         proj,
         _whole(proj, pixels),
         uint8,
         dtype=_dtype(proj, module.cls_token, position),
         prefix=module.cls_token[0],
-        position=None if position is None else position[0, 1:],
-        prefix_position=None if position is None else position[0, :1],
+        position=rest,
+        prefix_position=first,
         mask=None if mask is None else mask.bool(),
         mask_token=None if mask is None else module.mask_token[0, 0],
     )
@@ -386,7 +392,8 @@ def _classed(
 ) -> Tensor:
     dtype = dtype or _dtype(proj, token, position)
     pixels = _cast(proj, _whole(proj, pixels), uint8)
-    return _rows(proj, pixels, uint8, dtype=dtype, prefix=token, position=position[1:], prefix_position=position[:1])
+    first, rest = _split(position, 1)
+    return _rows(proj, pixels, uint8, dtype=dtype, prefix=token, position=rest, prefix_position=first)
 
 
 def _interpolated(module: Any, proj: Any, table: Tensor, pixels: Tensor, prefix: int = 1) -> Tensor:
@@ -406,12 +413,19 @@ def _cast(proj: Any, pixels: Tensor, uint8: Statistics | None = None) -> Tensor:
     return pixels if uint8 is not None and pixels.dtype == torch.uint8 else pixels.to(proj.weight.dtype)
 
 
-def few_products(path: str) -> Callable[[Any, Any], bool]:
+def few_products(path: str, bare: bool = False) -> Callable[[Any, Any], bool]:
     """Whether the convolution at `path`, as the library runs it, is faster than the operator for these pixels."""
-    return lambda module, pixels: steps_aside(pixels, module.get_submodule(path).weight)
+    weight = attrgetter(f"{path}.weight")
+    return lambda module, pixels: steps_aside(pixels, weight(module), bare)
 
 
 # --- common -------------------------------------------------------------------------------------------------------
+
+
+def _split(table: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The first rows and the others, by one operation: the gradient is put together by one, too."""
+    first, rest = table.split([rows, len(table) - rows])
+    return first, rest
 
 
 def _rows(proj: Any, pixels: Tensor, uint8: Statistics | None, **options: Any) -> Tensor:

@@ -57,35 +57,49 @@ def _no_bytes(stem: Stem) -> str | None:
 # longer small beside the product; and it multiplies in bfloat16, which newer processors do at twice the speed. Measured
 # on 2 cores with AVX-512 BF16
 _EAGER_PRODUCTS = {"cpu": 400_000_000, "chunked": 2_000_000_000}
+_EAGER_CONVOLUTION = 3_000_000_000  # with nothing to add to it
 
 
 def _few_products(backend: str, stem: Stem) -> str | None:
-    b, _, n = stem.shape
-    return _eager_is_faster(backend, stem.pixels, stem.compute, b * n * stem.weight.numel())
-
-
-def _eager_is_faster(backend: str, pixels: Tensor, compute: torch.dtype, products: int) -> str | None:
-    if pixels.device.type != "cpu":
+    if stem.pixels.device.type != "cpu":
         return None
-    if compute == torch.bfloat16:
+    if stem.compute == torch.bfloat16:
         return "eager multiplies bfloat16 at twice the speed"
-    few = _EAGER_PRODUCTS[backend]
+    few, (b, _, n) = _products(backend, stem.bare), stem.shape
+    products = b * n * stem.weight.numel()
     # a dynamic batch is not worth a graph for each side
-    if not isinstance(products, int) or compute == torch.float16 or products >= few:
+    if not isinstance(products, int) or stem.compute == torch.float16 or products >= few:
         return None
     return f"eager is faster for fewer than {few // 1_000_000} million products"  # torch.compile knows no {:g}
 
 
-def steps_aside(pixels: Any, weight: Tensor) -> bool:
+def _products(backend: str, bare: bool) -> int:
+    few = _EAGER_PRODUCTS[backend]
+    return max(few, _EAGER_CONVOLUTION) if bare and few else few
+
+
+def steps_aside(pixels: Any, weight: Tensor, bare: bool = False) -> bool:
     """Whether `patch_embed` of these images would run plain torch: a look of a few microseconds.
+
+    Args:
+        pixels, weight: as `patch_embed` takes them.
+        bare: nothing is added to the product, nor is it normalised.
 
     Not where an implementation is named, and not for bytes, which a library would have to normalise.
     """
-    if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or forced_backend() is not None:
+    # flat: after a convolution every function that is called has left the cache
+    if not isinstance(pixels, Tensor) or not pixels.is_cpu or not pixels.is_floating_point():
         return False
-    backend = "cpu" if load("cpu") is None else "chunked"
+    if forced_backend() is not None:
+        return False
+    compute = weight.dtype
+    if torch.is_autocast_enabled("cpu") and compute != torch.float64:
+        compute = torch.get_autocast_dtype("cpu")
+    if compute == torch.bfloat16:
+        return True
     products = pixels.numel() * weight.shape[0]  # of patches that tile the images
-    return _eager_is_faster(backend, pixels, autocast_dtype(weight) or weight.dtype, products) is not None
+    few = _products("cpu" if load("cpu") is None else "chunked", bare)
+    return isinstance(products, int) and compute != torch.float16 and products < few
 
 
 def _example(x: Tensor, **how: Any) -> Tensor:

@@ -42,11 +42,17 @@ def patch_embed(stem: Stem) -> Tensor:
     y = layer_norm(y, s.stem_weight, s.stem_bias, s.stem_eps)
     if mask is not None and s.mask_token is not None:
         y = torch.where(mask[:, :, None], s.mask_token.to(y.dtype), y)
-    if s.position is not None:
-        y = y + cast(s.position if s.ids_keep is None else s.position[s.ids_keep], y.dtype)
-    if s.prefix is not None:
-        front = s.prefix if s.prefix_position is None else s.prefix + s.prefix_position
-        y = torch.cat([cast(front, y.dtype).expand(y.shape[0], -1, -1), y], dim=1)
+    position = None if s.position is None else s.position if s.ids_keep is None else s.position[s.ids_keep]
+    front, of_front = s.prefix, s.prefix_position
+    if position is not None and of_front is not None and {t.dtype for t in (front, of_front, position)} == {y.dtype}:
+        # the prefix first: a convolution's tokens are transposed, and are put in a row here
+        of_front = of_front if s.ids_keep is None else of_front.expand(y.shape[0], -1, -1)
+        y = torch.cat([front.expand(y.shape[0], -1, -1), y], dim=1) + torch.cat([of_front, position], dim=-2)
+    else:
+        y = y if position is None else y + cast(position, y.dtype)
+        if front is not None:
+            front = front if of_front is None else front + of_front
+            y = torch.cat([cast(front, y.dtype).expand(y.shape[0], -1, -1), y], dim=1)
     if s.type_embed is not None:
         y = y + cast(s.type_embed, y.dtype)
     return cast(layer_norm(y, s.pre_weight, s.pre_bias, s.pre_eps), s.dtype)
@@ -57,9 +63,13 @@ def _normalised(x: Tensor, s: Stem) -> Tensor:
     if s.mean is not None or s.std is not None:
         of_channels = (-1, *(1,) * (x.dim() - 2))
         x, bytes_ = x.to(torch.promote_types(x.dtype, s.acc)), x.dtype == torch.uint8
-        x = x / 255 if bytes_ else x
-        x = x if s.mean is None else x - s.mean.to(x.dtype).view(of_channels)
-        x = x if s.std is None else x / s.std.to(x.dtype).view(of_channels)
+        mean, std = (None if v is None else v.to(x.dtype).view(of_channels) for v in (s.mean, s.std))
+        if bytes_:  # what they were converted to is nobody else's
+            x = x.div_(255) if mean is None else x.div_(255).sub_(mean)
+            x = x if std is None else x.div_(std)
+        else:
+            x = x if mean is None else x - mean
+            x = x if std is None else x / std
     return cast(x, s.compute)
 
 

@@ -67,6 +67,15 @@ class Stem:
     def acc(self) -> torch.dtype:
         return accumulation_dtype(self.compute)
 
+    @property
+    def bare(self) -> bool:
+        """Whether it is a convolution and nothing else."""
+        more = (
+            self.stem_weight, self.prefix, self.position, self.mask, self.ids_keep, self.type_embed, self.pre_weight,
+            self.mean, self.std,
+        )  # fmt: skip
+        return self.pixels.is_floating_point() and all(t is None for t in more)
+
 
 # the fields that may need a gradient
 DIFFERENTIABLE = (

@@ -91,7 +91,7 @@ class PositionTable(nn.Module):
 
     def forward(self, patches: int, still: bool = True) -> tuple[Tensor, Tensor]:
         """Those of the class token [1, D] and of N patches [N, D], bicubic from the (zeroth) square if N is another."""
-        cls, table = self.pos_embed[0].tensor_split([1])
+        cls, table = self.pos_embed[0].split([1, self.pos_embed.shape[1] - 1])
         if len(table) == patches:
             return cls, table
         *frames, h, w = self.patches_layout
@@ -167,6 +167,6 @@ class IMUTokens(nn.Module):
 
     def forward(self, imu: Tensor) -> Tensor:
         weight = self.imu_stem.layer.weight.unflatten(1, (self.CHANNELS, self.KERNEL))
-        cls, position = self.pos_embed[0].tensor_split([1])
+        cls, position = self.pos_embed[0].split([1, self.pos_embed.shape[1] - 1])
         rows = {"prefix": self.cls_token[0], "prefix_position": cls, "position": position}
         return self.imu_stem.embed(imu, weight, (self.KERNEL,), **rows)
