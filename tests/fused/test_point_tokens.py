@@ -151,7 +151,8 @@ def test_float32(training: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -
     """By the rule for tolerance: the layers one after another, as for so few points on a CPU, and fused."""
     if fused:
         monkeypatch.setattr("mmfuse.kernels.points.pointnet.op._EAGER_PRODUCTS", NEVER_ASIDE)
-    draws = [results(*OPTIONS[1], training, torch.float32) for _ in range(12)]
+    # the layers one after another have eager's own errors: of these, few draws have most
+    draws = [results(*OPTIONS[1], training, torch.float32) for _ in range(12 if fused else 100)]
     for name in draws[0][0]:
         # no gradient: a bias before a normalisation; integers
         if (name == "d conv1.1.0.bias" and training) or name.endswith("tracked"):

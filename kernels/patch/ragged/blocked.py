@@ -1,6 +1,7 @@
 """A ragged batch on a CPU: positions of each grid once, written where the product is then added.
 
 rows <- P' + c for each image, P' = (R_h x R_w) P for each different grid;      rows += x VT, a block at a time
+In bfloat16 a CPU multiplies at twice the speed; a block's product is then rounded once, as eager's is.
 dP = (R_h x R_w)T of what tokens of images with the same grid add up to
 """
 
@@ -84,7 +85,8 @@ def preload(rows: Tensor, table: Tensor, bias: Tensor, places: Places) -> None:
 
 def forward(x: Tensor, f: Folded, table: Tensor | None, places: Places, dtype: torch.dtype) -> Tensor:
     """x [T, K] to [R, D]."""
-    acc, v, source = f.bias.dtype, f.weight.to(f.bias.dtype).t(), places.source
+    acc, source = f.bias.dtype, places.source
+    v = f.weight.t() if f.weight.dtype == torch.bfloat16 else f.weight.to(acc).t()
     rows = f.bias.new_empty(len(x), len(f.bias))
     if table is None:
         rows.copy_(f.bias.expand_as(rows))
@@ -94,8 +96,11 @@ def forward(x: Tensor, f: Folded, table: Tensor | None, places: Places, dtype: t
     for i in range(0, len(out), _ROWS):
         block = slice(i, i + _ROWS)
         a = x[block] if source is None else at_source(x, source[block])
-        a = a.to(acc) if f.subtract is None else a.to(acc) - f.subtract
-        torch.addmm(out[block], a, v, out=out[block])
+        a = a if f.subtract is None else a.to(acc) - f.subtract
+        if v.dtype == acc:
+            torch.addmm(out[block], a.to(acc), v, out=out[block])
+        else:
+            out[block] += a.to(v.dtype) @ v
     if source is not None:
         out.masked_fill_((source < 0)[:, None], 0)
     return out.to(dtype)
@@ -128,6 +133,8 @@ def backward(
                 a = a.to(acc) - subtract
             if g.is_cuda and compute != acc:
                 product = torch.mm(dy.t().to(compute), a.to(compute), out_dtype=acc)
+            elif compute == torch.bfloat16:
+                product += dy.t().to(compute) @ a.to(compute)
             else:
                 product.addmm_(dy.t().to(acc), a.to(acc))
     return product, total

@@ -85,8 +85,6 @@ def _elsewhere(x: Tensor) -> str | None:
 def _few_patches(x: Tensor, compute: torch.dtype) -> str | None:
     if not isinstance(x.shape[0], int):  # "torch" goes over the rows in a loop, which a graph of any size cannot
         return None
-    if compute == torch.bfloat16:
-        return "eager multiplies in bfloat16"
     few = x.shape[0] < 512 and compute != torch.float16
     return "eager is faster for fewer than 512 patches" if few else None
 

@@ -23,11 +23,11 @@ def training(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same with batch normalisation of the third product, and its mean [C3] and biased variance [C3]."""
     v = _third(x, w1, b1, w2, b2, w3, None)
-    rows = v.flatten(0, 1)
-    wide = rows.detach().to(accumulation_dtype(v.dtype))
-    var, mean = torch.var_mean(wide, 0, correction=0)
-    h = F.batch_norm(rows, None, None, scale.to(x.dtype).contiguous(), b3, True, 0.0, eps).view_as(v)
-    return F.linear(h.relu(), w4, b4).max(1).values, mean, var
+    rows, acc = v.flatten(0, 1), accumulation_dtype(v.dtype)
+    # running statistics that are replaced by these ones, of which the variance is not biased
+    mean, var = (rows.new_zeros(rows.shape[1], dtype=acc) for _ in range(2))
+    h = F.batch_norm(rows, mean, var, scale.to(acc).contiguous(), b3.to(acc), True, 1.0, eps).view_as(v)
+    return F.linear(h.relu(), w4, b4).max(1).values, mean, var * ((len(rows) - 1) / len(rows))
 
 
 def _third(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor | None) -> Tensor:
