@@ -243,6 +243,7 @@ def stats(
     row_offset: int,
     save: str,
     same: tuple[Tensor, Tensor] | None = None,
+    maxima: bool = False,
 ) -> tuple[Tensor, ...]:
     """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits).
 
@@ -253,6 +254,7 @@ def stats(
     `save`: "" keeps nothing (logits is empty), "full" keeps U in the accumulation dtype, "int16" in fixed point.
     `same` (keys, centres c [b + N]): also the sums, over equal keys but the positive, of U_ij - c_i of every row [b]
     and of U_ij - c_j of every column [N].
+    `maxima`: m are the maxima, which they are here; a kernel may otherwise take any number that leaves l its digits.
     """
     blocks = Blocks(x, y)
     b, n, acc, in_steps = len(x), len(y), blocks.acc, save == "int16"

@@ -52,6 +52,8 @@ _ROWS = 16384
 # two directions share exp(S - max of the tile) while no maximum lies further than this below it: exp(-60) and what is
 # 2^-24 of it are normal numbers
 _SPREAD = tl.constexpr(60.0)
+# and no sum is less than this, whose logarithm, -42, is not much larger than logits are
+_LEAST = tl.constexpr(2.0**-60)
 # adding it leaves the nearest integer in the low bits of a float32
 _ROUND = tl.constexpr(12582912.0)
 
@@ -90,25 +92,28 @@ def _parts(t, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _sums_of(s, row_w, col_w, WEIGHTED: tl.constexpr):
-    """(m = max S, l = sum exp(S - m), c = sum exp(S - m) W) of rows, then of columns; c is l unless WEIGHTED."""
-    m_row = tl.max(s, axis=1)
-    m_col = tl.max(s, axis=0)
-    top = tl.max(m_row, axis=0)
-    # what has no negative in this tile is no reason for the slow path
-    r_row = tl.where(m_row == float("-inf"), top, m_row)
-    r_col = tl.where(m_col == float("-inf"), top, m_col)
-    # a NaN takes the slow path too
-    if (top - tl.min(r_row, axis=0) < _SPREAD) & (top - tl.min(r_col, axis=0) < _SPREAD):
-        # the same `t` in both: its rounding cancels
-        t = top * LOG2E
-        e = tl.exp2(s * LOG2E - t)
-        back_row, back_col = tl.exp2(t - r_row * LOG2E), tl.exp2(t - r_col * LOG2E)
-        l_row, l_col = tl.sum(e, axis=1) * back_row, tl.sum(e, axis=0) * back_col
-        c_row, c_col = l_row, l_col
+def _sums_of(s, row_w, col_w, WEIGHTED: tl.constexpr, MAXIMA: tl.constexpr):
+    """(m, l = sum exp(S - m), c = sum exp(S - m) W) of rows, then of columns; c is l unless WEIGHTED.
+
+    m is any number that leaves l its digits, or the maximum if MAXIMA.
+    """
+    top = tl.max(s)
+    t = top * LOG2E
+    e = tl.exp2(s * LOG2E - t)
+    l_row, l_col = tl.sum(e, axis=1), tl.sum(e, axis=0)
+    m_row, m_col = tl.zeros_like(l_row) + top, tl.zeros_like(l_col) + top
+    c_row, c_col = l_row, l_col
+    # without a negative the sum is 0, or NaN: those take the slow path, too
+    if (tl.min(l_row, axis=0) > _LEAST) & (tl.min(l_col, axis=0) > _LEAST) & (top == top):
         if WEIGHTED:
-            c_row, c_col = tl.sum(e * row_w, axis=1) * back_row, tl.sum(e * col_w, axis=0) * back_col
+            c_row, c_col = tl.sum(e * row_w, axis=1), tl.sum(e * col_w, axis=0)
+        if MAXIMA:
+            m_row, m_col = tl.max(s, axis=1), tl.max(s, axis=0)
+            # the same `t` in both: its rounding cancels
+            back_row, back_col = tl.exp2(t - m_row * LOG2E), tl.exp2(t - m_col * LOG2E)
+            l_row, l_col, c_row, c_col = l_row * back_row, l_col * back_col, c_row * back_row, c_col * back_col
     else:
+        m_row, m_col = tl.max(s, axis=1), tl.max(s, axis=0)
         e = exp(s - finite(m_row)[:, None])
         l_row = tl.sum(e, axis=1)
         c_row = tl.sum(e * row_w, axis=1) if WEIGHTED else l_row
@@ -138,7 +143,7 @@ def _negatives_of(
 def _stats_of(
     u, row_max, row_sum, row_same, col_max_ptr, col_sum_ptr, col_same_ptr, positive_ptr, logits_ptr,
     row_key, col_key_ptr, row_centre, col_centre_ptr, scale, step_ptr, stride_u, M, N, diagonal, row0, col0, at_col,
-    SAVE: tl.constexpr, KEYED: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr,
+    SAVE: tl.constexpr, KEYED: tl.constexpr, MAXIMA: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the columns of `u` to the rows' running (max, sum, sum of equal keys' U - c), and write the columns' own."""
@@ -162,7 +167,7 @@ def _stats_of(
         of_col = tl.sum(tl.where(same, u - col_centre[None, :], 0.0), axis=0)
         tl.store(col_same_ptr + at_col + cols, of_col, mask=cols < N)
     s = _negatives_of(u, positive_ptr, scale, M, N, diagonal, row0, col0, BLOCK_M, BLOCK_N)
-    m_row, l_row, _, m_col, l_col, _ = _sums_of(s, s, s, False)
+    m_row, l_row, _, m_col, l_col, _ = _sums_of(s, s, s, False, MAXIMA)
     tl.store(col_max_ptr + at_col + cols, m_col, mask=cols < N)
     tl.store(col_sum_ptr + at_col + cols, l_col, mask=cols < N)
     new = tl.maximum(row_max, m_row)
@@ -199,6 +204,7 @@ def _stats_fwd_kernel(
     SAVE: tl.constexpr,
     KEYED: tl.constexpr,
     GROUPED: tl.constexpr,
+    MAXIMA: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -243,7 +249,7 @@ def _stats_fwd_kernel(
             parts[i], row_max, row_sum, row_same, col_max_ptr, col_sum_ptr, col_same_ptr,
             positive_ptr, logits_ptr, row_key, col_key_ptr, row_centre, col_centre_ptr, scale, step_ptr, stride_u,
             height, width, diagonal, row0, col0 + i * (BLOCK_N // PARTS), at_col,
-            SAVE, KEYED, EVEN_N, ACC, BLOCK_M, BLOCK_N // PARTS,
+            SAVE, KEYED, MAXIMA, EVEN_N, ACC, BLOCK_M, BLOCK_N // PARTS,
         )  # fmt: skip
     at_row = tile_n.to(tl.int64) * M
     tl.store(row_max_ptr + at_row + rows, row_max, mask=rows < height)
@@ -298,8 +304,8 @@ def _merge_kernel(
 
 
 @triton.jit
-def _softmaxes(u, scale, a, rho, b, kappa):
-    """a_i exp(S_ij - rho_i) + b_j exp(S_ij - kappa_j)"""
+def _softmaxes(u, scale, a, rho, b, kappa, shift):
+    """a_i exp(S_ij - rho_i) + b_j exp(S_ij - kappa_j) - shift"""
     # no negative is above its rho or its kappa; an infinite one leaves its row or column out, or a whole direction
     most_row = tl.max(tl.where(rho == float("inf"), -rho, rho), axis=0)
     most_col = tl.max(tl.where(kappa == float("inf"), -kappa, kappa), axis=0)
@@ -312,9 +318,9 @@ def _softmaxes(u, scale, a, rho, b, kappa):
         # the same `t` in both: its rounding cancels
         t = top * LOG2E
         e = tl.exp2(s * LOG2E - t)
-        g = e * ((a * tl.exp2(t - rho * LOG2E))[:, None] + (b * tl.exp2(t - kappa * LOG2E))[None, :])
+        g = e * ((a * tl.exp2(t - rho * LOG2E))[:, None] + (b * tl.exp2(t - kappa * LOG2E))[None, :]) - shift
     else:
-        g = a[:, None] * exp(s - rho[:, None]) + b[None, :] * exp(s - kappa[None, :])
+        g = a[:, None] * exp(s - rho[:, None]) + b[None, :] * exp(s - kappa[None, :]) - shift
     return g
 
 
@@ -331,8 +337,7 @@ def _grad_of(
     b = tl.load(b_ptr + cols, mask=cols < N, other=0.0)
     rho = tl.load(rho_ptr + rows, mask=rows < M, other=float("inf"))
     kappa = tl.load(kappa_ptr + cols, mask=cols < N, other=float("inf"))
-    g = _softmaxes(u, scale, a, rho, b, kappa)
-    g -= shift
+    g = _softmaxes(u, scale, a, rho, b, kappa, shift)
     if KEYED:
         row_key = tl.load(row_key_ptr + rows, mask=rows < M, other=-2)
         col_key = tl.load(col_key_ptr + cols, mask=cols < N, other=-3)
@@ -652,7 +657,13 @@ def _settings(kernel: str, x: Tensor, wide: bool = False) -> dict[str, Any]:
 
 
 def stats(
-    x: Tensor, y: Tensor, scale: Tensor, row_offset: int, save: str, same: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_offset: int,
+    save: str,
+    same: tuple[Tensor, Tensor] | None = None,
+    maxima: bool = False,
 ) -> tuple[Tensor, ...]:
     """(row_max, row_sum [b], col_max, col_sum [N], positive [b], logits), with `same` two more; see `blocked.stats`.
 
@@ -711,6 +722,7 @@ def stats(
             SAVE=save,
             KEYED=same is not None,
             GROUPED=False,
+            MAXIMA=maxima,
             EVEN_N=even,
             **settings,
         )
@@ -1052,6 +1064,7 @@ def _specs(
     function = {"stats": _stats_fwd_kernel, "grad": _grad_kernel, "sigmoid": _sigmoid_fwd_kernel}[kernel]
     for variant, size, more in distinct(variants, dtype, precision):
         flags = {"PRECISION": precision, "EVEN_D": True, "EVEN_N": False, "KEYED": False, "GROUPED": False}
+        flags |= {"MAXIMA": False}
         yield spec(function, variant, dtype, flags | size | more, archs)
 
 

@@ -106,7 +106,8 @@ def _clip_forward(
     if want.image_ids is not None and want.text_ids is not None:
         keys, shares = positives(want.image_ids, want.text_ids, row_offset, scale.dtype)
         same = (keys, positive_logits(x, y, row_offset))
-    row_max, row_sum, col_max, col_sum, positive, logits, *sums = passes.stats(x, y, scale, row_offset, save, same)
+    found = passes.stats(x, y, scale, row_offset, save, same, sum_all)
+    row_max, row_sum, col_max, col_sum, positive, logits, *sums = found
     pairs = slice(row_offset, row_offset + b)
     diag = scale * positive
     if want.decoupled:

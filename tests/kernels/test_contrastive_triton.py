@@ -68,9 +68,16 @@ def double(*tensors: Tensor) -> list[Tensor]:
 def check_stats(draw, scale: float, row_offset: int) -> None:  # type: ignore[no-untyped-def]
     def results(x: Tensor, y: Tensor) -> tuple[Results, ...]:
         s = tensor(scale, x)
-        got = meant(*kernel.stats(x, y, s, row_offset, ""))
+        got = meant(*kernel.stats(x, y, s, row_offset, "", maxima=True))
+        # without the maxima, what the sums are relative to is free
+        _, row, _, column, _ = meant(*kernel.stats(x, y, s, row_offset, ""))
         both = (plain_stats(*given, row_offset) for given in ((x, y, s), double(x, y, s)))
-        return tuple(dict(zip(STATISTICS, found, strict=True)) for found in (got, *both))
+        found = [dict(zip(STATISTICS, results, strict=True)) for results in (got, *both)]
+        for results, lse in zip(
+            found, ((row, column), *((f["row_lse"], f["col_lse"]) for f in found[1:])), strict=True
+        ):
+            results |= {"row": lse[0], "column": lse[1]}
+        return tuple(found)
 
     judge(results(*draw()) for _ in range(4))
 

@@ -101,6 +101,7 @@ def stats(x: Tensor, y: Tensor, scale: Tensor, sizes: list[int], dims: list[int]
             SAVE="",
             KEYED=False,
             GROUPED=True,
+            MAXIMA=False,
             **settings,
         )
         template._merge((found[0], found[1]), parts)
@@ -195,7 +196,7 @@ def grad(
 
 def aot_specs() -> Iterator[Spec]:
     """The grouped variants of the template's kernels, for `mmfuse compile-report`."""
-    flags = {"EVEN_D": True, "EVEN_N": False, "KEYED": False, "GROUPED": True, "SAVE": "", "SAVED": ""}
+    flags = {"EVEN_D": True, "EVEN_N": False, "KEYED": False, "GROUPED": True, "MAXIMA": False, "SAVE": "", "SAVED": ""}
     for dtype, precision, tile, archs in template.shipped("stats"):
         yield template.spec(
             template._stats_fwd_kernel, "grouped", dtype, tile | flags | {"PRECISION": precision}, archs
