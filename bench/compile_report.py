@@ -167,7 +167,7 @@ def _triton_row(spec: Spec, arch: int, facts: Facts | str) -> Row:
 
 def _csrc_rows(arch: int, name: str) -> list[Row] | str:
     try:
-        found: list[dict[str, Any]] | str = csrc_report.resource_usage({90: "sm_90a"}.get(arch, f"sm_{arch}"))
+        found: list[dict[str, Any]] | str = csrc_report.resource_usage(f"sm_{arch}")
     except RuntimeError as error:
         return [Row(arch, "csrc", "", violations=[f"does not compile: {error}"])]
     if isinstance(found, str):

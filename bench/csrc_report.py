@@ -23,12 +23,12 @@ _KERNEL = re.compile(
 
 
 def resource_usage(arch: str) -> list[dict[str, Any]] | str:
-    """Compile every kernel of csrc/cuda for `arch` (such as "sm_90a"); needs nvcc, and no GPU.
+    """Compile every kernel of csrc/cuda for `arch` (such as "sm_90"); needs nvcc, and no GPU.
 
     Returns one dict per kernel with its name, its registers per thread, and its spills and static shared memory
     (smem) in bytes; or the reason why there is no answer. Raises RuntimeError when a file does not compile.
     """
-    nvcc = shutil.which("nvcc") or shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
+    nvcc = _nvcc()
     if nvcc is None:
         return "nvcc is not on PATH"
     sources = sorted(_CSRC.glob("cuda/*.cu"))
@@ -56,6 +56,13 @@ def resource_usage(arch: str) -> list[dict[str, Any]] | str:
     if len(kernels) != output.count("Compiling entry function"):
         raise RuntimeError(f"ptxas's output is not as expected:\n{output}")
     return kernels
+
+
+def _nvcc() -> str | None:
+    # in the build's order
+    home = os.environ.get("CUDA_HOME")
+    places = ["nvcc", "/usr/local/cuda/bin/nvcc"] if home is None else [f"{home}/bin/nvcc", "nvcc"]
+    return next(filter(None, map(shutil.which, places)), None)
 
 
 def _readable(symbol: str, nvcc: str) -> str:

@@ -29,6 +29,9 @@ _PACKAGES = (
     "flash-attn",
 )
 
+# a plain `pip install .` builds without torch, and so makes the pure wheel
+_HOW = "from a checkout, beside this torch: pip install --no-build-isolation .  (a C++ compiler; for CUDA nvcc as well)"
+
 
 def gather() -> dict[str, Any]:
     """Versions, devices, compiled parts, operators and environment, as plain data."""
@@ -73,7 +76,8 @@ def _compiled(part: str) -> dict[str, Any]:
         devices = map(torch.device, range(torch.cuda.device_count()))
         reason = next(filter(None, map(error_on, devices)), None)
     built = build_info().get("parts", {}).get(part, {})
-    return {"loaded": reason is None, "reason": reason, "built": built}
+    found = {"loaded": reason is None, "reason": reason, "built": built}
+    return found if built.get("built") else found | {"how": _HOW}
 
 
 def _operators() -> dict[str, dict[str, list[str]]]:
@@ -105,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  _C_{part:13} {'loaded' if c['loaded'] else c['reason']}")
         for key, value in c["built"].items():
             print(f"    {key:14} {value}")
+        if "how" in c:
+            print(f"    to build it    {c['how']}")
     print("operators (the first implementation without a reason against it runs)")
     for name, implementations in facts["operators"].items():
         print(f"  {name}")

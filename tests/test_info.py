@@ -24,3 +24,11 @@ def test_explain_takes_every_operator(capsys: pytest.CaptureFixture[str]) -> Non
     assert callable(mmfuse.explain)  # which no module of that name may replace
     printed = capsys.readouterr().out
     assert all(f"{name}\n" in printed for name in operators()) and printed.count("->") == len(operators())
+
+
+def test_info_says_how_to_get_what_was_not_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mmfuse.info.build_info", lambda: {"parts": {"cpu": {"built": False, "reason": "pure"}}})
+    main(["info"])
+    assert capsys.readouterr().out.count("pip install --no-build-isolation .") == 2

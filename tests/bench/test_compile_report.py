@@ -192,6 +192,23 @@ def test_exit_code_and_text(pretend, capsys):
     assert pretend(clean, csrc=[usage | {"spills": 0}], json=True) == 0
 
 
+def test_csrc_is_compiled_by_the_nvcc_of_the_build_for_plain_architectures(monkeypatch, tmp_path):
+    for folder in ("home/bin", "path"):
+        nvcc = tmp_path / folder / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert csrc_report._nvcc() == str(tmp_path / "home" / "bin" / "nvcc")
+    monkeypatch.delenv("CUDA_HOME")
+    assert csrc_report._nvcc() == str(tmp_path / "path" / "nvcc")
+
+    asked: list[str] = []
+    monkeypatch.setattr(csrc_report, "resource_usage", lambda arch: asked.append(arch) or [])
+    compile_report._csrc_rows(90, "")
+    assert asked == ["sm_90"]
+
+
 def reading(instructions: int, narrow: int = 0) -> Facts:
     """A kernel of so many instructions in a thread, which makes 128 logits."""
     code = sass.Reading(instructions, instructions, (), {"STG 2": narrow} if narrow else {"STG 16": 1}, narrow)
