@@ -129,8 +129,8 @@ def build_cuda(sources: list[str], out: str) -> dict[str, object]:
         "cuda": f"{major}.{minor}",
         "archs": archs,
         "ptx": ptx,
-        "driver": f"of CUDA {major} or later, as cudart is linked statically; for GPUs that only the PTX is for, of CUDA"
-        f" {major}.{minor} or later",
+        "driver": f"of CUDA {major} or later, as cudart is linked statically; for GPUs that only the PTX is for, of "
+        f"CUDA {major}.{minor} or later",
         "flags": " ".join(CUDA_FLAGS),
     }
 

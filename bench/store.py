@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import platform
-import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -18,13 +17,14 @@ import torch
 
 import mmfuse
 from mmfuse.bench.cases import Record
+from mmfuse.kernels._runtime.device import device_name, slug
 
 
 @functools.cache
 def environment(device: torch.device) -> Record:
     """What the numbers of this run depend on besides the code measured."""
     return {
-        "device": _device_name(device),
+        "device": device_name(device),
         "driver": _driver() if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -34,17 +34,6 @@ def environment(device: torch.device) -> Record:
         "mmfuse": mmfuse.__version__,
         "commit": commit(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    name = found[1].strip() if found else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _driver() -> str | None:
@@ -83,11 +72,6 @@ def stamped(records: Iterable[Record], device: torch.device) -> list[Record]:
 
 def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def slug(device: str) -> str:
-    """A device's name as a folder's, e.g. `NVIDIA_H200`."""
-    return re.sub(r"\W+", "_", device).strip("_")
 
 
 def append(folder: Path, suite: str, records: Sequence[Record]) -> Path:

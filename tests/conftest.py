@@ -13,6 +13,8 @@ from torch.utils._device import _device_constructors
 GPU = torch.cuda.is_available()
 if not GPU:  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# what the user has tuned does not count
+os.environ["MMFUSE_TUNED"] = ""
 
 
 from mmfuse.fused.acceleration.method import Fused  # noqa: E402

@@ -58,7 +58,9 @@ def test_code_prints_what_is_shown(page: str, package: str) -> None:
         [sys.executable, "-c", "\n".join([beside, *code])], capture_output=True, text=True, env=env, cwd=ROOT / "tests"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(shown)
+    # from which size on depends on the CPU
+    printed, shown = (re.sub(r"(fewer than) \d+", r"\1 N", text) for text in (done.stdout, "".join(shown)))
+    assert printed == shown
 
 
 def test_the_benchmarks_are_those_of_the_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

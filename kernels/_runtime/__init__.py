@@ -1,12 +1,13 @@
 """What every operator shares: its declaration, the choice of an implementation, device facts, checks, tuned tables."""
 
 from mmfuse.kernels._runtime.dispatch import UnsupportedError, use_backend
-from mmfuse.kernels._runtime.operator import Deferred, Implementation, Operator, chosen, explain, operators
+from mmfuse.kernels._runtime.operator import Deferred, Implementation, Operator, Size, chosen, explain, operators
 
 __all__ = [
     "Deferred",
     "Implementation",
     "Operator",
+    "Size",
     "UnsupportedError",
     "chosen",
     "explain",

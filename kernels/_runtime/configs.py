@@ -1,23 +1,61 @@
-"""Tuned launch settings: one table per operator family and GPU, `kernels/<family>/configs/<gpu>.json`.
+"""What was measured on a device: one table for each operator family and device.
 
-    {"arch": 90, "configs": {"stats/bfloat16/1024": {"BLOCK_M": 128, ..., "num_warps": 8, "num_stages": 3}}}
+    {
+      "arch": 90,                                       a GPU's, or of a CPU "threads" and the "bits" of a vector
+      "configs": {"stats/bfloat16/1024": {"BLOCK_M": 128, ..., "num_warps": 8, "num_stages": 3}},
+      "least": {"clip_loss/cpu/float32": 147456, "select_head/chunked": null, "clip_loss/cpu/bfloat16/256": 67108864}
+    }
 
-A key names a kernel and what it was tuned for; sizes are rounded up to a power of two, so that a new length never
-needs a new entry. Without an entry a kernel uses its defaults.
+`configs` are launch settings: a key names a kernel and what it was tuned for; sizes are rounded up to a power of two,
+so that a new length never needs a new entry. Without an entry a kernel uses its defaults.
+
+`least` says from which size on an implementation is taken (null: at none), by operator, implementation, kind (without
+it: of every kind) and the fewest columns that it holds for. What these are, an operator declares as its `Size`; a kind
+is a dtype as a rule. Without an entry an implementation is taken at any size.
+
+Tables ship as `kernels/<family>/configs/<device>.json`. The user's own, of `mmfuse tune`, lie below another folder in
+the same places; their entries come first. A CPU without a table takes that of another, with sizes in proportion to
+threads x bits: what a call costs beside its arithmetic is the same on both.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmfuse.kernels._runtime.device import gpu_name
+from mmfuse.kernels._runtime.device import device_name, slug, vector_bits
 
 _ROOT = Path(__file__).resolve().parents[1]
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+Table = dict[str, Any]
+Steps = tuple[tuple[int, int | None], ...]  # (columns, size from which on it is taken), from the most columns down
+
+# the implementations of each operator that has a size
+_declared: dict[str, list[str]] = {}
+
+
+def declare(operator: str, implementations: list[str]) -> None:
+    _declared[operator] = implementations
+
+
+def tuned_folder() -> Path | None:
+    """Where the user's own tables are; None with `MMFUSE_TUNED=""`: they are ignored."""
+    given = os.environ.get("MMFUSE_TUNED")
+    if given is None:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmfuse" / "tuned"
+    return Path(given) if given else None
+
+
+def path_of(root: Path, family: str, device: torch.device) -> Path:
+    return root / family / "configs" / f"{slug(device_name(device))}.json"
 
 
 def key(*parts: str | int) -> str:
@@ -26,14 +64,116 @@ def key(*parts: str | int) -> str:
 
 
 @cache
-def tables(family: str) -> dict[str, dict[str, Any]]:
-    """Every table shipped for a family, by GPU name."""
-    return {p.stem: json.loads(p.read_text()) for p in sorted(_ROOT.glob(f"{family}/configs/*.json"))}
+def tables(family: str) -> dict[str, Table]:
+    """Every table shipped for a family, by device."""
+    return {p.stem: read(p) for p in sorted(_ROOT.glob(f"{family}/configs/*.json"))}
 
 
 def tuned(family: str, device: torch.device, *parts: str | int) -> dict[str, int] | None:
     """The settings measured for this GPU, or None."""
-    found = tables(family)
-    if not found or device.type != "cuda":
+    return _entries(family, "configs", device).get(key(*parts)) if device.type == "cuda" else None
+
+
+def forget() -> None:
+    """Tables are read anew."""
+    for fn in (tables, _entries, _least):
+        fn.cache_clear()
+
+
+@torch.compiler.assume_constant_result
+def least(family: str, operator: str, implementation: str, device: torch.device, kind: str) -> Steps:
+    """From which size on an implementation is taken; empty: at any."""
+    return _least(family, operator, implementation, device, kind)
+
+
+@cache
+def _least(family: str, operator: str, implementation: str, device: torch.device, kind: str) -> Steps:
+    entries = _entries(family, "least", device) if device.type in ("cpu", "cuda") else {}
+    for name in (f"{operator}/{implementation}/{kind}", f"{operator}/{implementation}"):
+        columns = {k: k[len(name) + 1 :] or "0" for k in entries if k == name or k.startswith(f"{name}/")}
+        steps = [(int(n), entries[k]) for k, n in columns.items() if n.isdecimal()]
+        if steps:
+            return tuple(sorted(steps, reverse=True, key=lambda step: step[0]))
+    return ()
+
+
+@cache
+def _entries(family: str, kind: str, device: torch.device) -> dict[str, Any]:
+    """The entries of a kind for a device: the user's own before what ships, or in its place a model."""
+    shipped = tables(family)
+    table = shipped.get(slug(device_name(device)))
+    if table is None and device.type == "cpu":
+        table = _model(shipped)
+    folder = tuned_folder()
+    own = path_of(folder, family, device) if folder else None
+    return (table or {}).get(kind, {}) | (read(own).get(kind, {}) if own and own.exists() else {})
+
+
+def _model(shipped: Mapping[str, Table]) -> Table | None:
+    """The table of the CPU whose speed is nearest to this one's, in proportion."""
+    here = torch.get_num_threads() * vector_bits()
+    factors = {name: here / (t["threads"] * t["bits"]) for name, t in shipped.items() if "threads" in t}
+    if not factors:
         return None
-    return found.get(gpu_name(device.index or 0), {}).get("configs", {}).get(key(*parts))
+    name = min(factors, key=lambda n: abs(math.log(factors[n])))
+    sizes = shipped[name].get("least", {})
+    return {"least": {k: n and max(1, round(n * factors[name])) for k, n in sizes.items()}}
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Table:
+    """A table, checked.
+
+    Raises:
+        ValueError: it is none; the message names the file and the key.
+    """
+    try:
+        table = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} holds {type(table).__name__}, expected a table with {', '.join(_CHECKS)}")
+    for name, value in table.items():
+        if name not in _CHECKS:
+            raise ValueError(f"{path}: {name!r} is not known, expected some of {', '.join(_CHECKS)}")
+        if name not in ("configs", "least"):
+            _CHECKS[name](path, name, value)
+        elif not isinstance(value, dict):
+            raise ValueError(f"{path}: {name!r} is {value!r}, expected entries by key")
+        else:
+            for key_, entry in value.items():
+                _CHECKS[name](path, key_, entry)
+    return table
+
+
+def _number(path: Path, name: str, value: Any, none: str = "") -> None:
+    if value is None and none:
+        return
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{path}: {name!r} is {value!r}, expected an integer >= 0{none}")
+
+
+def _settings(path: Path, name: str, value: Any) -> None:
+    if not isinstance(value, dict) or not value or not all(type(v) is int and v > 0 for v in value.values()):
+        raise ValueError(f"{path}: {name!r} is {value!r}, expected launch settings such as {{'num_warps': 8}}")
+
+
+def _from_size(path: Path, name: str, value: Any) -> None:
+    operator, *more = name.split("/")
+    implementation, *more = more or [""]
+    if more and more[0].partition("-")[0] in _DTYPES:
+        del more[0]
+    if operator not in _declared:
+        what = f"{operator!r} is no operator that has a size"
+    elif implementation not in _declared[operator]:
+        what = f"{implementation!r} is none of its implementations {', '.join(_declared[operator])}"
+    elif len(more) > 1 or (more and not more[0].isdecimal()):
+        what = f"{'/'.join(more)!r} is neither a kind ({', '.join(_DTYPES)}) nor a number of columns"
+    else:
+        return _number(path, name, value, " or null")
+    raise ValueError(f"{path}: {name!r}: {what}, expected operator/implementation[/kind][/columns]")
+
+
+_CHECKS = {"arch": _number, "threads": _number, "bits": _number, "configs": _settings, "least": _from_size}

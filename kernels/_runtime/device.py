@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -36,9 +39,26 @@ def triton_missing() -> str | None:
 
 
 @once
-def gpu_name(index: int = 0) -> str:
-    """The GPU's name as a file name, e.g. `NVIDIA_H200`."""
-    return torch.cuda.get_device_name(index).replace(" ", "_")
+def device_name(device: torch.device) -> str:
+    """What a measurement on this device holds for, e.g. `NVIDIA H200` or `AMD EPYC, 2 threads`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    name = found[1].strip() if found else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def slug(device: str) -> str:
+    """A device's name as a file's, e.g. `NVIDIA_H200`."""
+    return re.sub(r"\W+", "_", device).strip("_")
+
+
+def vector_bits() -> int:
+    """Of this CPU's vectors, as torch uses them."""
+    return {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability(), 128)
 
 
 @once

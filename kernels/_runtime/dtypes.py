@@ -9,6 +9,11 @@ from torch import Tensor
 COMPILED = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype)[6:]
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of products, sums and statistics: float32, or float64 for float64."""
     return dtype if dtype == torch.float64 else torch.float32

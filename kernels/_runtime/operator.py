@@ -7,9 +7,10 @@
         fake=_fake,                  # the forward's outputs, empty
         differentiable=("image", "text", "scale"),
         implementations=[
-            Implementation("cpu", passes=..., prefer_eager=_few_pairs),
+            Implementation("cpu", passes=...),
             Implementation("torch", function=reference.clip_loss),
         ],
+        size=Size("pairs", lambda image, text: image.shape[0] * text.shape[0]),
         example=lambda x, **how: clip_loss(x, x, 1.0, **how),
     )
     CLIP(image, text, scale, ..., backend=None)
@@ -18,7 +19,7 @@ Every function of a declaration names what it looks at. The forward's parameters
 is a dataclass travels as its fields. The backward asks for arguments and outputs of the forward, and these are what is
 saved; for `g`, the gradient of the first output, or `g_<output>`; and for `<argument>_shape` of an argument that need
 not be saved. Both may ask for `passes`, what an implementation computes with, and `needs`, a flag for each
-differentiable argument. Reasons and preferences ask for the arguments that they depend on.
+differentiable argument. Reasons and the size ask for the arguments that they depend on.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import dispatch
+from mmfuse.kernels._runtime import configs, dispatch
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dispatch import UnsupportedError
+from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels._runtime.library import failure
 from mmfuse.kernels._runtime.reasons import against
 from mmfuse.kernels._runtime.registration import register, without_autocast
@@ -69,7 +72,6 @@ class Implementation:
         passes: what the operator's forward and backward compute with.
         function: in place of passes, a function of the operator's arguments that torch differentiates and traces.
         against: functions that say why it cannot run; None: it can.
-        prefer_eager: says why a later one is the better choice, unless this one is named.
         kernels: modules of the Triton kernels that it launches, if its passes are not deferred to one.
         traceable: the passes are launches and torch operations: where a GPU compiles them, torch.compile and
             AOTInductor take the kernels into their graph.
@@ -82,15 +84,32 @@ class Implementation:
         passes: Any = None,
         function: Callable[..., Any] | None = None,
         against: Sequence[Reason] = (),
-        prefer_eager: Reason | None = None,
         kernels: Sequence[str] = (),
         traceable: bool = False,
     ):
         self.name, self.passes, self.function, self.traceable = name, passes, function, traceable
-        self.against, self.prefer_eager = against, prefer_eager
+        self.against = against
         deferred = passes.module if isinstance(passes, Deferred) else None
         self.kernels = tuple(kernels) or ((deferred,) if deferred else ())
         self.op: Any = None  # as registered with torch, where there are passes
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a call is: by it, tables of what was measured say whether an implementation pays (`configs.py`).
+
+    Args:
+        unit: what is counted.
+        of: how many. None: whatever a table says, no implementation steps aside for another.
+        kind: what the least size is of, a dtype's name, or one with more after a hyphen, "float32-ids"; by default the
+            dtype of the argument that decides.
+        columns: what the least size depends on besides.
+    """
+
+    unit: str
+    of: Callable[..., int | None]
+    kind: Callable[..., str] | None = None
+    columns: Callable[..., int] | None = None
 
 
 class Operator:
@@ -105,6 +124,7 @@ class Operator:
         also: other public functions that come to it, each with its example.
         on: the argument whose device and dtype decide, or a function that finds it; by default the first tensor.
         instead: outputs for which, where they are empty, an argument stands: {"x": "image"}.
+        size: by which implementations step aside for a later one, as tables have it.
     """
 
     def __init__(
@@ -120,6 +140,7 @@ class Operator:
         also: Mapping[str, Callable[..., Any]] | None = None,
         on: str | Callable[..., Tensor] | None = None,
         instead: Mapping[str, str] | None = None,
+        size: Size | None = None,
     ):
         self.name, self.backward = name, backward
         self.examples: dict[str, Any] = {name: example} | dict(also or {})
@@ -143,14 +164,18 @@ class Operator:
         self.implementations = {i.name: i for i in implementations}
         self._run: dict[str, Callable[[Sequence[Any]], Any]] = {}
         self._reasons: dict[str, list[Callable[[Sequence[Any]], Any]]] = {}
-        self._prefer: dict[str, Callable[[Sequence[Any]], Any]] = {}
         for i in implementations:
             self._run[i.name] = register(self, i) if i.function is None else asking(i.function, names)
             self._reasons[i.name] = [asking(reason, names) for reason in i.against]
-            if i.prefer_eager is not None:
-                self._prefer[i.name] = asking(i.prefer_eager, names)
         # where its public function stands, too
         self._module, self._told = (example or forward).__module__, set[str]()
+        self.family = self._module.removeprefix("mmfuse.kernels.").split(".")[0]
+        self.unit = size and size.unit
+        if size is not None:
+            self._size = asking(size.of, names)
+            self._kind = asking(size.kind, names) if size.kind else lambda args: dtype_name(self._on(args).dtype)
+            self._columns = asking(size.columns, names) if size.columns else lambda args: 0
+            configs.declare(name, [i.name for i in implementations])
         if not name.startswith("_"):
             _OPERATORS.update(dict.fromkeys(self.examples, self))
 
@@ -177,7 +202,7 @@ class Operator:
                 raise self._unsupported({name: why})
             return name
         for i in self.implementations:
-            if not (against(i, x) or self._other_reasons(i, args) or self._prefers_eager(i, args)):
+            if not (against(i, x) or self._other_reasons(i, args) or self._better(i, args)):
                 # logging would break a graph
                 if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.INFO):
                     self._tell(i, args)
@@ -195,11 +220,28 @@ class Operator:
     def _other_reasons(self, name: str, args: Sequence[Any]) -> list[str]:
         return [why for ask in self._reasons[name] if (why := ask(args)) is not None]
 
-    def _prefers_eager(self, name: str, args: Sequence[Any]) -> list[str]:
+    def _better(self, name: str, args: Sequence[Any]) -> list[str]:
+        """Why a later implementation is the better choice, unless this one is named."""
         if name == "triton" and INTERPRET:
             return ["Triton's interpreter runs only where it is named"]
-        why = self._prefer[name](args) if name in self._prefer else None
+        if self.unit is None:
+            return []
+        why = self.aside(name, self._on(args).device, *self.measured(args))
         return [] if why is None else [why]
+
+    def measured(self, args: Sequence[Any]) -> tuple[int | None, str, int]:
+        """(size, kind, columns) of a call, by which a table says whether an implementation pays."""
+        return self._size(args), self._kind(args), self._columns(args)
+
+    def aside(self, name: str, device: torch.device, size: int | None, kind: str, columns: int = 0) -> str | None:
+        """Why calls of this size are not for an implementation."""
+        # a dynamic size is not worth a graph for each side
+        for fewest, least in configs.least(self.family, self.name, name, device, kind) if isinstance(size, int) else ():
+            if columns >= fewest:
+                if least is None:
+                    return f"a later one is faster in {kind}"
+                return f"a later one is faster for fewer than {least} {self.unit} in {kind}" if size < least else None
+        return None
 
     def reasons_against(self, name: str, args: Sequence[Any]) -> list[str]:
         """Why an implementation cannot run for these arguments."""
@@ -207,7 +249,7 @@ class Operator:
 
     def explain(self, args: Sequence[Any]) -> dict[str, list[str]]:
         """Each implementation's reasons not to run for these arguments, in order of preference."""
-        return {i: self.reasons_against(i, args) or self._prefers_eager(i, args) for i in self.implementations}
+        return {i: self.reasons_against(i, args) or self._better(i, args) for i in self.implementations}
 
     def available(self, args: Sequence[Any]) -> list[str]:
         """The implementations that run for these arguments when they are named."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import check, check_range, integers, one_of, require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.codebook import blocked, reference
@@ -43,10 +43,10 @@ def _double(z: Tensor) -> str | None:
     return "dtype is torch.float64" if z.dtype == torch.float64 else None
 
 
-def _implementations(prefer: Any = None, **of_torch: Any) -> list[Implementation]:
+def _implementations(**of_torch: Any) -> list[Implementation]:
     return [
         Implementation("triton", passes=_KERNEL, against=[_double]),
-        Implementation("cpu", passes=_COMPILED, prefer_eager=prefer),
+        Implementation("cpu", passes=_COMPILED),
         Implementation("chunked", passes=blocked),
         Implementation("torch", **of_torch),
     ]
@@ -71,20 +71,17 @@ def _search(
 _PACKED_AT_ONCE = {torch.float32: 1 << 20, torch.float16: 1 << 20, torch.bfloat16: 1 << 18}
 
 
-def _wide_codes(z: Tensor, weight: Tensor) -> str | None:
-    (n, d), k = z.shape, weight.shape[0]
-    if k * d < _PACKED_AT_ONCE[z.dtype]:
-        return None
-    if z.dtype == torch.bfloat16 and (d >= 512 or n < 2 * d):
-        return "chunked multiplies bfloat16 at twice the speed"
-    return "chunked does not pack the codes, which takes longer than few rows" if n < min(d, 512) else None
+def _rows(z: Tensor, weight: Tensor) -> int | None:
+    return None if weight.numel() < _PACKED_AT_ONCE.get(z.dtype, 0) else z.shape[0]
 
 
 NEAREST = Operator(
     "nearest_code",
     forward=_search,
     fake=lambda z: z.new_empty(z.shape[:1], dtype=torch.int64),
-    implementations=_implementations(_wide_codes, function=reference.code_argmax),
+    implementations=_implementations(function=reference.code_argmax),
+    # "chunked" does not pack the codes, which takes longer than few rows, and it multiplies bfloat16 at twice the speed
+    size=Size("rows", _rows, columns=lambda z: z.shape[1]),
     example=lambda x, **how: nearest_code(x, x, **how),  # type: ignore[has-type]
     also={"linear_argmax": lambda x, **how: linear_argmax(x, x, **how)},  # type: ignore[has-type]
 )
@@ -177,6 +174,9 @@ def _rows_and_codes(z: Tensor, codebook: Tensor, names: tuple[str, str] = ("z", 
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
+_NUMBERS = Size("numbers", lambda z: z.numel())
+
+
 class Statistics(NamedTuple):
     counts: Tensor  # [K]
     sums: Tensor  # [K, D]
@@ -196,6 +196,7 @@ STATISTICS = Operator(
     forward=_statistics,
     fake=_statistics_fake,
     implementations=_implementations(passes=reference),
+    size=_NUMBERS,
     example=lambda x, **how: code_statistics(x, torch.arange(len(x), device=x.device), len(x), **how),  # type: ignore[has-type]
 )
 
@@ -281,6 +282,7 @@ QUANTIZE = Operator(
     fake=_assign_fake,
     differentiable=("z", "codebook"),
     implementations=_implementations(function=reference.assign),
+    size=_NUMBERS,
     example=lambda x, **how: vector_quantize(x, x, **how),
 )
 

@@ -39,11 +39,10 @@ TEMPLATE = {
 
 
 def of_template(
-    function: Callable[..., Any], prefer_eager: Mapping[str, Any], against: Mapping[str, Sequence[Any]] | None = None
+    function: Callable[..., Any], against: Mapping[str, Sequence[Any]] | None = None
 ) -> list[Implementation]:
     """Those over the template, with their reasons by name, and torch's: `function`."""
     fused = [
-        Implementation(name, passes=passes, against=(against or {}).get(name, ()), prefer_eager=prefer_eager.get(name))
-        for name, passes in TEMPLATE.items()
+        Implementation(name, passes=passes, against=(against or {}).get(name, ())) for name, passes in TEMPLATE.items()
     ]
     return [*fused, Implementation("torch", function=function)]

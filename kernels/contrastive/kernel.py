@@ -1027,7 +1027,7 @@ def shipped(kernel: str) -> Iterator[tuple[torch.dtype, str, dict[str, int], tup
             archs = tuple(arch for arch in (80, 90, 100) if (arch // 10 if arch // 10 in by_arch else 8) == major)
             yield dtype, precision, tiles[kernel], archs
     for table in configs.tables("contrastive").values():
-        for key, tile in table["configs"].items():
+        for key, tile in table.get("configs", {}).items():
             tuned, name, _ = key.split("/")
             name, _, precision = name.partition("-")
             if tuned == kernel:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Operator
+from mmfuse.kernels._runtime import Operator, Size
 from mmfuse.kernels._runtime.arguments import one_of, require_integer, scalar
 from mmfuse.kernels._runtime.device import total_memory
-from mmfuse.kernels._runtime.thresholds import few_pairs, fewer_pairs
+from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, ids_of_sides, needs_gradient, positives, weights_of
 from mmfuse.kernels.contrastive.backends import of_template
@@ -34,6 +33,8 @@ _SAVES = get_args(Save)
 _OPERATIONS_PER_BYTE = 300
 
 _NONE = torch.empty(0)
+
+PAIRS = Size("pairs", lambda image, text: image.shape[0] * text.shape[0], columns=lambda image: image.shape[1])
 
 
 # --- CLIP: softmax over rows and columns ----------------------------------------------------------------------------
@@ -204,21 +205,6 @@ def _clip_reference(
     return ClipOutputs(loss, *(reference.statistics(s.detach(), want.row_offset) if sum_all else ()))
 
 
-# on a CPU, eager is faster for fewer than side x side pairs: its small products are over before the blocks have begun,
-# and it multiplies in bfloat16, which newer processors do at twice the speed. Measured on 2 cores with AVX-512 BF16
-CLIP_SIDES = {torch.float32: 384, torch.float64: 384, torch.bfloat16: 2048}
-_IDS_SIDES = {
-    "cpu": {torch.float32: 512, torch.float64: 512, torch.bfloat16: 2048},
-    # in plain torch: about as fast as eager, in less memory, where eager's matrices leave the cache
-    "chunked": {torch.float32: 2048, torch.float64: 2048, torch.bfloat16: 4096},
-}
-
-
-def _few_pairs(backend: str, image: Tensor, text: Tensor, want: Targets) -> str | None:
-    sides = CLIP_SIDES if want.text_ids is None else _IDS_SIDES[backend]
-    return fewer_pairs(sides, image, image.shape[0] * text.shape[0])
-
-
 CLIP = Operator(
     "clip_loss",
     forward=_clip_forward,
@@ -228,9 +214,9 @@ CLIP = Operator(
     instead={"x": "image", "y": "text"},
     implementations=of_template(
         _clip_reference,
-        prefer_eager={name: partial(_few_pairs, name) for name in ("cpu", "chunked")},
         against={"cuda": [lambda want: None if want.text_ids is None else "ids are given"]},
     ),
+    size=replace(PAIRS, kind=lambda image, want: dtype_name(image.dtype) + "-ids" * (want.text_ids is not None)),
     example=lambda x, **how: clip_loss(x, x, 1.0, **how),
 )
 
@@ -401,21 +387,14 @@ def _siglip_backward(
     return {"image": d_image, "text": d_text, "scale": g * d_scale, "bias": g * d_bias}
 
 
-SIGLIP_SIDES = {
-    "cpu": {torch.float32: 640, torch.float64: 640, torch.bfloat16: 2048},
-    "chunked": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384},
-}
-
 SIGLIP = Operator(
     "siglip_loss",
     forward=_siglip_forward,
     backward=_siglip_backward,
     fake=_siglip_fake,
     differentiable=("image", "text", "scale", "bias"),
-    implementations=of_template(
-        lambda **given: SiglipOutputs(reference.siglip_loss(**given)),
-        prefer_eager={name: few_pairs(sides) for name, sides in SIGLIP_SIDES.items()},
-    ),
+    implementations=of_template(lambda **given: SiglipOutputs(reference.siglip_loss(**given))),
+    size=PAIRS,
     example=lambda x, **how: siglip_loss(x, x, 1.0, **how),
 )
 

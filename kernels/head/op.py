@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import autocast, check, check_range, integers, norm_of, scalar
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, autocast_is_on
 from mmfuse.kernels.head import blocked, reference
@@ -50,10 +50,6 @@ def _wide(x: Tensor) -> str | None:
     return f"D is {x.shape[-1]}: a program holds rows of at most {_WIDEST}" if x.shape[-1] > _WIDEST else None
 
 
-def _on_a_cpu(x: Tensor) -> str | None:
-    return "on a CPU torch's own passes over the selected rows are as fast" if x.device.type == "cpu" else None
-
-
 SELECT_HEAD = Operator(
     "select_head",
     forward=_forward,
@@ -63,9 +59,10 @@ SELECT_HEAD = Operator(
     implementations=[
         Implementation("cuda", passes=blocked.CompiledPasses, against=[_mixed]),
         Implementation("triton", passes=Deferred("mmfuse.kernels.head.kernel"), against=[_wide], traceable=True),
-        Implementation("chunked", passes=blocked.TorchPasses, prefer_eager=_on_a_cpu),
+        Implementation("chunked", passes=blocked.TorchPasses),
         Implementation("torch", function=lambda x, head: (reference.select_head(x, head),)),
     ],
+    size=Size("numbers", lambda x: x.shape[0] * x.shape[2]),
     example=lambda x, **how: select_head(x.unsqueeze(1), 0, (None, None, 1e-6), x, **how),
 )
 

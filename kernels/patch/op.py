@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import autocast_dtype, check
 from mmfuse.kernels._runtime.device import triton_missing
 from mmfuse.kernels._runtime.dispatch import forced_backend
+from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.patch import blocked, reference
 from mmfuse.kernels.patch.arguments import Norm, channel_values, check_dtype, check_source, norm, vector
@@ -53,29 +54,8 @@ def _no_bytes(stem: Stem) -> str | None:
     return triton_missing()
 
 
-# on a CPU, eager is faster for fewer than this many multiplications: folding the weight and reading it again are no
-# longer small beside the product; and it multiplies in bfloat16, which newer processors do at twice the speed. Measured
-# on 2 cores with AVX-512 BF16
-_EAGER_PRODUCTS = {"cpu": 400_000_000, "chunked": 2_000_000_000}
-_EAGER_CONVOLUTION = 3_000_000_000  # with nothing to add to it
-
-
-def _few_products(backend: str, stem: Stem) -> str | None:
-    if stem.pixels.device.type != "cpu":
-        return None
-    if stem.compute == torch.bfloat16:
-        return "eager multiplies bfloat16 at twice the speed"
-    few, (b, _, n) = _products(backend, stem.bare), stem.shape
-    products = b * n * stem.weight.numel()
-    # a dynamic batch is not worth a graph for each side
-    if not isinstance(products, int) or stem.compute == torch.float16 or products >= few:
-        return None
-    return f"eager is faster for fewer than {few // 1_000_000} million products"  # torch.compile knows no {:g}
-
-
-def _products(backend: str, bare: bool) -> int:
-    few = _EAGER_PRODUCTS[backend]
-    return max(few, _EAGER_CONVOLUTION) if bare and few else few
+def _kind(compute: torch.dtype, bare: bool) -> str:
+    return dtype_name(compute) + "-bare" * bare
 
 
 def steps_aside(pixels: Any, weight: Tensor, bare: bool = False) -> bool:
@@ -95,11 +75,9 @@ def steps_aside(pixels: Any, weight: Tensor, bare: bool = False) -> bool:
     compute = weight.dtype
     if torch.is_autocast_enabled("cpu") and compute != torch.float64:
         compute = torch.get_autocast_dtype("cpu")
-    if compute == torch.bfloat16:
-        return True
     products = pixels.numel() * weight.shape[0]  # of patches that tile the images
-    few = _products("cpu" if load("cpu") is None else "chunked", bare)
-    return isinstance(products, int) and compute != torch.float16 and products < few
+    name = "cpu" if load("cpu") is None else "chunked"
+    return PATCH_EMBED.aside(name, pixels.device, products, _kind(compute, bare)) is not None
 
 
 def _example(x: Tensor, **how: Any) -> Tensor:
@@ -121,13 +99,12 @@ PATCH_EMBED = Operator(
         Implementation(
             "cpu",
             passes=Deferred(partial(_blocks, lambda: blocked.compiled_tile(torch.ops.mmfuse_cpu))),
-            prefer_eager=partial(_few_products, "cpu"),
         ),
-        Implementation(
-            "chunked", passes=_blocks(lambda: blocked.TorchTile), prefer_eager=partial(_few_products, "chunked")
-        ),
+        Implementation("chunked", passes=_blocks(lambda: blocked.TorchTile)),
         Implementation("torch", function=reference.patch_embed),
     ],
+    # eager multiplies bfloat16 at twice the speed on newer processors
+    size=Size("products", lambda stem: stem.products, kind=lambda stem: _kind(stem.compute, stem.bare)),
     example=_example,
 )
 

@@ -58,6 +58,11 @@ class Stem:
         object.__setattr__(self, "still", still)
 
     @property
+    def products(self) -> int:
+        b, _, n = self.shape
+        return b * n * self.weight.numel()
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(B, R, N) of the tokens: prefix rows and patches that are computed."""
         patches = self.geometry.patches if self.ids_keep is None else self.ids_keep.shape[1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import check, check_range, require_integer
 from mmfuse.kernels._runtime.device import shared_memory
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
@@ -52,6 +52,7 @@ FARTHEST = Operator(
         Implementation("cuda", passes=_PASSES["cuda"], against=[_many_points]),
         *_implementations("cpu", "chunked", "torch"),
     ],
+    size=Size("distances", lambda points, k: points.shape[0] * points.shape[1] * k),
     example=lambda x, **how: farthest_points(x[None, :, :3], 1, **how),  # type: ignore[has-type]
 )
 
@@ -119,11 +120,7 @@ def _many_clouds(points: Tensor) -> str | None:
     return f"{b} clouds, more than the {_MOST_CLOUDS} of a launch" if points.is_cuda and b > _MOST_CLOUDS else None
 
 
-def _few_distances(query: Tensor, points: Tensor) -> str | None:
-    if points.device.type != "cpu" or query.shape[0] * query.shape[1] * points.shape[1] >= 1 << 13:
-        return None
-    return "the whole matrix is faster for fewer than 8192 distances"
-
+_DISTANCES = Size("distances", lambda query, points: query.shape[0] * query.shape[1] * points.shape[1])
 
 NEAREST = Operator(
     "nearest_neighbors",
@@ -136,9 +133,10 @@ NEAREST = Operator(
             "triton", passes=Deferred("mmfuse.kernels.points.kernel"), against=[_many_neighbours, _many_clouds]
         ),
         Implementation("cpu", passes=_PASSES["cpu"]),
-        Implementation("chunked", passes=blocked, prefer_eager=_few_distances),
+        Implementation("chunked", passes=blocked),
         Implementation("torch", passes=reference),
     ],
+    size=_DISTANCES,
     example=lambda x, **how: nearest_neighbors(x[None, :, :3], x[None, :, :3], 1, **how),  # type: ignore[has-type]
 )
 
@@ -179,6 +177,7 @@ BALL = Operator(
         Implementation("cuda", passes=_PASSES["cuda"], against=[_many_clouds]),
         *_implementations("cpu", "chunked", "torch"),
     ],
+    size=_DISTANCES,
     example=lambda x, **how: ball_query(x[None, :, :3], x[None, :, :3], 1, 1.0, **how),  # type: ignore[has-type]
 )
 
@@ -232,6 +231,7 @@ GROUP = Operator(
     fake=lambda features, index: features.new_empty(*index.shape, features.shape[2]),
     differentiable=("features",),
     implementations=_implementations("cuda", "cpu", "torch"),
+    size=Size("numbers", lambda features, index: index.numel() * features.shape[2]),
     example=lambda x, **how: group_points(
         x.unsqueeze(0), torch.zeros(1, 1, 1, dtype=torch.int64, device=x.device), **how
     ),

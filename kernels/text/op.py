@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import check, check_range, norm_of, real, require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.text import blocked, reference
@@ -19,8 +19,6 @@ WORDS: dict[str, Any] = {"triton": Deferred("mmfuse.kernels.text.kernel"), "chun
 
 # the widest row that a program of the GPU's kernels holds
 _WIDEST = 16384
-# measured on 2 cores
-_EAGER_ELEMENTS = 1 << 20
 
 
 class Outputs(NamedTuple):
@@ -51,13 +49,6 @@ def too_wide(words: Words) -> str | None:
     return f"D is {d}: a program holds rows of at most {_WIDEST}" if d > _WIDEST else None
 
 
-def _few_numbers(words: Words) -> str | None:
-    numbers = math.prod(words.shape)
-    # a dynamic batch is not worth a graph for each side
-    few = words.table.device.type == "cpu" and isinstance(numbers, int) and numbers < _EAGER_ELEMENTS
-    return f"eager is faster for fewer than {_EAGER_ELEMENTS} numbers on a CPU" if few else None
-
-
 EMBED_TEXT = Operator(
     "embed_text",
     forward=_forward,
@@ -67,9 +58,10 @@ EMBED_TEXT = Operator(
     on=lambda words: words.table,
     implementations=[
         Implementation("triton", passes=WORDS["triton"], against=[too_wide], traceable=True),
-        Implementation("chunked", passes=WORDS["chunked"], prefer_eager=_few_numbers),
+        Implementation("chunked", passes=WORDS["chunked"]),
         Implementation("torch", function=lambda words: (reference.embed_text(words),)),
     ],
+    size=Size("numbers", lambda words: math.prod(words.shape)),
     example=lambda x, **how: embed_text(torch.zeros(1, len(x), dtype=torch.int64, device=x.device), x, **how),
 )
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime import Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import PIXELS, check
+from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels.patch import PATCH_EMBED, Stem, stem_of
 from mmfuse.kernels.text import blocked, reference
 from mmfuse.kernels.text.blocked import Words
@@ -65,8 +66,7 @@ def _implementation(name: str) -> Implementation:
     )
     against: list[Any] = [partial(_of_patches, name), *([too_wide] if on_gpu else [])]
     kernels = [*PATCH_EMBED.implementations[name].kernels, WORDS["triton"].module] if name == "triton" else []
-    prefer_eager = PATCH_EMBED.implementations[name].prefer_eager
-    return Implementation(name, passes=passes, against=against, prefer_eager=prefer_eager, kernels=kernels)
+    return Implementation(name, passes=passes, against=against, kernels=kernels)
 
 
 def _example(x: Tensor, **how: Any) -> Tensor:
@@ -87,6 +87,7 @@ EMBED_PAIR = Operator(
         *map(_implementation, ("cuda", "triton", "cpu", "chunked")),
         Implementation("torch", function=_reference),
     ],
+    size=Size("products", lambda stem: stem.products, kind=lambda stem: dtype_name(stem.compute)),
     example=_example,
 )
 

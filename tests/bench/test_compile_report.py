@@ -330,8 +330,8 @@ def test_tuned_tables(tmp_path, monkeypatch):
     table = {"arch": 90, "configs": {"stats/bfloat16/1024": tile}}
     (folder / "NVIDIA_H200.json").write_text(json.dumps(table))
     monkeypatch.setattr(configs, "_ROOT", tmp_path)
-    monkeypatch.setattr(configs, "gpu_name", lambda index: "NVIDIA_H200")
-    configs.tables.cache_clear()
+    monkeypatch.setattr(configs, "device_name", lambda device: {"cuda": "NVIDIA H200"}.get(device.type, "a CPU"))
+    configs.forget()
     try:
         gpu = torch.device("cuda", 0)
         assert configs.tuned("contrastive", gpu, "stats", "bfloat16", 768) == tile
@@ -342,7 +342,7 @@ def test_tuned_tables(tmp_path, monkeypatch):
         names = ("bf16", "bf16 odd D", "bf16 int16", "bf16 int16 odd N", "bf16 keyed int16")
         assert {s.variant for s in tuned} == set(names)
     finally:
-        configs.tables.cache_clear()
+        configs.forget()
 
 
 def test_a_key_rounds_sizes_up():

@@ -18,6 +18,7 @@ from mmfuse.fused.points import (
     PointBertGroup,
     PointPatchEmbed,
 )
+from mmfuse.kernels._runtime import configs
 from mmfuse.kernels.points import farthest_points
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,8 +76,6 @@ def published_p3(m: P3Embed, p: Tensor, x: Tensor) -> Tensor:
     return x
 
 
-# so that few points take the fused path too
-NEVER_ASIDE = {backend: {torch.float32: 0, torch.float64: 0} for backend in ("cpu", "chunked")}
 PUBLISHED = {PointPatchEmbed: published_patch, P3Embed: published_p3}
 OPTIONS: list[tuple[type, dict[str, Any]]] = [
     (PointPatchEmbed, {"feature_type": "dp", "channels": [7, 5, 8]}),
@@ -136,7 +135,7 @@ def results(cls: type, options: dict[str, Any], training: bool, dtype: torch.dty
 def test_the_published_forward(
     cls: type, options: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmfuse.kernels.points.pointnet.op._EAGER_PRODUCTS", NEVER_ASIDE)
+    monkeypatch.setattr(configs, "least", lambda *_: ())
     got, expected, _ = results(cls, options, training, torch.float64)
     assert list(got) == list(expected)
     for name, value in expected.items():
@@ -150,7 +149,7 @@ def test_the_published_forward(
 def test_float32(training: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the rule for tolerance: the layers one after another, as for so few points on a CPU, and fused."""
     if fused:
-        monkeypatch.setattr("mmfuse.kernels.points.pointnet.op._EAGER_PRODUCTS", NEVER_ASIDE)
+        monkeypatch.setattr(configs, "least", lambda *_: ())
     # the layers one after another have eager's own errors: of these, few draws have most
     draws = [results(*OPTIONS[1], training, torch.float32) for _ in range(12 if fused else 100)]
     for name in draws[0][0]:
@@ -220,7 +219,7 @@ def test_wrong_options() -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_point_bert(training: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if fused:
-        monkeypatch.setattr("mmfuse.kernels.points.pointnet.op._EAGER_PRODUCTS", NEVER_ASIDE)
+        monkeypatch.setattr(configs, "least", lambda *_: ())
     points = torch.randn(2, 60, 3, device=DEVICE)
     neighbourhood, centre = PointBertGroup(7, 6)(points)
     assert torch.equal(centre, points.gather(1, farthest_points(points, 7)[..., None].expand(-1, -1, 3)))
@@ -247,7 +246,7 @@ def test_point_bert(training: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
 
 def test_point_bert_in_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter gets a gradient, for which DistributedDataParallel waits; SyncBatchNorm keeps its statistics."""
-    monkeypatch.setattr("mmfuse.kernels.points.pointnet.op._EAGER_PRODUCTS", NEVER_ASIDE)
+    monkeypatch.setattr(configs, "least", lambda *_: ())
     m, groups = PointBertEncoder(16).to(DEVICE), torch.randn(2, 7, 6, 3, device=DEVICE)
     m(groups).sum().backward()
     assert all(p.grad is not None for p in m.parameters())

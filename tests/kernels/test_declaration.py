@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mmfuse
 from mmfuse import UnsupportedError
-from mmfuse.kernels._runtime import Implementation, Operator, chosen, explain, operators
+from mmfuse.kernels._runtime import Implementation, Operator, Size, chosen, configs, explain, operators
 from mmfuse.kernels._runtime.operator import reached
 from registered import opcheck, registered
 
@@ -84,10 +84,10 @@ LINE = Operator(
             "chunked",
             passes=PASSES,
             against=[lambda line: "power is 0" if line.power == 0 else None],
-            prefer_eager=lambda x: "one row" if len(x) == 1 else None,
         ),
         Implementation("torch", function=lambda x, line, scale: Outputs(x * line.a**line.power * scale, x.sum(), x)),
     ],
+    size=Size("rows", lambda x: len(x)),
 )
 
 
@@ -181,8 +181,9 @@ def test_autocast_is_off_inside() -> None:
     assert seen == [False]
 
 
-def test_the_choice(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_choice(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     x, a, _ = leaves()
+    monkeypatch.setattr(configs, "least", lambda *of: ((0, 2),) if "chunked" in of else ())
     assert chosen(lambda: line(x, a, backend=None)) == "chunked"
     assert chosen(lambda: line(x[:1], a, backend=None)) == "torch"
     assert chosen(lambda: line(x[:1], a, backend="chunked")) == "chunked"
@@ -209,7 +210,7 @@ def test_a_function_that_asks_for_what_is_not_there() -> None:
 def test_explain_takes_the_arguments_of_the_call() -> None:
     x = torch.randn(600, 8)
     table = explain(mmfuse.clip_loss, x, x, 14.3, ids=torch.arange(600) // 2)
-    assert "chunked  eager is faster for fewer than 2048 x 2048 pairs in float32" in table
+    assert "chunked  a later one is faster for fewer than 4194304 pairs in float32-ids" in table
     assert explain("clip_loss", x, x, 14.3).startswith("clip_loss\n")
     # what a public function consists of
     assert "\n ->" in explain(mmfuse.kernels.contrastive.matryoshka_clip_loss, x, x, 14.3, [4, 8])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import check, multiplier, require_integer
-from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, pairs, weights_of
 from mmfuse.kernels.contrastive.backends import over_tiles
@@ -124,17 +122,6 @@ def _backward(
     return grads
 
 
-# on a CPU, eager is faster for fewer than side x side pairs, as for CLIP's loss
-_SIDES = {
-    "cpu": {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 2048},
-    "chunked": {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096},
-}
-
-
-def _few_pairs(backend: str, given: Models) -> str | None:
-    return few_pairs(_SIDES[backend])(given.image, given.text)
-
-
 _TILED = over_tiles(blocked, "stats", "grad", "teacher_grad")
 
 DISTILL = Operator(
@@ -146,10 +133,15 @@ DISTILL = Operator(
     differentiable=("image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale"),
     implementations=[
         Implementation("triton", passes=Deferred("mmfuse.kernels.contrastive.distill.kernel")),
-        Implementation("cpu", passes=_TILED["cpu"], prefer_eager=partial(_few_pairs, "cpu")),
-        Implementation("chunked", passes=_TILED["chunked"], prefer_eager=partial(_few_pairs, "chunked")),
+        Implementation("cpu", passes=_TILED["cpu"]),
+        Implementation("chunked", passes=_TILED["chunked"]),
         Implementation("torch", function=lambda given: reference.distill_loss(**vars(given))),
     ],
+    size=Size(
+        "pairs",
+        lambda given: given.image.shape[0] * given.text.shape[0],
+        columns=lambda given: given.image.shape[1],
+    ),
     example=lambda x, **how: distill_clip_loss(x, x, 1.0, x, x, 1.0, **how),
 )
 

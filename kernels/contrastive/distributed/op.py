@@ -10,11 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Implementation, Operator, UnsupportedError
+from mmfuse.kernels._runtime import Implementation, Operator, Size, UnsupportedError
 from mmfuse.kernels._runtime.arguments import check, one_of, scalar
 from mmfuse.kernels._runtime.dispatch import forced_backend
 from mmfuse.kernels._runtime.registration import differentiable_once, without_autocast
-from mmfuse.kernels._runtime.thresholds import fewer_pairs
 from mmfuse.kernels.contrastive import op
 from mmfuse.kernels.contrastive.arguments import features, needs_gradient, weights_of
 from mmfuse.kernels.contrastive.backends import TEMPLATE
@@ -35,30 +34,20 @@ GradScale = Literal["open_clip", "true"]
 DistImpl = Literal["bidir", "shift", "reduce", "gather"]
 
 
-# on a CPU, eager is faster for fewer than side x side pairs (the most rows of a rank times all ranks' rows): measured
-# with 2 ranks on 2 cores in float32; the 16-bit dtypes and SigLIP in plain torch as in one process
-_CLIP_SIDES = dict.fromkeys(("cpu", "chunked"), {torch.float32: 640, torch.float64: 640, torch.bfloat16: 2048})
-_SIGLIP_SIDES = {
-    "cpu": {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 2048},
-    "chunked": op.SIGLIP_SIDES["chunked"],
-}
-
-
-def _implementations(
-    fused: Callable[..., Tensor], plain: Callable[..., Tensor], sides: dict[str, dict[torch.dtype, int]]
-) -> list[Implementation]:
-    def few_pairs(name: str, image: Tensor, peers: Peers | None) -> str | None:
-        return None if peers is None else fewer_pairs(sides[name], image, max(peers.sizes) * peers.total)
-
-    prefer = {name: partial(few_pairs, name) for name in sides}
+def _implementations(fused: Callable[..., Tensor], plain: Callable[..., Tensor]) -> list[Implementation]:
     kernels = {"triton": [TEMPLATE["triton"].module]}
     implementations = [
-        Implementation(
-            name, function=partial(fused, name), prefer_eager=prefer.get(name), kernels=kernels.get(name, ())
-        )
-        for name in TEMPLATE
+        Implementation(name, function=partial(fused, name), kernels=kernels.get(name, ())) for name in TEMPLATE
     ]
     return [*implementations, Implementation("torch", function=plain)]
+
+
+def _pairs(peers: Peers | None) -> int | None:
+    return None if peers is None else max(peers.sizes) * peers.total
+
+
+# the most rows of a rank times all ranks' rows
+_SIZE = Size("pairs", _pairs, columns=lambda image: image.shape[1])
 
 
 def _nonzero(number: Tensor) -> Tensor:
@@ -192,7 +181,8 @@ def _fused_clip(backend: str, image: Tensor, text: Tensor, scale: Tensor, peers:
 DISTRIBUTED_CLIP: Operator = Operator(
     "distributed_clip_loss",
     forward=reference.clip_loss,
-    implementations=_implementations(_fused_clip, reference.clip_loss, _CLIP_SIDES),
+    implementations=_implementations(_fused_clip, reference.clip_loss),
+    size=_SIZE,
     # outside of a group
     example=lambda x, **how: DISTRIBUTED_CLIP(x, x, x.new_ones(()), None, None, **how),
 )
@@ -362,7 +352,8 @@ def _fused_siglip(
 DISTRIBUTED_SIGLIP: Operator = Operator(
     "distributed_siglip_loss",
     forward=reference.siglip_loss,
-    implementations=_implementations(_fused_siglip, reference.siglip_loss, _SIGLIP_SIDES),
+    implementations=_implementations(_fused_siglip, reference.siglip_loss),
+    size=_SIZE,
     # outside of a group
     example=lambda x, **how: DISTRIBUTED_SIGLIP(x, x, x.new_ones(()), x.new_zeros(()), None, "bidir", **how),
 )

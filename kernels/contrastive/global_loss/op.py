@@ -13,12 +13,11 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Operator
 from mmfuse.kernels._runtime.arguments import check
-from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive.arguments import features, needs_gradient
 from mmfuse.kernels.contrastive.backends import of_template
 from mmfuse.kernels.contrastive.blocked import finite
 from mmfuse.kernels.contrastive.global_loss import reference
-from mmfuse.kernels.contrastive.op import Pair, kept_logits, normalize_pair, normalize_pair_kept
+from mmfuse.kernels.contrastive.op import PAIRS, Pair, kept_logits, normalize_pair, normalize_pair_kept
 
 
 class Outputs(NamedTuple):
@@ -84,11 +83,6 @@ def _backward(
     return {"image": dx, "text": dy, "scale": ds}
 
 
-_SIDES = {
-    "cpu": {torch.float32: 192, torch.float64: 192, torch.bfloat16: 2048},
-    "chunked": {torch.float32: 4096, torch.float64: 4096, torch.bfloat16: 4096},
-}
-
 GLOBAL = Operator(
     "global_contrastive_loss",
     forward=_forward,
@@ -96,10 +90,8 @@ GLOBAL = Operator(
     fake=_fake,
     differentiable=("image", "text", "scale"),
     instead={"x": "image", "y": "text"},
-    implementations=of_template(
-        lambda save, **given: reference.global_contrastive_loss(**given),
-        prefer_eager={name: few_pairs(sides) for name, sides in _SIDES.items()},
-    ),
+    implementations=of_template(lambda save, **given: reference.global_contrastive_loss(**given)),
+    size=PAIRS,
     example=lambda x, **how: global_contrastive_loss(x, x, 1.0, x.new_zeros(len(x)), x.new_zeros(len(x)), 0.5, **how),
 )
 

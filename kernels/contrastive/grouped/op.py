@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import check
-from mmfuse.kernels._runtime.thresholds import few_pairs
 from mmfuse.kernels.contrastive import reference
 from mmfuse.kernels.contrastive.arguments import features, needs_gradient, weights_of
 from mmfuse.kernels.contrastive.normalisers import negative_log_prob, normaliser, over_their_sum, times, weighed
 from mmfuse.kernels.contrastive.op import (
     CLIP,
-    CLIP_SIDES,
     Pair,
     Targets,
     kept_logits,
@@ -153,9 +151,8 @@ def _many_rows(images: list[Tensor]) -> str | None:
     return f"a group has {rows} rows, more than {_LARGEST}" if rows > _LARGEST else None
 
 
-def _few_pairs(images: list[Tensor]) -> str | None:
-    largest = _largest(images)
-    return few_pairs(CLIP_SIDES)(largest, largest)
+def _pairs(images: list[Tensor]) -> int:
+    return max(len(image) for image in images) ** 2
 
 
 GROUPED = Operator(
@@ -170,10 +167,11 @@ GROUPED = Operator(
             kernels=_LAUNCH.implementations["triton"].kernels,
         ),
         Implementation("cuda", function=partial(_one_by_one, "cuda")),
-        Implementation("cpu", function=partial(_one_by_one, "cpu"), prefer_eager=_few_pairs),
-        Implementation("chunked", function=partial(_one_by_one, "chunked"), prefer_eager=_few_pairs),
+        Implementation("cpu", function=partial(_one_by_one, "cpu")),
+        Implementation("chunked", function=partial(_one_by_one, "chunked")),
         Implementation("torch", function=_in_torch),
     ],
+    size=Size("pairs", _pairs, columns=lambda images: _largest(images).shape[1]),
     example=lambda x, **how: grouped_clip_loss([x], [x], [1.0], **how),
 )
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import check, integers, scalar
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.arguments import alike
@@ -46,23 +46,6 @@ def _many_queries(image: Tensor) -> str | None:
     return f"image has {image.shape[1]} queries, more than 256" if image.shape[1] > 256 else None
 
 
-# on a CPU, eager is faster for fewer than this many products B Q N, and for so few queries that the sparse gradient
-# saves nothing. Measured on 2 cores with AVX-512 BF16, in which eager multiplies bfloat16
-_EAGER_PRODUCTS = {
-    "cpu": {torch.float32: 1 << 14, torch.bfloat16: 1 << 20},
-    "chunked": {torch.float32: 1 << 23, torch.float64: 1 << 23, torch.bfloat16: 1 << 30},
-}
-_EAGER_QUERIES = {torch.float32: 1, torch.bfloat16: 3}
-
-
-def _few_products(backend: str, image: Tensor, text: Tensor) -> str | None:
-    (b, queries), n = image.shape[:2], text.shape[0]
-    few, products = _EAGER_QUERIES.get(image.dtype, 0), _EAGER_PRODUCTS[backend].get(image.dtype, 0)
-    if image.device.type != "cpu" or (queries > few and b * queries * n >= products):
-        return None
-    return f"eager is faster for up to {few} queries or fewer than {products} products in {str(image.dtype)[6:]}"
-
-
 _TILED = over_tiles(blocked, "maximum", "gradient", tiles=blocked)
 
 MAX_QUERY = Operator(
@@ -78,12 +61,16 @@ MAX_QUERY = Operator(
             against=[_many_queries],
             traceable=True,
         ),
-        Implementation(
-            "cpu", passes=_TILED["cpu"], against=[_many_queries], prefer_eager=partial(_few_products, "cpu")
-        ),
-        Implementation("chunked", passes=_TILED["chunked"], prefer_eager=partial(_few_products, "chunked")),
+        Implementation("cpu", passes=_TILED["cpu"], against=[_many_queries]),
+        Implementation("chunked", passes=_TILED["chunked"]),
         Implementation("torch", function=lambda image, text: Largest(reference.similarity(image, text))),
     ],
+    # with few queries the sparse gradient saves nothing
+    size=Size(
+        "products",
+        lambda image, text: image.shape[0] * image.shape[1] * text.shape[0],
+        columns=lambda image: image.shape[1],
+    ),
     example=lambda x, **how: max_query_similarity(x[:, None], x, **how),
     also={"max_query_loss": lambda x, **how: max_query_loss(x.unsqueeze(1), x, 1.0, **how)},
 )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import check, integers, require_integer
 from mmfuse.kernels.contrastive.arguments import features
 from mmfuse.kernels.contrastive.backends import over_tiles
@@ -53,6 +53,7 @@ NEGATIVES = Operator(
         # not traced: a compiler may round the noise otherwise, and then draw others
         Implementation("torch", passes=reference),
     ],
+    size=Size("pairs", lambda given: given.query.shape[0] * given.keys.shape[0]),
     example=lambda x, **how: hard_negatives(x, x, 1.0, **how),  # type: ignore[has-type]
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import autocast, check, integers, number, require_integer, scalar
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels.contrastive.negatives.op import NEGATIVES, OTHER_DIRECTION, seed_of
@@ -39,13 +38,6 @@ def _without_tf32(given: Directions) -> str | None:
 @torch.compiler.assume_constant_result
 def _tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
-def _few_keys(least: Mapping[torch.dtype, int], given: Directions, own: int) -> str | None:
-    few = least.get(given.query.dtype, 0)
-    if given.query.device.type != "cpu" or own + given.queue.shape[0] >= few:
-        return None
-    return f"eager is faster for fewer than {few} keys in {str(given.query.dtype)[6:]}"
 
 
 def _loss_and_grads(given: Directions, row: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,11 +98,6 @@ def _itc_reference(given: Directions, k: int, mixture: float, seeds: Tensor | No
         return ItcOutputs(loss, drawn=given.drawn(partial(NEGATIVES, backend="torch"), k, mixture, seeds))
 
 
-# on a CPU eager is faster for so few keys, which are over before the blocks have begun, and it multiplies in bfloat16.
-# Measured on one core with AVX-512 BF16
-_ITC_KEYS = {torch.float32: 1024, torch.float64: 1024, torch.bfloat16: 65536}
-_MOCO_KEYS = {torch.float32: 2048, torch.float64: 2048, torch.bfloat16: 1 << 62}
-
 QUEUE_ITC = Operator(
     "queue_itc_loss",
     forward=_itc_forward,
@@ -120,13 +107,10 @@ QUEUE_ITC = Operator(
     on=lambda given: given.query,
     implementations=[
         Implementation("triton", passes=_KERNEL, against=[_too_wide, _without_tf32]),
-        Implementation(
-            "chunked",
-            passes=blocked,
-            prefer_eager=lambda given: _few_keys(_ITC_KEYS, given, given.keys.shape[1]),
-        ),
+        Implementation("chunked", passes=blocked),
         Implementation("torch", function=_itc_reference),
     ],
+    size=Size("keys", lambda given: given.keys.shape[1] + given.queue.shape[0]),
     example=lambda x, **how: queue_itc_loss(x, x, x, 1.0, **how),
 )
 
@@ -335,11 +319,7 @@ MOCO = Operator(
     differentiable=("query", "temp"),
     implementations=[
         Implementation("triton", passes=_KERNEL, against=[_too_wide, _without_tf32], traceable=True),
-        Implementation(
-            "chunked",
-            passes=blocked,
-            prefer_eager=lambda given: _few_keys(_MOCO_KEYS, given, given.query.shape[1]),
-        ),
+        Implementation("chunked", passes=blocked),
         Implementation(
             "torch",
             function=lambda given, key: MocoOutputs(
@@ -347,6 +327,7 @@ MOCO = Operator(
             ),
         ),
     ],
+    size=Size("keys", lambda given: given.query.shape[1] + given.queue.shape[0]),
     example=lambda x, **how: moco_loss(x, x, x, 1.0, **how),
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import check, one_of, require_integer
 from mmfuse.kernels.patch.positions import blocked, reference
 from mmfuse.kernels.patch.positions.axes import MODES
@@ -23,11 +23,6 @@ def _backward(
     return {"table": passes.interpolate_position_adjoint(g, table, h, w, size, mode)}
 
 
-def _few_numbers(table: Tensor) -> str | None:
-    few = table.device.type == "cpu" and table.numel() < 4096
-    return "eager is faster for fewer than 4096 numbers" if few else None
-
-
 INTERPOLATE = Operator(
     "interpolate_position",
     forward=_forward,
@@ -36,9 +31,10 @@ INTERPOLATE = Operator(
     differentiable=("table",),
     implementations=[
         Implementation("triton", passes=Deferred("mmfuse.kernels.patch.positions.kernel"), traceable=True),
-        Implementation("chunked", passes=blocked, prefer_eager=_few_numbers),
+        Implementation("chunked", passes=blocked),
         Implementation("torch", function=reference.interpolate_position),
     ],
+    size=Size("numbers", lambda table: table.numel()),
     example=lambda x, **how: interpolate_position(x.unsqueeze(1), (2 * len(x), 1), "bilinear", **how),
 )
 

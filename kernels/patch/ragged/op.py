@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import PIXELS, autocast_dtype, check, constant, one_of, require_integer
+from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels.patch.arguments import check_dtype, vector
 from mmfuse.kernels.patch.positions.op import check_factors, check_table
 from mmfuse.kernels.patch.ragged import blocked, reference
@@ -81,14 +82,6 @@ def _elsewhere(x: Tensor) -> str | None:
     return None if x.device.type == "cpu" else f"device is {x.device.type}: it reads the grids on the host"
 
 
-# measured on one core with AVX-512 BF16
-def _few_patches(x: Tensor, compute: torch.dtype) -> str | None:
-    if not isinstance(x.shape[0], int):  # "torch" goes over the rows in a loop, which a graph of any size cannot
-        return None
-    few = x.shape[0] < 512 and compute != torch.float16
-    return "eager is faster for fewer than 512 patches" if few else None
-
-
 def _example(x: Tensor, **how: Any) -> PackedTokens:
     grids = torch.tensor([[len(x), 1]], device=x.device)
     return patch_embed_packed(x, grids, x.new_zeros(x.shape[1], x.shape[1]), **how)
@@ -103,9 +96,11 @@ PACKED = Operator(
     on="weight",
     implementations=[
         Implementation("triton", passes=Deferred("mmfuse.kernels.patch.ragged.kernel"), traceable=True),
-        Implementation("chunked", passes=blocked, against=[_elsewhere], prefer_eager=_few_patches),
+        Implementation("chunked", passes=blocked, against=[_elsewhere]),
         Implementation("torch", function=_reference),
     ],
+    # "torch" goes over the rows in a loop, which a graph of any size cannot
+    size=Size("patches", lambda x: x.shape[0], kind=lambda compute: dtype_name(compute)),
     example=_example,
 )
 

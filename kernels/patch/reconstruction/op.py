@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import PIXELS, check, constant, one_of
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.patch.reconstruction import blocked, reference
@@ -44,17 +44,6 @@ def _large(prediction: Tensor) -> str | None:
     return f"a patch has {k} elements, more than 8192: a program holds one" if k > 8192 else None
 
 
-# on a CPU, eager is faster for fewer: whole targets are still in the cache. Measured on one core
-_EAGER_ELEMENTS = 1 << 16
-
-
-def _few_elements(prediction: Tensor) -> str | None:
-    elements = prediction.numel()
-    # a dynamic batch is not worth a graph for each side
-    few = prediction.device.type == "cpu" and isinstance(elements, int) and elements < _EAGER_ELEMENTS
-    return f"eager is faster for fewer than {_EAGER_ELEMENTS} elements on a CPU" if few else None
-
-
 LOSS = Operator(
     "masked_patch_loss",
     forward=_forward,
@@ -63,9 +52,10 @@ LOSS = Operator(
     differentiable=("prediction",),
     implementations=[
         Implementation("triton", passes=_KERNEL, against=[_large], traceable=True),
-        Implementation("chunked", passes=blocked, prefer_eager=_few_elements),
+        Implementation("chunked", passes=blocked),
         Implementation("torch", function=reference.masked_patch_loss),
     ],
+    size=Size("elements", lambda prediction: prediction.numel()),
     example=lambda x, **how: masked_patch_loss(
         x.unsqueeze(0), x.t()[None, :, :, None], x.new_ones(1, len(x)), patch=1, norm_pix=False, **how
     ),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime import Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import autocast, check, real
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive import MAX_QUERY
@@ -26,24 +25,8 @@ def _many(x: Tensor) -> str | None:
     return f"a group has {x.shape[1]} points, more than the 256 of a byte" if x.shape[1] > 256 else None
 
 
-# on a CPU, eager is faster for fewer than this many products M k D, and always in a dtype that is not here: it
-# multiplies bfloat16 where the processor does, and float64 gains nothing. Measured on 2 cores with AVX-512 BF16
-_EAGER_PRODUCTS = {
-    "cpu": {torch.float32: 1 << 17, torch.float16: 1 << 13},
-    "chunked": {torch.float32: 1 << 20, torch.float16: 1 << 13},
-}
-
-
-def _few_products(backend: str, x: Tensor, layers: Layers) -> str | None:
-    if x.device.type != "cpu":
-        return None
-    least = _EAGER_PRODUCTS[backend].get(x.dtype)
-    if least is None:
-        return f"eager is faster in {str(x.dtype)[6:]}"
-    products = x.shape[0] * x.shape[1] * layers.w4.shape[0]
-    # a dynamic batch is not worth a graph for each side
-    few = isinstance(products, int) and products < least
-    return f"eager is faster for fewer than {least} products in {str(x.dtype)[6:]}" if few else None
+# products M k D
+_SIZE = Size("products", lambda x, layers: x.shape[0] * x.shape[1] * layers.w4.shape[0])
 
 
 def _implementations(function: Any) -> list[Implementation]:
@@ -51,10 +34,7 @@ def _implementations(function: Any) -> list[Implementation]:
     of = MAX_QUERY.implementations
     return [
         Implementation("triton", passes=of["triton"].passes, against=[_many]),
-        *(
-            Implementation(name, passes=of[name].passes, against=[_many], prefer_eager=partial(_few_products, name))
-            for name in ("cpu", "chunked")
-        ),
+        *(Implementation(name, passes=of[name].passes, against=[_many]) for name in ("cpu", "chunked")),
         Implementation("torch", function=function),
     ]
 
@@ -88,6 +68,7 @@ POINTNET = Operator(
     fake=_fake,
     differentiable=("x", *_LAYERS),
     implementations=_implementations(lambda x, layers: (reference.mini_pointnet(x, *layers),)),
+    size=_SIZE,
     example=lambda x, **how: mini_pointnet(*_example(x), **how),
 )
 
@@ -147,6 +128,7 @@ TRAINING = Operator(
     fake=_train_fake,
     differentiable=("x", *_LAYERS, "scale"),
     implementations=_implementations(lambda x, layers, **norm: reference.training(x, *layers, **norm)),
+    size=_SIZE,
     example=lambda x, **how: mini_pointnet_training(*_example(x), x.new_empty(x.shape[1]), **how),
 )
 
