@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             return _list(jobs, device, dtype)
         budget = _MINUTE if args.suite is None and args.budget is None else args.budget
         records = []
-        with _progress(len(jobs)) as tick:
+        with progress(len(jobs)) as tick:
             for found in runner.run(jobs, device, dtype, args.mode, tick, budget, share=args.suite is None):
                 found = store.stamped(found, device)
                 records += found
@@ -140,7 +140,7 @@ def _suite_of(case: str) -> str:
 
 
 @contextmanager
-def _progress(rows: int) -> Iterator[runner.Tick]:
+def progress(rows: int) -> Iterator[runner.Tick]:
     # on the error stream: the output may be read by a program
     columns = (BarColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

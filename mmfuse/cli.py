@@ -12,6 +12,7 @@ COMMANDS = {
     "explain": ("mmfuse.choices", "which implementation an operator runs for given shapes, and why not the others"),
     "verify": ("mmfuse.bench.verify", "numerics: error of every implementation and of eager against float64"),
     "bench": ("mmfuse.bench.cli", "speed and memory against what you would otherwise run"),
+    "tune": ("mmfuse.bench.tune", "measure from which size on each implementation pays on this device, for the choice"),
     "compile-report": ("mmfuse.bench.compile_report", "compile every kernel ahead of time and check its resources"),
     "models": ("mmfuse.models.cli", "the reference models and their presets"),
     "export": ("mmfuse.export.cli", "ONNX export, and the check of an exported file"),

@@ -32,7 +32,7 @@ import torch
 
 from mmfuse.kernels._runtime.device import device_name, slug, vector_bits
 
-_ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = Path(__file__).resolve().parents[1]
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 Table = dict[str, Any]
@@ -66,7 +66,7 @@ def key(*parts: str | int) -> str:
 @cache
 def tables(family: str) -> dict[str, Table]:
     """Every table shipped for a family, by device."""
-    return {p.stem: read(p) for p in sorted(_ROOT.glob(f"{family}/configs/*.json"))}
+    return {p.stem: read(p) for p in sorted(SHIPPED.glob(f"{family}/configs/*.json"))}
 
 
 def tuned(family: str, device: torch.device, *parts: str | int) -> dict[str, int] | None:
@@ -146,6 +146,21 @@ def read(path: Path) -> Table:
             for key_, entry in value.items():
                 _CHECKS[name](path, key_, entry)
     return table
+
+
+def write(path: Path, table: Table) -> None:
+    """A table as a file, one entry a line; there is never half of one."""
+    parts = []
+    for name, value in table.items():
+        if isinstance(value, dict):
+            lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            parts.append(f'  "{name}": {{\n{lines}\n  }}')
+        else:
+            parts.append(f'  "{name}": {json.dumps(value)}')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(f".{os.getpid()}")
+    half.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    half.replace(path)
 
 
 def _number(path: Path, name: str, value: Any, none: str = "") -> None:

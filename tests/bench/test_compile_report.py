@@ -329,7 +329,7 @@ def test_tuned_tables(tmp_path, monkeypatch):
     tile = kernel._TILES["half"][9]["stats"] | {"num_stages": 4}
     table = {"arch": 90, "configs": {"stats/bfloat16/1024": tile}}
     (folder / "NVIDIA_H200.json").write_text(json.dumps(table))
-    monkeypatch.setattr(configs, "_ROOT", tmp_path)
+    monkeypatch.setattr(configs, "SHIPPED", tmp_path)
     monkeypatch.setattr(configs, "device_name", lambda device: {"cuda": "NVIDIA H200"}.get(device.type, "a CPU"))
     configs.forget()
     try:
