@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,7 +35,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # what an implementation may take of the best later one's time, and how many sizes in a row have to agree
 _WORTH, _AGREE = 1.05, 2
 # of timing at each size, and at least so many rounds
-_SECONDS, _ROUNDS = 0.1, 3
+_SECONDS, _ROUNDS = 0.2, 5
 
 Seconds = dict[str, float]  # by implementation
 Times = list[tuple[int, list[Seconds]]]  # of each size, in each mode
@@ -94,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     configs.forget()
-    facts = {"device": device_name(device), "found": [asdict(f) for f in found.values()], "left_out": left_out}
-    facts |= {"files": sorted(map(str, files)), "interrupted": interrupted}
+    facts: dict[str, Any] = {"device": device_name(device), "found": [asdict(f) for f in found.values()]}
+    facts |= {"left_out": left_out, "files": sorted(map(str, files)), "interrupted": interrupted}
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
@@ -235,7 +236,7 @@ def facts_of(device: torch.device) -> configs.Table:
     return {"threads": torch.get_num_threads(), "bits": vector_bits()}
 
 
-def _show(found: Sequence[Found], facts: dict[str, object]) -> None:
+def _show(found: Sequence[Found], facts: dict[str, Any]) -> None:
     table = Table("operator", "implementation", "kind", box=None, pad_edge=False, header_style="dim")
     for column in ("was taken from", "is taken from"):
         table.add_column(column, justify="right")
@@ -246,9 +247,9 @@ def _show(found: Sequence[Found], facts: dict[str, object]) -> None:
         table.add_row(f.operator, f.implementation, f.kind, was, str(f.least), f.unit + columns)
     console = Console(width=None if Console().is_terminal else 160, highlight=False, markup=False)
     console.print(table)
-    for line in facts["left_out"]:  # type: ignore[attr-defined]
+    for line in facts["left_out"]:
         console.print(f"left out: {line}", style="dim")
-    for path in facts["files"]:  # type: ignore[attr-defined]
+    for path in facts["files"]:
         console.print(f"written: {path}")
     if facts["interrupted"]:
         console.print("interrupted: what was found so far is kept")

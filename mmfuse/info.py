@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import mmfuse
-from mmfuse.kernels._runtime import operators
+from mmfuse.kernels._runtime import configs, operators
+from mmfuse.kernels._runtime.device import device_name, slug
 from mmfuse.kernels._runtime.library import build_info, error_on, load
 
 _PACKAGES = (
@@ -57,6 +58,7 @@ def gather() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpus": gpus,
         },
+        "tables": _tables(),
         "compiled": {part: _compiled(part) for part in ("cpu", "cuda")},
         "operators": _operators(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("MMFUSE_", "TRITON_"))},
@@ -68,6 +70,14 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _tables() -> dict[str, Any]:
+    """Of what was measured: where the user's own are, and which of them are for this machine's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = configs.tuned_folder()
+    own = sorted(map(str, folder.glob(f"*/configs/{slug(device_name(device))}.json"))) if folder else []
+    return {"device": device_name(device), "folder": folder and str(folder), "tuned": own}
 
 
 def _compiled(part: str) -> dict[str, Any]:
@@ -100,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=1))
         return 1 if broken else 0
-    for title in ("versions", "machine", "environment"):
+    for title in ("versions", "machine", "environment", "tables"):
         print(title)
         for key, value in facts[title].items():
             print(f"  {key:16} {'absent' if value is None else value if value != [] else 'none'}")

@@ -170,7 +170,7 @@ class Operator:
         # where its public function stands, too
         self._module, self._told = (example or forward).__module__, set[str]()
         self.family = self._module.removeprefix("mmfuse.kernels.").split(".")[0]
-        self.unit = size and size.unit
+        self.unit = size.unit if size else None
         if size is not None:
             self._size = asking(size.of, names)
             self._kind = asking(size.kind, names) if size.kind else lambda args: dtype_name(self._on(args).dtype)
