@@ -30,14 +30,32 @@ def eager(fn: Fn) -> Load:
     return lambda device, dtype: amp(fn)
 
 
-def compiled(load: Load) -> Load:
+def compiled(load: Load, **options: Any) -> Load:
     """torch.compile of what `load` gives; each size compiles for itself, as in training."""
 
     def run(device: torch.device, dtype: torch.dtype) -> Fn:
         torch._dynamo.reset()
-        return torch.compile(load(device, dtype), dynamic=False)
+        return torch.compile(load(device, dtype), dynamic=False, options=options or None)
 
     return run
+
+
+def auto_chunked(load: Load) -> Load:
+    """Compiled so that large logits are computed in chunks, with the gradients of each: Inductor's auto_chunker."""
+    # by default only logits of more than 8 times the operands' size, which few vocabularies have
+    return compiled(load, **{"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 0})
+
+
+def torch_chunked(use: Callable[[Fn], Fn] = lambda fn: fn) -> Load:
+    """PyTorch's own cross-entropy of a linear layer in chunks (2.13), as `use` calls it: (input, weight, label)."""
+
+    def load(device: torch.device, dtype: torch.dtype) -> Fn:
+        # no such names: absent
+        options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+        fn = torch.nn.functional.linear_cross_entropy  # type: ignore[attr-defined]
+        return use(lambda x, weight, label: fn(x, weight, label, options=options))
+
+    return load
 
 
 def formula(fn: Fn) -> dict[str, Load]:

@@ -19,7 +19,7 @@ from mmfuse._compat import allow_torchvision
 from mmfuse.bench import inputs
 from mmfuse.bench.cases import Case, Check
 from mmfuse.bench.inputs import TEMPERATURE, differentiated, features, pair, scalar
-from mmfuse.bench.providers import Anchor, Load, amp, compiled, eager, gpu, products
+from mmfuse.bench.providers import Anchor, Load, amp, auto_chunked, compiled, eager, gpu, products, torch_chunked
 from mmfuse.kernels import clip_loss, siglip_loss
 
 _Loss = Callable[..., Tensor]
@@ -107,6 +107,10 @@ def _two_calls(cross_entropy: _Loss) -> _Loss:
     return loss
 
 
+def _cross_entropy(features: Tensor, weight: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(features @ weight.T, label)
+
+
 def _liger() -> _Loss:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -149,6 +153,8 @@ CASES = [
         ours=clip_loss,
         peers={
             **_references("ClipLoss", eager_clip),
+            "compile-chunked": lambda *on: _two_calls(auto_chunked(eager(_cross_entropy))(*on)),
+            "torch-chunked": torch_chunked(_two_calls),
             "inf_cl": gpu(_inf_cl),
             "memeff": gpu(_memeff),
             "liger": gpu(_liger),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmfuse.bench.cases import Case, Check
 from mmfuse.bench.inputs import differentiated, leaf
-from mmfuse.bench.providers import Load, formula, gpu, products
+from mmfuse.bench.providers import Load, auto_chunked, eager, formula, gpu, products, torch_chunked
 from mmfuse.fused.language import linear_cross_entropy
 
 
@@ -48,6 +48,8 @@ CASES = [
         ours=linear_cross_entropy,
         peers={
             **formula(eager_formula),
+            "compile-chunked": auto_chunked(eager(eager_formula)),
+            "torch-chunked": torch_chunked(),
             "liger": _peer("liger", "liger_kernel"),
             "cut_cross_entropy": _peer("cut_cross_entropy", "cut_cross_entropy"),
         },

@@ -1,24 +1,27 @@
-"""Patches of many sizes and the patches that are masked: SigLIP2's ragged stem, MAE's loss, resampled positions.
+"""Patches of many sizes and the patches that are masked: ragged stems, MAE's loss, resampled positions.
 
 `packed`: B images of many aspect ratios, at most L patches of 16 x 16 each and padded to L, width D, a table of
 16 x 16 positions. Against transformers' stem, which weighs all 256 positions for every token, and its former loop over
-images. `masked_loss`: MAE's, of B images of S x S bytes, 75 percent masked, targets normalised. `position`: timm's
-resize of a G x G table to H x H.
+images. `patch_rows`: Qwen2.5-VL's stem of N patches that its processor has flattened, two frames of 14 x 14, width D;
+transformers runs a Conv3d, and with its `fusion_mapping` a linear layer. `masked_loss`: MAE's, of B images of S x S
+bytes, 75 percent masked, targets normalised. `position`: timm's resize of a G x G table to H x H.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from mmfuse.bench.cases import Case, Check
 from mmfuse.bench.inputs import MEAN, STD, differentiated, leaf, of_case, per_channel, ramp
-from mmfuse.bench.providers import copy, eager, formula, products, then
-from mmfuse.kernels import interpolate_position, masked_patch_loss, patch_embed_packed
+from mmfuse.bench.providers import Fn, copy, eager, formula, products, then
+from mmfuse.kernels import interpolate_position, masked_patch_loss, patch_embed, patch_embed_packed
 
 _P, _K = 16, 768
 
@@ -70,6 +73,39 @@ def loop(weight: Tensor, bias: Tensor, table: Tensor, patches: Tensor, grids: Te
 
 def _packed(weight: Tensor, bias: Tensor, table: Tensor, patches: Tensor, grids: Tensor, **options: Any) -> Tensor:
     return patch_embed_packed(patches, grids, weight, bias, table=table, **options).tokens
+
+
+# --- Qwen2.5-VL -----------------------------------------------------------------------------------------------------
+
+
+def _rows_inputs(device: torch.device, dtype: torch.dtype, N: int, D: int) -> tuple[Tensor, ...]:
+    return leaf(device, dtype, D, 3, 2, 14, 14, scale=1176**-0.5), torch.randn(N, 1176, device=device).to(dtype)
+
+
+def qwen(weight: Tensor, rows: Tensor) -> Tensor:
+    """transformers, Qwen2_5_VisionPatchEmbed."""
+    return F.conv3d(rows.view(-1, *weight.shape[1:]), weight, stride=weight.shape[2:]).view(-1, len(weight))
+
+
+def _fusion_mapping(device: torch.device, dtype: torch.dtype) -> Fn:
+    from transformers.fusion_mapping import PatchEmbeddingsFusionSpec
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
+
+    fused = PatchEmbeddingsFusionSpec().make_fused_class(Qwen2_5_VisionPatchEmbed)
+
+    @cache
+    def module(width: int) -> Any:
+        with torch.device("meta"):
+            return fused(embed_dim=width)
+
+    def run(weight: Tensor, rows: Tensor) -> Tensor:
+        return functional_call(module(len(weight)), {"linear_proj.weight": weight.flatten(1)}, (rows,))
+
+    return run
+
+
+def _rows(weight: Tensor, rows: Tensor, **options: Any) -> Tensor:
+    return patch_embed(rows[None], weight, layout="patches", **options)[0]
 
 
 # --- MAE ------------------------------------------------------------------------------------------------------------
@@ -138,6 +174,24 @@ CASES = [
             lambda weight, bias, table, patches, grids: [(patches.flatten(0, 1), weight, 1)],
             lambda B, L, G, D: 2 * B * L * _K * D,
         ),
+    ),
+    Case(
+        name="patch_rows",
+        op="patch_embed",
+        ours=then(ramp, _rows),
+        peers={
+            **formula(then(ramp, qwen)),
+            "fusion_mapping": lambda *on: then(ramp, _fusion_mapping(*on)),
+        },
+        inputs=_rows_inputs,
+        outputs=("loss", "d weight"),
+        cpu=[{"N": n, "D": 1280} for n in (256, 1024, 4096)],
+        cuda=[{"N": n, "D": 1280} for n in (4096, 16384, 65536)],
+        growth="N",
+        small={"N": 12, "D": 16},
+        flops=lambda mode, N, D: (2 if mode == "fwd" else 4) * N * 1176 * D,
+        bytes=lambda mode, size, N, D: (1 if mode == "fwd" else 2) * (N * (1176 + D) + 1176 * D) * size,
+        anchors=products(lambda weight, rows: [(rows, weight.flatten(1), 1)], lambda N, D: 2 * N * 1176 * D),
     ),
     Case(
         name="masked_loss",
