@@ -51,8 +51,8 @@ def torch_chunked(use: Callable[[Fn], Fn] = lambda fn: fn) -> Load:
 
     def load(device: torch.device, dtype: torch.dtype) -> Fn:
         # no such names: absent
-        options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
-        fn = torch.nn.functional.linear_cross_entropy  # type: ignore[attr-defined]
+        options = torch.nn.LinearCrossEntropyOptions()
+        fn = torch.nn.functional.linear_cross_entropy
         return use(lambda x, weight, label: fn(x, weight, label, options=options))
 
     return load

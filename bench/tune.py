@@ -14,8 +14,9 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mmfuse.bench.cases import Case, everything
 from mmfuse.bench.cli import progress
 from mmfuse.bench.row import Row, first_line
 from mmfuse.kernels._runtime import configs, operators
+from mmfuse.kernels._runtime.aot import SHARED_LIMIT, Spec, compile_all, violations
 from mmfuse.kernels._runtime.device import INTERPRET, device_name, vector_bits
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels._runtime.operator import reached
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     found: dict[str, Found] = {}
     left_out: list[str] = []
     files: set[Path] = set()
+    tiles: dict[str, Settings] = {}
     until, interrupted = time.perf_counter() + args.budget, False
     try:
         with progress(len(jobs)) as tick:
@@ -92,11 +95,16 @@ def run(args: argparse.Namespace) -> int:
                 for f in new:  # of two cases the larger size counts
                     found[f.key] = max(f, found.get(f.key, f), key=lambda f: f.least)
                 files |= save(folder, device, [found[f.key] for f in new])
+                arch, left = facts_of(device).get("arch"), (until - time.perf_counter()) / (len(jobs) - i)
+                if arch in SHARED_LIMIT and left > 0 and "triton" in operators()[case.op].implementations:
+                    settings = launches(case, device, dtype, arch, left)
+                    files |= put(folder, device, operators()[case.op].family, "configs", settings)
+                    tiles |= settings
     except KeyboardInterrupt:
         interrupted = True
     configs.forget()
     facts: dict[str, Any] = {"device": device_name(device), "found": [asdict(f) for f in found.values()]}
-    facts |= {"left_out": left_out, "files": sorted(map(str, files)), "interrupted": interrupted}
+    facts |= {"configs": tiles, "left_out": left_out, "files": sorted(map(str, files)), "interrupted": interrupted}
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
@@ -120,6 +128,43 @@ def dtypes(given: str) -> Iterator[torch.dtype]:
         if name not in _DTYPES:
             raise ValueError(f"--dtypes has {name!r}, expected some of {', '.join(_DTYPES)}")
         yield _DTYPES[name]
+
+
+# --- launch settings of a GPU's kernels ------------------------------------------------------------------------------
+
+
+Settings = dict[str, int]
+
+
+def launches(case: Case, device: torch.device, dtype: torch.dtype, arch: int, seconds: float) -> dict[str, Settings]:
+    """Launch settings that are 3 % faster than those there are, by key, at a case's smallest size.
+
+    Only what compiles clean for the card is tried, as `mmfuse compile-report` has it.
+    """
+    begun, operator = time.perf_counter(), operators()[case.op]
+    row = Row(case, case.shapes[device.type][0], device, dtype, case.modes[0])
+    columns = operator.measured(reached(lambda: case.ours(*row.inputs), operator.name)[1])[2]
+    found: dict[str, Settings] = {}
+    for module in map(import_module, operator.implementations["triton"].kernels):
+        for key, options in getattr(module, "candidates", lambda *of: ())(operator.name, dtype, columns, arch):
+            least = 0.97 * fastest(row, ["triton"])["triton"]
+            for settings in clean(options, arch):
+                if time.perf_counter() - begun > seconds:
+                    break
+                with configs.trying(operator.family, device, key, settings):
+                    taken = fastest(row, ["triton"])["triton"] if _right([row], "triton", []) else math.inf
+                if taken < least:
+                    found[key], least = settings, taken
+    return found
+
+
+def clean(options: Sequence[tuple[Settings, Sequence[Spec]]], arch: int) -> Iterator[Settings]:
+    """Those of which every compilation is without violations, as they come."""
+    compiled = compile_all([(spec, arch) for _, specs in options for spec in specs])
+    for settings, specs in options:
+        facts = [next(compiled)[2] for _ in specs]
+        if not any(isinstance(f, str) or violations(spec, arch, f) for spec, f in zip(specs, facts, strict=True)):
+            yield settings
 
 
 # --- one case in one dtype ------------------------------------------------------------------------------------------
@@ -219,13 +264,20 @@ def settled(times: Times, name: str, names: Sequence[str], was: int | None) -> b
 
 def save(folder: Path, device: torch.device, found: Sequence[Found]) -> set[Path]:
     """Put what was found of an operator into the table of its family."""
-    files = set()
+    by_family: dict[str, dict[str, int]] = {}
     for f in found:
-        path = configs.path_of(folder, operators()[f.operator].family, device)
-        table = configs.read(path) if path.exists() else facts_of(device)
-        configs.write(path, table | {"least": table.get("least", {}) | {f.key: f.least}})
-        files.add(path)
-    return files
+        by_family.setdefault(operators()[f.operator].family, {})[f.key] = f.least
+    return {path for family, least in by_family.items() for path in put(folder, device, family, "least", least)}
+
+
+def put(folder: Path, device: torch.device, family: str, kind: str, entries: Mapping[str, Any]) -> set[Path]:
+    """Put entries of a kind into a table, which is made where there is none."""
+    if not entries:
+        return set()
+    path = configs.path_of(folder, family, device)
+    table = configs.read(path) if path.exists() else facts_of(device)
+    configs.write(path, table | {kind: table.get(kind, {}) | entries})
+    return {path}
 
 
 def facts_of(device: torch.device) -> configs.Table:
@@ -247,6 +299,8 @@ def _show(found: Sequence[Found], facts: dict[str, Any]) -> None:
         table.add_row(f.operator, f.implementation, f.kind, was, str(f.least), f.unit + columns)
     console = Console(width=None if Console().is_terminal else 160, highlight=False, markup=False)
     console.print(table)
+    for key, settings in facts["configs"].items():
+        console.print(f"{key}: {settings}")
     for line in facts["left_out"]:
         console.print(f"left out: {line}", style="dim")
     for path in facts["files"]:

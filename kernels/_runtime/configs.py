@@ -23,7 +23,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,19 @@ def tables(family: str) -> dict[str, Table]:
 def tuned(family: str, device: torch.device, *parts: str | int) -> dict[str, int] | None:
     """The settings measured for this GPU, or None."""
     return _entries(family, "configs", device).get(key(*parts)) if device.type == "cuda" else None
+
+
+@contextmanager
+def trying(family: str, device: torch.device, key_: str, settings: dict[str, int] | None) -> Iterator[None]:
+    """Launch settings in place of a table's; None: those there are."""
+    entries = _entries(family, "configs", device)
+    before = entries.get(key_)
+    entries.update({} if settings is None else {key_: settings})
+    try:
+        yield
+    finally:
+        entries.pop(key_, None)
+        entries.update({} if before is None else {key_: before})
 
 
 def forget() -> None:

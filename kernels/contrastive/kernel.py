@@ -597,6 +597,7 @@ def _tile(m: int, n: int, d: int, parts: int, warps: int, stages: int) -> dict[s
     return tile | {"num_warps": warps, "num_stages": stages}
 
 
+Candidate = tuple[dict[str, int], list[Spec]]
 _TILED = ("stats", "grad", "sigmoid", "distill")
 # by what the tensor cores see, the major compute capability, and the kernel; chosen to compile without spills with two
 # blocks on a multiprocessor, so that one's exponentials run under the other's products. Not measured
@@ -646,12 +647,11 @@ def _settings(kernel: str, x: Tensor, wide: bool = False) -> dict[str, Any]:
     if INTERPRET:
         tile = _INTERPRETED
     else:
-        name = str(x.dtype).removeprefix("torch.") + (f"-{precision}" if x.dtype == torch.float32 else "")
         by_arch = _tiles(x.dtype, precision)
         major = torch.cuda.get_device_capability(x.device)[0]
         # sm_12x has the tensor cores and the shared memory of sm_8x
         tile = by_arch[major if major in by_arch else 8][kernel]
-        tile = configs.tuned("contrastive", x.device, kernel, name, x.shape[1]) or tile
+        tile = configs.tuned("contrastive", x.device, kernel, _named(x.dtype, precision), x.shape[1]) or tile
         tile = tile | _WIDE if wide else tile
     return dict(tile, ACC=accumulator(x.dtype), PRECISION=precision, EVEN_D=x.shape[1] % tile["BLOCK_D"] == 0, **_FUSED)
 
@@ -1032,6 +1032,35 @@ def shipped(kernel: str) -> Iterator[tuple[torch.dtype, str, dict[str, int], tup
             name, _, precision = name.partition("-")
             if tuned == kernel:
                 yield getattr(torch, name), precision or "ieee", tile, (table["arch"],)
+
+
+# what a tile may differ in from the default, one at a time
+_OTHERS = {
+    "BLOCK_M": (64, 128),
+    "BLOCK_N": (64, 128, 256),
+    "BLOCK_D": (32, 64, 128),
+    "GROUP_M": (4, 8, 16),
+    "PARTS": (1, 2, 4),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
+_MEASURED_BY = {"clip_loss": ("stats", "grad"), "siglip_loss": ("sigmoid",)}
+
+
+def candidates(operator: str, dtype: torch.dtype, columns: int, arch: int) -> Iterator[tuple[str, list[Candidate]]]:
+    """For each kernel that an operator's time shows: its key in a table, and tiles with the compilations to pass."""
+    for kernel in _MEASURED_BY.get(operator, ()):
+        precision = input_precision(dtype)
+        by_arch = _tiles(dtype, precision)
+        tile = by_arch[arch // 10 if arch // 10 in by_arch else 8][kernel]
+        others = [tile | {name: n} for name, values in _OTHERS.items() for n in values if tile[name] != n]
+        specs = [(other, list(_specs(kernel, dtype, precision, other, (arch,)))) for other in others]
+        yield configs.key(kernel, _named(dtype, precision), columns), specs
+
+
+def _named(dtype: torch.dtype, precision: str) -> str:
+    """What a table calls operands: bfloat16, or float32-tf32."""
+    return str(dtype).removeprefix("torch.") + (f"-{precision}" if dtype == torch.float32 else "")
 
 
 _KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]

@@ -15,6 +15,7 @@ from mmfuse.bench.cases import find
 from mmfuse.bench.row import Row
 from mmfuse.cli import main
 from mmfuse.kernels._runtime import chosen, configs
+from mmfuse.kernels._runtime.aot import Facts, Spec
 
 CPU = torch.device("cpu")
 NAMES = ["cpu", "chunked", "torch"]
@@ -133,7 +134,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 def test_a_tiny_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Measured in truth: whatever it finds, the tables are read and the operators run."""
-    assert main(["tune", "--ops", "select_head,masked_patch_loss", "--budget", "6", "--json"]) == 0
+    assert main(["tune", "--ops", "select_head,masked_patch_loss", "--budget", "3", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert all(configs.read(Path(file))["threads"] == torch.get_num_threads() for file in facts["files"])
     assert all(f["operator"] in ("select_head", "masked_patch_loss") and f["least"] >= 0 for f in facts["found"])
@@ -171,3 +172,35 @@ def test_info_says_where_the_tables_are(folder: Path, capsys: pytest.CaptureFixt
     facts = json.loads(capsys.readouterr().out)["tables"]
     assert facts["folder"] == str(folder)
     assert torch.cuda.is_available() or facts["tuned"] == [str(path)]
+
+
+def test_launch_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what compiles clean is tried, only what is right is timed, and what is not clearly faster is left."""
+    kernel = pytest.importorskip("mmfuse.kernels.contrastive.kernel")
+    key, tried = "stats/float32-ieee/512", []
+    spec = {n: Spec(f"{kernel.__name__}:_stats_fwd_kernel", str(n), {}, {}) for n in (1, 2, 4, 8)}
+    options = [({"num_warps": n}, [one]) for n, one in spec.items()]
+    monkeypatch.setattr(kernel, "candidates", lambda operator, *of: [(key, options)] if operator == "clip_loss" else [])
+    facts = {n: Facts(registers=32, spills=8 * (n == 1), shared=0, f64=0) for n in spec}
+    monkeypatch.setattr(tune, "compile_all", lambda jobs: ((s, arch, facts[int(s.variant)]) for s, arch in jobs))
+
+    def warps() -> int | None:
+        return configs._entries("contrastive", "configs", CPU).get(key, {}).get("num_warps")
+
+    monkeypatch.setattr(tune, "_right", lambda *of: tried.append(warps()) or warps() != 8)
+    seconds = {None: 1.0, 2: 0.98, 4: 0.9, 8: 0.1}
+    monkeypatch.setattr(tune, "fastest", lambda row, names: {"triton": seconds[warps()]})
+    found = tune.launches(find("clip"), CPU, torch.float32, 80, 100.0)
+    assert found == {key: {"num_warps": 4}} and tried == [2, 4, 8] and warps() is None
+    seconds[4] = 0.98
+    assert tune.launches(find("clip"), CPU, torch.float32, 80, 100.0) == {}
+    assert tune.launches(find("siglip"), CPU, torch.float32, 80, 100.0) == {}
+
+
+def test_candidates_are_the_neighbours_of_the_default() -> None:
+    kernel = pytest.importorskip("mmfuse.kernels.contrastive.kernel")
+    (stats, options), (grad, _) = kernel.candidates("clip_loss", torch.bfloat16, 768, 90)
+    assert (stats, grad) == ("stats/bfloat16/1024", "grad/bfloat16/1024")
+    default = kernel._TILES["half"][9]["stats"]
+    assert all(len(set(tile.items()) - set(default.items())) == 1 for tile, _ in options) and len(options) > 8
+    assert all(spec.archs == (90,) for _, specs in options for spec in specs)
