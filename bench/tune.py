@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmfuse.bench.cases import Case, everything
+from mmfuse.bench.cases import Case, everything, label
 from mmfuse.bench.cli import progress
 from mmfuse.bench.row import Row, first_line
 from mmfuse.kernels._runtime import configs, operators
@@ -62,7 +62,7 @@ class Found:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="in all (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="in all (default %(default)s)")
     parser.add_argument("--ops", help="comma-separated, e.g. clip_loss,patch_embed; default: all that have a size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated (default %(default)s)")
@@ -190,8 +190,10 @@ def tuned(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) 
                 names = [name for name in names if _right(small, name, why)]
                 steps = {i: configs.least(operator.family, operator.name, i, device, kind) for i in names}
                 was = {i: next((least for at, least in s if columns >= at), 0) for i, s in steps.items()}
-            if size is None or len(names) < 2:
+            if len(names) < 2:
                 return [], [*why, f"there is nothing to choose from: {', '.join(names)}"]
+            if size is None:
+                return [], [*why, f"at {label(rows[0].shape)} nothing steps aside, whatever a table says"]
             if time.perf_counter() - begun + expected > seconds:
                 why.append(f"from {size} {operator.unit} on there was no time")
                 break
