@@ -95,14 +95,20 @@ def forget() -> None:
 
 
 @torch.compiler.assume_constant_result
-def least(family: str, operator: str, implementation: str, device: torch.device, kind: str) -> Steps:
-    """From which size on an implementation is taken; empty: at any."""
-    return _least(family, operator, implementation, device, kind)
+def least(
+    family: str, operator: str, implementation: str, device: torch.device, kind: str, alike: bool = False
+) -> Steps:
+    """From which size on an implementation is taken; empty: at any. If `alike`, the same on every machine."""
+    return _least(family, operator, implementation, device, kind, alike)
 
 
 @cache
-def _least(family: str, operator: str, implementation: str, device: torch.device, kind: str) -> Steps:
-    entries = _entries(family, "least", device) if device.type in ("cpu", "cuda") else {}
+def _least(family: str, operator: str, implementation: str, device: torch.device, kind: str, alike: bool) -> Steps:
+    entries = {}
+    if device.type in ("cpu", "cuda") and not alike:
+        entries = _entries(family, "least", device)
+    elif device.type == "cpu":
+        entries = next((t.get("least", {}) for t in tables(family).values() if "threads" in t), {})
     for name in (f"{operator}/{implementation}/{kind}", f"{operator}/{implementation}"):
         columns = {k: k[len(name) + 1 :] or "0" for k in entries if k == name or k.startswith(f"{name}/")}
         steps = [(int(n), entries[k]) for k, n in columns.items() if n.isdecimal()]

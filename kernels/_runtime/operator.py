@@ -104,12 +104,14 @@ class Size:
         kind: what the least size is of, a dtype's name, or one with more after a hyphen, "float32-ids"; by default the
             dtype of the argument that decides.
         columns: what the least size depends on besides.
+        alike: ranks on several machines have to choose alike, whatever tables these have.
     """
 
     unit: str
     of: Callable[..., int | None]
     kind: Callable[..., str] | None = None
     columns: Callable[..., int] | None = None
+    alike: bool = False
 
 
 class Operator:
@@ -174,6 +176,7 @@ class Operator:
         if size is not None:
             self._size = asking(size.of, names)
             self._kind = asking(size.kind, names) if size.kind else lambda args: dtype_name(self._on(args).dtype)
+            self._alike = size.alike
             self._columns = asking(size.columns, names) if size.columns else lambda args: 0
             configs.declare(name, [i.name for i in implementations])
         if not name.startswith("_"):
@@ -236,7 +239,9 @@ class Operator:
     def aside(self, name: str, device: torch.device, size: int | None, kind: str, columns: int = 0) -> str | None:
         """Why calls of this size are not for an implementation."""
         # a dynamic size is not worth a graph for each side
-        for fewest, least in configs.least(self.family, self.name, name, device, kind) if isinstance(size, int) else ():
+        if not isinstance(size, int):
+            return None
+        for fewest, least in configs.least(self.family, self.name, name, device, kind, self._alike):
             if columns >= fewest:
                 if least is None:
                     return f"a later one is faster in {kind}"

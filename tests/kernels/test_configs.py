@@ -98,6 +98,16 @@ def test_another_cpu_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert configs.least("contrastive", "siglip_loss", "cpu", torch.device("meta"), "float32") == ()
 
 
+def test_ranks_choose_alike(write, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    write({"least": {"distributed_clip_loss/cpu/float32": 7, "clip_loss/cpu/float32": 7}})
+    monkeypatch.setattr(configs, "vector_bits", lambda: 128)
+    for name in (REFERENCE, "Another CPU"):
+        monkeypatch.setattr(configs, "device_name", lambda device, name=name: name)
+        configs.forget()
+        aside = operators()["distributed_clip_loss"].aside
+        assert aside("cpu", CPU, 640**2 - 1, "float32") and not aside("cpu", CPU, 640**2, "float32")
+
+
 def test_what_ships_is_read() -> None:
     root = Path(configs.__file__).parents[1]
     tables = sorted(root.glob("*/configs/*.json"))
