@@ -204,6 +204,8 @@ def _from_size(path: Path, name: str, value: Any) -> None:
         what = f"{operator!r} is no operator that has a size"
     elif implementation not in _declared[operator]:
         what = f"{implementation!r} is none of its implementations {', '.join(_declared[operator])}"
+    elif implementation == _declared[operator][-1]:
+        what = f"{implementation!r} is the last of its implementations, which steps aside for none"
     elif len(more) > 1 or (more and not more[0].isdecimal()):
         what = f"{'/'.join(more)!r} is neither a kind ({', '.join(_DTYPES)}) nor a number of columns"
     else:

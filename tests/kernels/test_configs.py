@@ -128,6 +128,7 @@ def test_what_ships_is_read() -> None:
         ({"threads": "two"}, "'threads' is 'two', expected an integer >= 0"),
         ({"least": {"clap_loss/cpu": 1}}, "'clap_loss/cpu': 'clap_loss' is no operator that has a size"),
         ({"least": {"clip_loss/gpu": 1}}, "'gpu' is none of its implementations triton, cuda, cpu, chunked, torch"),
+        ({"least": {"clip_loss/torch": 1}}, "'torch' is the last of its implementations, which steps aside for none"),
         ({"least": {"clip_loss": 1}}, "'' is none of its implementations"),
         ({"least": {"clip_loss/cpu/floats": 1}}, "'floats' is neither a kind .* nor a number of columns"),
         ({"least": {"clip_loss/cpu/float32/2/3": 1}}, "'2/3' is neither"),
