@@ -57,7 +57,7 @@ def _in_float64(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | 
 
 def _has_known_errors(z: Tensor) -> bool:
     """Whether torch multiplies in float32: not on a GPU with TF32, nor where a CPU may round to bfloat16."""
-    full = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    full = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
     return bool(full and z.device.type == "cpu" and z.dtype != torch.float64)
 
 

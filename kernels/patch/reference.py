@@ -44,11 +44,11 @@ def patch_embed(stem: Stem) -> Tensor:
         y = torch.where(mask[:, :, None], s.mask_token.to(y.dtype), y)
     position = None if s.position is None else s.position if s.ids_keep is None else s.position[s.ids_keep]
     front, of_front = s.prefix, s.prefix_position
-    rows = [t for t in (of_front, position) if t is not None and t.dtype == y.dtype]
-    if front is not None and front.dtype == y.dtype and len(rows) == 2:
+    table = [t for t in (of_front, position) if t is not None and t.dtype == y.dtype]
+    if front is not None and front.dtype == y.dtype and len(table) == 2:
         # the prefix first: a convolution's tokens are transposed, and are put in a row here
         y = torch.cat([front.expand(y.shape[0], -1, -1), y], dim=1)
-        y = y + torch.cat([t.expand(*rows[1].shape[:-2], -1, -1) for t in rows], dim=-2)
+        y = y + torch.cat([t.expand(*table[1].shape[:-2], -1, -1) for t in table], dim=-2)
     else:
         y = y if position is None else y + cast(position, y.dtype)
         if front is not None:
