@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mmfuse.kernels._runtime.operator import Operator, reached
+from mmfuse.kernels._runtime.signature import spread
 
 
 def backends(call: Callable[[], Any], name: str | None = None) -> list[str]:
@@ -31,7 +32,7 @@ def registered(call: Callable[[], Any], name: str | None = None) -> tuple[Any, t
     operator, args, backend = reached(call, name)
     op = operator.implementations[operator.choose(args, backend)].op
     flat = operator.signature.flatten(args)
-    leaves = (flat[i] for i in operator.leaves)
+    leaves = spread(flat[i] for i in operator.leaves)
     needs = [[t is not None and t.requires_grad for t in leaves]] if operator.wants_needs else []
     return op, (*flat, *needs)
 

@@ -16,10 +16,11 @@
     CLIP(image, text, scale, ..., backend=None)
 
 Every function of a declaration names what it looks at. The forward's parameters are the operator's arguments; one that
-is a dataclass travels as its fields. The backward asks for arguments and outputs of the forward, and these are what is
-saved; for `g`, the gradient of the first output, or `g_<output>`; and for `<argument>_shape` of an argument that need
-not be saved. Both may ask for `passes`, what an implementation computes with, and `needs`, a flag for each
-differentiable argument. Reasons and the size ask for the arguments that they depend on.
+is a dataclass travels as its fields, and one that is a `Sequence[Tensor]` has a gradient for each. The backward asks
+for arguments and outputs of the forward, and these are what is saved; for `g`, the gradient of the first output, or
+`g_<output>`; and for `<argument>_shape` of an argument that need not be saved. Both may ask for `passes`, what an
+implementation computes with, and `needs`, a flag for each differentiable argument, in a list for a list. Reasons and
+the size ask for the arguments that they depend on.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels._runtime.library import failure
 from mmfuse.kernels._runtime.reasons import against
 from mmfuse.kernels._runtime.registration import register, without_autocast
-from mmfuse.kernels._runtime.signature import Signature, asking, hints_of, is_tensor
+from mmfuse.kernels._runtime.signature import Signature, asking, grouped, hints_of, is_tensor
 
 logger = logging.getLogger("mmfuse")
 
@@ -271,7 +272,7 @@ class Operator:
     def compute(self, implementation: Implementation, args: Sequence[Any], needs: Sequence[bool]) -> Any:
         """The forward with an implementation's passes, outside of autograd and autocast."""
         with without_autocast(self._on(args).device.type):
-            return self._forward((*args, implementation.passes, needs and self.Needs(*needs)))
+            return self._forward((*args, implementation.passes, self._named(args, needs)))
 
     def formula(self, args: Sequence[Any]) -> Any:
         """The operator in plain torch, which differentiates, batches and transforms it as it likes."""
@@ -280,7 +281,13 @@ class Operator:
 
     def empty(self, args: Sequence[Any], needs: Sequence[bool]) -> Any:
         """The forward's outputs without their numbers."""
-        return self._fake((*args, needs and self.Needs(*needs)))  # type: ignore[misc]
+        return self._fake((*args, self._named(args, needs)))  # type: ignore[misc]
+
+    def _named(self, args: Sequence[Any], needs: Sequence[bool]) -> Any:
+        if not needs:
+            return needs
+        flat = self.signature.flatten(args)
+        return self.Needs(*grouped(needs, (flat[i] for i in self.leaves)))
 
     def _tell(self, chosen: str, args: Sequence[Any]) -> None:
         why = "; ".join(f"{i}: {', '.join(why)}" for i, why in self.explain(args).items() if why)

@@ -10,15 +10,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import autocast_is_on
 from mmfuse.kernels._runtime.reasons import transforming
-from mmfuse.kernels._runtime.signature import Signature, asking, hints_of, is_tensor
+from mmfuse.kernels._runtime.signature import Signature, asking, grouped, hints_of, is_list, is_tensor, spread
 
 if TYPE_CHECKING:
     from mmfuse.kernels._runtime.operator import Implementation, Operator
@@ -52,10 +54,10 @@ def register(operator: Operator, implementation: Implementation) -> Callable[[Se
         if implementation.name == "torch" and transforming():
             return operator.formula(args)
         flat = signature.flatten(args)
-        leaves = [flat[i] for i in operator.leaves]
+        leaves = spread(flat[i] for i in operator.leaves)
         graph = torch.is_grad_enabled()
         needs = [graph and t is not None and t.requires_grad for t in leaves]
-        if not is_plain(flat[i] for i in signature.tensors):
+        if not is_plain(spread(flat[i] for i in signature.tensors)):
             outputs = implementation.op(*flat, *([needs] if needed else []))
         elif backward is not None and any(needs):
             outputs = _Eager.apply(backward, args, flat, needs, *leaves)
@@ -80,12 +82,16 @@ class Backward:
         # a gradient is like its argument: which is kept, stood for by an output, or told by shape and dtype
         standing = {argument: output for output, argument in operator.instead.items()}
         self.like = {n: standing.get(n, n) for n in operator.differentiable}
-        flat = Signature(hints).flat
-        self.told = [n for n, like in self.like.items() if like not in flat]
+        self.told = [n for n, like in self.like.items() if like not in Signature(hints).flat]
         for n in self.told if registered else ():
             hints |= {f"{n}_shape": Sequence[int], f"{n}_dtype": torch.dtype}
         self.signature = Signature(hints)
-        self.kept = {n: is_tensor(hint) for n, hint in self.signature.flat.items() if n not in self.grads}
+        flat = self.signature.flat
+        self.kept = {n: is_tensor(hint) or is_list(hint) for n, hint in flat.items() if n not in self.grads}
+        self.lists = [n for n in self.kept if is_list(flat[n])]
+        every = [n for n, hint in operator.signature.flat.items() if is_list(hint)]
+        if missing := [n for n in every if n not in self.lists]:
+            raise TypeError(f"{operator.name}'s backward does not ask for {missing[0]}, expected every list of tensors")
         # and the other arguments, should the gradients be differentiated: until then they may change
         self.others = [n for n in operator.signature.flat if n not in self.kept]
         self.ask = asking(operator.backward, (*self.signature.names, "passes", "needs"))  # type: ignore[arg-type]
@@ -99,23 +105,32 @@ class Backward:
         """The gradients of the differentiable arguments, an empty one where it is not needed."""
         *kept, needs = flat
         g = next(t for t in flat if isinstance(t, Tensor))
+        of = self._grouped(needs, kept)
         with without_autocast(g.device.type):
             args = self.signature.restore(kept)
-            found = self.ask((*args, self.implementation.passes, self.operator.Needs(*needs)))
-        return [found[n] if need else g.new_empty(0) for n, need in zip(self.like, needs, strict=True)]
+            found = self.ask((*args, self.implementation.passes, self.operator.Needs(*of)))
+        # of a list that needs none there may be none
+        every = spread(found[n] if any(spread([need])) else need for n, need in zip(self.like, of, strict=True))
+        return [d if need else g.new_empty(0) for d, need in zip(every, needs, strict=True)]
+
+    def _grouped(self, needs: Sequence[bool], kept: Sequence[Any]) -> list[Any]:
+        """A flag for each differentiable argument, a list of flags for a list."""
+        given = dict(zip(self.signature.flat, kept, strict=True))
+        return grouped(needs, (given[n] if n in self.lists else None for n in self.like))
 
     def empty(self, *flat: Any) -> list[Tensor]:
         *kept, needs = flat
         given = dict(zip(self.signature.flat, kept, strict=True))
         g = next(t for t in flat if isinstance(t, Tensor))
 
-        def gradient(name: str, like: str) -> Tensor:
+        def gradient(name: str, like: str) -> Any:
             if name in self.told:
                 return g.new_empty(given[f"{name}_shape"], dtype=given[f"{name}_dtype"])
-            return torch.empty_like(given[like], memory_format=torch.contiguous_format)
+            return tree_map(partial(torch.empty_like, memory_format=torch.contiguous_format), given[like])
 
-        every = zip(self.like.items(), needs, strict=True)
-        return [gradient(*names) if need else g.new_empty(0) for names, need in every]
+        of = zip(self.like.items(), self._grouped(needs, kept), strict=True)
+        every = spread(gradient(*names) if any(spread([need])) else need for names, need in of)
+        return [d if need else g.new_empty(0) for d, need in zip(every, needs, strict=True)]
 
     def setup(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         op, outputs = self.operator, (output,) if isinstance(output, Tensor) else output
@@ -125,7 +140,9 @@ class Backward:
                 values[absent] = values[argument]
         for n in self.told:
             values |= {f"{n}_shape": values[n].shape, f"{n}_dtype": values[n].dtype}
-        ctx.save_for_backward(*[values[n] for n, tensor in self.kept.items() if tensor])
+        kept = [values[n] for n, tensor in self.kept.items() if tensor]
+        ctx.save_for_backward(*spread(kept))
+        ctx.like = [(None,) * len(t) if isinstance(t, (list, tuple)) else None for t in kept]
         ctx.options = [values[n] for n, tensor in self.kept.items() if not tensor]
         ctx.others = [values[n] for n in self.others]
         ctx.versions = [_version(t) for t in ctx.others]
@@ -140,7 +157,7 @@ class Backward:
         values = {n: None if grads[i] is None else grads[i].resolve_neg() for n, i in self.grads.items()}
         if all(g is None for g in values.values()):
             return [None] * len(needs)
-        tensors, options = iter(ctx.saved_tensors), iter(ctx.options)
+        tensors, options = iter(grouped(ctx.saved_tensors, ctx.like)), iter(ctx.options)
         values |= {n: next(tensors if tensor else options) for n, tensor in self.kept.items()}
         if differentiated_again(*grads):
             values |= zip(self.others, ctx.others, strict=True)
@@ -154,15 +171,18 @@ class Backward:
     def of_formula(self, flat: Sequence[Any], grads: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
         """The same in plain torch, which can differentiate and transform them."""
         operator = self.operator
-        leaves = [flat[i] for i, need in zip(operator.leaves, needs, strict=True) if need]
+        at = operator.leaves
+        every = spread(flat[i] for i in at)
+        leaves = [t for t, need in zip(every, needs, strict=True) if need]
         if "torch" not in operator.implementations:
             refused = iter(differentiable_once(operator.name, [t.detach() for t in leaves], leaves))
             return [next(refused) if need else None for need in needs]
 
         def formula(*leaves: Tensor) -> Sequence[Tensor]:
-            given = iter(leaves)
-            at = {i: next(given) for i, need in zip(operator.leaves, needs, strict=True) if need}
-            outputs = operator.formula(operator.signature.restore([at.get(i, t) for i, t in enumerate(flat)]))
+            left = iter(leaves)
+            given = [next(left) if need else t for t, need in zip(every, needs, strict=True)]
+            of = dict(zip(at, grouped(given, (flat[i] for i in at)), strict=True))
+            outputs = operator.formula(operator.signature.restore([of.get(i, t) for i, t in enumerate(flat)]))
             return (outputs,) if operator.Outputs is None else outputs
 
         found = iter(gradients_with_graph(formula, leaves, grads))
@@ -171,7 +191,7 @@ class Backward:
     def of_registered(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         at = self.operator.leaves
         needs = [ctx.needs_input_grad[i] for i in at]
-        found = dict(zip(at, self.gradients(self.op, ctx, grads, needs), strict=True))
+        found = dict(zip(at, grouped(self.gradients(self.op, ctx, grads, spread(needs)), needs), strict=True))
         return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_type_hints
 
 from torch import Tensor
@@ -38,6 +38,22 @@ def is_tensor(hint: Any) -> bool:
     return bool(hint in (Tensor, Tensor | None))
 
 
+def is_list(hint: Any) -> bool:
+    """Of tensors, such as a weight for each expert."""
+    return bool(hint == Sequence[Tensor])
+
+
+def spread(values: Iterable[Any]) -> list[Any]:
+    """The values, those of lists one by one."""
+    return [v for value in values for v in (value if isinstance(value, (list, tuple)) else (value,))]
+
+
+def grouped(values: Iterable[Any], like: Iterable[Any]) -> list[Any]:
+    """Values that were spread, in lists as those of `like`."""
+    left = iter(values)
+    return [[next(left) for _ in t] if isinstance(t, (list, tuple)) else next(left) for t in like]
+
+
 class Signature:
     """Arguments with their types, and how they travel through torch: of a dataclass, the fields that it is made of."""
 
@@ -54,7 +70,7 @@ class Signature:
             else:
                 self.flat[name] = hint
         self.at = {name: i for i, name in enumerate(self.flat)}
-        self.tensors = [i for i, hint in enumerate(self.flat.values()) if is_tensor(hint)]
+        self.tensors = [i for i, hint in enumerate(self.flat.values()) if is_tensor(hint) or is_list(hint)]
 
     def flatten(self, args: Sequence[Any]) -> Sequence[Any]:
         if not self.objects:

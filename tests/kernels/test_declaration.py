@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -166,6 +167,57 @@ def test_registered_operators_are_the_same() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: line(*t).y, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, a, b), line(x, a, b).y)
+
+
+def _mixed(passes: Any, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([passes.times(x, f) for f in factors]).sum(0) if factors else torch.zeros_like(x)
+
+
+def _mixed_backward(passes: Any, g: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Any) -> dict[str, Any]:
+    passes.seen.append(needs)
+    grads = {"factors": [passes.times(g, x) if need else None for need in needs.factors]} if any(needs.factors) else {}
+    return grads | ({"x": _mixed(passes, g, factors)} if needs.x else {})
+
+
+MIX: dict[str, Any] = {
+    "forward": _mixed,
+    "fake": lambda x: torch.empty_like(x),
+    "differentiable": ("x", "factors"),
+    "implementations": [
+        Implementation("chunked", passes=PASSES),
+        Implementation("torch", function=lambda x, factors: x * sum(factors)),
+    ],
+}
+MIXED = Operator("_mixed", backward=_mixed_backward, **MIX)
+
+
+def test_a_list_of_tensors_is_one_argument() -> None:
+    """With a gradient for each that needs one, the first and the second, also as torch knows it."""
+    x, a, b = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def call(x: Tensor, *factors: Tensor) -> Tensor:
+        return MIXED(x, factors, backend="chunked")
+
+    torch.testing.assert_close(torch.autograd.grad(call(x, a, b).sum(), (x, a, b)), (a + b, x, x))
+    assert torch.autograd.gradcheck(call, (x, a, b)) and torch.autograd.gradgradcheck(call, (x, a, b))
+    call(x, a.detach(), b).sum().backward()
+    assert a.grad is None and torch.equal(b.grad, x) and PASSES.seen[-1] == (True, [False, True])
+    assert not call(x).any()
+    for given in ((x, a, b), (x, a.detach(), b), (x.detach(), a, a), (x, a.detach()), (x,)):
+        opcheck(lambda: call(*given))  # noqa: B023
+    assert (
+        str(registered(lambda: call(x, a, b))[0]._schema)
+        == "mmfuse::mixed_chunked(Tensor x, Tensor[] factors) -> Tensor"
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x, a.detach(), b).sin().sum(), (x, b))
+    torch.testing.assert_close(got, torch.autograd.grad(call(x, a, b).sin().sum(), (x, b)))
+
+
+def test_a_list_is_kept_for_its_gradients() -> None:
+    with pytest.raises(TypeError, match="backward does not ask for factors, expected every list of tensors"):
+        Operator("_mixed_without", backward=lambda passes, g, x: {"x": g}, **MIX)
 
 
 def test_autocast_is_off_inside() -> None:
