@@ -159,8 +159,8 @@ def drop_path(branch: Tensor, routing: Routing, probability: float, separately: 
         return branch
     columns = routing.experts if separately else 1
     factor = branch.new_empty(len(routing.first), columns).bernoulli_(1 - probability) / (1 - probability)
-    rows = [factor[routing.sample[rows], e if separately else 0] for e, rows in routing.slices()]
-    return branch * torch.cat(rows)[:, None]
+    column = routing.experts_of(len(branch)) if separately else 0
+    return branch * factor[routing.sample, column][:, None]
 
 
 def _heads_of(width: int, heads: int) -> int:

@@ -139,7 +139,7 @@ def multiplier(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 
 def check_range(name: str, ids: Tensor, n: int, of: str, least: int = 0) -> None:
     """Raise unless least <= id < n; not sought on a GPU, which would wait, or in a trace."""
-    if ids.device.type != "cpu" or not _outside_a_trace() or type(ids) is not Tensor or not ids.numel():
+    if ids.device.type != "cpu" or not outside_a_trace() or type(ids) is not Tensor or not ids.numel():
         return
     low, high = (int(t.item()) for t in ids.aminmax())
     if low < least or high >= n:
@@ -153,7 +153,7 @@ def constant(values: float | Iterable[float], device: torch.device) -> Tensor:
     A copy waits for the host, and cannot be captured in a CUDA graph.
     """
     given = (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
-    return _constant(given, device) if _outside_a_trace() else torch.tensor(given, dtype=torch.float64, device=device)
+    return _constant(given, device) if outside_a_trace() else torch.tensor(given, dtype=torch.float64, device=device)
 
 
 @functools.lru_cache(256)
@@ -162,7 +162,7 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def _outside_a_trace() -> bool:
+def outside_a_trace() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -45,6 +45,10 @@ def packed_attention(
         sees: K x K of "all", "causal" or "none": what a segment's rows see of another's. By default all.
         bias: [H, P, P], of the places of a query and of a key.
     """
+    if not routing.first.shape[1]:
+        raise ValueError(
+            "routing has no samples, expected one of Routing.of, Routing.from_split or Routing.from_splits"
+        )
     device = q.device
     ends = routing.lengths.cumsum(1)  # [B, K]
     at = torch.arange(routing.longest, device=device)

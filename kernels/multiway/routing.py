@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime.arguments import check, require_integer
+from mmfuse.kernels._runtime.arguments import check, check_range, constant, outside_a_trace, require_integer
+
+_INTEGERS = (torch.int64, torch.int32)
 
 
 class Part(NamedTuple):
@@ -24,6 +27,9 @@ class Part(NamedTuple):
     place: int = 0  # of the first row in a table of relative positions
 
 
+_none = partial(torch.zeros, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Routing:
     """Rows [T] of a stream in which those of an expert lie together, once per batch and for every layer.
@@ -33,8 +39,11 @@ class Routing:
     Attributes:
         experts: E.
         runs: the expert of each run.
-        bounds: run r is the rows from bounds[r] up to bounds[r + 1].
-        first: int64 [samples, K]: the first row of each segment of a sample.
+        offsets: int64 [runs + 1]: run r is the rows from offsets[r] up to offsets[r + 1].
+        bounds: the same on the host; None where they are known to the device alone, for which the host does not wait.
+        order: int64 [T]: the caller's row that each row of the stream is; None: they are in one order.
+        inverse: int64 [T]: the stream's row that each of the caller's is.
+        first: int64 [samples, K]: the first row of each segment of a sample; K is 0 where samples are not known.
         lengths: int64 [samples, K]: its rows; 0 where a sample has no such segment.
         kept: int64 [samples, K]: those of them that are attended to, which come first.
         places: of each segment's first row in a table of relative positions.
@@ -44,13 +53,16 @@ class Routing:
 
     experts: int
     runs: tuple[int, ...]
-    bounds: tuple[int, ...]
-    first: Tensor
-    lengths: Tensor
-    kept: Tensor
-    places: tuple[int, ...]
-    sample: Tensor
-    longest: int
+    offsets: Tensor
+    bounds: tuple[int, ...] | None
+    order: Tensor | None = None
+    inverse: Tensor | None = None
+    first: Tensor = field(default_factory=lambda: _none((0, 0)))
+    lengths: Tensor = field(default_factory=lambda: _none((0, 0)))
+    kept: Tensor = field(default_factory=lambda: _none((0, 0)))
+    places: tuple[int, ...] = ()
+    sample: Tensor = field(default_factory=lambda: _none(0))
+    longest: int = 0
 
     @staticmethod
     def of(
@@ -86,7 +98,10 @@ class Routing:
             bounds.append(bounds[-1] + part.sequences * part.length)
         longest = sum(p.length for p in parts)
         runs, places = tuple(p.expert for p in parts), tuple(p.place for p in parts)
-        return Routing(experts, runs, tuple(bounds), first, lengths, kept, places, torch.cat(sample), longest)
+        return Routing(
+            experts, runs, torch.tensor(bounds, device=device), tuple(bounds),
+            first=first, lengths=lengths, kept=kept, places=places, sample=torch.cat(sample), longest=longest,
+        )  # fmt: skip
 
     @staticmethod
     def from_split(
@@ -106,18 +121,159 @@ class Routing:
         parts = [Part(0, samples, split), Part(1, samples, length - split, kept=kept)]
         return Routing.of(parts, 2, samples, device)
 
+    @staticmethod
+    def from_splits(
+        splits: Tensor, length: int, kept: Tensor | None = None, device: torch.device | str | None = None
+    ) -> Routing:
+        """Of samples whose first `splits[b]` rows are expert 0's and whose others expert 1's; `pack` brings them there.
+
+        Args:
+            splits: int64 or int32 [B], from 0 to S. On a CPU the bounds are read, elsewhere nobody waits for them.
+            length: S of the tensor [B, S, D] whose rows are packed.
+            kept: int64 [B]: of expert 1's rows those that are no padding.
+            device: where the stream is, by default as `splits`.
+        """
+        check("splits", splits, ("B",), "", _INTEGERS)
+        require_integer("length", length)
+        _check_range("splits", splits, length + 1, f"at most the length {length}")
+        samples = len(splits)
+        splits = splits.to(torch.int64)
+        lengths = torch.stack([splits, length - splits])  # [2, B], expert by expert
+        starts = torch.cat([splits.new_zeros(1), lengths.flatten().cumsum(0)])
+        offsets = starts[[0, samples, 2 * samples]]
+        bounds = _read(offsets)
+        device = splits.device if device is None else device
+        splits, lengths, starts, offsets = (t.to(device) for t in (splits, lengths, starts, offsets))
+        first = starts[:-1].view(2, samples)
+        at = torch.arange(length, device=device)
+        inverse = torch.where(at < splits[:, None], first[0, :, None], (first[1] - splits)[:, None]) + at
+        order = _inverted(inverse.flatten())
+        if kept is not None:
+            check("kept", kept, (samples,), ", one for each sample", torch.int64)
+        attended = lengths if kept is None else torch.stack([splits, kept])
+        return Routing(
+            2, (0, 1), offsets, bounds, order, inverse.flatten(),
+            first=first.t(), lengths=lengths.t(), kept=attended.t(), places=(0, 0), sample=order // max(1, length),
+            longest=length,
+        )  # fmt: skip
+
+    @staticmethod
+    def from_cu_seqlens(cu_seqlens: Tensor, runs: Sequence[int], experts: int | None = None) -> Routing:
+        """Of runs one after another; their samples are not known.
+
+        Args:
+            cu_seqlens: int64 or int32 [runs + 1], from 0 on: run r is the rows from cu_seqlens[r] up to
+                cu_seqlens[r + 1], and the last is T. On a CPU they are read, elsewhere nobody waits for them.
+            runs: the expert of each run.
+            experts: E; by default one more than the largest of `runs`.
+        """
+        runs = tuple(runs)
+        check("cu_seqlens", cu_seqlens, (len(runs) + 1,), ", one for each run and one more", _INTEGERS)
+        experts = max(runs, default=0) + 1 if experts is None else experts
+        bounds = _read(cu_seqlens)
+        if bounds is not None and (bounds[0] != 0 or list(bounds) != sorted(bounds)):
+            raise ValueError(f"cu_seqlens is {bounds}, expected numbers from 0 on that do not fall")
+        return Routing(experts, _checked(runs, len(runs), experts), cu_seqlens.to(torch.int64), bounds)
+
+    @staticmethod
+    def from_ids(ids: Tensor, experts: int) -> Routing:
+        """Of rows that each have an expert, in any order; `pack` sorts them. Their samples are not known.
+
+        A stable counting sort: rows of an expert stay in their order.
+
+        Args:
+            ids: int64 or int32 [T], the expert of each row. One out of range raises on a CPU, and on a GPU when it next
+                waits.
+            experts: E.
+        """
+        check("ids", ids, ("T",), "", _INTEGERS)
+        require_integer("experts", experts)
+        _check_range("ids", ids, experts, "the experts")
+        ids = ids.to(torch.int64)
+        member = ids[:, None] == torch.arange(experts, device=ids.device)
+        counts = member.cumsum(0)  # [T, E]
+        total = counts[-1:].sum(0)
+        offsets = torch.cat([total.new_zeros(1), total.cumsum(0)])
+        inverse = (counts + offsets[:-1]).gather(1, ids[:, None])[:, 0] - 1
+        return Routing(experts, tuple(range(experts)), offsets, _read(offsets), _inverted(inverse), inverse)
+
     def mapped(self, runs: Sequence[int], experts: int) -> Routing:
         """The same rows with another expert for each run: VLMo's layers differ in who takes the pairs."""
-        if len(runs) != len(self.runs) or not all(0 <= e < experts for e in runs):
-            raise ValueError(f"runs is {tuple(runs)}, expected {len(self.runs)} experts from 0 to {experts - 1}")
-        return dataclasses.replace(self, runs=tuple(runs), experts=experts)
+        return dataclasses.replace(self, runs=_checked(runs, len(self.runs), experts), experts=experts)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The stream of the caller's rows [T, ...]."""
+        return _permuted(x, self.order, self.inverse)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The caller's rows of the stream's [T, ...]."""
+        return _permuted(x, self.inverse, self.order)
 
     @property
     def rows(self) -> int:
         """T."""
-        return self.bounds[-1]
+        return self._known()[-1]
 
     def slices(self) -> list[tuple[int, slice]]:
         """(expert, rows) of each run that has rows."""
-        pairs = zip(self.bounds, self.bounds[1:], strict=False)
-        return [(e, slice(a, b)) for e, (a, b) in zip(self.runs, pairs, strict=True) if a < b]
+        bounds = self._known()
+        return [(e, slice(a, b)) for e, a, b in zip(self.runs, bounds, bounds[1:], strict=False) if a < b]
+
+    def experts_of(self, rows: int) -> Tensor:
+        """int64 [T]: the expert of each of T rows."""
+        at = torch.arange(rows, device=self.offsets.device)
+        run = torch.bucketize(at, self.offsets[1:], right=True).clamp(max=len(self.runs) - 1)
+        return constant(self.runs, at.device).long()[run]
+
+    def _known(self) -> tuple[int, ...]:
+        if self.bounds is None:
+            raise ValueError(f"routing has its bounds on {self.offsets.device}, expected them on the host")
+        return self.bounds
+
+
+def _permuted(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
+    if order is None:
+        return x
+    if len(x) != len(order):
+        raise ValueError(f"x has {len(x)} rows, expected {len(order)} as routing")
+    return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; the gradient's are in the first one again, without a sum over indices."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(g, inverse, order), None, None
+
+
+def _inverted(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def _read(offsets: Tensor) -> tuple[int, ...] | None:
+    return tuple(offsets.tolist()) if offsets.device.type == "cpu" and outside_a_trace() else None
+
+
+def _checked(runs: Sequence[int], count: int, experts: int) -> tuple[int, ...]:
+    if len(runs) != count or not all(0 <= e < experts for e in runs):
+        raise ValueError(f"runs is {tuple(runs)}, expected {count} experts from 0 to {experts - 1}")
+    return tuple(runs)
+
+
+def _check_range(name: str, ids: Tensor, n: int, of: str) -> None:
+    """Raise unless 0 <= id < n; on a GPU the device does, and nobody waits."""
+    check_range(name, ids, n, of)
+    if ids.is_cuda:
+        torch._assert_async(((ids >= 0) & (ids < n)).all(), f"{name} is out of range, expected 0 to {n - 1}")

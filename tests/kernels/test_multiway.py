@@ -132,3 +132,101 @@ def test_another_phase_has_other_experts_for_the_same_rows() -> None:
     routing = Routing.from_split(2, 5, 3, device=DEVICE)
     upper = routing.mapped([2, 2], 3)
     assert upper.slices() == [(2, slice(0, 6)), (2, slice(6, 10))] and upper.first is routing.first
+
+
+# --- routings -------------------------------------------------------------------------------------------------------
+
+
+def test_splits_that_differ() -> None:
+    """From 0 to the length, in the order of experts, with the attention of each sample and the caller's order back."""
+    splits, kept = torch.tensor([3, 0, 5, 1], device=DEVICE), torch.tensor([1, 4, 0, 2], device=DEVICE)
+    routing, x = Routing.from_splits(splits, 5, kept), normal(20, 8)
+    stream = routing.pack(x)
+    of_samples = [t.split([s, 5 - s]) for t, s in zip(x.split(5), splits.tolist(), strict=True)]
+    torch.testing.assert_close(stream, torch.cat([t for of in zip(*of_samples, strict=True) for t in of]))
+    assert torch.equal(routing.unpack(stream), x)
+    assert routing.sample.tolist() == [0, 0, 0, 2, 2, 2, 2, 2, 3, 0, 0, 1, 1, 1, 1, 1, 3, 3, 3, 3]
+    assert routing.experts_of(20).tolist() == [0] * 9 + [1] * 11
+    qkv = normal(20, 3, 2, 4)
+    got = routing.unpack(packed_attention(*routing.pack(qkv).unbind(1), routing)).split(5)
+    for y, of, split, n in zip(got, qkv.split(5), splits.tolist(), kept.tolist(), strict=True):
+        q, k, v = of.permute(1, 2, 0, 3)
+        want = F.scaled_dot_product_attention(q, k[:, : split + n], v[:, : split + n])
+        torch.testing.assert_close(y, want.transpose(0, 1).flatten(1))
+
+
+def test_one_split_is_many_that_are_equal() -> None:
+    one, many = Routing.from_split(3, 6, 4, device=DEVICE), Routing.from_splits(torch.tensor([4] * 3), 6, device=DEVICE)
+    for name in ("offsets", "first", "lengths", "kept", "sample"):
+        assert torch.equal(getattr(one, name), getattr(many, name)), name
+    assert (one.runs, one.bounds, one.longest) == (many.runs, many.bounds, many.longest)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_ids_are_sorted_and_stay_in_their_order(experts: int, dtype: torch.dtype) -> None:
+    ids = torch.randint(experts, (50,), device=DEVICE, dtype=dtype) // 2 * 2  # every second expert has no rows
+    routing = Routing.from_ids(ids, experts)
+    assert torch.equal(routing.order, ids.argsort(stable=True))
+    assert torch.equal(routing.experts_of(50), ids.sort().values.long())
+    assert torch.equal(routing.offsets, F.pad(torch.bincount(ids, minlength=experts).cumsum(0), (1, 0)))
+    assert DEVICE == "cuda" or routing.bounds == tuple(routing.offsets.tolist())
+    x = normal(50, 3).requires_grad_()
+    assert torch.equal(routing.unpack(routing.pack(x)), x)
+    assert torch.autograd.gradcheck(routing.pack, x) and torch.autograd.gradgradcheck(routing.pack, x)
+
+
+def test_no_rows() -> None:
+    ids = torch.empty(0, device=DEVICE, dtype=torch.int64)
+    for routing in (Routing.from_ids(ids, 3), Routing.from_splits(ids, 4), Routing.from_splits(ids.new_zeros(2), 0)):
+        assert routing.pack(normal(0, 2)).shape == (0, 2) and not routing.offsets.any()
+        assert not routing.experts_of(0).numel()
+
+
+def test_runs_that_are_given() -> None:
+    routing = Routing.from_cu_seqlens(torch.tensor([0, 2, 2, 7], dtype=torch.int32), [1, 0, 1], experts=3)
+    assert routing.slices() == [(1, slice(0, 2)), (1, slice(2, 7))] and routing.rows == 7
+    assert routing.experts_of(7).tolist() == [1] * 7 and routing.experts == 3
+    assert Routing.from_cu_seqlens(torch.tensor([0, 2, 3]), [1, 0]).experts == 2
+
+
+def test_the_host_does_not_wait_for_bounds() -> None:
+    """On another device they are never read: meta tensors have nothing to read."""
+    ids = torch.zeros(6, dtype=torch.int64, device="meta")
+    made = [
+        Routing.from_ids(ids, 2),
+        Routing.from_splits(ids, 4, ids),
+        Routing.from_cu_seqlens(ids[:3], [0, 1]),
+    ]
+    for routing in made:
+        assert routing.bounds is None and routing.offsets.shape == (3,) and routing.experts_of(6).shape == (6,)
+        with pytest.raises(ValueError, match="routing has its bounds on meta, expected them on the host"):
+            routing.slices()
+    # those that the host has are for a stream elsewhere too
+    assert Routing.from_splits(torch.tensor([1, 2]), 4, device="meta").bounds == (0, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda ids: Routing.from_ids(ids, 2), "ids has 2, expected 0 <= id < 2, the experts"),
+        (lambda ids: Routing.from_splits(ids, 1), "splits has 2, expected 0 <= split < 2, at most the length 1"),
+        (
+            lambda ids: Routing.from_cu_seqlens(ids, [0]),
+            r"cu_seqlens has shape \(3,\), expected \[2\], one for each run",
+        ),
+        (
+            lambda ids: Routing.from_cu_seqlens(ids.flip(0), [0, 1]),
+            r"cu_seqlens is \(2, 1, 0\), expected numbers from 0",
+        ),
+        (lambda ids: Routing.from_cu_seqlens(ids, [0, 2], 2), r"runs is \(0, 2\), expected 2 experts from 0 to 1"),
+        (lambda ids: Routing.from_ids(ids, 3).pack(normal(4, 2).cpu()), "x has 4 rows, expected 3 as routing"),
+        (
+            lambda ids: packed_attention(*normal(3, 3, 1, 2).cpu().unbind(1), Routing.from_ids(ids, 3)),
+            "routing has no samples, expected one of Routing.of",
+        ),
+    ],
+)
+def test_errors_of_routings(make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        make(torch.tensor([0, 1, 2]))
