@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.kernels.multiway.reference import packed_attention, routed_layer_norm, routed_linear
-from mmfuse.kernels.multiway.routing import Routing
+from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear
+from mmfuse.kernels.multiway.reference import packed_attention
 
 
 class MultiwayLinear(nn.Module):
@@ -25,8 +25,11 @@ class MultiwayLinear(nn.Module):
         self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers])) if bias else None
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        return routed_linear(x, self.weight, self.bias, routing)
+    def forward(
+        self, x: Tensor, routing: Routing, residual: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> Tensor:
+        """residual [T, N] and row_scale [T] as in `routed_linear`."""
+        return routed_linear(x, self.weight, self.bias, routing, residual=residual, row_scale=row_scale)
 
 
 class MultiwayLayerNorm(nn.Module):
@@ -50,9 +53,21 @@ class MultiwayFFN(nn.Module):
         self.norm = MultiwayLayerNorm(experts, hidden, eps) if sub_norm else None
         self.fc2 = MultiwayLinear(experts, hidden, width)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        x = F.gelu(self.fc1(x, routing))
-        return self.fc2(x if self.norm is None else self.norm(x, routing), routing)
+    def forward(
+        self,
+        x: Tensor,
+        routing: Routing,
+        residual: Tensor | None = None,
+        scale: Tensor | None = None,
+        row_scale: Tensor | None = None,
+    ) -> Tensor:
+        """residual [T, N], scale [N] and row_scale [T] as in `routed_ffn`."""
+        fc1, fc2, norm = self.fc1, self.fc2, self.norm
+        return routed_ffn(
+            x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, routing,
+            norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
+            residual=residual, scale=scale, row_scale=row_scale,
+        )  # fmt: skip
 
 
 class MultiwayBlock(nn.Module):
@@ -97,8 +112,9 @@ class MultiwayBlock(nn.Module):
         if self.inner_norm is not None:
             attended = self.inner_norm(attended, routing)
         probability = self.drop_path if self.training else 0.0
-        x = x + drop_path(self.out(attended, routing), routing, probability)
-        return x + drop_path(self.ffn(self.ffn_norm(x, routing), routing), routing, probability)
+        x = self.out(attended, routing, x, path_scale(x, routing, probability))
+        normed = self.ffn_norm(x, routing)
+        return self.ffn(normed, routing, x, row_scale=path_scale(x, routing, probability))
 
 
 class MoMEBlock(nn.Module):
@@ -143,24 +159,24 @@ class MoMEBlock(nn.Module):
         q, k, v = F.linear(self.norm1(x), self.qkv.weight, of_qkv).unflatten(1, (3, self.heads, -1)).unbind(1)
         probability = self.drop_path if self.training else 0.0
         branch = self.proj(packed_attention(q, k, v, routing, bias=bias))
-        x = x + drop_path(branch if self.gamma_1 is None else branch * self.gamma_1, routing, probability)
-        branch = self.mlp(self.norm2(x, routing), routing)
-        branch = branch if self.gamma_2 is None else branch * self.gamma_2
-        return x + drop_path(branch, routing, probability, separately=True)
+        branch = branch if self.gamma_1 is None else branch * self.gamma_1
+        kept = path_scale(x, routing, probability)
+        x = x + (branch if kept is None else branch * kept[:, None])
+        kept = path_scale(x, routing, probability, separately=True)
+        return self.mlp(self.norm2(x, routing), routing, x, self.gamma_2, kept)
 
 
-def drop_path(branch: Tensor, routing: Routing, probability: float, separately: bool = False) -> Tensor:
-    """0 for the rows [T, D] of samples drawn with `probability`, the others over what is left of it.
+def path_scale(x: Tensor, routing: Routing, probability: float, separately: bool = False) -> Tensor | None:
+    """The factor [T] of each row: 0 for samples drawn with `probability`, for others 1 over what is left of it.
 
-    Stochastic depth (Huang et al. 2016, arXiv:1603.09382). `separately`: the parts of a sample that have different
-    experts are drawn each for itself.
+    Stochastic depth (Huang et al. 2016, arXiv:1603.09382); None where nothing is dropped. `separately`: the parts of a
+    sample that have different experts are drawn each for itself.
     """
-    if probability == 0 or not len(branch):
-        return branch
+    if probability == 0 or not len(x):
+        return None
     columns = routing.experts if separately else 1
-    factor = branch.new_empty(len(routing.first), columns).bernoulli_(1 - probability) / (1 - probability)
-    column = routing.experts_of(len(branch)) if separately else 0
-    return branch * factor[routing.sample, column][:, None]
+    factor = x.new_empty(len(routing.first), columns).bernoulli_(1 - probability) / (1 - probability)
+    return factor[routing.sample, routing.experts_of(len(x)) if separately else 0]
 
 
 def _heads_of(width: int, heads: int) -> int:

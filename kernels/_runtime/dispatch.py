@@ -10,7 +10,7 @@ from contextvars import ContextVar
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "chunked", "torch")
+BACKENDS = ("cuda", "triton", "cpu", "slices", "chunked", "torch")
 _ENVIRONMENT = os.environ.get("MMFUSE_BACKEND") or None
 _forced: ContextVar[str | None] = ContextVar("forced", default=_ENVIRONMENT)
 

@@ -69,7 +69,7 @@ class Implementation:
     """One way to compute an operator.
 
     Args:
-        name: "cuda", "triton", "cpu", "chunked" or "torch", which tells the device and the dtypes that it is for.
+        name: "cuda", "triton", "cpu", "slices", "chunked" or "torch": the device and the dtypes that it is for.
         passes: what the operator's forward and backward compute with.
         function: in place of passes, a function of the operator's arguments that torch differentiates and traces.
         against: functions that say why it cannot run; None: it can.

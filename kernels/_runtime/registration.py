@@ -98,7 +98,7 @@ class Backward:
         self.op: Callable[..., list[Tensor]] = self.compute
         if registered:
             hints, traceable = self.signature.flat | _NEEDS, implementation.traceable
-            op = _registered(f"{name}_backward", self.compute, self.empty, hints, list[Tensor], traceable)
+            op = _registered(f"{name}_backward", self.compute_anew, self.empty, hints, list[Tensor], traceable)
             self.op = op._opoverload
 
     def compute(self, *flat: Any) -> list[Tensor]:
@@ -112,6 +112,10 @@ class Backward:
         # of a list that needs none there may be none
         every = spread(found[n] if any(spread([need])) else need for n, need in zip(self.like, of, strict=True))
         return [d if need else g.new_empty(0) for d, need in zip(every, needs, strict=True)]
+
+    def compute_anew(self, *flat: Any) -> list[Tensor]:
+        """The same, none of which is an incoming gradient: what is registered returns no argument."""
+        return [d.clone() if any(d is t for t in flat) else d for d in self.compute(*flat)]
 
     def _grouped(self, needs: Sequence[bool], kept: Sequence[Any]) -> list[Any]:
         """A flag for each differentiable argument, a list of flags for a list."""

@@ -8,27 +8,83 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels.multiway.routing import Routing
+from mmfuse.kernels._runtime.dtypes import cast
+from mmfuse.kernels.multiway.arguments import FFN, GATED, Ending, Linear, Runs, by_expert
+from mmfuse.kernels.multiway.routing import Routing, experts_of
 
 
-def routed(x: Tensor, routing: Routing, expert: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Each run of rows by its expert."""
-    runs = [expert(x[rows], e) for e, rows in routing.slices()]
-    return torch.cat(runs) if len(runs) != 1 else runs[0]
+def routed(x: Tensor, experts: int, runs: Runs, expert: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Each row by its expert."""
+    if runs.bounds is not None:
+        slices = runs.slices()
+        # one without rows has the gradient 0
+        slices += [(e, slice(0, 0)) for e in range(experts) if e not in runs.experts]
+        return torch.cat([expert(x[rows], e) for e, rows in slices])
+    # every expert for all rows: nobody has to know where a run ends
+    own = experts_of(runs.experts, runs.offsets, len(x))
+    y = torch.zeros((), dtype=x.dtype, device=x.device)
+    for e in range(experts):
+        mine = (own == e)[:, None]
+        y = y + torch.where(mine, expert(torch.where(mine, x, 0), e), 0)
+    return y
 
 
-def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> Tensor:
-    """[T, K] by [E, N, K] and [E, N]: [T, N]."""
-    if not x.shape[0]:
-        return x.new_zeros(0, weight.shape[1]) + 0 * weight.sum()
-    return routed(x, routing, lambda rows, e: F.linear(rows, weight[e], None if bias is None else bias[e]))
+def product(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], runs: Runs) -> Tensor:
+    """W_e x + b_e: [T, K] to [T, N]."""
+    w, b = by_expert(weights, 2), by_expert(biases, 1)
+    return routed(x, len(w), runs, lambda rows, e: F.linear(rows, w[e], b[e] if b else None))
 
 
-def routed_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, routing: Routing, eps: float) -> Tensor:
-    """[T, D] by [E, D] and [E, D]."""
-    if not x.shape[0]:
-        return x
-    return routed(x, routing, lambda rows, e: F.layer_norm(rows, rows.shape[-1:], weight[e], bias[e], eps))
+def activate(z: Tensor, activation: str) -> Tensor:
+    if activation in GATED:
+        gate, up = z.chunk(2, 1)
+        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
+    if activation == "gelu":
+        return F.gelu(z)
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    if activation == "quick_gelu":
+        return z * torch.sigmoid(1.702 * z)
+    return F.silu(z) if activation == "silu" else z
+
+
+def ended(y: Tensor, ending: Ending) -> Tensor:
+    """residual + row_scale scale y, in the residual's dtype or y's."""
+    residual, scale, row_scale = ending.residual, ending.scale, ending.row_scale
+    dtype = y.dtype if residual is None else residual.dtype
+    y = y if scale is None else y * scale
+    if row_scale is not None:
+        column = row_scale[:, None]
+        y = y * column if residual is None else torch.addcmul(residual, y, column)
+    elif residual is not None:
+        y = residual + y
+    return cast(y, dtype)
+
+
+def routed_linear(linear: Linear, runs: Runs, ending: Ending) -> Tensor:
+    z = product(linear.x, linear.weights, linear.biases, runs)
+    return ended(activate(z, linear.activation), ending)
+
+
+def routed_norm(
+    x: Tensor, gammas: Sequence[Tensor], betas: Sequence[Tensor], centred: bool, eps: float, runs: Runs
+) -> Tensor:
+    """Over the rows of [T, D]; the statistics of 16-bit rows in float32."""
+    gamma, beta, d = by_expert(gammas, 1), by_expert(betas, 1), x.shape[1:]
+
+    def expert(rows: Tensor, e: int) -> Tensor:
+        if centred:
+            return F.layer_norm(rows, d, cast(gamma[e], rows.dtype), cast(beta[e], rows.dtype) if beta else None, eps)
+        return F.rms_norm(rows, d, cast(gamma[e], rows.dtype), eps)
+
+    return routed(x, len(gamma), runs, expert)
+
+
+def routed_ffn(ffn: FFN, runs: Runs, ending: Ending) -> Tensor:
+    h = activate(product(ffn.x, ffn.weights_in, ffn.biases_in, runs), ffn.activation)
+    if ffn.gammas:
+        h = routed_norm(h, ffn.gammas, ffn.betas, True, ffn.eps, runs)
+    return ended(product(h, ffn.weights_out, ffn.biases_out, runs), ending)
 
 
 def packed_attention(

@@ -221,9 +221,7 @@ class Routing:
 
     def experts_of(self, rows: int) -> Tensor:
         """int64 [T]: the expert of each of T rows."""
-        at = torch.arange(rows, device=self.offsets.device)
-        run = torch.bucketize(at, self.offsets[1:], right=True).clamp(max=len(self.runs) - 1)
-        return constant(self.runs, at.device).long()[run]
+        return experts_of(self.runs, self.offsets, rows)
 
     def _known(self) -> tuple[int, ...]:
         if self.bounds is None:
@@ -236,7 +234,7 @@ def _permuted(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor
         return x
     if len(x) != len(order):
         raise ValueError(f"x has {len(x)} rows, expected {len(order)} as routing")
-    return _Permute.apply(x, order, inverse)  # type: ignore[no-any-return]
+    return _Permute.apply(x, order, inverse)
 
 
 class _Permute(torch.autograd.Function):
@@ -256,6 +254,13 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         order, inverse = ctx.saved_tensors
         return _Permute.apply(g, inverse, order), None, None
+
+
+def experts_of(runs: Sequence[int], offsets: Tensor, rows: int) -> Tensor:
+    """int64 [T]: the expert of each of T rows."""
+    at = torch.arange(rows, device=offsets.device)
+    run = torch.bucketize(at, offsets[1:], right=True).clamp(max=len(runs) - 1)
+    return constant(runs, at.device).long()[run]
 
 
 def _inverted(order: Tensor) -> Tensor:

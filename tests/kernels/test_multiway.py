@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.fused.multiway import MoMEBlock, MultiwayBlock, MultiwayLayerNorm, MultiwayLinear, drop_path
+from mmfuse.fused.multiway import MoMEBlock, MultiwayBlock, MultiwayLayerNorm, MultiwayLinear, path_scale
 from mmfuse.kernels.multiway.reference import packed_attention
 from mmfuse.kernels.multiway.routing import Part, Routing
 
@@ -95,9 +95,10 @@ def test_what_a_segment_sees() -> None:
 
 def test_a_branch_is_dropped_for_a_whole_sample_or_for_each_of_its_parts() -> None:
     routing = Routing.from_split(64, 5, 3, device=DEVICE)
-    ones = torch.ones(routing.rows, 8, device=DEVICE)
+    x = normal(routing.rows, 8)
+    assert path_scale(x, routing, 0.0) is None
     for separately in (False, True):
-        kept = drop_path(ones, routing, 0.5, separately)[:, 0]
+        kept = path_scale(x, routing, 0.5, separately)
         image, text = kept[: 64 * 3].view(64, 3), kept[64 * 3 :].view(64, 2)
         assert set(kept.tolist()) == {0.0, 2.0}
         assert (image == image[:, :1]).all() and (text == text[:, :1]).all()

@@ -1,0 +1,99 @@
+"""The checked arguments of the routed operators, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mmfuse.kernels._runtime.arguments import check
+from mmfuse.kernels.multiway.routing import Routing
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu", "geglu")
+GATED = ("swiglu", "geglu")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Which expert the rows of a stream have, as `Routing` says."""
+
+    experts: Sequence[int]  # of each run
+    bounds: Sequence[int] | None  # on the host, or known to the device alone
+    offsets: Tensor  # int64 [runs + 1], the same on the device
+
+    def slices(self) -> list[tuple[int, slice]]:
+        """(expert, rows) of each run, where the host knows them."""
+        bounds = self.bounds or ()
+        return [(e, slice(a, b)) for e, a, b in zip(self.experts, bounds, bounds[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """An expert's product and what follows it at once. A list is of E tensors, or of one that has them all."""
+
+    x: Tensor  # [T, K]
+    weights: Sequence[Tensor]  # [N, K], or [2 N, K] where the activation is gated
+    biases: Sequence[Tensor]  # [N] or [2 N]; none: no biases
+    activation: str
+
+
+@dataclass(frozen=True)
+class FFN:
+    """Two products with an activation and a LayerNorm between them; lists as in `Linear`."""
+
+    x: Tensor  # [T, K]
+    weights_in: Sequence[Tensor]  # [F, K], or [2 F, K] where the activation is gated
+    biases_in: Sequence[Tensor]
+    gammas: Sequence[Tensor]  # [F]; none: no norm
+    betas: Sequence[Tensor]
+    weights_out: Sequence[Tensor]  # [N, F]
+    biases_out: Sequence[Tensor]
+    activation: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What follows the product: residual + row_scale scale y."""
+
+    residual: Tensor | None  # [T, N]
+    scale: Tensor | None  # [N]
+    row_scale: Tensor | None  # [T]
+
+
+def by_expert(parameters: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+    """An expert's parameter of `dim` dimensions each, out of a list of them or of one tensor that has them all."""
+    if len(parameters) == 1 and parameters[0].dim() > dim:
+        return parameters[0].unbind(0)
+    return parameters
+
+
+def flags_by_expert(needs: Sequence[bool], experts: int) -> Sequence[bool]:
+    return list(needs) * experts if len(needs) == 1 else needs
+
+
+def experts_of(
+    name: str, given: Tensor | Sequence[Tensor], shape: Sequence[int | str], routing: Routing, x: Tensor
+) -> list[Tensor]:
+    """A parameter of the experts as a list: of one tensor [E, *shape], or of E tensors of that shape."""
+    e = routing.experts
+    if isinstance(given, Tensor):
+        check(name, given, (e, *shape), ", one for each expert", like=("x", x))
+        return [given]
+    if not isinstance(given, (list, tuple)) or len(given) != e:
+        what = f"{len(given)} of them" if isinstance(given, (list, tuple)) else type(given).__name__
+        raise ValueError(f"{name} is {what}, expected a tensor or {e} tensors, one for each expert")
+    for i, t in enumerate(given):
+        check(f"{name}[{i}]", t, shape if i == 0 else given[0].shape, ", one for each expert", like=("x", x))
+    return list(given)
+
+
+def runs_of(routing: Routing, x: Tensor) -> Runs:
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing is {type(routing).__name__}, expected a Routing")
+    if routing.bounds is not None and routing.bounds[-1] != x.shape[0]:
+        raise ValueError(f"x has {x.shape[0]} rows, expected {routing.bounds[-1]} as routing")
+    if routing.offsets.device != x.device:
+        raise ValueError(f"routing is on {routing.offsets.device}, expected {x.device} as x")
+    return Runs(routing.runs, routing.bounds, routing.offsets)

@@ -1,0 +1,399 @@
+"""The public functions of modality experts: argument checks and declarations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime.arguments import autocast, autocast_dtype, check, one_of, real
+from mmfuse.kernels.multiway import reference, sliced
+from mmfuse.kernels.multiway.arguments import (
+    ACTIVATIONS,
+    FFN,
+    GATED,
+    Ending,
+    Linear,
+    Runs,
+    by_expert,
+    experts_of,
+    runs_of,
+)
+from mmfuse.kernels.multiway.routing import Routing
+from mmfuse.kernels.multiway.sliced import FFNOut, LinearOut, NormOut, keeps_product
+
+Parameters = Tensor | Sequence[Tensor]
+Activation = Literal["none", "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu", "geglu"]
+
+
+def _unknown_bounds(runs: Runs) -> str | None:
+    return "the bounds of the runs are known to the device alone" if runs.bounds is None else None
+
+
+# --- one product ----------------------------------------------------------------------------------------------------
+
+
+def _linear(passes: Any, linear: Linear, runs: Runs, ending: Ending, needs: Any) -> LinearOut:
+    return passes.linear(linear, runs, ending, needs)
+
+
+def _linear_fake(linear: Linear, ending: Ending, needs: Any) -> LinearOut:
+    x, wide = linear.x, by_expert(linear.weights, 2)[0].shape[0]
+    n = wide // 2 if linear.activation in GATED else wide
+    out = x.new_empty(x.shape[0], n, dtype=x.dtype if ending.residual is None else ending.residual.dtype)
+    return LinearOut(out, x.new_empty((x.shape[0], wide) if needs and keeps_product(linear, needs) else 0))
+
+
+def _linear_backward(
+    passes: Any, g: Tensor, linear: Linear, runs: Runs, ending: Ending, z: Tensor, needs: Any
+) -> dict[str, Any]:
+    return passes.linear_grads(g, z, linear, runs, ending, needs)
+
+
+def _halves(x: Tensor) -> Routing:
+    return Routing.from_split(1, len(x), len(x) // 2, device=x.device)
+
+
+ROUTED_LINEAR = Operator(
+    "routed_linear",
+    forward=_linear,
+    backward=_linear_backward,
+    fake=_linear_fake,
+    differentiable=("x", "weights", "biases", "residual", "scale"),
+    on=lambda linear: linear.x,
+    implementations=[
+        Implementation("slices", passes=sliced, against=[_unknown_bounds]),
+        Implementation("torch", function=lambda linear, runs, ending: (reference.routed_linear(linear, runs, ending),)),
+    ],
+    example=lambda x, **how: routed_linear(x, x.new_ones(2, 4, x.shape[1]), None, _halves(x), **how),
+)
+
+
+def routed_linear(
+    x: Tensor,
+    weight: Parameters,
+    bias: Parameters | None,
+    routing: Routing,
+    *,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Each row through its expert's linear layer: residual + row_scale scale act(W_e x + b_e).
+
+    Args:
+        x: [T, K], float16, bfloat16, float32 or float64, any strides; rows in the order of `routing`.
+        weight: [E, N, K], or a list of E tensors [N, K] that keep their own gradients; of x's dtype, or autocast.
+            [2 N, K] each where the activation is gated: the gate's rows, then those that it multiplies.
+        bias: [E, N] or E tensors [N] ([2 N]), or None.
+        routing: which rows are whose.
+        activation: "none", "gelu" (by erf), "gelu_tanh", "quick_gelu" (z sigmoid(1.702 z)), "silu", or gated:
+            "swiglu" (silu(gate) up), "geglu" (gelu(gate) up).
+        residual: [T, N], added at the end; the result has its dtype.
+        scale: [N], of all experts: LayerScale (Touvron et al. 2021, arXiv:2103.17239).
+        row_scale: [T], a factor of each row's branch without a gradient: stochastic depth.
+        backend: "slices" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        [T, N], in x's dtype or that of autocast without a residual.
+
+    Deterministic where torch's matrix product is. Differentiable in x, weight, bias, residual and scale. The gradient
+    of an expert without rows is 0.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    one_of("activation", activation, ACTIVATIONS)
+    runs = _rows_of(x, routing)
+    weights, biases, n = _product("weight", weight, "bias", bias, x.shape[1], activation, routing, x)
+    ending = _ending(residual, scale, row_scale, x, n)
+    x, *parameters = autocast(x, *weights, *biases)
+    linear = Linear(x, parameters[: len(weights)], parameters[len(weights) :], activation)
+    return ROUTED_LINEAR(linear, runs, ending, backend=backend)[0]
+
+
+# --- two products ---------------------------------------------------------------------------------------------------
+
+
+def _ffn(passes: Any, ffn: FFN, runs: Runs, ending: Ending, needs: Any) -> FFNOut:
+    return passes.ffn(ffn, runs, ending, needs)
+
+
+def _ffn_fake(ffn: FFN, ending: Ending, needs: Any) -> FFNOut:
+    x, wide, n = ffn.x, by_expert(ffn.weights_in, 2)[0].shape[0], by_expert(ffn.weights_out, 2)[0].shape[0]
+    t = x.shape[0]
+    out = x.new_empty(t, n, dtype=x.dtype if ending.residual is None else ending.residual.dtype)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, rstd = (x.new_empty(t if ffn.gammas else 0, dtype=acc) for _ in range(2))
+    return FFNOut(out, x.new_empty(t, wide), mean, rstd, x.new_empty((t, n) if needs and needs.scale else 0))
+
+
+def _ffn_backward(
+    passes: Any,
+    g: Tensor,
+    ffn: FFN,
+    runs: Runs,
+    ending: Ending,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor,
+    needs: Any,
+) -> dict[str, Any]:
+    return passes.ffn_grads(g, FFNOut(g, z, mean, rstd, y), ffn, runs, ending, needs)
+
+
+def _by(rows: Any) -> Any:
+    return SimpleNamespace(ffn=partial(sliced.ffn, rows), ffn_grads=partial(sliced.ffn_grads, rows))
+
+
+def _not_gelu(ffn: FFN) -> str | None:
+    return None if ffn.activation in ("gelu", "none") else f"activation is {ffn.activation}, the compiled part has gelu"
+
+
+def _no_half(x: Tensor) -> str | None:
+    return "dtype is torch.float16, the compiled part has float32 and bfloat16" if x.dtype == torch.float16 else None
+
+
+ROUTED_FFN = Operator(
+    "routed_ffn",
+    forward=_ffn,
+    backward=_ffn_backward,
+    fake=_ffn_fake,
+    differentiable=(
+        "x",
+        "weights_in",
+        "biases_in",
+        "gammas",
+        "betas",
+        "weights_out",
+        "biases_out",
+        "residual",
+        "scale",
+    ),
+    on=lambda ffn: ffn.x,
+    implementations=[
+        Implementation(
+            "cpu",
+            passes=_by(sliced.CompiledRows),
+            against=[_unknown_bounds, _not_gelu, lambda ffn: _no_half(ffn.x)],
+        ),
+        Implementation("slices", passes=_by(sliced.TorchRows), against=[_unknown_bounds]),
+        Implementation("torch", function=lambda ffn, runs, ending: (reference.routed_ffn(ffn, runs, ending),)),
+    ],
+    example=lambda x, **how: routed_ffn(
+        x, x.new_ones(2, 4, x.shape[1]), None, x.new_ones(2, 3, 4), None, _halves(x), **how
+    ),
+)
+
+
+def routed_ffn(
+    x: Tensor,
+    weight_in: Parameters,
+    bias_in: Parameters | None,
+    weight_out: Parameters,
+    bias_out: Parameters | None,
+    routing: Routing,
+    *,
+    activation: Activation = "gelu",
+    norm: tuple[Parameters, Parameters, float] | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Each row through its expert's feed-forward network: residual + row_scale scale (W2_e LN_e(act(W1_e x)) + b2_e).
+
+    Only x, the first product and the statistics of the norm are kept for the backward, which computes the rest again.
+
+    Args:
+        x: [T, K], float16, bfloat16, float32 or float64; rows in the order of `routing`.
+        weight_in: [E, F, K] or E tensors [F, K] ([2 F, K] where the activation is gated), bias_in: [E, F] or None.
+        weight_out: [E, N, F] or E tensors [N, F], bias_out: [E, N] or None.
+        routing: which rows are whose.
+        activation: as in `routed_linear`.
+        norm: (weight [E, F], bias [E, F], eps) of a LayerNorm before the second product (Magneto, arXiv:2210.06423).
+        residual, scale, row_scale: as in `routed_linear`.
+        backend: "cpu", "slices" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        [T, N], in the residual's dtype, or without one in x's or that of autocast.
+
+    Deterministic where torch's matrix product is. Differentiable in all but row_scale. The gradient of an expert
+    without rows is 0.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    one_of("activation", activation, ACTIVATIONS)
+    runs = _rows_of(x, routing)
+    w1, b1, f = _product("weight_in", weight_in, "bias_in", bias_in, x.shape[1], activation, routing, x)
+    w2, b2, n = _product("weight_out", weight_out, "bias_out", bias_out, f, "none", routing, x)
+    gammas: list[Tensor] = []
+    betas: list[Tensor] = []
+    eps = 0.0
+    if norm is not None:
+        if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+            raise TypeError(f"norm is {type(norm).__name__}, expected (weight [E, F], bias [E, F], eps)")
+        gamma, beta, eps = norm[0], norm[1], real("norm's eps", norm[2])
+        gammas = experts_of("norm's weight", gamma, (f,), routing, x)
+        betas = experts_of("norm's bias", beta, (f,), routing, x)
+    ending = _ending(residual, scale, row_scale, x, n)
+    x, *all_ = autocast(x, *w1, *b1, *w2, *b2)
+    parameters = iter(all_)
+    w1, b1, w2, b2 = ([next(parameters) for _ in of] for of in (w1, b1, w2, b2))
+    return ROUTED_FFN(FFN(x, w1, b1, gammas, betas, w2, b2, activation, eps), runs, ending, backend=backend)[0]
+
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+
+def _norm(
+    passes: Any, x: Tensor, gammas: Sequence[Tensor], betas: Sequence[Tensor], centred: bool, eps: float, runs: Runs
+) -> NormOut:
+    return passes.norm(x, gammas, betas, centred, eps, runs)
+
+
+def _norm_fake(x: Tensor) -> NormOut:
+    row = x.new_empty(x.shape[0], dtype=torch.float32)
+    return NormOut(torch.empty_like(x, memory_format=torch.contiguous_format), row, torch.empty_like(row))
+
+
+def _norm_backward(
+    passes: Any,
+    g: Tensor,
+    x: Tensor,
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    mean: Tensor,
+    rstd: Tensor,
+    centred: bool,
+    runs: Runs,
+) -> dict[str, Any]:
+    return passes.norm_grads(g, x, gammas, betas, mean, rstd, centred, runs)
+
+
+def _norm_formula(
+    x: Tensor, gammas: Sequence[Tensor], betas: Sequence[Tensor], centred: bool, eps: float, runs: Runs
+) -> tuple[Tensor]:
+    return (reference.routed_norm(x, gammas, betas, centred, eps, runs),)
+
+
+ROUTED_NORM = Operator(
+    "routed_layer_norm",
+    forward=_norm,
+    backward=_norm_backward,
+    fake=_norm_fake,
+    differentiable=("x", "gammas", "betas"),
+    implementations=[
+        Implementation("cpu", passes=sliced, against=[_unknown_bounds, _no_half]),
+        Implementation("torch", function=_norm_formula),
+    ],
+    example=lambda x, **how: routed_layer_norm(x, *(x.new_ones(2, x.shape[1]) for _ in "wb"), _halves(x), **how),
+    also={"routed_rms_norm": lambda x, **how: routed_rms_norm(x, x.new_ones(2, x.shape[1]), _halves(x), **how)},
+)
+
+
+def routed_layer_norm(
+    x: Tensor,
+    weight: Parameters,
+    bias: Parameters | None,
+    routing: Routing,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Each row through its expert's LayerNorm (Ba et al. 2016, arXiv:1607.06450).
+
+    Args:
+        x: [T, D], float16, bfloat16, float32 or float64; rows in the order of `routing`.
+        weight, bias: [E, D] or E tensors [D], of any floating-point dtype; bias may be None.
+        routing: which rows are whose.
+        backend: "cpu" or "torch"; by default the first that accepts the arguments.
+
+    Returns:
+        [T, D] in x's dtype. Statistics in float32 (float64 for float64).
+
+    Deterministic. Differentiable in x, weight and bias. The gradient of an expert without rows is 0.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        UnsupportedError: `backend` was named and does not accept the arguments.
+    """
+    return _normed(x, weight, bias, True, routing, eps, backend)
+
+
+def routed_rms_norm(
+    x: Tensor, weight: Parameters, routing: Routing, eps: float = 1e-6, *, backend: str | None = None
+) -> Tensor:
+    """Each row through its expert's RMSNorm, x / sqrt(mean(x^2) + eps) weight (Zhang and Sennrich 2019).
+
+    Arguments, result and errors as those of `routed_layer_norm`.
+    """
+    return _normed(x, weight, None, False, routing, eps, backend)
+
+
+def _normed(
+    x: Tensor,
+    weight: Parameters,
+    bias: Parameters | None,
+    centred: bool,
+    routing: Routing,
+    eps: float,
+    backend: str | None,
+) -> Tensor:
+    runs = _rows_of(x, routing)
+    gammas = experts_of("weight", weight, x.shape[1:], routing, x)
+    betas = [] if bias is None else experts_of("bias", bias, x.shape[1:], routing, x)
+    return ROUTED_NORM(x, gammas, betas, centred, real("eps", eps), runs, backend=backend)[0]
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _rows_of(x: Tensor, routing: Routing) -> Runs:
+    check("x", x, ("T", "K"))
+    if x.shape[1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected at least one feature")
+    return runs_of(routing, x)
+
+
+def _product(
+    name: str,
+    weight: Parameters,
+    bias_name: str,
+    bias: Parameters | None,
+    k: int,
+    activation: str,
+    routing: Routing,
+    x: Tensor,
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Weights, biases, and what comes out."""
+    weights = experts_of(name, weight, ("N", k), routing, x)
+    wide = weights[0].shape[-2]
+    biases = [] if bias is None else experts_of(bias_name, bias, (wide,), routing, x)
+    dtype = None if autocast_dtype(x) is not None else x.dtype
+    for t in (*weights, *biases) if dtype is not None else ():
+        if t.dtype != dtype:
+            which = name if any(t is w for w in weights) else bias_name
+            raise TypeError(f"{which} has dtype {t.dtype}, expected {dtype} as x")
+    if activation in GATED and wide % 2:
+        raise ValueError(f"{name} has {wide} rows, expected an even number for {activation}")
+    return weights, biases, wide // 2 if activation in GATED else wide
+
+
+def _ending(residual: Tensor | None, scale: Tensor | None, row_scale: Tensor | None, x: Tensor, n: int) -> Ending:
+    t = x.shape[0]
+    for name, given, shape in (("residual", residual, (t, n)), ("scale", scale, (n,)), ("row_scale", row_scale, (t,))):
+        if given is not None:
+            check(name, given, shape, like=("x", x))
+    return Ending(residual, scale, None if row_scale is None else row_scale.detach())
