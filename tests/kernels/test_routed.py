@@ -265,8 +265,10 @@ def test_what_is_frozen_has_no_gradient(backend: str | None) -> None:
 
 def test_a_graph_serves_every_split() -> None:
     """Compiled once for bounds that change; with those of the device, or of the host."""
-    x, w, g = _leaf(12, K), _leaf(2, N, K), _leaf(2, K)
-    w1, w2 = _leaf(2, F_, K), _leaf(2, K, F_)
+    if "cpu" not in backends(lambda: routed_rms_norm(torch.ones(2, 3), torch.ones(2, 3), Routing.from_split(1, 2, 2))):
+        pytest.skip("plain torch has norms of other sizes for other bounds")
+    shapes = (12, K), (2, N, K), (2, K), (2, F_, K), (2, K, F_)
+    x, w, g, w1, w2 = (torch.randn(s, device=DEVICE, requires_grad=True) for s in shapes)
 
     def step(x: Tensor, routing: Routing) -> Tensor:
         y = routed_layer_norm(x, g, g, routing)
