@@ -298,7 +298,7 @@ ROUTED_NORM = Operator(
         Implementation("cpu", passes=sliced, against=[_unknown_bounds, _no_half]),
         Implementation("torch", function=_norm_formula),
     ],
-    example=lambda x, **how: routed_layer_norm(x, *(x.new_ones(2, x.shape[1]) for _ in "wb"), _halves(x), **how),
+    example=lambda x, **how: routed_layer_norm(x, x.new_ones(2, x.shape[1]).cumsum(1), None, _halves(x), **how),
     also={"routed_rms_norm": lambda x, **how: routed_rms_norm(x, x.new_ones(2, x.shape[1]), _halves(x), **how)},
 )
 

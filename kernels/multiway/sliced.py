@@ -63,13 +63,17 @@ def weight_grads(dz: Tensor, x: Tensor, weights: Parameters, needs: Sequence[boo
 
 def bias_grads(dz: Tensor, biases: Parameters, needs: Sequence[bool], runs: Runs) -> list[Tensor]:
     acc = accumulation_dtype(dz.dtype)
-    sums = [torch.zeros(t.shape, dtype=acc, device=t.device) for t in biases]
+    sums = _sums(biases, acc)
     each = by_expert(sums, 1)
     wanted = flags_by_expert(needs, len(each))
     for e, rows in runs.slices():
         if wanted[e]:
             each[e].add_(dz[rows].sum(0, dtype=acc))
     return [cast(s, t.dtype) for s, t in zip(sums, biases, strict=True)]
+
+
+def _sums(parameters: Parameters, acc: torch.dtype) -> list[Tensor]:
+    return [torch.zeros(t.shape, dtype=acc, device=t.device) for t in parameters]
 
 
 # --- one product ----------------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ class TorchRows:
         """(the second product's operand again, dz, dgammas, dbetas)"""
         acc = accumulation_dtype(z.dtype)
         h = activate(z, ffn.activation)
-        dgammas, dbetas = ([torch.zeros_like(t, dtype=acc) for t in of] for of in (ffn.gammas, ffn.betas))
+        dgammas, dbetas = (_sums(of, acc) for of in (ffn.gammas, ffn.betas))
         if ffn.gammas:
             out, g = torch.empty_like(h), torch.empty_like(dh)
             sums = [by_expert(t, 1) for t in (dgammas, dbetas)]
@@ -232,7 +236,7 @@ class CompiledRows:
         h, mean = torch.empty_like(z), torch.empty(len(z) if ffn.gammas else 0)
         rstd = torch.empty_like(mean)
         for rows, gamma, beta in _norms(ffn, runs):
-            given = z[rows], _dense(gamma), _dense(beta), h[rows], mean[rows], rstd[rows]
+            given = z[rows], _dense(gamma.float()), _dense(beta.float()), h[rows], mean[rows], rstd[rows]
             torch.ops.mmfuse_cpu.expert_rows(*given, ffn.activation == "gelu", True, ffn.eps)
         return h, mean, rstd
 
@@ -242,17 +246,27 @@ class CompiledRows:
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """(the second product's operand again, dz in place of dh, dgammas, dbetas)"""
         h = torch.empty_like(z)
-        dgammas, dbetas = ([torch.zeros_like(t, dtype=torch.float32) for t in of] for of in (ffn.gammas, ffn.betas))
+        dgammas, dbetas = (_sums(of, torch.float32) for of in (ffn.gammas, ffn.betas))
         dgamma, dbeta = by_expert(dgammas, 1), by_expert(dbetas, 1)
         for (rows, gamma, beta), (e, _) in zip(_norms(ffn, runs), runs.slices(), strict=True):
             sums = (dgamma[e], dbeta[e]) if ffn.gammas else (mean, mean)
-            given = dh[rows], z[rows], _dense(gamma), _dense(beta), mean[rows], rstd[rows], dh[rows], h[rows]
+            given = (
+                dh[rows],
+                z[rows],
+                _dense(gamma.float()),
+                _dense(beta.float()),
+                mean[rows],
+                rstd[rows],
+                dh[rows],
+                h[rows],
+            )
             torch.ops.mmfuse_cpu.expert_rows_grad(*given, *sums, ffn.activation == "gelu", True)
         return h, dh, *_like(dgammas, dbetas, ffn)
 
 
 def _dense(t: Tensor) -> Tensor:
-    return t.float().contiguous()
+    """For code that reads memory as it lies."""
+    return t.contiguous().resolve_neg()
 
 
 class NormOut(NamedTuple):
@@ -263,11 +277,11 @@ class NormOut(NamedTuple):
 
 def norm(x: Tensor, gammas: Parameters, betas: Parameters, centred: bool, eps: float, runs: Runs) -> NormOut:
     """By the compiled part."""
-    x, gamma, beta = x.contiguous(), by_expert(gammas, 1), by_expert(betas, 1)
+    x, gamma, beta = _dense(x), by_expert(gammas, 1), by_expert(betas, 1)
     out, mean, rstd = torch.empty_like(x), torch.empty(len(x)), torch.empty(len(x))
     none = torch.empty(0)
     for e, rows in runs.slices():
-        both = _dense(gamma[e]), _dense(beta[e]) if beta else none
+        both = _dense(gamma[e].float()), _dense(beta[e].float()) if beta else none
         given = x[rows], *both, out[rows], mean[rows], rstd[rows]
         torch.ops.mmfuse_cpu.expert_rows(*given, False, centred, eps)
     return NormOut(out, mean, rstd)
@@ -276,12 +290,12 @@ def norm(x: Tensor, gammas: Parameters, betas: Parameters, centred: bool, eps: f
 def norm_grads(
     g: Tensor, x: Tensor, gammas: Parameters, betas: Parameters, mean: Tensor, rstd: Tensor, centred: bool, runs: Runs
 ) -> dict[str, Any]:
-    g, x, dx = g.contiguous(), x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    sums = [[torch.zeros_like(t, dtype=torch.float32) for t in of] for of in (gammas, betas or gammas)]
+    g, x, dx = _dense(g), _dense(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+    sums = [_sums(of, torch.float32) for of in (gammas, betas or gammas)]
     gamma, dgamma, dbeta = (by_expert(t, 1) for t in (gammas, *sums))
     none = torch.empty(0)
     for e, rows in runs.slices():
-        given = g[rows], x[rows], _dense(gamma[e]), none, mean[rows], rstd[rows], dx[rows], none.to(x.dtype)
+        given = g[rows], x[rows], _dense(gamma[e].float()), none, mean[rows], rstd[rows], dx[rows], none.to(x.dtype)
         torch.ops.mmfuse_cpu.expert_rows_grad(*given, dgamma[e], dbeta[e], False, centred)
     pairs = {"gammas": zip(sums[0], gammas, strict=True), "betas": zip(sums[1], betas, strict=False)}
     return {"x": dx} | {name: [cast(d, t.dtype) for d, t in of] for name, of in pairs.items()}

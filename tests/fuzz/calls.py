@@ -12,18 +12,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from fuzz.strategies import DISTINCT, DTYPES, FINITE, Call, Draw, Spec
+from fuzz.strategies import DEVICE, DISTINCT, DTYPES, FINITE, Call, Draw, Spec
 from mmfuse.fused import language  # noqa: F401  (declares one more)
 from mmfuse.kernels._runtime import operators
 from mmfuse.kernels.contrastive.negatives.noise import gumbel
 from mmfuse.kernels.contrastive.topk.reference import numbers
+from mmfuse.kernels.multiway import Routing
+from mmfuse.kernels.multiway.arguments import ACTIVATIONS, GATED
 from mmfuse.kernels.patch.positions.axes import MODES
 
 Arguments = dict[str, Any]
 CALLS: dict[str, Callable[[Draw], Arguments]] = {}
 # These ask for no gradient: some implementations give mean and std one, which none promises.
 # Known fault: where the others ask for one and what is differentiable does not, "chunked" raises RuntimeError.
-NO_GRADIENT = tuple(f"['{name}']" for name in ("mean", "std", "keys", "key", "queue", "query_m", "log_u", "log_w"))
+WITHOUT = ("mean", "std", "keys", "key", "queue", "query_m", "log_u", "log_w", "row_scale")
+NO_GRADIENT = tuple(f"['{name}']" for name in WITHOUT)
 # the LayerNorm of a single feature is 0, and its gradient all rounding
 NORMED = 2
 # In place of an argument. Known fault: a tensor of two numbers as an option raises RuntimeError in most operators.
@@ -579,6 +582,75 @@ def linear_cross_entropy(d: Draw) -> Arguments:
         "reduction": d.one("mean", "sum", "none"),
         "chunk": d.one(None, 1, 2),
     }
+
+
+# --- modality experts -----------------------------------------------------------------------------------------------
+
+
+def _routing(d: Draw) -> Routing:
+    experts = d.one(1, 2, 3)
+    runs = [d.up_to(experts - 1) for _ in range(d.one(1, 2, 3))]
+    bounds = torch.tensor([0, *(d.size() for _ in runs)]).cumsum(0)
+    made = Routing.from_cu_seqlens(bounds, runs, experts)
+    return replace(made, offsets=made.offsets.to(DEVICE))
+
+
+def _experts(d: Draw, routing: Routing, *shape: int) -> Any:
+    if d.flag():
+        return d.floats(routing.experts, *shape)
+    return [d.floats(*shape) for _ in range(routing.experts)]
+
+
+def _branch(d: Draw, t: int, n: int) -> Arguments:
+    shapes = {"residual": (t, n), "scale": (n,), "row_scale": (t,)}
+    return {name: d.maybe(lambda s=shape: d.floats(*s)) for name, shape in shapes.items()}  # type: ignore[misc]
+
+
+@takes
+def routed_linear(d: Draw) -> Arguments:
+    routing, activation, k, n = _routing(d), d.one(*ACTIVATIONS), d.size(1), d.size(1)
+    wide = 2 * n if activation in GATED else n
+    return {
+        "x": d.floats(routing.rows, k),
+        "weight": _experts(d, routing, wide, k),
+        "bias": d.maybe(lambda: _experts(d, routing, wide)),
+        "routing": routing,
+        "activation": activation,
+    } | _branch(d, routing.rows, n)
+
+
+@takes
+def routed_ffn(d: Draw) -> Arguments:
+    routing, activation = _routing(d), d.one("gelu", "gelu", "none", "silu", "geglu")
+    k, f, n = d.size(1), d.size(NORMED), d.size(1)
+    wide = 2 * f if activation in GATED else f
+    return {
+        "x": d.floats(routing.rows, k),
+        "weight_in": _experts(d, routing, wide, k),
+        "bias_in": d.maybe(lambda: _experts(d, routing, wide)),
+        "weight_out": _experts(d, routing, n, f),
+        "bias_out": d.maybe(lambda: _experts(d, routing, n)),
+        "routing": routing,
+        "activation": activation,
+        "norm": d.maybe(lambda: (_experts(d, routing, f), _experts(d, routing, f), 1e-5)),
+    } | _branch(d, routing.rows, n)
+
+
+@takes
+def routed_layer_norm(d: Draw) -> Arguments:
+    routing, width = _routing(d), d.size(NORMED)
+    bias = d.maybe(lambda: _experts(d, routing, width))
+    return {
+        "x": d.floats(routing.rows, width), "weight": _experts(d, routing, width), "bias": bias, "routing": routing,
+        "eps": d.one(1e-5, 1e-3),
+    }  # fmt: skip
+
+
+@takes
+def routed_rms_norm(d: Draw) -> Arguments:
+    given = routed_layer_norm(d)
+    del given["bias"]
+    return given
 
 
 # --- points ---------------------------------------------------------------------------------------------------------

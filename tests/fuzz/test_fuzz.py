@@ -50,7 +50,8 @@ def test_results(name):
     @settings(max_examples=LONG or 200, **SHARED)
     @given(of(name, SIZES))
     def holds(call):
-        check(call, ("cuda", "cpu", "chunked") if INTERPRET else ("cuda", "triton", "cpu", "chunked"))
+        compiled = ("cuda", "cpu", "slices", "chunked")
+        check(call, compiled if INTERPRET else (*compiled, "triton"))
 
     holds()
 
