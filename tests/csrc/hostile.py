@@ -96,6 +96,16 @@ VALID: dict[str, list[Callable[..., list[Any]]]] = {
     "nearest_neighbors": [lambda b=2, n=9, g=5, k=4: [F(b, 3, g), F(b, 3, n), ints(b, g, k)]],
     "ball_query": [lambda b=2, n=9, g=5, k=4: [F(b, 3, g), F(b, 3, n), 0.5, ints(b, g, k)]],
     "group_grad": [lambda b=2, n=9, m=6, c=5: [F(b, m, c), ints(b, m), F(b, n, c)]],
+    "expert_rows": [
+        lambda n=40, d=19: [F(n, d), F(d), F(d), F(n, d), F(n), F(n), True, True, 1e-5],
+        lambda n=3, d=5: [F(n, d).bfloat16(), none(), none(), F(n, d).bfloat16(), none(), none(), True, False, 0.0],
+    ],
+    "expert_rows_grad": [
+        lambda n=40, d=19: [
+            F(n, d), F(n, d), F(d), F(d), F(n), F(n), F(n, d), F(n, d), F(d), F(d), True, True
+        ],
+        lambda n=3, d=5: [F(n, d), F(n, d), none(), none(), none(), none(), F(n, d), none(), none(), none(), True, False],
+    ],
     "query_max": [lambda m=2, q=3, n=20: [F(m, q, n), F(m, n), ints(m, n, dtype=torch.uint8)]],
     "query_grad": [
         lambda m=2, q=3, n=20, d=5: [
