@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -60,6 +60,22 @@ class Ending:
     residual: Tensor | None  # [T, N]
     scale: Tensor | None  # [N]
     row_scale: Tensor | None  # [T]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm, or RMSNorm if it is not centred; lists as in `Linear`."""
+
+    gammas: Sequence[Tensor]  # [D]; none: no norm
+    betas: Sequence[Tensor]  # [D], or none
+    centred: bool
+    eps: float
+
+    def of_runs(self, runs: Runs) -> Iterator[tuple[int, slice, Tensor | None, Tensor | None]]:
+        """Expert, rows, gamma and beta of each run."""
+        gamma, beta = by_expert(self.gammas, 1), by_expert(self.betas, 1)
+        for e, rows in runs.slices():
+            yield e, rows, gamma[e] if gamma else None, beta[e] if beta else None
 
 
 def by_expert(parameters: Sequence[Tensor], dim: int) -> Sequence[Tensor]:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator
 from mmfuse.kernels._runtime.arguments import autocast, autocast_dtype, check, one_of, real
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.multiway import reference, sliced
 from mmfuse.kernels.multiway.arguments import (
     ACTIVATIONS,
@@ -19,13 +20,15 @@ from mmfuse.kernels.multiway.arguments import (
     GATED,
     Ending,
     Linear,
+    Norm,
     Runs,
     by_expert,
     experts_of,
     runs_of,
 )
 from mmfuse.kernels.multiway.routing import Routing
-from mmfuse.kernels.multiway.sliced import FFNOut, LinearOut, NormOut, keeps_product
+from mmfuse.kernels.multiway.rows import CompiledRows, Normed, TorchRows
+from mmfuse.kernels.multiway.sliced import FFNOut, LinearOut, keeps_product
 
 Parameters = Tensor | Sequence[Tensor]
 Activation = Literal["none", "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu", "geglu"]
@@ -33,6 +36,75 @@ Activation = Literal["none", "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu"
 
 def _unknown_bounds(runs: Runs) -> str | None:
     return "the bounds of the runs are known to the device alone" if runs.bounds is None else None
+
+
+def _passes(by: Any, rows: Any) -> Any:
+    """What computes an operator, from products by expert and what is between them."""
+    return SimpleNamespace(
+        linear=partial(sliced.linear, by),
+        linear_grads=partial(sliced.linear_grads, by),
+        ffn=partial(sliced.ffn, by, rows),
+        ffn_grads=partial(sliced.ffn_grads, by, rows),
+        norm=rows.forward,
+        norm_grads=rows.backward,
+    )
+
+
+def _kernels() -> Any:
+    from mmfuse.kernels.multiway import kernel
+
+    return _passes(kernel, kernel.rows)
+
+
+_TRITON: dict[str, Any] = {
+    "passes": Deferred(_kernels),
+    "kernels": ["mmfuse.kernels.multiway.kernel"],
+    "traceable": True,
+}
+# a run's expert is one of 4 bits, and each tile looks at every run; the widest row that a program holds
+_MOST_RUNS, _WIDEST = 16, 16384
+
+
+def _many_runs(runs: Runs) -> str | None:
+    n = len(runs.experts)
+    return f"there are {n} runs, the kernels look at {_MOST_RUNS} at most" if n > _MOST_RUNS else None
+
+
+def _many_experts(runs: Runs) -> str | None:
+    n = max(runs.experts, default=0) + 1
+    return f"there are {n} experts, the kernels know {_MOST_RUNS} at most" if n > _MOST_RUNS else None
+
+
+def _lists(*parameters: Sequence[Tensor], dims: int) -> str | None:
+    several = any(len(of) > 1 or (len(of) == 1 and of[0].dim() == dims) for of in parameters)
+    return "parameters are a list, the kernels read one tensor of all experts" if several else None
+
+
+def _linear_lists(linear: Linear) -> str | None:
+    return _lists(linear.weights, dims=2) or _lists(linear.biases, dims=1)
+
+
+def _norm_lists(norm: Norm) -> str | None:
+    return _lists(norm.gammas, norm.betas, dims=1)
+
+
+def _ffn_lists(ffn: FFN) -> str | None:
+    return _lists(ffn.weights_in, ffn.weights_out, dims=2) or _lists(
+        ffn.biases_in, ffn.biases_out, ffn.gammas, ffn.betas, dims=1
+    )
+
+
+def _gated(ffn: FFN) -> str | None:
+    return f"activation is {ffn.activation}, the kernels' rows are not gated" if ffn.activation in GATED else None
+
+
+def _too_wide(x: Tensor) -> str | None:
+    d = x.shape[1]
+    return f"D is {d}: a program holds rows of at most {_WIDEST}" if d > _WIDEST else None
+
+
+_FEW = [_many_runs, _many_experts]
+_SLICES, _CPU = (_passes(sliced, rows) for rows in (TorchRows, CompiledRows))
 
 
 # --- one product ----------------------------------------------------------------------------------------------------
@@ -67,7 +139,8 @@ ROUTED_LINEAR = Operator(
     differentiable=("x", "weights", "biases", "residual", "scale"),
     on=lambda linear: linear.x,
     implementations=[
-        Implementation("slices", passes=sliced, against=[_unknown_bounds]),
+        Implementation("triton", against=[*_FEW, _linear_lists], **_TRITON),
+        Implementation("slices", passes=_SLICES, against=[_unknown_bounds]),
         Implementation("torch", function=lambda linear, runs, ending: (reference.routed_linear(linear, runs, ending),)),
     ],
     example=lambda x, **how: routed_linear(x, x.new_ones(2, 4, x.shape[1]), None, _halves(x), **how),
@@ -99,7 +172,7 @@ def routed_linear(
         residual: [T, N], added at the end; the result has its dtype.
         scale: [N], of all experts: LayerScale (Touvron et al. 2021, arXiv:2103.17239).
         row_scale: [T], a factor of each row's branch without a gradient: stochastic depth.
-        backend: "slices" or "torch"; by default the first that accepts the arguments.
+        backend: "triton", "slices" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         [T, N], in x's dtype or that of autocast without a residual.
@@ -131,8 +204,7 @@ def _ffn_fake(ffn: FFN, ending: Ending, needs: Any) -> FFNOut:
     x, wide, n = ffn.x, by_expert(ffn.weights_in, 2)[0].shape[0], by_expert(ffn.weights_out, 2)[0].shape[0]
     t = x.shape[0]
     out = x.new_empty(t, n, dtype=x.dtype if ending.residual is None else ending.residual.dtype)
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, rstd = (x.new_empty(t if ffn.gammas else 0, dtype=acc) for _ in range(2))
+    mean, rstd = (x.new_empty(t if ffn.gammas else 0, dtype=accumulation_dtype(x.dtype)) for _ in range(2))
     return FFNOut(out, x.new_empty(t, wide), mean, rstd, x.new_empty((t, n) if needs and needs.scale else 0))
 
 
@@ -151,12 +223,12 @@ def _ffn_backward(
     return passes.ffn_grads(g, FFNOut(g, z, mean, rstd, y), ffn, runs, ending, needs)
 
 
-def _by(rows: Any) -> Any:
-    return SimpleNamespace(ffn=partial(sliced.ffn, rows), ffn_grads=partial(sliced.ffn_grads, rows))
-
-
 def _not_gelu(ffn: FFN) -> str | None:
     return None if ffn.activation in ("gelu", "none") else f"activation is {ffn.activation}, the compiled part has gelu"
+
+
+def _on_a_cpu(x: Tensor) -> str | None:
+    return "eager is faster on a CPU" if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
 
 
 def _no_half(x: Tensor) -> str | None:
@@ -181,12 +253,13 @@ ROUTED_FFN = Operator(
     ),
     on=lambda ffn: ffn.x,
     implementations=[
+        Implementation("triton", against=[*_FEW, _ffn_lists, _gated], **_TRITON),
         Implementation(
             "cpu",
-            passes=_by(sliced.CompiledRows),
+            passes=_CPU,
             against=[_unknown_bounds, _not_gelu, lambda ffn: _no_half(ffn.x)],
         ),
-        Implementation("slices", passes=_by(sliced.TorchRows), against=[_unknown_bounds]),
+        Implementation("slices", passes=_SLICES, against=[_unknown_bounds]),
         Implementation("torch", function=lambda ffn, runs, ending: (reference.routed_ffn(ffn, runs, ending),)),
     ],
     example=lambda x, **how: routed_ffn(
@@ -222,7 +295,7 @@ def routed_ffn(
         activation: as in `routed_linear`.
         norm: (weight [E, F], bias [E, F], eps) of a LayerNorm before the second product (Magneto, arXiv:2210.06423).
         residual, scale, row_scale: as in `routed_linear`.
-        backend: "cpu", "slices" or "torch"; by default the first that accepts the arguments.
+        backend: "triton", "cpu", "slices" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         [T, N], in the residual's dtype, or without one in x's or that of autocast.
@@ -257,35 +330,20 @@ def routed_ffn(
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
-def _norm(
-    passes: Any, x: Tensor, gammas: Sequence[Tensor], betas: Sequence[Tensor], centred: bool, eps: float, runs: Runs
-) -> NormOut:
-    return passes.norm(x, gammas, betas, centred, eps, runs)
+def _norm(passes: Any, x: Tensor, norm: Norm, runs: Runs) -> Normed:
+    return passes.norm(x, "none", norm, runs)
 
 
-def _norm_fake(x: Tensor) -> NormOut:
-    row = x.new_empty(x.shape[0], dtype=torch.float32)
-    return NormOut(torch.empty_like(x, memory_format=torch.contiguous_format), row, torch.empty_like(row))
+def _norm_fake(x: Tensor) -> Normed:
+    row = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+    return Normed(torch.empty_like(x, memory_format=torch.contiguous_format), row, torch.empty_like(row))
 
 
 def _norm_backward(
-    passes: Any,
-    g: Tensor,
-    x: Tensor,
-    gammas: Sequence[Tensor],
-    betas: Sequence[Tensor],
-    mean: Tensor,
-    rstd: Tensor,
-    centred: bool,
-    runs: Runs,
+    passes: Any, g: Tensor, x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, runs: Runs
 ) -> dict[str, Any]:
-    return passes.norm_grads(g, x, gammas, betas, mean, rstd, centred, runs)
-
-
-def _norm_formula(
-    x: Tensor, gammas: Sequence[Tensor], betas: Sequence[Tensor], centred: bool, eps: float, runs: Runs
-) -> tuple[Tensor]:
-    return (reference.routed_norm(x, gammas, betas, centred, eps, runs),)
+    found = passes.norm_grads(g, x, "none", norm, mean, rstd, runs, again=False)
+    return {"x": found.dz, "gammas": found.gammas, "betas": found.betas}
 
 
 ROUTED_NORM = Operator(
@@ -295,8 +353,10 @@ ROUTED_NORM = Operator(
     fake=_norm_fake,
     differentiable=("x", "gammas", "betas"),
     implementations=[
-        Implementation("cpu", passes=sliced, against=[_unknown_bounds, _no_half]),
-        Implementation("torch", function=_norm_formula),
+        Implementation("triton", against=[*_FEW, _norm_lists, _too_wide], **_TRITON),
+        Implementation("cpu", passes=_CPU, against=[_unknown_bounds, _no_half]),
+        Implementation("slices", passes=_SLICES, against=[_unknown_bounds], prefer_eager=_on_a_cpu),
+        Implementation("torch", function=lambda x, norm, runs: (reference.routed_norm(x, norm, runs),)),
     ],
     example=lambda x, **how: routed_layer_norm(x, x.new_ones(2, x.shape[1]).cumsum(1), None, _halves(x), **how),
     also={"routed_rms_norm": lambda x, **how: routed_rms_norm(x, x.new_ones(2, x.shape[1]), _halves(x), **how)},
@@ -318,7 +378,7 @@ def routed_layer_norm(
         x: [T, D], float16, bfloat16, float32 or float64; rows in the order of `routing`.
         weight, bias: [E, D] or E tensors [D], of any floating-point dtype; bias may be None.
         routing: which rows are whose.
-        backend: "cpu" or "torch"; by default the first that accepts the arguments.
+        backend: "triton", "cpu", "slices" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         [T, D] in x's dtype. Statistics in float32 (float64 for float64).
@@ -354,7 +414,7 @@ def _normed(
     runs = _rows_of(x, routing)
     gammas = experts_of("weight", weight, x.shape[1:], routing, x)
     betas = [] if bias is None else experts_of("bias", bias, x.shape[1:], routing, x)
-    return ROUTED_NORM(x, gammas, betas, centred, real("eps", eps), runs, backend=backend)[0]
+    return ROUTED_NORM(x, Norm(gammas, betas, centred, real("eps", eps)), runs, backend=backend)[0]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

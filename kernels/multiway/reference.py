@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import cast
-from mmfuse.kernels.multiway.arguments import FFN, GATED, Ending, Linear, Runs, by_expert
+from mmfuse.kernels.multiway.arguments import FFN, GATED, Ending, Linear, Norm, Runs, by_expert
 from mmfuse.kernels.multiway.routing import Routing, experts_of
 
 
@@ -66,14 +66,12 @@ def routed_linear(linear: Linear, runs: Runs, ending: Ending) -> Tensor:
     return ended(activate(z, linear.activation), ending)
 
 
-def routed_norm(
-    x: Tensor, gammas: Sequence[Tensor], betas: Sequence[Tensor], centred: bool, eps: float, runs: Runs
-) -> Tensor:
+def routed_norm(x: Tensor, norm: Norm, runs: Runs) -> Tensor:
     """Over the rows of [T, D]; the statistics of 16-bit rows in float32."""
-    gamma, beta, d = by_expert(gammas, 1), by_expert(betas, 1), x.shape[1:]
+    gamma, beta, d, eps = by_expert(norm.gammas, 1), by_expert(norm.betas, 1), x.shape[1:], norm.eps
 
     def expert(rows: Tensor, e: int) -> Tensor:
-        if centred:
+        if norm.centred:
             return F.layer_norm(rows, d, cast(gamma[e], rows.dtype), cast(beta[e], rows.dtype) if beta else None, eps)
         return F.rms_norm(rows, d, cast(gamma[e], rows.dtype), eps)
 
@@ -83,7 +81,7 @@ def routed_norm(
 def routed_ffn(ffn: FFN, runs: Runs, ending: Ending) -> Tensor:
     h = activate(product(ffn.x, ffn.weights_in, ffn.biases_in, runs), ffn.activation)
     if ffn.gammas:
-        h = routed_norm(h, ffn.gammas, ffn.betas, True, ffn.eps, runs)
+        h = routed_norm(h, Norm(ffn.gammas, ffn.betas, True, ffn.eps), runs)
     return ended(product(h, ffn.weights_out, ffn.biases_out, runs), ending)
 
 
