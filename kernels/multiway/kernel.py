@@ -1,15 +1,17 @@
 """Products and norms by expert in Triton, one launch each; a tile or a row finds its expert on the device.
 
     y = residual + row_scale scale act(x W_e^T + b_e)      dx = dz W_e      dW_e = sum of dz^T x,  db_e = sum of dz
-    y = gamma_e (h - mean) rstd + beta_e,  h = act(z)      dz = act'(z) rstd (a - mean(a) - xhat mean(a xhat)),  a = gamma_e g
+    y = gamma_e (h - mean) rstd + beta_e,  h = act(z)
+    dz = act'(z) rstd (a - mean(a) - xhat mean(a xhat)),  a = gamma_e g
 
-The runs' bounds are read by every program: the host knows the number of rows alone, so that a launch has as many tiles as
-these rows may need whatever their runs, and the rest ends at once. Rows behind the last bound are 0. Sums over rows are
-of a fixed number of parts, each in order: two runs are equal bitwise.
+The runs' bounds are read by every program: the host knows the number of rows alone, so that a launch has as many tiles
+as these rows may need whatever their runs, and the rest ends at once. Rows behind the last bound are 0. Sums over rows
+are of a fixed number of parts, each in order: two runs are equal bitwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmfuse.kernels._runtime.aot import Spec, Work
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import accumulator, divide, exp, input_precision, sqrt, tile_of, whole
@@ -46,10 +49,33 @@ def _run_of(tile, offsets_ptr, experts, T, RUNS: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
+def _normal(z):
+    """(Phi(z), e^(-z^2 / 2)): in float32 one exponential, within 1e-7; csrc/cpu/multiway.cpp has the formula."""
+    size = tl.minimum(tl.abs(z), 15.0)
+    e = exp(-0.5 * size * size)
+    if z.dtype == tl.float64:
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)), e
+    v = 1.0 - 9.89949494 / (size + 4.94974747)
+    p = 2.11696909e-4
+    p = p * v + 1.33517240e-4
+    p = p * v - 2.15665785e-3
+    p = p * v + 8.48007906e-3
+    p = p * v - 2.27115724e-2
+    p = p * v + 4.72155592e-2
+    p = p * v - 8.06698246e-2
+    p = p * v + 1.16565157e-1
+    p = p * v - 1.44632508e-1
+    p = p * v + 7.76468283e-2
+    tail = e * p
+    return tl.where(z < 0, tail, 1.0 - tail), e
+
+
+@triton.jit
 def _activated(z, up, ACTIVATION: tl.constexpr):
     """act(z), times up where it is gated."""
     if ACTIVATION == "gelu" or ACTIVATION == "geglu":
-        y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        p, _ = _normal(z)
+        y = z * p
     elif ACTIVATION == "gelu_tanh":
         y = z / (1.0 + exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
     elif ACTIVATION == "quick_gelu":
@@ -78,10 +104,7 @@ def _multiplied(
         w_at = w_ptr + cols[None, :].to(tl.int64) * stride_w + k[:, None]
     u = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for k0 in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_at)
-        else:
-            x = tl.load(x_at, mask=k[None, :] < K - k0, other=0.0)
+        x = tl.load(x_at) if EVEN_K else tl.load(x_at, mask=k[None, :] < K - k0, other=0.0)
         if TRANSPOSED:
             w = tl.load(w_at, mask=(k[:, None] < K - k0) & (cols[None, :] < N), other=0.0)
             w_at += BLOCK_K * stride_w
@@ -209,25 +232,31 @@ def _weight_grad_kernel(
     n = pid // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
     k = pid % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
     of_n, of_k = n < whole(N, EVEN), k < whole(K, EVEN)
+    within = tl.arange(0, BLOCK_T)
     dw = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
-    db = tl.zeros((BLOCK_N,), dtype=ACC)
+    db = tl.zeros((BLOCK_T, BLOCK_N), dtype=ACC)
     for r in tl.static_range(RUNS):
         begin = tl.load(offsets_ptr + r)
         end = tl.load(offsets_ptr + r + 1)
         if ((experts >> (4 * r)) & 15) != e:
             end = begin
-        for t0 in range(begin + part * BLOCK_T, end, SPLIT * BLOCK_T):
-            t = t0 + tl.arange(0, BLOCK_T)
-            of_t = (t < end)[:, None]
-            dz = tl.load(dz_ptr + t[:, None] * stride_dz + n[None, :], mask=of_t & of_n[None, :], other=0.0)
-            x = tl.load(x_ptr + t[:, None] * stride_x + k[None, :], mask=of_t & of_k[None, :], other=0.0)
+        begin += part * BLOCK_T
+        dz_at = dz_ptr + (begin + within)[:, None] * stride_dz + n[None, :]
+        x_at = x_ptr + (begin + within)[:, None] * stride_x + k[None, :]
+        for t0 in range(begin, end, SPLIT * BLOCK_T):
+            of_t = (within < end - t0)[:, None]
+            dz = tl.load(dz_at, mask=of_t & of_n[None, :], other=0.0)
+            x = tl.load(x_at, mask=of_t & of_k[None, :], other=0.0)
             dw = tl.dot(tl.trans(dz), x, dw, input_precision=PRECISION, out_dtype=ACC)
-            db += tl.sum(dz.to(ACC), axis=0)
+            if pid % tiles_k == 0:
+                db += dz.to(ACC)
+            dz_at += SPLIT * BLOCK_T * stride_dz
+            x_at += SPLIT * BLOCK_T * stride_x
     first = (part * tl.num_programs(1) + e).to(tl.int64) * N
     at = (first + n)[:, None] * K + k[None, :]
     tl.store(dw_ptr + at, dw.to(dw_ptr.dtype.element_ty), mask=of_n[:, None] & of_k[None, :])
     if pid % tiles_k == 0:
-        tl.store(db_ptr + first + n, db, mask=n < N)
+        tl.store(db_ptr + first + n, tl.sum(db, axis=0), mask=n < N)
 
 
 @triton.jit
@@ -286,8 +315,8 @@ def _rows_kernel(
 def _slope(z, ACTIVATION: tl.constexpr):
     """(act(z), act'(z))"""
     if ACTIVATION == "gelu":
-        p = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-        return z * p, p + z * (0.3989422804014327 * exp(-0.5 * z * z))
+        p, e = _normal(z)
+        return z * p, p + z * (0.3989422804014327 * e)
     if ACTIVATION == "gelu_tanh":
         s = 1.0 / (1.0 + exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
         return z * s, s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
@@ -377,9 +406,12 @@ def _sums_kernel(
     e = tl.program_id(1)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), ACC)
+    parts = parts_ptr + k
     for tile in range(tiles):
-        mine = tl.load(tile_expert_ptr + tile) == e
-        total += tl.load(parts_ptr + tile.to(tl.int64) * W + k, mask=(k < W) & mine, other=0.0)
+        part = tl.load(parts, mask=k < W, other=0.0)
+        # what a tile without rows holds may be no number
+        total += tl.where(tl.load(tile_expert_ptr + tile) == e, part, 0.0)
+        parts += W
     tl.store(sums_ptr + e.to(tl.int64) * W + k, total, mask=k < W)
 
 
@@ -390,6 +422,8 @@ _TILES: dict[str, dict[str, Any]] = {
     "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     "single": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
 }
+# two products
+_GATED_TILE: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 _GRAD_TILES: dict[str, dict[str, Any]] = {
     "half": {"BLOCK_T": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
     "single": {"BLOCK_T": 32, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
@@ -429,7 +463,8 @@ def _product(
     ending: Ending, transposed: bool,
 ) -> None:  # fmt: skip
     x, t, n, k = _unit(x), x.shape[0], y.shape[1], x.shape[1]
-    tile, dtype = _TILES[_kind(x.dtype)], x.dtype
+    dtype, kind = x.dtype, _kind(x.dtype)
+    tile = _GATED_TILE if activation in GATED and kind == "half" else _TILES[kind]
     tiles_m, tiles_n = _tiles_m(t, runs, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"])
     if not t:
         return
@@ -521,8 +556,8 @@ def backward(
     tile_expert = torch.empty(tiles, dtype=torch.int32, device=z.device)
     launch(
         _rows_grad_kernel, (tiles,), z,
-        dz_ptr=dz, y_ptr=y, parts_ptr=parts, tile_expert_ptr=tile_expert, g_ptr=g, z_ptr=z, mean_ptr=mean, rstd_ptr=rstd,
-        T=t, stride_g=g.stride(0), stride_z=z.stride(0), ROWS=_ROWS, **options,
+        dz_ptr=dz, y_ptr=y, parts_ptr=parts, tile_expert_ptr=tile_expert, g_ptr=g, z_ptr=z,
+        mean_ptr=mean, rstd_ptr=rstd, T=t, stride_g=g.stride(0), stride_z=z.stride(0), ROWS=_ROWS, **options,
     )  # fmt: skip
     dgammas: list[Tensor] = []
     dbetas: list[Tensor] = []
@@ -538,3 +573,69 @@ def backward(
 
 
 rows = SimpleNamespace(forward=forward, backward=backward)
+
+
+# --- ahead of time --------------------------------------------------------------------------------------------------
+
+
+def aot_specs() -> Iterator[Spec]:
+    """The products and norms of BEiT-3 base and of a gated layer, for `mmfuse compile-report`."""
+    half, single = _TILES["half"], _TILES["single"]
+    product = {"ACC": tl.float32, "PRECISION": "ieee", "GROUP_M": _GROUP_M, "EVEN_K": True, "EVEN_N": True, "RUNS": 2}
+    product |= {"GATED": False, "TRANSPOSED": False, "ACTIVATION": "none", "b_ptr": "*fp32"}
+    absent: dict[str, Any] = dict.fromkeys(("z_ptr", "residual_ptr", "scale_ptr", "row_scale_ptr"))
+    yield _spec("_product_kernel", "bf16", product | absent | half, "half")
+    ending = absent | {"residual_ptr": "*bf16", "row_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
+    yield _spec("_product_kernel", "bf16, ended", product | ending | half, "half")
+    kept = absent | {"z_ptr": "*bf16", "ACTIVATION": "gelu"}
+    yield _spec("_product_kernel", "bf16 gelu", product | kept | half, "half")
+    gated = absent | {"ACTIVATION": "swiglu", "GATED": True, "b_ptr": None}
+    yield _spec("_product_kernel", "bf16 swiglu", product | gated | _GATED_TILE, "half")
+    transposed = absent | {"TRANSPOSED": True, "b_ptr": None}
+    yield _spec("_product_kernel", "bf16 gradient", product | transposed | half, "half")
+    odd = {"EVEN_K": False}  # VLMo base_plus: 544 is no multiple of the tile
+    yield _spec("_product_kernel", "bf16 D 544", product | absent | odd | half, "half")
+    tf32 = {"PRECISION": "tf32"} | dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), "*fp32")
+    yield _spec("_product_kernel", "tf32", product | absent | single | tf32, "tf32")
+    grads = {"ACC": tl.float32, "PRECISION": "ieee", "EVEN": True, "RUNS": 2, "SPLIT": 2, "dw_ptr": "*fp32"}
+    yield _spec("_weight_grad_kernel", "bf16", grads | _GRAD_TILES["half"], "half")
+    norm = {"ACC": tl.float32, "NORM": True, "CENTRED": True, "EVEN": True, "RUNS": 2}
+    wide = {"BLOCK": 4096, "num_warps": 8, "ACTIVATION": "gelu"}
+    narrow = {"BLOCK": 1024, "num_warps": 2, "ACTIVATION": "none"}
+    yield _spec("_rows_kernel", "bf16 768", norm | narrow, None)
+    yield _spec("_rows_kernel", "bf16 gelu 3072", norm | wide, None)
+    yield _spec("_rows_grad_kernel", "bf16 768", norm | narrow | {"ROWS": _ROWS, "y_ptr": None}, None)
+    yield _spec("_rows_grad_kernel", "bf16 gelu 3072", norm | wide | {"ROWS": _ROWS, "y_ptr": "*bf16"}, None)
+    yield _spec("_sums_kernel", "", {"ACC": tl.float32, "BLOCK": 256, "num_warps": 4}, None)
+
+
+_ALIGNED = ("N", "K", "D", "W", "stride_x", "stride_dz", "stride_g", "stride_z")
+_TYPES = {
+    **dict.fromkeys(("y_ptr", "z_ptr", "x_ptr", "w_ptr", "dz_ptr", "g_ptr"), "*bf16"),
+    **{"offsets_ptr": "*i64", "experts": "i64", "tile_expert_ptr": "*i32", "eps": "fp32"},
+}
+
+
+def _spec(name: str, variant: str, options: dict[str, Any], dot: str | None) -> Spec:
+    kernel = globals()[name]
+    types = _TYPES | {n: v for n, v in options.items() if isinstance(v, str) and v.startswith("*")}
+    typed = {n for n, v in options.items() if isinstance(v, str) and v.startswith("*")}
+    given = {n: v for n, v in options.items() if n in kernel.arg_names and n not in typed}
+    signature = {n: types.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in kernel.arg_names if n not in given}
+    return Spec(
+        kernel=f"{__name__}:{name}",
+        variant=variant,
+        signature=signature,
+        constants=given,
+        num_warps=options["num_warps"],
+        num_stages=options.get("num_stages", 2),
+        aligned=tuple(n for n in signature if n in _ALIGNED),
+        dot=dot,
+        work=_work(options) if name == "_product_kernel" and not options["GATED"] else None,
+    )
+
+
+def _work(options: dict[str, Any]) -> Work:
+    """Queries, keys and values of 64 pairs."""
+    itemsize = 4 if options["PRECISION"] == "tf32" else 2
+    return Work.of_product("number", 64 * 261, 2304, 768, options, itemsize, written=itemsize)

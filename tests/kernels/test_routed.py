@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import mmfuse
 from judge import Results, compared, judge
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear, routed_rms_norm
+from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels.multiway.arguments import ACTIVATIONS, GATED
 from registered import backends, opcheck, reasons
 
@@ -92,13 +93,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def compare(function: Any, routing: Routing, draw: Any, dtype: torch.dtype, **options: Any) -> None:
     run = runner(function, routing, **options)
     call = lambda: function(**tree_map_only(Tensor, lambda t: t.to(DEVICE, dtype), draw()), routing=routing, **options)  # noqa: E731
-    others = [b for b in backends(call) if b != "torch"]
+    # the interpreter's bfloat16 rounds otherwise than a GPU's
+    left = ("torch", "triton") if INTERPRET and dtype == torch.bfloat16 else ("torch",)
+    others = [b for b in backends(call) if b not in left]
     assert others
     for backend in others:
         judge(compared(run, draw, backend, dtype))
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,7 +143,7 @@ def norm_case(routing: Routing, names: str, stacked: bool, width: int) -> Callab
     return draw
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("kind", ["layer", "layer without bias", "rms"])
 @pytest.mark.parametrize(("name", "width"), [*((name, 17) for name in ROUTINGS), ("more runs", 1), ("two", 768)])
 def test_norms(name: str, width: int, kind: str, dtype: torch.dtype) -> None:
@@ -148,12 +151,6 @@ def test_norms(name: str, width: int, kind: str, dtype: torch.dtype) -> None:
     given = "weight bias" if kind == "layer" else "weight"
     options = {"bias": None} if kind == "layer without bias" else {}
     draw = norm_case(routing, given, name == "two", width)
-    if not [
-        b
-        for b in backends(lambda: function(**tree_map_only(Tensor, Tensor.float, draw()), routing=routing, **options))
-        if b != "torch"
-    ]:
-        pytest.skip("the compiled part is not built")
     compare(function, routing, draw, dtype, **options)
 
 
@@ -265,8 +262,6 @@ def test_what_is_frozen_has_no_gradient(backend: str | None) -> None:
 
 def test_a_graph_serves_every_split() -> None:
     """Compiled once for bounds that change; with those of the device, or of the host."""
-    if "cpu" not in backends(lambda: routed_rms_norm(torch.ones(2, 3), torch.ones(2, 3), Routing.from_split(1, 2, 2))):
-        pytest.skip("plain torch has norms of other sizes for other bounds")
     shapes = (12, K), (2, N, K), (2, K), (2, F_, K), (2, K, F_)
     x, w, g, w1, w2 = (torch.randn(s, device=DEVICE, requires_grad=True) for s in shapes)
 
