@@ -1,0 +1,222 @@
+"""Modality experts at BEiT-3's sizes: B pairs of S rows of an image and L of a text, width D, hidden 4 D, two experts.
+
+`routed_ffn` is the feed-forward network with its inner norm, on a stream that is sorted by expert: eager has each
+expert's modules on its slice, and puts the rows together. `multiway_layer` is the whole layer, `multiway_encoder` four
+of them; there eager is torchscale's, which splits and concatenates the rows [B, S + L, D] at every module. All are
+bound by their products.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse.bench import inputs
+from mmfuse.bench.cases import Case, Check
+from mmfuse.bench.inputs import differentiated, of_case, ramp
+from mmfuse.bench.providers import eager, formula, products, then
+from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear
+from mmfuse.kernels.multiway.reference import packed_attention
+
+_EPS, _HEAD = 1e-5, 64
+_DEPTH = 4
+
+_NAMES = "x sizes g1 c1 wqkv bqkv gi ci wo bo g2 c2 w1 b1 gf cf w2 b2"
+
+
+def _sizes(sizes: Tensor) -> tuple[int, int, int]:
+    """(B, S, L), the rows of an empty tensor of these sizes."""
+    return tuple(sizes.shape[:3])  # type: ignore[return-value]
+
+
+def _routing(sizes: Tensor) -> Routing:
+    b, s, length = _sizes(sizes)
+    return Routing.from_split(b, s + length, s, device=sizes.device)
+
+
+def _inputs(device: torch.device, dtype: torch.dtype, B: int, S: int, L: int, D: int) -> tuple[Tensor, ...]:
+    leaf = partial(inputs.leaf, device, dtype)
+    shapes = [(D,), (D,), (3 * D, D), (3 * D,), (D,), (D,), (D, D), (D,), (D,), (D,)]
+    shapes += [(4 * D, D), (4 * D,), (4 * D,), (4 * D,), (D, 4 * D), (D,)]
+    weights = [leaf(2, *shape, scale=shape[-1] ** -0.5 if len(shape) == 2 else 1.0) for shape in shapes]
+    # sizes travel as those of a tensor without numbers
+    return leaf(B * (S + L), D, scale=1.0), torch.empty(B, S, L, 0, device=device), *weights
+
+
+def _ffn_inputs(device: torch.device, dtype: torch.dtype, **shape: int) -> tuple[Tensor, ...]:
+    x, sizes, *weights = _inputs(device, dtype, **shape)
+    return x, sizes, *weights[-6:]
+
+
+# --- the network ----------------------------------------------------------------------------------------------------
+
+
+def ffn(x: Tensor, sizes: Tensor, *weights: Tensor) -> Tensor:
+    """Each expert's modules on its slice."""
+    b, s, length = _sizes(sizes)
+    return torch.cat([_ffn_of(t, *of) for t, *of in _pairs(x.split([b * s, b * length]), weights)])
+
+
+def _ffn_of(x: Tensor, w1: Tensor, b1: Tensor, gamma: Tensor, beta: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return F.linear(F.layer_norm(F.gelu(F.linear(x, w1, b1)), gamma.shape, gamma, beta, _EPS), w2, b2)
+
+
+def _pairs(parts: Any, weights: Any) -> Any:
+    return zip(parts, *(w.unbind(0) for w in weights), strict=True)
+
+
+def grouped(x: Tensor, sizes: Tensor, *weights: Tensor) -> Tensor:
+    """torch's grouped product, and the rest in plain torch."""
+    w1, b1, gamma, beta, w2, b2 = weights
+    b, s, length = _sizes(sizes)
+    ends = torch.tensor([b * s, b * (s + length)], dtype=torch.int32, device=x.device)
+
+    def by_rows(t: Tensor) -> Tensor:
+        return torch.cat([t[:1].expand(b * s, -1), t[1:].expand(b * length, -1)])
+
+    z = F.grouped_mm(x, w1.transpose(1, 2), offs=ends) + by_rows(b1)
+    h = F.layer_norm(F.gelu(z), z.shape[1:], eps=_EPS) * by_rows(gamma) + by_rows(beta)
+    return F.grouped_mm(h, w2.transpose(1, 2), offs=ends) + by_rows(b2)
+
+
+def _ffn(x: Tensor, sizes: Tensor, *weights: Tensor, **how: Any) -> Tensor:
+    w1, b1, gamma, beta, w2, b2 = weights
+    return routed_ffn(x, w1, b1, w2, b2, _routing(sizes), norm=(gamma, beta, _EPS), **how)
+
+
+# --- the layer ------------------------------------------------------------------------------------------------------
+
+
+def torchscale(x: Tensor, sizes: Tensor, *weights: Tensor, depth: int = 1) -> Tensor:
+    """torchscale's EncoderLayer over [B, S + L, D], whose attention is torch's."""
+    b, s, length = _sizes(sizes)
+    d = x.shape[1]
+
+    def split(t: Tensor, fn: Any, *of: Tensor) -> Tensor:
+        return torch.cat([fn(part, *w) for part, *w in _pairs(t.split([s, length], 1), of)], 1)
+
+    def norm(t: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return F.layer_norm(t, gamma.shape, gamma, beta, _EPS)
+
+    g1, c1, wqkv, bqkv, gi, ci, wo, bo, g2, c2, *of_ffn = weights
+    image, text = x.split([b * s, b * length])
+    y = torch.cat([image.view(b, s, d), text.view(b, length, d)], 1)
+    for _ in range(depth):
+        h = split(y, norm, g1, c1)
+        # torchscale has a module for each of the three
+        three = zip(wqkv.chunk(3, 1), bqkv.chunk(3, 1), strict=True)
+        q, k, v = (split(h, F.linear, w, c).unflatten(2, (-1, _head(d))).transpose(1, 2) for w, c in three)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = y + split(split(h, norm, gi, ci), F.linear, wo, bo)
+        y = y + split(split(y, norm, g2, c2), _ffn_of, *of_ffn)
+    return torch.cat([t.flatten(0, 1) for t in y.split([s, length], 1)])
+
+
+def _head(d: int) -> int:
+    return min(_HEAD, d)
+
+
+def _layers(x: Tensor, sizes: Tensor, *weights: Tensor, depth: int = 1, **how: Any) -> Tensor:
+    routing = _routing(sizes)
+    g1, c1, wqkv, bqkv, gi, ci, wo, bo, g2, c2, w1, b1, gf, cf, w2, b2 = weights
+    for _ in range(depth):
+        h = routed_linear(routed_layer_norm(x, g1, c1, routing, _EPS), wqkv, bqkv, routing)
+        q, k, v = h.unflatten(1, (3, -1, _head(x.shape[1]))).unbind(1)
+        h = routed_layer_norm(packed_attention(q, k, v, routing), gi, ci, routing, _EPS)
+        x = routed_linear(h, wo, bo, routing, residual=x)
+        h = routed_layer_norm(x, g2, c2, routing, _EPS)
+        x = routed_ffn(h, w1, b1, w2, b2, routing, norm=(gf, cf, _EPS), residual=x, **how)
+    return x
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------
+
+
+def _ffn_flops(mode: str, B: int, S: int, L: int, D: int) -> float:
+    return (1 if mode == "fwd" else 3) * 16 * B * (S + L) * D * D
+
+
+def _layer_flops(mode: str, B: int, S: int, L: int, D: int, depth: int = 1) -> float:
+    t = S + L
+    return depth * (1 if mode == "fwd" else 3) * B * (24 * t * D * D + 4 * t * t * D)
+
+
+def _bytes(mode: str, size: int, B: int, S: int, L: int, D: int, weights: int = 8, depth: int = 1) -> float:
+    return (1 if mode == "fwd" else 3) * size * (2 * B * (S + L) * D + depth * 2 * weights * D * D)
+
+
+def _products(x: Tensor, sizes: Tensor, *weights: Tensor) -> list[Any]:
+    """The first one of the network."""
+    w1 = weights[-6]
+    b, s, length = _sizes(sizes)
+    return [(t, w, 1) for t, w in zip(x.split([b * s, b * length]), w1.unbind(0), strict=True)]
+
+
+def _products_flops(B: int, S: int, L: int, D: int) -> float:
+    return 8 * B * (S + L) * D * D
+
+
+_GRADS = ["d x", *(f"d {name}" for name in _NAMES.split()[2:])]
+_SHARED: dict[str, Any] = {
+    "op": "routed_ffn",
+    "growth": "B",
+    "cpu": [{"B": b, "S": 197, "L": 64, "D": 768} for b in (1, 8)],
+    "cuda": [{"B": b, "S": 197, "L": 64, "D": 768} for b in (8, 64, 256)],
+    "small": {"B": 2, "S": 5, "L": 3, "D": 16},
+    "anchors": products(_products, _products_flops),
+}
+
+CASES = [
+    Case(
+        name="routed_ffn",
+        ours=then(ramp, _ffn),
+        peers={**formula(then(ramp, ffn)), "grouped_mm": eager(then(ramp, grouped))},
+        inputs=_ffn_inputs,
+        outputs=("loss", "d x", *_GRADS[-6:]),
+        flops=_ffn_flops,
+        bytes=_bytes,
+        **_SHARED,
+    ),
+    Case(
+        name="multiway_layer",
+        ours=then(ramp, _layers),
+        peers=formula(then(ramp, torchscale)),
+        inputs=_inputs,
+        outputs=("loss", *_GRADS),
+        flops=_layer_flops,
+        bytes=partial(_bytes, weights=12),
+        **_SHARED,
+    ),
+    Case(
+        name="multiway_encoder",
+        ours=then(ramp, partial(_layers, depth=_DEPTH)),
+        peers=formula(then(ramp, partial(torchscale, depth=_DEPTH))),
+        inputs=_inputs,
+        outputs=("loss", *_GRADS),
+        flops=partial(_layer_flops, depth=_DEPTH),
+        bytes=partial(_bytes, weights=12, depth=_DEPTH),
+        **_SHARED,
+    ),
+]
+
+
+def _norms(x: Tensor, sizes: Tensor, *weights: Tensor, **how: Any) -> Tensor:
+    return routed_layer_norm(x, weights[0], weights[1], _routing(sizes), _EPS, **how)
+
+
+def _linear(x: Tensor, sizes: Tensor, *weights: Tensor, **how: Any) -> Tensor:
+    return routed_linear(x, weights[2], weights[3], _routing(sizes), activation="gelu", **how)
+
+
+CHECKS = [
+    Check(op, "B=2 S=5 L=3 D=48", of_case(make, names, B=2, S=5, L=3, D=48), differentiated(then(ramp, fn)))
+    for op, make, names, fn in (
+        ("routed_ffn", _ffn_inputs, "x sizes w1 b1 gf cf w2 b2", _ffn),
+        ("routed_linear", _inputs, _NAMES, _linear),
+        ("routed_layer_norm", _inputs, _NAMES, _norms),
+    )
+]
