@@ -104,7 +104,7 @@ VALID: dict[str, list[Callable[..., list[Any]]]] = {
         lambda n=40, d=19: [
             F(n, d), F(n, d), F(d), F(d), F(n), F(n), F(n, d), F(n, d), F(d), F(d), True, True
         ],
-        lambda n=3, d=5: [F(n, d), F(n, d), none(), none(), none(), none(), F(n, d), none(), none(), none(), True, False],
+        lambda n=3, d=5: [F(n, d), F(n, d), *(none(),) * 4, F(n, d), none(), none(), none(), True, False],
     ],
     "query_max": [lambda m=2, q=3, n=20: [F(m, q, n), F(m, n), ints(m, n, dtype=torch.uint8)]],
     "query_grad": [
