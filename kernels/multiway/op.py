@@ -104,6 +104,35 @@ def _too_wide(x: Tensor) -> str | None:
 
 
 _FEW = [_many_runs, _many_experts]
+
+# on a CPU eager is faster for fewer than these, measured on 2 cores; a graph would have a run's rows as its sizes
+_EAGER_PRODUCTS, _EAGER_FFN_PRODUCTS, _EAGER_NUMBERS = 1 << 25, 1 << 27, 1 << 18
+
+
+def _fewer(x: Tensor, count: int, least: int, what: str) -> str | None:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or count >= least:
+        return None
+    return f"eager is faster for fewer than {least} {what} on a CPU"
+
+
+def _few_products(linear: Linear) -> str | None:
+    w = by_expert(linear.weights, 2)[0]
+    return _fewer(linear.x, linear.x.shape[0] * w.numel(), _EAGER_PRODUCTS, "multiplications")
+
+
+def _few_ffn_products(ffn: FFN) -> str | None:
+    w1, w2 = (by_expert(of, 2)[0].numel() for of in (ffn.weights_in, ffn.weights_out))
+    return _fewer(ffn.x, ffn.x.shape[0] * (w1 + w2), _EAGER_FFN_PRODUCTS, "multiplications")
+
+
+def _few_numbers(x: Tensor) -> str | None:
+    return _fewer(x, x.numel(), _EAGER_NUMBERS, "numbers")
+
+
+def _on_a_cpu(x: Tensor) -> str | None:
+    return "eager is faster on a CPU" if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
+
+
 _SLICES, _CPU = (_passes(sliced, rows) for rows in (TorchRows, CompiledRows))
 
 
@@ -140,7 +169,7 @@ ROUTED_LINEAR = Operator(
     on=lambda linear: linear.x,
     implementations=[
         Implementation("triton", against=[*_FEW, _linear_lists], **_TRITON),
-        Implementation("slices", passes=_SLICES, against=[_unknown_bounds]),
+        Implementation("slices", passes=_SLICES, against=[_unknown_bounds], prefer_eager=_few_products),
         Implementation("torch", function=lambda linear, runs, ending: (reference.routed_linear(linear, runs, ending),)),
     ],
     example=lambda x, **how: routed_linear(x, x.new_ones(2, 4, x.shape[1]), None, _halves(x), **how),
@@ -227,10 +256,6 @@ def _not_gelu(ffn: FFN) -> str | None:
     return None if ffn.activation in ("gelu", "none") else f"activation is {ffn.activation}, the compiled part has gelu"
 
 
-def _on_a_cpu(x: Tensor) -> str | None:
-    return "eager is faster on a CPU" if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
-
-
 def _no_half(x: Tensor) -> str | None:
     return "dtype is torch.float16, the compiled part has float32 and bfloat16" if x.dtype == torch.float16 else None
 
@@ -258,8 +283,9 @@ ROUTED_FFN = Operator(
             "cpu",
             passes=_CPU,
             against=[_unknown_bounds, _not_gelu, lambda ffn: _no_half(ffn.x)],
+            prefer_eager=_few_ffn_products,
         ),
-        Implementation("slices", passes=_SLICES, against=[_unknown_bounds]),
+        Implementation("slices", passes=_SLICES, against=[_unknown_bounds], prefer_eager=_few_ffn_products),
         Implementation("torch", function=lambda ffn, runs, ending: (reference.routed_ffn(ffn, runs, ending),)),
     ],
     example=lambda x, **how: routed_ffn(
@@ -354,7 +380,7 @@ ROUTED_NORM = Operator(
     differentiable=("x", "gammas", "betas"),
     implementations=[
         Implementation("triton", against=[*_FEW, _norm_lists, _too_wide], **_TRITON),
-        Implementation("cpu", passes=_CPU, against=[_unknown_bounds, _no_half]),
+        Implementation("cpu", passes=_CPU, against=[_unknown_bounds, _no_half], prefer_eager=_few_numbers),
         Implementation("slices", passes=_SLICES, against=[_unknown_bounds], prefer_eager=_on_a_cpu),
         Implementation("torch", function=lambda x, norm, runs: (reference.routed_norm(x, norm, runs),)),
     ],
