@@ -3,12 +3,12 @@
 `routed_ffn` is the feed-forward network with its inner norm, on a stream that is sorted by expert: eager has each
 expert's modules on its slice, and puts the rows together. `multiway_layer` is the whole layer, `multiway_encoder` four
 of them; there eager is torchscale's, which splits and concatenates the rows [B, S + L, D] at every module. All are
-bound by their products.
+bound by their products. A routing is made once, as it serves a batch for all layers.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,8 +34,12 @@ def _sizes(sizes: Tensor) -> tuple[int, int, int]:
 
 
 def _routing(sizes: Tensor) -> Routing:
-    b, s, length = _sizes(sizes)
-    return Routing.from_split(b, s + length, s, device=sizes.device)
+    return _made_once(*_sizes(sizes), sizes.device)
+
+
+@cache
+def _made_once(b: int, s: int, length: int, device: torch.device) -> Routing:
+    return Routing.from_split(b, s + length, s, device=device)
 
 
 def _inputs(device: torch.device, dtype: torch.dtype, B: int, S: int, L: int, D: int) -> tuple[Tensor, ...]:
