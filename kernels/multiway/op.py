@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import autocast, autocast_dtype, check, one_of, real
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.multiway import reference, sliced
@@ -105,32 +105,19 @@ def _too_wide(x: Tensor) -> str | None:
 
 _FEW = [_many_runs, _many_experts]
 
-# on a CPU eager is faster for fewer than these, measured on 2 cores; a graph would have a run's rows as its sizes
-_EAGER_PRODUCTS, _EAGER_FFN_PRODUCTS, _EAGER_NUMBERS = 1 << 25, 1 << 27, 1 << 18
+
+def _unless_compiled(count: int) -> int | None:
+    """In a graph no implementation steps aside: plain torch would have a run's rows as its sizes."""
+    return None if torch.compiler.is_compiling() else count
 
 
-def _fewer(x: Tensor, count: int, least: int, what: str) -> str | None:
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or count >= least:
-        return None
-    return f"eager is faster for fewer than {least} {what} on a CPU"
+def _linear_products(linear: Linear) -> int | None:
+    return _unless_compiled(linear.x.shape[0] * by_expert(linear.weights, 2)[0].numel())
 
 
-def _few_products(linear: Linear) -> str | None:
-    w = by_expert(linear.weights, 2)[0]
-    return _fewer(linear.x, linear.x.shape[0] * w.numel(), _EAGER_PRODUCTS, "multiplications")
-
-
-def _few_ffn_products(ffn: FFN) -> str | None:
+def _ffn_products(ffn: FFN) -> int | None:
     w1, w2 = (by_expert(of, 2)[0].numel() for of in (ffn.weights_in, ffn.weights_out))
-    return _fewer(ffn.x, ffn.x.shape[0] * (w1 + w2), _EAGER_FFN_PRODUCTS, "multiplications")
-
-
-def _few_numbers(x: Tensor) -> str | None:
-    return _fewer(x, x.numel(), _EAGER_NUMBERS, "numbers")
-
-
-def _on_a_cpu(x: Tensor) -> str | None:
-    return "eager is faster on a CPU" if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
+    return _unless_compiled(ffn.x.shape[0] * (w1 + w2))
 
 
 _SLICES, _CPU = (_passes(sliced, rows) for rows in (TorchRows, CompiledRows))
@@ -169,10 +156,11 @@ ROUTED_LINEAR = Operator(
     on=lambda linear: linear.x,
     implementations=[
         Implementation("triton", against=[*_FEW, _linear_lists], **_TRITON),
-        Implementation("slices", passes=_SLICES, against=[_unknown_bounds], prefer_eager=_few_products),
+        Implementation("slices", passes=_SLICES, against=[_unknown_bounds]),
         Implementation("torch", function=lambda linear, runs, ending: (reference.routed_linear(linear, runs, ending),)),
     ],
     example=lambda x, **how: routed_linear(x, x.new_ones(2, 4, x.shape[1]), None, _halves(x), **how),
+    size=Size("products", _linear_products),
 )
 
 
@@ -283,14 +271,14 @@ ROUTED_FFN = Operator(
             "cpu",
             passes=_CPU,
             against=[_unknown_bounds, _not_gelu, lambda ffn: _no_half(ffn.x)],
-            prefer_eager=_few_ffn_products,
         ),
-        Implementation("slices", passes=_SLICES, against=[_unknown_bounds], prefer_eager=_few_ffn_products),
+        Implementation("slices", passes=_SLICES, against=[_unknown_bounds]),
         Implementation("torch", function=lambda ffn, runs, ending: (reference.routed_ffn(ffn, runs, ending),)),
     ],
     example=lambda x, **how: routed_ffn(
         x, x.new_ones(2, 4, x.shape[1]), None, x.new_ones(2, 3, 4), None, _halves(x), **how
     ),
+    size=Size("products", _ffn_products),
 )
 
 
@@ -380,12 +368,13 @@ ROUTED_NORM = Operator(
     differentiable=("x", "gammas", "betas"),
     implementations=[
         Implementation("triton", against=[*_FEW, _norm_lists, _too_wide], **_TRITON),
-        Implementation("cpu", passes=_CPU, against=[_unknown_bounds, _no_half], prefer_eager=_few_numbers),
-        Implementation("slices", passes=_SLICES, against=[_unknown_bounds], prefer_eager=_on_a_cpu),
+        Implementation("cpu", passes=_CPU, against=[_unknown_bounds, _no_half]),
+        Implementation("slices", passes=_SLICES, against=[_unknown_bounds]),
         Implementation("torch", function=lambda x, norm, runs: (reference.routed_norm(x, norm, runs),)),
     ],
     example=lambda x, **how: routed_layer_norm(x, x.new_ones(2, x.shape[1]).cumsum(1), None, _halves(x), **how),
     also={"routed_rms_norm": lambda x, **how: routed_rms_norm(x, x.new_ones(2, x.shape[1]), _halves(x), **how)},
+    size=Size("numbers", lambda x: _unless_compiled(x.numel())),
 )
 
 
