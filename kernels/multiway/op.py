@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -112,11 +113,11 @@ def _unless_compiled(count: int) -> int | None:
 
 
 def _linear_products(linear: Linear) -> int | None:
-    return _unless_compiled(linear.x.shape[0] * by_expert(linear.weights, 2)[0].numel())
+    return _unless_compiled(linear.x.shape[0] * math.prod(linear.weights[0].shape[-2:]))
 
 
 def _ffn_products(ffn: FFN) -> int | None:
-    w1, w2 = (by_expert(of, 2)[0].numel() for of in (ffn.weights_in, ffn.weights_out))
+    w1, w2 = (math.prod(of[0].shape[-2:]) for of in (ffn.weights_in, ffn.weights_out))
     return _unless_compiled(ffn.x.shape[0] * (w1 + w2))
 
 
