@@ -1,0 +1,106 @@
+"""Cross-attention of a few queries in plain PyTorch: what each operation means."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Norm = tuple[Tensor, Tensor, float]
+
+
+class Attended(NamedTuple):
+    o: Tensor  # [B, Q, H, d]
+    lse: Tensor  # [B, H, Q], log of the sum of exp(scores); -inf where there is no key; no gradient
+
+
+def project_kv(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, norm: Norm | None = None) -> Tensor:
+    """The keys and values of all layers that attend to x, by one product: [..., L, 2, H, d].
+
+    A key's bias adds the same to all scores of a query, so it is left out, and its gradient is 0.
+
+    Args:
+        x: [..., E].
+        weight, bias: [L, 2, D, E] and [L, 2, D], of the keys and of the values.
+        norm: (weight, bias, eps) of the LayerNorm before each layer, [L, E], or of one for all, [E]. It becomes a part
+            of the product, so that x is normalised once, and where x needs no gradient no [..., E] is formed for it.
+    """
+    of_values = torch.tensor([[0.0], [1.0]], dtype=weight.dtype, device=weight.device)
+    if norm is not None:
+        gamma, beta, eps = norm
+        x = F.layer_norm(x, x.shape[-1:], eps=eps)
+        gamma, beta = (t.expand(len(weight), -1)[:, None] for t in (gamma, beta))  # [L, 1, E]
+        shift = (weight * beta[:, :, None]).sum(-1)  # [L, 2, D]
+        weight, bias = weight * gamma[:, :, None], shift if bias is None else shift + bias
+    y = F.linear(x, weight.flatten(0, 2), None if bias is None else (bias * of_values).flatten())
+    return y.unflatten(-1, (len(weight), 2, heads, -1))
+
+
+def few_query_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_index: Tensor | None = None,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Attended:
+    """softmax(q k^T / sqrt(d)) v; a row without keys is 0.
+
+    Args:
+        q: [B, Q, H, d], or [1, Q, H, d]: the same queries for every row.
+        k, v: [I, N, H, d], of images.
+        kv_index: int64 [B], the image of each row; by default row b attends to image b.
+        lengths: int64 [I], the keys that an image has, which come first; by default N.
+        dropout: of the probabilities.
+    """
+    if kv_index is not None:
+        k, v, lengths = k[kv_index], v[kv_index], None if lengths is None else lengths[kv_index]
+    acc = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, Q or N, d]
+    scores = (q @ k.mT).to(acc) * q.shape[-1] ** -0.5  # [B, H, Q, N]
+    if lengths is not None:
+        mask = torch.arange(k.shape[2], device=k.device) < lengths[:, None, None, None]
+        scores = scores.masked_fill(~mask, torch.finfo(acc).min)
+        p = scores.softmax(-1) * mask
+    else:
+        p = scores.softmax(-1)
+    with torch.no_grad():
+        lse = scores.logsumexp(-1)
+        if lengths is not None:
+            lse = lse.masked_fill((lengths == 0)[:, None, None], -torch.inf)
+    o = F.dropout(p, dropout).to(v.dtype) @ v
+    return Attended(o.transpose(1, 2), lse)
+
+
+def unpacked(x: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Rows [T, ...] of images one after another, image i from cu_seqlens[i]: ([I, longest, ...], lengths int64 [I])."""
+    lengths = cu_seqlens.diff().long()
+    row = cu_seqlens[:-1, None] + torch.arange(longest, device=x.device)
+    real = row < cu_seqlens[1:, None]
+    x = x[row.where(real, 0)]
+    return x.where(real.view(*real.shape, *[1] * (x.dim() - 2)), 0), lengths
+
+
+def absorbed_attention(q: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Attention over x itself: what of `project_kv` belongs to one layer goes to the queries and to the result.
+
+    softmax((q W_k) x^T / sqrt(d)) x W_v^T, fewer products than keys and values take where Q < N d / (N + d - N d / E).
+
+    Args:
+        q: [B, Q, H, d].
+        x: [B, N, E].
+        weight: [2, H d, E], of keys and values. A key's bias changes nothing; a value's is added to the result.
+    """
+    of_keys, of_values = weight.unflatten(1, q.shape[2:])  # [H, d, E]
+    scores = torch.einsum("bqhd,hde,bne->bhqn", q, of_keys, x) * q.shape[-1] ** -0.5
+    return torch.einsum("bhqn,bne,hde->bqhd", scores.softmax(-1), x, of_values)
+
+
+def fold_value_bias(weight: Tensor, bias: Tensor, value_bias: Tensor) -> Tensor:
+    """The bias of the output projection that makes the values' own unnecessary: probabilities sum to 1.
+
+    bias + weight value_bias, exact without dropout of the probabilities and where each query has a key.
+    """
+    return bias + weight @ value_bias
