@@ -92,12 +92,14 @@ def packed_attention(
     routing: Routing,
     sees: Sequence[Sequence[str]] | None = None,
     bias: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """[T, H, d] each: softmax(q k^T / sqrt(d) + bias) v among the rows of a sample; [T, H d].
 
     Args:
         sees: K x K of "all", "causal" or "none": what a segment's rows see of another's. By default all.
         bias: [H, P, P], of the places of a query and of a key.
+        dropout: of the probabilities.
     """
     if not routing.first.shape[1]:
         raise ValueError(
@@ -122,6 +124,6 @@ def packed_attention(
         of_pairs = bias[:, place[:, :, None], place[:, None, :]].transpose(0, 1)  # [B, H, S, S]
         mask = of_pairs.masked_fill(~mask, float("-inf"))
     q_of, k_of, v_of = (t[row].transpose(1, 2) for t in (q, k, v))  # [B, H, S, d]
-    y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask)
+    y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout)
     y = y.transpose(1, 2).flatten(2)
     return y.new_zeros(len(q), y.shape[2]).index_put((row[real],), y[real])

@@ -1,0 +1,366 @@
+"""The Q-Former (Li et al. 2023, BLIP-2, arXiv:2301.12597, section 3.1) over keys and values that passes share.
+
+A post-LN BERT whose first rows are learned queries. They alone see the image, in every `cross_attention_freq`-th layer,
+and they have an FFN of their own. Parameters have the official names (LAVIS, `Qformer.bert.*`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmfuse.kernels._runtime.arguments import check, check_range
+from mmfuse.kernels.multiway.reference import packed_attention
+from mmfuse.kernels.multiway.routing import Part, Routing
+from mmfuse.kernels.qformer.reference import few_query_attention, project_kv
+from mmfuse.kernels.text import embed_text
+
+Sees = Sequence[Sequence[str]]
+
+# what a segment's rows see of another's; queries come first
+CAPTION: Sees = (("all", "none"), ("all", "causal"))  # image-grounded text generation
+# queries, the text of the contrast, the text that is generated: three objectives in one pass
+CONTRAST_AND_CAPTION: Sees = (("all", "none", "none"), ("none", "all", "none"), ("all", "none", "causal"))
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """The entries of the official BERT config that count, and BLIP-2's own.
+
+    text: whether there are word and position embeddings and an FFN of texts.
+    """
+
+    encoder_width: int
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 30523
+    max_position_embeddings: int = 512
+    cross_attention_freq: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    text: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}, expected a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.hidden_act != "gelu":
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected 'gelu'")
+        if self.cross_attention_freq < 1:
+            raise ValueError(f"cross_attention_freq is {self.cross_attention_freq}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class QFormerKV:
+    """The keys and values of images for every cross-attention layer, computed once for all passes over them.
+
+    Attributes:
+        kv: [I, N, layers with cross-attention, 2, heads, head dim].
+        lengths: int64 [I], the tokens that an image has, which come first; None for all N.
+        index: int64 [B], the image of each row of a pass; None for one row per image.
+    """
+
+    kv: Tensor
+    lengths: Tensor | None = None
+    index: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.kv if self.index is None else self.index)
+
+    def at(self, index: Tensor) -> QFormerKV:
+        """For rows that attend to the images [B] int64 of these: negatives, instructions, beams; nothing is copied.
+
+        Raises:
+            ValueError: an image is out of range (checked on a CPU).
+        """
+        check("index", index, ("B",), dtype=torch.int64, like=("kv", self.kv))
+        check_range("index", index, self.rows, "the number of rows")
+        return dataclasses.replace(self, index=index if self.index is None else self.index[index])
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor]:
+        """(keys, values) of the i-th layer that has cross-attention, [I, N, heads, head dim]."""
+        k, v = self.kv[:, :, i].unbind(2)
+        return k, v
+
+
+class _Projections(nn.Module):
+    def __init__(self, config: QFormerConfig, key_width: int):
+        super().__init__()
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(key_width, config.hidden_size)
+        self.value = nn.Linear(key_width, config.hidden_size)
+
+
+class _Output(nn.Module):
+    """LayerNorm(residual + dropout(dense(x)))."""
+
+    def __init__(self, config: QFormerConfig, width: int):
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+
+
+class _Intermediate(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.dense(x))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: QFormerConfig, key_width: int):
+        super().__init__()
+        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.self = _Projections(config, key_width)
+        self.output = _Output(config, config.hidden_size)
+
+    def _heads_of(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+class SelfAttention(_Attention):
+    """Of the rows [T, hidden] of a stream, with residual and LayerNorm."""
+
+    def forward(self, x: Tensor, routing: Routing, sees: Sees | None) -> Tensor:
+        q, k, v = (self._heads_of(project(x)) for project in (self.self.query, self.self.key, self.self.value))
+        return self.output(packed_attention(q, k, v, routing, sees, dropout=self._dropout()), x)
+
+
+class CrossAttention(_Attention):
+    """Of queries [B, Q, hidden] or [1, Q, hidden] over images: [B, Q, hidden], with residual and LayerNorm."""
+
+    def forward(self, x: Tensor, kv: QFormerKV, layer: int) -> Tensor:
+        q = self._heads_of(self.self.query(x))
+        o = few_query_attention(q, *kv.layer(layer), kv.index, kv.lengths, self._dropout()).o
+        return self.output(o.flatten(2), x)
+
+
+class QFormerLayer(nn.Module):
+    def __init__(self, config: QFormerConfig, cross: bool):
+        super().__init__()
+        self.attention = SelfAttention(config, config.hidden_size)
+        self.crossattention = CrossAttention(config, config.encoder_width) if cross else None
+        if config.text:
+            self.intermediate, self.output = _Intermediate(config), _Output(config, config.intermediate_size)
+        self.intermediate_query, self.output_query = _Intermediate(config), _Output(config, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, routing: Routing, sees: Sees | None, queries: int, kv: QFormerKV | None, layer: int
+    ) -> Tensor:
+        """x [T, hidden], of which the first rows are `queries` for each sample; `layer`: of those with cross-attention.
+
+        With images, queries of one sample become those of all rows of kv.
+        """
+        x = self.attention(x, routing, sees)
+        query, text = x.tensor_split([queries * len(routing.first)])
+        parts = []
+        if queries:
+            if self.crossattention is not None and kv is not None:
+                query = self.crossattention(query.unflatten(0, (-1, queries)), kv, layer).flatten(0, 1)
+            parts.append(self.output_query(self.intermediate_query(query), query))
+        if len(text):
+            parts.append(self.output(self.intermediate(text), text))
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+class QFormerEncoder(nn.Module):
+    """The layers, over embeddings of queries and of any number of texts."""
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.config = config
+        freq = config.cross_attention_freq
+        self.layer = nn.ModuleList(QFormerLayer(config, i % freq == 0) for i in range(config.num_hidden_layers))
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is dropout: each row then has its own."""
+        config = self.config
+        return self.training and config.hidden_dropout_prob + config.attention_probs_dropout_prob > 0
+
+    def project(self, x: Tensor, lengths: Tensor | None = None) -> QFormerKV:
+        """Keys and values of images x [I, N, encoder_width]; lengths int64 [I]: the tokens that each has."""
+        check("x", x, ("I", "N", self.config.encoder_width))
+        of = [layer.crossattention.self for layer in self.layer if layer.crossattention is not None]
+        weight = torch.stack([torch.stack([p.key.weight, p.value.weight]) for p in of])
+        bias = torch.stack([torch.stack([p.key.bias, p.value.bias]) for p in of])
+        return QFormerKV(project_kv(x, weight, bias, self.config.num_attention_heads), lengths)
+
+    def forward(
+        self,
+        query: Tensor | None,
+        texts: Sequence[Tensor] = (),
+        kept: Sequence[Tensor | None] | None = None,
+        sees: Sees | None = None,
+        kv: QFormerKV | None = None,
+    ) -> list[Tensor]:
+        """The states of the queries, if there are any, and of each text; arguments as `QFormer`'s, but embedded."""
+        batch = len(texts[0]) if texts else kv.rows if kv is not None else len(query) if query is not None else 0
+        segments = list(texts)
+        if query is not None:
+            # the first layer sees no image before its cross-attention: once for all rows, where nothing is drawn
+            once = len(query) == 1 and not texts and not self.draws
+            segments.insert(0, query if once else query.expand(batch, -1, -1))
+        queries = 0 if query is None else query.shape[1]
+        lengths = [None] * (len(segments) - len(texts)) + list(kept or [None] * len(texts))
+        x = torch.cat([t.flatten(0, 1) for t in segments])
+
+        def route(samples: int) -> Routing:
+            parts = [
+                Part(int(i >= 1 or query is None), samples, t.shape[1], kept=lengths[i]) for i, t in enumerate(segments)
+            ]
+            return Routing.of(parts, 2, samples, x.device)
+
+        routing, seen = route(len(segments[0])), 0
+        for layer in self.layer:
+            x = layer(x, routing, sees, queries, kv, seen)
+            seen += layer.crossattention is not None
+            if len(x) != routing.rows:
+                routing = route(batch)
+        sizes = [t.shape[1] for t in segments]
+        rows = x.split([batch * size for size in sizes])
+        return [t.unflatten(0, (batch, size)) for t, size in zip(rows, sizes, strict=True)]
+
+
+class _Embeddings(nn.Module):
+    position_ids: Tensor
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        width = config.hidden_size
+        if config.text:
+            self.word_embeddings = nn.Embedding(config.vocab_size, width)
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Of texts; positions start at 0."""
+        longest = self.position_ids.shape[1]
+        if ids.dim() != 2 or ids.shape[1] > longest:
+            raise ValueError(f"token ids have shape {tuple(ids.shape)}, expected [B, T] with T <= {longest}")
+        norm = self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps
+        x = embed_text(ids, self.word_embeddings.weight, position=self.position_embeddings.weight, norm=norm)
+        return self.dropout(x)
+
+    def query(self, tokens: Tensor) -> Tensor:
+        """Of queries, which have no positions."""
+        return self.dropout(self.LayerNorm(tokens))
+
+
+class QFormer(nn.Module):
+    """Queries [B, Q, hidden] and texts of ids [B, T] to their last states.
+
+    An image's keys and values are computed once (`project`) and shared by passes and by rows:
+
+        kv = qformer.project(image_embeds)
+        query, text = qformer(query_tokens, [ids], kept=[lengths], kv=kv)
+        query, text = qformer(query_tokens, [ids], kept=[lengths], kv=kv.at(negatives))
+    """
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = _Embeddings(config)
+        self.encoder = QFormerEncoder(config)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def project(self, image_embeds: Tensor, lengths: Tensor | None = None) -> QFormerKV:
+        """Keys and values of images [I, N, encoder_width]; lengths int64 [I]: the tokens that each has, or None."""
+        return self.encoder.project(image_embeds, lengths)
+
+    def forward(
+        self,
+        query: Tensor | None = None,
+        texts: Sequence[Tensor] = (),
+        kept: Sequence[Tensor | None] | None = None,
+        sees: Sees | None = None,
+        kv: QFormerKV | None = None,
+    ) -> list[Tensor]:
+        """The last states of the queries [B, Q, hidden], if there are any, and of each text [B, T, hidden].
+
+        Args:
+            query: [B, Q, hidden], or [1, Q, hidden] for all rows; None for texts alone.
+            texts: int64 [B, T] each, padded on the right.
+            kept: of each text int64 [B], its tokens without the padding; None: all.
+            sees: "all", "causal" or "none": what the rows of a segment see of another's; by default all see all.
+            kv: of B images; without it nothing sees an image.
+
+        Deterministic without dropout. Attention is scaled by 1 / sqrt(head dim) and masked by lengths alone.
+
+        Raises:
+            ValueError: there is nothing to encode, or a size does not fit.
+        """
+        if query is None and not texts:
+            raise ValueError("query is None and texts is empty, expected one of them")
+        if texts and not self.config.text:
+            raise ValueError(f"texts has {len(texts)} texts, expected none: the config has text=False")
+        if query is not None:
+            check("query", query, ("B", "Q", self.config.hidden_size))
+        if texts:
+            batch, of = len(texts[0]), "texts"
+        else:
+            batch, of = (len(query), "query") if kv is None else (kv.rows, "kv")  # type: ignore[arg-type]
+        if kv is not None and kv.rows != batch:
+            raise ValueError(f"kv has {kv.rows} rows, expected {batch} as {of}")
+        if query is not None and len(query) not in (1, batch):
+            raise ValueError(f"query has {len(query)} rows, expected {batch} as {of}, or 1")
+        if query is not None and self.encoder.draws:
+            query = query.expand(batch, -1, -1)
+        embedded = None if query is None else self.embeddings.query(query)
+        return self.encoder(embedded, [self.embeddings(ids) for ids in texts], kept, sees, kv)
+
+
+def from_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The official names of the weights of transformers' `Blip2QFormerModel` or `InstructBlipQFormerModel`."""
+    return {_official_name(key): t for key, t in state_dict.items()}
+
+
+def to_transformers(state_dict: Mapping[str, Tensor], instruct: bool = False) -> dict[str, Tensor]:
+    """The weights of a `QFormer` under the names of `Blip2QFormerModel`, or (`instruct`) `InstructBlipQFormerModel`.
+
+    BLIP-2's has no embeddings of words and positions: they belong to the models around it.
+    """
+    norm = "embeddings.layernorm." if instruct else "layernorm."
+    renamed = {
+        key.replace("attention.self.", "attention.attention.").replace("embeddings.LayerNorm.", norm): t
+        for key, t in state_dict.items()
+        if not key.endswith("position_ids")
+    }
+    return {key: t for key, t in renamed.items() if instruct or not key.startswith("embeddings.")}
+
+
+def _official_name(key: str) -> str:
+    key = key.replace("attention.attention.", "attention.self.").replace("embeddings.layernorm.", "layernorm.")
+    return f"embeddings.LayerNorm.{key.removeprefix('layernorm.')}" if key.startswith("layernorm.") else key

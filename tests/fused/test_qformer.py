@@ -1,0 +1,184 @@
+"""The Q-Former against transformers' own, and passes that share an image against passes of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmfuse._compat import allow_torchvision
+from mmfuse.fused.qformer import (
+    CAPTION,
+    CONTRAST_AND_CAPTION,
+    QFormer,
+    QFormerConfig,
+    QFormerKV,
+    from_transformers,
+    to_transformers,
+)
+
+allow_torchvision()
+
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "vocab_size": 30,
+    "max_position_embeddings": 12,
+}
+WIDTH, QUERIES = 20, 4
+
+
+def make(**changes: Any) -> QFormer:
+    """In float64, without zeros and ones among its weights."""
+    torch.manual_seed(0)
+    model = QFormer(QFormerConfig(**{"encoder_width": WIDTH, **SIZES, **changes})).double().eval()
+    for p in model.parameters():
+        p.data.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def texts(batch: int, length: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.randint(1, 30, (batch, length)), torch.randint(1, length + 1, (batch,))
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("freq", [1, 2])
+def test_is_that_of_instructblip(freq: int) -> None:
+    instructblip = pytest.importorskip("transformers.models.instructblip")
+    model = make(cross_attention_freq=freq)
+    config = instructblip.InstructBlipQFormerConfig(
+        **SIZES, cross_attention_frequency=freq, encoder_hidden_size=WIDTH, layer_norm_eps=1e-12
+    )
+    theirs = instructblip.InstructBlipQFormerModel(config).double().eval()
+    names = to_transformers(model.state_dict(), instruct=True)
+    theirs.load_state_dict(names)
+    assert from_transformers(names).keys() == model.state_dict().keys() - {"embeddings.position_ids"}
+    query, images, (ids, kept) = normal(2, QUERIES, 24), normal(2, 9, WIDTH), texts(2)
+    lengths = torch.tensor([9, 5])
+    mask = (torch.arange(6) < kept[:, None]).long()
+    want = theirs(
+        ids,
+        torch.cat([mask.new_ones(2, QUERIES), mask], dim=1),
+        query_embeds=query,
+        encoder_hidden_states=images,
+        encoder_attention_mask=(torch.arange(9) < lengths[:, None]).long(),
+    ).last_hidden_state
+    got = model(query, [ids], [kept], kv=model.project(images, lengths))
+    close(torch.cat(got, dim=1), want)
+
+
+def test_is_that_of_blip2() -> None:
+    blip_2 = pytest.importorskip("transformers.models.blip_2")
+    model = make(text=False)
+    config = blip_2.Blip2QFormerConfig(**SIZES, encoder_hidden_size=WIDTH, layer_norm_eps=1e-12)
+    theirs = blip_2.Blip2QFormerModel(config).double().eval()
+    theirs.load_state_dict(to_transformers(model.state_dict()))
+    query, images = normal(1, QUERIES, 24), normal(3, 9, WIDTH)
+    (got,) = model(query, kv=model.project(images))
+    close(got, theirs(query.expand(3, -1, -1), encoder_hidden_states=images).last_hidden_state)
+
+
+# --- passes ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_packed_pass_is_three_passes() -> None:
+    """Contrast of the image, contrast of the text and caption of BLIP-2, and their gradients."""
+    model = make()
+    query, images, (ids, kept) = normal(1, QUERIES, 24), normal(3, 9, WIDTH), texts(3)
+    caption = ids.roll(1, 1)
+    packed = model(query, [ids, caption], [kept, kept], CONTRAST_AND_CAPTION, model.project(images))
+    (of_query,) = model(query, kv=model.project(images))
+    (of_text,) = model(texts=[ids], kept=[kept])
+    _, of_caption = model(query, [caption], [kept], CAPTION, model.project(images))
+    weights = [normal(*t.shape) for t in packed]
+    alone = [of_query, of_text, of_caption]
+    gradients = []
+    for outputs in (packed, alone):
+        loss = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
+    for got, want in zip((*packed, *gradients[0]), (*alone, *gradients[1]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+def test_a_caption_does_not_see_what_comes_and_the_queries_do_not_see_it() -> None:
+    model = make()
+    query, kv, (ids, _) = normal(1, QUERIES, 24), model.project(normal(2, 9, WIDTH)), texts(2)
+    other = ids.clone()
+    other[:, 4:] = 0
+    (q, t), (q_other, t_other) = (model(query, [i], sees=CAPTION, kv=kv) for i in (ids, other))
+    close(q, q_other)
+    close(t[:, :4], t_other[:, :4])
+    assert (t[:, 4:] != t_other[:, 4:]).any()
+
+
+def test_rows_share_the_keys_and_values_of_an_image() -> None:
+    model = make()
+    query, images, (ids, kept) = normal(1, QUERIES, 24), normal(2, 9, WIDTH).requires_grad_(), texts(4)
+    of = torch.tensor([1, 0, 1, 1])
+    shared = model(query, [ids], [kept], kv=model.project(images).at(of))
+    repeated = model(query, [ids], [kept], kv=model.project(images[of]))
+    weights = [normal(*t.shape) for t in shared]
+    gradients = []
+    for outputs in (shared, repeated):
+        loss = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
+        gradients.append(torch.autograd.grad(loss, [images, *model.parameters()], materialize_grads=True))
+    for got, want in zip((*shared, *gradients[0]), (*repeated, *gradients[1]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+def test_rows_of_rows() -> None:
+    kv = QFormerKV(normal(3, 5, 1, 2, 2, 4)).at(torch.tensor([2, 0, 1]))
+    assert kv.at(torch.tensor([0, 0, 1])).index.tolist() == [2, 2, 0]
+    with pytest.raises(ValueError, match=r"index has 3, expected 0 <= index < 3"):
+        kv.at(torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize(("hidden", "attention"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
+def test_dropout_draws_for_each_row_also_before_it_sees_an_image(hidden: float, attention: float) -> None:
+    model = make(num_hidden_layers=1, hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention).train()
+    seen = []
+    model.encoder.layer[0].crossattention.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    model(normal(1, QUERIES, 24), kv=model.project(normal(3, 9, WIDTH)))
+    assert len(seen[0]) == 3 and seen[0].unique(dim=0).shape[0] == 3 if hidden + attention else len(seen[0]) == 1
+
+
+def test_padding_is_not_seen() -> None:
+    model = make()
+    query, kv, (ids, _) = normal(1, QUERIES, 24), model.project(normal(2, 9, WIDTH)), texts(2)
+    kept = torch.tensor([2, 5])
+    padded, short = model(query, [ids], [kept], kv=kv), model(query, [ids[:1, :2]], kv=kv.at(torch.tensor([0])))
+    for got, want in zip(padded, short, strict=True):
+        close(got[:1, : want.shape[1]], want)
+
+
+def test_names_what_does_not_fit() -> None:
+    model, bare = make(), make(text=False)
+    query, (ids, _) = normal(2, QUERIES, 24), texts(3)
+    kv = model.project(normal(2, 9, WIDTH))
+    for call, message in (
+        (lambda: model(), r"query is None and texts is empty"),
+        (lambda: bare(texts=[ids]), r"texts has 1 texts, expected none: the config has text=False"),
+        (lambda: model(query, [ids]), r"query has 2 rows, expected 3 as texts, or 1"),
+        (lambda: model(query[:1], [ids], kv=kv), r"kv has 2 rows, expected 3 as texts"),
+        (lambda: model(query[..., 1:]), r"query has shape \(2, 4, 23\), expected \[B, Q, 24\]"),
+        (lambda: model.project(normal(2, 9, WIDTH + 1)), r"x has shape .* expected \[I, N, 20\]"),
+        (lambda: model(texts=[ids.repeat(1, 3)]), r"expected \[B, T\] with T <= 12"),
+        (lambda: make(num_attention_heads=5), r"hidden_size is 24, expected a multiple of num_attention_heads 5"),
+        (lambda: make(cross_attention_freq=0), r"cross_attention_freq is 0, expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
