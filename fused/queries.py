@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmfuse.fused.gather import gather_rows, require_equal_batches
+from mmfuse.fused.gather import gather_rows, gather_rows_with_grad, require_equal_batches
 from mmfuse.kernels import max_query_loss
 
 
@@ -52,7 +49,7 @@ class MaxQueryITC(nn.Module):
         if not (dist.is_available() and dist.is_initialized()):
             return max_query_loss(image_embeds, text, temp, label_smoothing=self.label_smoothing, ids=ids)
         require_equal_batches(text, self.process_group)
-        gather = _Gather.apply if self.gather_with_grad else gather_rows
+        gather = gather_rows_with_grad if self.gather_with_grad else gather_rows
         return max_query_loss(
             image_embeds,
             text,
@@ -64,18 +61,3 @@ class MaxQueryITC(nn.Module):
             ids=ids,
             all_ids=None if ids is None else gather_rows(ids, self.process_group),
         )
-
-
-class _Gather(torch.autograd.Function):
-    """The rows of all processes, with a gradient: each process gets the sum of what all have for its rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return gather_rows(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        out = g.new_empty(len(g) // dist.get_world_size(ctx.group), *g.shape[1:])
-        dist.reduce_scatter_tensor(out, g.contiguous(), group=ctx.group)
-        return out, None
