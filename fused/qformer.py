@@ -253,7 +253,7 @@ class _Embeddings(nn.Module):
         super().__init__()
         width = config.hidden_size
         if config.text:
-            self.word_embeddings = nn.Embedding(config.vocab_size, width)
+            self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -265,8 +265,8 @@ class _Embeddings(nn.Module):
         if ids.dim() != 2 or ids.shape[1] > longest:
             raise ValueError(f"token ids have shape {tuple(ids.shape)}, expected [B, T] with T <= {longest}")
         norm = self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps
-        x = embed_text(ids, self.word_embeddings.weight, position=self.position_embeddings.weight, norm=norm)
-        return self.dropout(x)
+        words, position = self.word_embeddings, self.position_embeddings.weight
+        return self.dropout(embed_text(ids, words.weight, position=position, norm=norm, padding_idx=words.padding_idx))
 
     def query(self, tokens: Tensor) -> Tensor:
         """Of queries, which have no positions."""
@@ -295,6 +295,8 @@ class QFormer(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
 
     def project(self, image_embeds: Tensor, lengths: Tensor | None = None) -> QFormerKV:
         """Keys and values of images [I, N, encoder_width]; lengths int64 [I]: the tokens that each has, or None."""

@@ -19,7 +19,12 @@ def t5(config: Mapping[str, Any], activation: str = "gelu") -> nn.Module:
     transformers = _transformers()
     given = transformers.T5Config(**config)
     given.dense_act_fn = activation
-    return transformers.T5ForConditionalGeneration(given)
+    model = transformers.T5ForConditionalGeneration(given)
+    if not config.get("tie_word_embeddings", True):
+        # transformers 5 ties it whatever the config says
+        model.lm_head = nn.Linear(given.d_model, given.vocab_size, bias=False)
+        nn.init.normal_(model.lm_head.weight, std=given.initializer_factor)
+    return model
 
 
 def _transformers() -> Any:

@@ -1,4 +1,4 @@
-"""BLIP-2: the first stage, in which the Q-Former learns to see, and the second, in which it speaks to a language model."""
+"""BLIP-2: the first stage, in which the Q-Former learns to see, and the second, before a language model."""
 
 from __future__ import annotations
 
@@ -251,9 +251,7 @@ class Pretraining(Vision):
         return self.predictions.decoder(self.predictions.transform(caption))
 
     @torch.no_grad()
-    def generate(
-        self, image: Tensor, max_length: int = 30, min_length: int = 10, top_p: float | None = None
-    ) -> Tensor:
+    def generate(self, image: Tensor, max_length: int = 30, min_length: int = 10, top_p: float | None = None) -> Tensor:
         """Captions [B, at most max_length] from [DEC] to [SEP] and padding: the likeliest word, or one of the nucleus.
 
         top_p: draw from the fewest words that have this probability together (Holtzman et al. 2020). Before
@@ -337,7 +335,9 @@ class OPT(Vision):
         image_embeds = self.opt_proj(self.query(self.encode_image(image)))
         seen = mask.new_ones(image_embeds.shape[:2])
         targets = ids.masked_fill(ids == self.pad, -100)
-        targets = torch.cat([torch.full_like(targets[:, : self.prompt_length], -100), targets[:, self.prompt_length :]], 1)
+        targets = torch.cat(
+            [torch.full_like(targets[:, : self.prompt_length], -100), targets[:, self.prompt_length :]], 1
+        )
         words = self.opt_model.get_input_embeddings()(ids)
         return Prompt(
             torch.cat([image_embeds, words], dim=1),

@@ -9,8 +9,10 @@ from torch import Tensor
 
 import worlds
 from goldens.cases import Given, gradients, record_outputs
+from mmfuse.fused.gather import gather_rows
+from mmfuse.fused.qformer import CAPTION
 from mmfuse.models import create, load_official
-from mmfuse.models.blip2 import OPT, T5, Pretraining
+from mmfuse.models.blip2 import OPT, T5, Features, Pretraining
 
 _CHECKED_LOSSES = ("loss_itc", "loss_itm", "loss_lm")
 
@@ -54,7 +56,11 @@ def _stage1(model: Pretraining, given: Given) -> dict[str, Tensor]:
     seen = record_outputs({"image_tokens": model.visual_encoder, "key": layer.key})
     f = model.features(image, ids, mask)
     batch, queries = len(image), model.query_tokens.shape[1]
-    keys = seen["key"][: batch * queries].unflatten(0, (batch, queries)).unflatten(-1, (layer_heads(model), -1))
+    keys = (
+        seen["key"][: batch * queries]
+        .unflatten(0, (batch, queries))
+        .unflatten(-1, (model.bert.config.num_attention_heads, -1))
+    )
     outputs = {
         "image_tokens": seen["image_tokens"],
         "image_embeds": f.image_embeds,
@@ -68,7 +74,7 @@ def _stage1(model: Pretraining, given: Given) -> dict[str, Tensor]:
         "lm_labels": model.caption_labels(ids),
         "lm_logits": model.caption_logits(f.caption),
     }
-    outputs |= _contrast(model, given.inputs, f, image_id)
+    outputs |= _contrast(model, f, image_id)
     negatives = outputs["neg_image_idx"], outputs["neg_text_idx"]
     own = torch.arange(batch, device=ids.device)
     texts = torch.cat([own, own, negatives[1]])
@@ -91,26 +97,16 @@ def _stage1(model: Pretraining, given: Given) -> dict[str, Tensor]:
     outputs["pos_embed_interpolated"] = model.visual_encoder.resized(of["pos_embed_ckpt"])
     if "generate" in given.config:
         outputs["generated_ids"] = model.generate(image, **given.config["generate"])
-        _, caption = model.bert(model.query_tokens, [model.decoder_ids(ids)[:, :1]], kv=f.kv, sees=_caption())
+        _, caption = model.bert(model.query_tokens, [model.decoder_ids(ids)[:, :1]], sees=CAPTION, kv=f.kv)
         outputs["generate_first_step_logits"] = model.caption_logits(caption[:, 0])
     return outputs
 
 
-def _caption() -> tuple[tuple[str, str], ...]:
-    from mmfuse.fused.qformer import CAPTION
-
-    return CAPTION
-
-
-def layer_heads(model: Pretraining) -> int:
-    return model.bert.config.num_attention_heads
-
-
-def _contrast(model: Pretraining, of: dict[str, Tensor], f, image_id: Tensor | None) -> dict[str, Tensor]:
+def _contrast(model: Pretraining, f: Features, image_id: Tensor | None) -> dict[str, Tensor]:
     """What the contrast and the draw of negatives see; over all processes, if there are several."""
-    from mmfuse.models.blip2.model import _everywhere
-
-    images, texts = _everywhere(f.image_feats), _everywhere(f.text_feat)
+    images, texts = f.image_feats, f.text_feat
+    if dist.is_initialized():
+        images, texts = gather_rows(images, None), gather_rows(texts, None)
     of_text, of_image = model.negative_probabilities(f, image_id)
     return {
         "sim_q2t": torch.einsum("iqd,jd->ijq", f.image_feats, texts),
@@ -139,7 +135,7 @@ def _rank(rank: int, size: int, given: Given) -> dict[str, Tensor]:
     of = {name: t[rank * batch : (rank + 1) * batch] for name, t in given.inputs.items()}
     image, ids, mask = of["image"], of["text_ids"], of["text_mask"]
     f = model.features(image, ids, mask)
-    outputs = _contrast(model, of, f, of.get("image_id"))
+    outputs = _contrast(model, f, of.get("image_id"))
     negatives = outputs["neg_image_idx"], outputs["neg_text_idx"]
     outputs["itm_logits"] = model.itm(f, negatives)[1]
     losses = model(image, ids, mask, of.get("image_id"), negatives=negatives)
