@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 # mmfuse.models.<name> declares its SYSTEM
-NAMES = ("clip", "albef", "vlmo", "coca", "beit3", "imagebind", "metatransformer", "blip2")
+NAMES = ("clip", "albef", "vlmo", "coca", "beit3", "imagebind", "metatransformer", "blip2", "instructblip", "minigpt4")
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,10 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         embed_dim = args.get("embed_dim", 256)
         return Pretraining(encoder, bert, queries, embed_dim, _TOKENS | dict(tokens.get("bert", {})), freeze, eps)
     if kind == "Blip2OPT":
-        given = _needed(config, "opt")
+        given = needed(config, "opt")
         pad = tokens.get("opt", {}).get("pad", given.get("pad_token_id", 1))
         return OPT(encoder, bert, queries, language.opt(given), pad, config.get("prompt_length", 0), freeze, eps)
-    llm = language.t5(_needed(config, "t5"), config.get("t5_dense_act_fn_override", "gelu"))
+    llm = language.t5(needed(config, "t5"), config.get("t5_dense_act_fn_override", "gelu"))
     return T5(encoder, bert, queries, llm, freeze, eps)
 
 
@@ -95,20 +95,11 @@ def qformer_config(bert: Mapping[str, Any], tokens: Mapping[str, Any], **own: An
     return QFormerConfig(**{**bert, **grown, **own})
 
 
-def _needed(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def needed(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The config of a language model."""
     if key not in config:
         raise ValueError(f"config has no {key}, expected the language model's config of transformers")
     return config[key]
-
-
-def _opt(hidden: int, ffn: int) -> dict[str, Any]:
-    sizes = {"hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": ffn}
-    return {"opt": {**sizes, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 50272}}
-
-
-def _t5(width: int, heads: int, ffn: int) -> dict[str, Any]:
-    sizes = {"d_model": width, "num_heads": heads, "d_ff": ffn, "d_kv": 64, "num_layers": 24, "vocab_size": 32128}
-    return {"t5": {**sizes, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}}
 
 
 def _published(kind: str, vit_model: str = "eva_clip_g", img_size: int = 224, **llm: Any) -> dict[str, Any]:
@@ -116,8 +107,8 @@ def _published(kind: str, vit_model: str = "eva_clip_g", img_size: int = 224, **
     return {"class": kind, "args": args, **llm}
 
 
-_OPT_2_7B, _OPT_6_7B = _opt(2560, 10240), _opt(4096, 16384)
-_T5_XL, _T5_XXL = _t5(2048, 32, 5120), _t5(4096, 64, 10240)
+_OPT_2_7B, _OPT_6_7B = {"opt": language.OPT_2_7B}, {"opt": language.OPT_6_7B}
+_T5_XL, _T5_XXL = {"t5": language.FLAN_T5_XL}, {"t5": language.FLAN_T5_XXL}
 
 SYSTEM = System(
     build=build,
