@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +206,7 @@ class QFormerEncoder(nn.Module):
     def project(self, x: Tensor, lengths: Tensor | None = None) -> QFormerKV:
         """Keys and values of images x [I, N, encoder_width]; lengths int64 [I]: the tokens that each has."""
         check("x", x, ("I", "N", self.config.encoder_width))
-        of = [layer.crossattention.self for layer in self.layer if layer.crossattention is not None]
+        of: list[Any] = [layer.crossattention.self for layer in self.layer if layer.crossattention is not None]
         weight = torch.stack([torch.stack([p.key.weight, p.value.weight]) for p in of])
         bias = torch.stack([torch.stack([p.key.bias, p.value.bias]) for p in of])
         return QFormerKV(project_kv(x, weight, bias, self.config.num_attention_heads), lengths)
@@ -333,7 +334,7 @@ class QFormer(nn.Module):
         if texts:
             batch, of = len(texts[0]), "texts"
         else:
-            batch, of = (len(query), "query") if kv is None else (kv.rows, "kv")  # type: ignore[arg-type]
+            batch, of = (len(query), "query") if kv is None else (kv.rows, "kv")
         if kv is not None and kv.rows != batch:
             raise ValueError(f"kv has {kv.rows} rows, expected {batch} as {of}")
         if query is not None and len(query) not in (1, batch):

@@ -79,7 +79,7 @@ class Vision(nn.Module):
 
     @property
     def predictions(self) -> Predictions:
-        return self.Qformer.cls.predictions  # type: ignore[union-attr, return-value]
+        return self.Qformer.cls.predictions  # type: ignore[return-value]
 
     def encode_image(self, image: Tensor) -> Tensor:
         """All tokens [B, N, width], normalised, of images [B, 3, R, R]."""
