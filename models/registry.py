@@ -12,7 +12,19 @@ from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 # mmfuse.models.<name> declares its SYSTEM
-NAMES = ("clip", "albef", "vlmo", "coca", "beit3", "imagebind", "metatransformer", "blip2", "instructblip", "minigpt4")
+NAMES = (
+    "clip",
+    "albef",
+    "vlmo",
+    "coca",
+    "beit3",
+    "imagebind",
+    "metatransformer",
+    "blip2",
+    "instructblip",
+    "minigpt4",
+    "minigpt5",
+)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ def llama(config: Mapping[str, Any]) -> nn.Module:
     return _with_exact_norms(transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)))
 
 
+def clip_text(config: Mapping[str, Any]) -> nn.Module:
+    """CLIP's text encoder, as Stable Diffusion has it, of transformers' config."""
+    transformers = _transformers()
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+
+
 def _with_exact_norms(model: nn.Module) -> nn.Module:
     """With torch's RMSNorm: transformers' rounds float64 to float32."""
     for parent in list(model.modules()):

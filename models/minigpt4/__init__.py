@@ -15,7 +15,7 @@ from mmfuse.models.blip2 import language, needed, qformer_config, visual_encoder
 from mmfuse.models.minigpt4.model import IMAGE, PADDING, MiniGPT4, Turns
 from mmfuse.models.registry import System, check_keys
 
-__all__ = ["IMAGE", "PADDING", "MiniGPT4", "Turns", "build"]
+__all__ = ["IMAGE", "PADDING", "MiniGPT4", "Turns", "build", "lora"]
 
 _VISION = ("vit_model", "img_size", "drop_path_rate", "vit_precision", "freeze_vit", "use_grad_checkpoint")
 _TEXT = ("max_txt_len", "end_sym", "prompt_template", "chat_template")
@@ -70,15 +70,33 @@ def _ids(name: str, text: str) -> Sequence[int]:
         raise ValueError(f"{name} is {text!r}, expected token ids") from None
 
 
-def _llama(config: Mapping[str, Any], lora: Mapping[str, Any]) -> nn.Module:
+def _llama(config: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
     llm = language.llama(config).requires_grad_(False)
-    if not lora["lora_r"]:
-        return llm
+    rank, alpha, dropout, targets = (options[name] for name in _LORA)
+    return lora(llm, rank, alpha, dropout, targets) if rank else llm
+
+
+def lora(
+    llm: nn.Module,
+    r: int,
+    alpha: int,
+    dropout: float,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    modules_to_save: Sequence[str] | None = None,
+) -> nn.Module:
+    """A frozen language model that learns by LoRA (Hu et al. 2021, arXiv:2106.09685), peft's."""
     import peft
 
-    options = {name.removeprefix("lora_"): value for name, value in lora.items()}
-    more = {"lora_alpha": options.pop("alpha"), "lora_dropout": options.pop("dropout")}
-    return peft.get_peft_model(llm, peft.LoraConfig(**options, **more, bias="none", task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        modules_to_save=modules_to_save,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(llm, config)
 
 
 _HASHES = "2277 29937"  # "###" behind a word

@@ -25,6 +25,29 @@ class Turns(NamedTuple):
     labels: Tensor  # [B, L], the answers alone, -100 elsewhere
 
 
+class Places(NamedTuple):
+    """What is where, [B, S] each, in texts whose images have become rows of their own."""
+
+    token: Tensor  # its place in the text
+    real: Tensor  # whether it is no padding
+    of_image: Tensor  # whether it is a row of an image
+    nth: Tensor  # of which of the text's images
+    within: Tensor  # and which of its rows
+
+
+def places(ids: Tensor, queries: int) -> Places:
+    """Of texts [B, L] in which each `IMAGE` becomes `queries` rows."""
+    counts = torch.where(ids == IMAGE, queries, (ids != PADDING).long())
+    ends = counts.cumsum(1)
+    at = torch.arange(int(ends[:, -1].max()), device=ids.device).expand(len(ids), -1).contiguous()
+    real = at < ends[:, -1:]
+    token = torch.searchsorted(ends, at, right=True).clamp(max=ids.shape[1] - 1)
+    of_image = real & (ids.gather(1, token) == IMAGE)
+    nth = ((ids == IMAGE).cumsum(1) - 1).gather(1, token).clamp(min=0)
+    within = (at - (ends - counts).gather(1, token)).clamp(0, queries - 1)
+    return Places(token, real, of_image, nth, within)
+
+
 class MiniGPT4(Vision):
     """Texts are token ids [B, L], in which `IMAGE` stands for an image and `PADDING`, on the right, for nothing.
 
@@ -83,18 +106,11 @@ class MiniGPT4(Vision):
 
         The i-th `IMAGE` of a row is image i of image_prompt [B, n, Q, embed_dim].
         """
-        queries = image_prompt.shape[2]
-        counts = torch.where(ids == IMAGE, queries, (ids != PADDING).long())
-        ends = counts.cumsum(1)
-        at = torch.arange(int(ends[:, -1].max()), device=ids.device).expand(len(ids), -1).contiguous()
-        real = at < ends[:, -1:]
-        token = torch.searchsorted(ends, at, right=True).clamp(max=ids.shape[1] - 1)  # that is at a place
-        of_image = real & (ids.gather(1, token) == IMAGE)
-        nth = ((ids == IMAGE).cumsum(1) - 1).gather(1, token).clamp(min=0)
-        within = (at - (ends - counts).gather(1, token)).clamp(0, queries - 1)
-        words = self.embed(ids.gather(1, token).where(real & ~of_image, PADDING))
-        images = image_prompt[torch.arange(len(ids), device=ids.device)[:, None], nth, within]
-        return torch.where(of_image[..., None], images, words), real.long()
+        at = places(ids, image_prompt.shape[2])
+        words = self.embed(ids.gather(1, at.token).where(at.real & ~at.of_image, PADDING))
+        row = torch.arange(len(ids), device=ids.device)[:, None]
+        embeds = torch.where(at.of_image[..., None], image_prompt[row, at.nth, at.within], words)
+        return embeds, at.real.long()
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.llama_model.get_input_embeddings()(ids.where(ids != PADDING, self.tokens["pad"]))
