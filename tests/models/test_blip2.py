@@ -87,6 +87,10 @@ def test_parameter_counts_of_the_models_page() -> None:
         model = models.create("blip2", "vit-g")
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     assert round(count["visual_encoder"], 1) == 985.9 and round(count["Qformer"], 1) == 186.3
+    for preset, millions in (("vit-g", 186.7), ("vit-l", 183.2), ("vit-g-coco", 1173.2)):
+        with torch.device("meta"):
+            model = models.create("blip2", preset)
+        assert round(sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6, 1) == millions
 
 
 # --- the first stage ------------------------------------------------------------------------------------------------

@@ -42,7 +42,9 @@ def images(*shape: int) -> Tensor:
     return torch.randn(*shape, 3, 16, 16, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("preset", "millions"), [("vicuna-7b", 3.1), ("v2", 56.6)])
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("vicuna-7b", 3.1), ("vicuna-13b", 3.9), ("llama-2-7b", 23.1), ("v2", 56.6)]
+)
 def test_trainable_parameters_of_the_models_page(preset: str, millions: float) -> None:
     with torch.device("meta"):
         model = models.create("minigpt4", preset)
