@@ -144,11 +144,11 @@ class _Attention(nn.Module):
 
 
 class SelfAttention(_Attention):
-    """Of the rows [T, hidden] of a stream, with residual and LayerNorm."""
+    """Of the rows [T, hidden] of a stream, with residual and LayerNorm; the first `rows` of the result."""
 
-    def forward(self, x: Tensor, routing: Routing, sees: Sees | None) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing, sees: Sees | None, rows: int) -> Tensor:
         q, k, v = (self._heads_of(project(x)) for project in (self.self.query, self.self.key, self.self.value))
-        return self.output(packed_attention(q, k, v, routing, sees, dropout=self._dropout()), x)
+        return self.output(packed_attention(q, k, v, routing, sees, dropout=self._dropout())[:rows], x[:rows])
 
 
 class CrossAttention(_Attention):
@@ -170,14 +170,22 @@ class QFormerLayer(nn.Module):
         self.intermediate_query, self.output_query = _Intermediate(config), _Output(config, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, routing: Routing, sees: Sees | None, queries: int, kv: QFormerKV | None, layer: int
+        self,
+        x: Tensor,
+        routing: Routing,
+        sees: Sees | None,
+        queries: int,
+        kv: QFormerKV | None,
+        layer: int,
+        query_only: bool = False,
     ) -> Tensor:
         """x [T, hidden], of which the first rows are `queries` for each sample; `layer`: of those with cross-attention.
 
-        With images, queries of one sample become those of all rows of kv.
+        With images, queries of one sample become those of all rows of kv. query_only: nobody reads the texts' states.
         """
-        x = self.attention(x, routing, sees)
-        query, text = x.tensor_split([queries * len(routing.first)])
+        of_queries = queries * len(routing.first)
+        x = self.attention(x, routing, sees, of_queries if query_only else len(x))
+        query, text = x.tensor_split([of_queries])
         parts = []
         if queries:
             if self.crossattention is not None and kv is not None:
@@ -203,13 +211,14 @@ class QFormerEncoder(nn.Module):
         config = self.config
         return self.training and config.hidden_dropout_prob + config.attention_probs_dropout_prob > 0
 
-    def project(self, x: Tensor, lengths: Tensor | None = None) -> QFormerKV:
-        """Keys and values of images x [I, N, encoder_width]; lengths int64 [I]: the tokens that each has."""
+    def project(self, x: Tensor, lengths: Tensor | None = None, norm: nn.LayerNorm | None = None) -> QFormerKV:
+        """Keys and values of images x [I, N, encoder_width]; arguments as `QFormer.project`'s."""
         check("x", x, ("I", "N", self.config.encoder_width))
         of: list[Any] = [layer.crossattention.self for layer in self.layer if layer.crossattention is not None]
         weight = torch.stack([torch.stack([p.key.weight, p.value.weight]) for p in of])
         bias = torch.stack([torch.stack([p.key.bias, p.value.bias]) for p in of])
-        return QFormerKV(project_kv(x, weight, bias, self.config.num_attention_heads), lengths)
+        affine = None if norm is None else (norm.weight, norm.bias, norm.eps)
+        return QFormerKV(project_kv(x, weight, bias, self.config.num_attention_heads, affine), lengths)
 
     def forward(
         self,
@@ -218,6 +227,7 @@ class QFormerEncoder(nn.Module):
         kept: Sequence[Tensor | None] | None = None,
         sees: Sees | None = None,
         kv: QFormerKV | None = None,
+        query_only: bool = False,
     ) -> list[Tensor]:
         """The states of the queries, if there are any, and of each text; arguments as `QFormer`'s, but embedded."""
         batch = len(texts[0]) if texts else kv.rows if kv is not None else len(query) if query is not None else 0
@@ -237,12 +247,12 @@ class QFormerEncoder(nn.Module):
             return Routing.of(parts, 2, samples, x.device)
 
         routing, seen = route(len(segments[0])), 0
-        for layer in self.layer:
-            x = layer(x, routing, sees, queries, kv, seen)
+        for i, layer in enumerate(self.layer, 1):
+            x = layer(x, routing, sees, queries, kv, seen, query_only and i == len(self.layer))
             seen += layer.crossattention is not None
-            if len(x) != routing.rows:
+            if len(routing.first) != batch:
                 routing = route(batch)
-        sizes = [t.shape[1] for t in segments]
+        sizes = [t.shape[1] for t in segments[: 1 if query_only else None]]
         rows = x.split([batch * size for size in sizes])
         return [t.unflatten(0, (batch, size)) for t, size in zip(rows, sizes, strict=True)]
 
@@ -299,9 +309,18 @@ class QFormer(nn.Module):
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
 
-    def project(self, image_embeds: Tensor, lengths: Tensor | None = None) -> QFormerKV:
-        """Keys and values of images [I, N, encoder_width]; lengths int64 [I]: the tokens that each has, or None."""
-        return self.encoder.project(image_embeds, lengths)
+    def project(
+        self, image_embeds: Tensor, lengths: Tensor | None = None, norm: nn.LayerNorm | None = None
+    ) -> QFormerKV:
+        """The keys and values of images, for any number of passes.
+
+        Args:
+            image_embeds: [I, N, encoder_width].
+            lengths: int64 [I], the tokens that each image has; by default N.
+            norm: a LayerNorm before, as a part of the product: of a frozen encoder's tokens it learns without a
+                gradient for them.
+        """
+        return self.encoder.project(image_embeds, lengths, norm)
 
     def forward(
         self,
@@ -310,6 +329,7 @@ class QFormer(nn.Module):
         kept: Sequence[Tensor | None] | None = None,
         sees: Sees | None = None,
         kv: QFormerKV | None = None,
+        query_only: bool = False,
     ) -> list[Tensor]:
         """The last states of the queries [B, Q, hidden], if there are any, and of each text [B, T, hidden].
 
@@ -319,6 +339,7 @@ class QFormer(nn.Module):
             kept: of each text int64 [B], its tokens without the padding; None: all.
             sees: "all", "causal" or "none": what the rows of a segment see of another's; by default all see all.
             kv: of B images; without it nothing sees an image.
+            query_only: the queries' states alone, without the last layer's work for the texts.
 
         Deterministic without dropout. Attention is scaled by 1 / sqrt(head dim) and masked by lengths alone.
 
@@ -327,6 +348,8 @@ class QFormer(nn.Module):
         """
         if query is None and not texts:
             raise ValueError("query is None and texts is empty, expected one of them")
+        if query is None and query_only:
+            raise ValueError("query_only is True without query, expected queries")
         if texts and not self.config.text:
             raise ValueError(f"texts has {len(texts)} texts, expected none: the config has text=False")
         if query is not None:
@@ -342,7 +365,7 @@ class QFormer(nn.Module):
         if query is not None and self.encoder.draws:
             query = query.expand(batch, -1, -1)
         embedded = None if query is None else self.embeddings.query(query)
-        return self.encoder(embedded, [self.embeddings(ids) for ids in texts], kept, sees, kv)
+        return self.encoder(embedded, [self.embeddings(ids) for ids in texts], kept, sees, kv, query_only)
 
 
 def from_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

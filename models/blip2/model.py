@@ -85,9 +85,16 @@ class Vision(nn.Module):
         """All tokens [B, N, width], normalised, of images [B, 3, R, R]."""
         return self.ln_vision(self.visual_encoder(image))
 
-    def query(self, image_embeds: Tensor) -> Tensor:
-        """What the queries find in images [B, N, width], without a text: [B, Q, hidden]."""
-        (query,) = self.bert(self.query_tokens, kv=self.bert.project(image_embeds))
+    def see(self, tokens: Tensor) -> QFormerKV:
+        """The Q-Former's keys and values of what the image encoder gives, [B, N, width]."""
+        # with a frozen encoder the norm learns as a part of the product, without a gradient for the tokens
+        if torch.is_grad_enabled() and self.ln_vision.weight.requires_grad and not tokens.requires_grad:
+            return self.bert.project(tokens, norm=self.ln_vision)
+        return self.bert.project(self.ln_vision(tokens))
+
+    def query(self, image: Tensor) -> Tensor:
+        """What the queries find in images [B, 3, R, R], without a text: [B, Q, hidden]."""
+        (query,) = self.bert(self.query_tokens, kv=self.see(self.visual_encoder(image)))
         return query
 
     def official_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +114,7 @@ class Features(NamedTuple):
 
     ids: Tensor  # [B, T]
     kept: Tensor  # [B], tokens of each text
-    image_embeds: Tensor  # [B, N, width]
+    tokens: Tensor  # [B, N, width], of the image encoder
     kv: QFormerKV
     query: Tensor  # [B, Q, hidden]
     text: Tensor  # [B, T, hidden], alone
@@ -175,12 +182,11 @@ class Pretraining(Vision):
 
     def features(self, image: Tensor, ids: Tensor, mask: Tensor) -> Features:
         """Of ITC and ITG, in one pass over queries, texts, and texts that are generated."""
-        image_embeds = self.encode_image(image)
-        kv, kept = self.bert.project(image_embeds), mask.sum(1)
-        texts, tokens = [ids, self.decoder_ids(ids)], self.query_tokens
-        query, text, caption = self.bert(tokens, texts, [kept, kept], CONTRAST_AND_CAPTION, kv)
+        tokens, kept = self.visual_encoder(image), mask.sum(1)
+        kv, texts = self.see(tokens), [ids, self.decoder_ids(ids)]
+        query, text, caption = self.bert(self.query_tokens, texts, [kept, kept], CONTRAST_AND_CAPTION, kv)
         image_feats, text_feat = self.image_feats(query), self.text_feats(text[:, 0])
-        return Features(ids, kept, image_embeds, kv, query, text, caption, image_feats, text_feat)
+        return Features(ids, kept, tokens, kv, query, text, caption, image_feats, text_feat)
 
     def image_feats(self, query: Tensor) -> Tensor:
         """[B, Q, hidden] into the common space, normalised."""
@@ -214,7 +220,7 @@ class Pretraining(Vision):
         kv, ids, kept = f.kv, _everywhere(f.ids), _everywhere(f.kept)
         if _world() > 1:
             # only the chosen images of other processes are projected, with this one's weights
-            chosen = gather_rows_with_grad(f.image_embeds, None)[image_neg]
+            chosen = gather_rows_with_grad(self.ln_vision(f.tokens), None)[image_neg]
             kv = dataclasses.replace(kv, kv=torch.cat([kv.kv, self.bert.project(chosen).kv]))
             image_neg = own + len(own)
         kv = kv.at(torch.cat([own, image_neg, own]))
@@ -229,7 +235,7 @@ class Pretraining(Vision):
 
     def fuse(self, kv: QFormerKV, ids: Tensor, kept: Tensor) -> Tensor:
         """What the queries find in images together with texts: [B, Q, hidden]."""
-        query, _ = self.bert(self.query_tokens, [ids], [kept], kv=kv)
+        (query,) = self.bert(self.query_tokens, [ids], [kept], kv=kv, query_only=True)
         return query
 
     def decoder_ids(self, ids: Tensor) -> Tensor:
@@ -257,7 +263,7 @@ class Pretraining(Vision):
         top_p: draw from the fewest words that have this probability together (Holtzman et al. 2020). Before
         `min_length` tokens there is no [SEP].
         """
-        kv = self.bert.project(self.encode_image(image))
+        kv = self.see(self.visual_encoder(image))
         ids = torch.full((len(image), 1), self.tokens["bos_DEC"], device=image.device)
         ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
         while ids.shape[1] < max_length and not ended.all():
@@ -332,7 +338,7 @@ class OPT(Vision):
 
     def prompt(self, image: Tensor, ids: Tensor, mask: Tensor) -> Prompt:
         """Images [B, 3, R, R] before texts, ids and mask [B, T]."""
-        image_embeds = self.opt_proj(self.query(self.encode_image(image)))
+        image_embeds = self.opt_proj(self.query(image))
         seen = mask.new_ones(image_embeds.shape[:2])
         targets = ids.masked_fill(ids == self.pad, -100)
         targets = torch.cat(
@@ -377,7 +383,7 @@ class T5(Vision):
 
     def image_prompt(self, image: Tensor) -> Tensor:
         """[B, Q, d_model]."""
-        return self.t5_proj(self.query(self.encode_image(image)))
+        return self.t5_proj(self.query(image))
 
     def prompt(self, image_prompt: Tensor, ids: Tensor, mask: Tensor, output_ids: Tensor) -> Prompt:
         """Of the encoder, and the decoder's labels."""

@@ -47,11 +47,11 @@ class Instructed(Vision):
         frames = image.shape[2] if image.dim() == 5 else 1
         if image.dim() == 5:
             image = image.transpose(1, 2).flatten(0, 1)
-        kv = self.bert.project(self.encode_image(image))
+        kv = self.see(self.visual_encoder(image))
         texts, kept = [], []
         if self.bert.config.text:
             texts, kept = [qformer_ids.repeat_interleave(frames, 0)], [qformer_mask.sum(1).repeat_interleave(frames)]
-        query = self.bert(self.query_tokens, texts, kept, kv=kv)[0]
+        (query,) = self.bert(self.query_tokens, texts, kept, kv=kv, query_only=True)
         return getattr(self, f"{self.proj}_proj")(query).unflatten(0, (-1, frames)).flatten(1, 2)
 
     def with_words(self, image_prompt: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

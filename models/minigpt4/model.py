@@ -91,10 +91,9 @@ class MiniGPT4(Vision):
 
     def image_tokens(self, image: Tensor) -> Tensor:
         """What the projection reads of images [I, 3, R, R]: [I, Q, width]."""
-        embeds = self.encode_image(image)
         if hasattr(self, "Qformer"):
-            return self.query(embeds)
-        return embeds[:, 1:].unflatten(1, (-1, 4)).flatten(2)
+            return self.query(image)
+        return self.encode_image(image)[:, 1:].unflatten(1, (-1, 4)).flatten(2)
 
     def image_prompt(self, image: Tensor) -> Tensor:
         """Of images [B, 3, R, R], or several each [B, n, 3, R, R], for the language model: [B, n, Q, embed_dim]."""

@@ -156,6 +156,33 @@ def test_dropout_draws_for_each_row_also_before_it_sees_an_image(hidden: float, 
     assert len(seen[0]) == 3 and seen[0].unique(dim=0).shape[0] == 3 if hidden + attention else len(seen[0]) == 1
 
 
+def test_the_queries_alone_are_those_with_the_texts() -> None:
+    model = make()
+    query, kv, (ids, kept) = normal(1, QUERIES, 24), model.project(normal(2, 9, WIDTH)), texts(2)
+    seen = []
+    model.encoder.layer[-1].output.register_forward_hook(lambda *_: seen.append(True))
+    (alone,) = model(query, [ids], [kept], kv=kv, query_only=True)
+    assert not seen
+    close(alone, model(query, [ids], [kept], kv=kv)[0])
+
+
+def test_a_norm_that_is_a_part_of_the_product() -> None:
+    """Its gradients and the Q-Former's, with none for the tokens."""
+    model, norm = make(), torch.nn.LayerNorm(WIDTH).double()
+    for p in norm.parameters():
+        p.data.normal_()
+    query, tokens = normal(1, QUERIES, 24), normal(2, 9, WIDTH)
+    gradients = []
+    for kv in (model.project(tokens, norm=norm), model.project(norm(tokens))):
+        (found,) = model(query, kv=kv)
+        loss = found[:, 0].sum() + found.square().sum()
+        gradients.append(
+            (found, *torch.autograd.grad(loss, [*norm.parameters(), *model.parameters()], materialize_grads=True))
+        )
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
 def test_padding_is_not_seen() -> None:
     model = make()
     query, kv, (ids, _) = normal(1, QUERIES, 24), model.project(normal(2, 9, WIDTH)), texts(2)
@@ -171,6 +198,7 @@ def test_names_what_does_not_fit() -> None:
     kv = model.project(normal(2, 9, WIDTH))
     for call, message in (
         (lambda: model(), r"query is None and texts is empty"),
+        (lambda: model(texts=[ids], query_only=True), r"query_only is True without query, expected queries"),
         (lambda: bare(texts=[ids]), r"texts has 1 texts, expected none: the config has text=False"),
         (lambda: model(query, [ids]), r"query has 2 rows, expected 3 as texts, or 1"),
         (lambda: model(query[:1], [ids], kv=kv), r"kv has 2 rows, expected 3 as texts"),

@@ -99,7 +99,7 @@ def test_parameter_counts_of_the_models_page() -> None:
 def test_a_step_projects_each_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, project = [], QFormerEncoder.project
     monkeypatch.setattr(
-        QFormerEncoder, "project", lambda self, x, *more: seen.append(len(x)) or project(self, x, *more)
+        QFormerEncoder, "project", lambda self, x, *more, **norm: seen.append(len(x)) or project(self, x, *more, **norm)
     )
     make(STAGE_1)(*batch())
     assert seen == [4]

@@ -111,9 +111,7 @@ def test_answers_are_generated(config: dict[str, Any]) -> None:
 def test_without_the_instruction_the_queries_see_the_image_alone() -> None:
     model, (ids, mask) = make(VICUNA, qformer_text_input=False), text([5, 3], 0)
     pixels = image()
-    torch.testing.assert_close(
-        model.image_prompt(pixels, ids, mask), model.llm_proj(model.query(model.encode_image(pixels)))
-    )
+    torch.testing.assert_close(model.image_prompt(pixels, ids, mask), model.llm_proj(model.query(pixels)))
 
 
 def test_rows_in_order() -> None:

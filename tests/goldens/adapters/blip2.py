@@ -63,7 +63,7 @@ def _stage1(model: Pretraining, given: Given) -> dict[str, Tensor]:
     )
     outputs = {
         "image_tokens": seen["image_tokens"],
-        "image_embeds": f.image_embeds,
+        "image_embeds": model.ln_vision(f.tokens),
         "query_output": f.query,
         "query_cache_key_layer0": keys.transpose(1, 2),
         "text_output": f.text,
@@ -169,7 +169,7 @@ def _t5(model: T5, given: Given) -> dict[str, Tensor]:
 
 def _seen(model: OPT | T5, projection: torch.nn.Module, name: str, image: Tensor) -> dict[str, Tensor]:
     tokens = model.visual_encoder(image)
-    query = model.query(model.encode_image(image))
+    query = model.query(image)
     return {
         "image_tokens": tokens,
         "image_embeds": model.encode_image(image),

@@ -92,7 +92,7 @@ def _retrieval(given: Given) -> dict[str, Tensor]:
         "itc_logits_per_image": torch.einsum("iqd,jd->ijq", f.image_feats, f.text_feat).amax(2),
         "itc_image_embeds": f.image_feats,
         "itc_text_embeds": f.text_feat,
-        "vision_last_hidden_state": f.image_embeds,
+        "vision_last_hidden_state": model.ln_vision(f.tokens),
     }
     outputs["loss"] = (outputs["itm_logits"] * of["w_itm"]).sum()
     outputs["loss"] = outputs["loss"] + (outputs["itc_logits_per_image"] * of["w_itc"]).sum()
