@@ -80,6 +80,13 @@ def in_order(t: Tensor, rank: Tensor) -> Tensor:
     return t.gather(1, order.view(*order.shape, *[1] * (t.dim() - 2)).expand_as(t))
 
 
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """A word [...] for logits [..., V], drawn from the fewest that have the probability `top_p` together."""
+    p, words = logits.softmax(-1).sort(descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)
+    return words.gather(-1, p.multinomial(1)).squeeze(-1)
+
+
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Next-token cross-entropy [B], by which candidates are ranked: ignored tokens (-100) count as 0 in the mean."""
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none").mean(1)

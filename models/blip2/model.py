@@ -15,6 +15,7 @@ from mmfuse.fused import MaxQueryITC, linear_cross_entropy
 from mmfuse.fused.gather import gather_rows, gather_rows_with_grad
 from mmfuse.fused.qformer import CAPTION, CONTRAST_AND_CAPTION, QFormer, QFormerConfig, QFormerKV
 from mmfuse.kernels import max_query_similarity
+from mmfuse.models.blip2.language import nucleus
 from mmfuse.models.blip2.vit import ClipViT, EvaViT
 
 
@@ -271,16 +272,10 @@ class Pretraining(Vision):
             logits = self.caption_logits(caption[:, -1])
             if ids.shape[1] < min_length:
                 logits[:, self.tokens["sep"]] = -torch.inf
-            word = logits.argmax(1) if top_p is None else _nucleus(logits, top_p)
+            word = logits.argmax(1) if top_p is None else nucleus(logits, top_p)
             word = word.masked_fill(ended, self.tokens["pad"])
             ids, ended = torch.cat([ids, word[:, None]], dim=1), ended | (word == self.tokens["sep"])
         return ids
-
-
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    p, words = logits.softmax(-1).sort(descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)
-    return words.gather(1, p.multinomial(1))[:, 0]
 
 
 def _world() -> int:

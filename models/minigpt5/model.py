@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.models.blip2.language import without_frequencies
+from mmfuse.models.blip2.language import nucleus, without_frequencies
 from mmfuse.models.minigpt4.model import IMAGE, MiniGPT4, places
 
 
@@ -278,7 +278,7 @@ class MiniGPT5(nn.Module):
             logits = found.logits[0, -1].float()
             seen = logits[new]
             logits[new] = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
-            word = logits.argmax() if top_p is None else _nucleus(logits, top_p)
+            word = logits.argmax() if top_p is None else nucleus(logits, top_p)
             if force_image and step == 0:
                 word = torch.full_like(word, self.tokens.first)
             new = torch.cat([new, word[None]])
@@ -300,8 +300,3 @@ class MiniGPT5(nn.Module):
             renamed = key.replace("sd_text_encoder.text_model.", "sd_text_encoder.")
             state[renamed if renamed in own else key] = t
         return state
-
-
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    p, words = logits.softmax(-1).sort(descending=True)
-    return words[p.masked_fill(p.cumsum(-1) - p > top_p, 0).multinomial(1)[0]]

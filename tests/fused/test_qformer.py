@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from judge import assert_no_worse
 from mmfuse._compat import allow_torchvision
 from mmfuse.fused.qformer import (
     CAPTION,
@@ -90,6 +91,23 @@ def test_is_that_of_blip2() -> None:
     query, images = normal(1, QUERIES, 24), normal(3, 9, WIDTH)
     (got,) = model(query, kv=model.project(images))
     close(got, theirs(query.expand(3, -1, -1), encoder_hidden_states=images).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_no_further_from_float64_than_transformers(dtype: torch.dtype) -> None:
+    blip_2 = pytest.importorskip("transformers.models.blip_2")
+    model = make(text=False)
+    config = blip_2.Blip2QFormerConfig(**SIZES, encoder_hidden_size=WIDTH, layer_norm_eps=1e-12)
+    theirs = blip_2.Blip2QFormerModel(config).to(dtype).eval()
+    ours = make(text=False).to(dtype)
+    theirs.load_state_dict(to_transformers(ours.state_dict()))
+    model.load_state_dict(ours.state_dict())  # rounded
+    query, images = (normal(*shape).to(dtype) for shape in ((1, QUERIES, 24), (8, 9, WIDTH)))
+    (got,), (exact,) = (
+        m(q, kv=m.project(x)) for m, q, x in ((ours, query, images), (model, query.double(), images.double()))
+    )
+    eager = theirs(query.expand(8, -1, -1), encoder_hidden_states=images).last_hidden_state
+    assert_no_worse(got, eager, exact)
 
 
 # --- passes ---------------------------------------------------------------------------------------------------------
@@ -190,6 +208,19 @@ def test_padding_is_not_seen() -> None:
     padded, short = model(query, [ids], [kept], kv=kv), model(query, [ids[:1, :2]], kv=kv.at(torch.tensor([0])))
     for got, want in zip(padded, short, strict=True):
         close(got[:1, : want.shape[1]], want)
+
+
+def test_one_graph() -> None:
+    model, query, images, (ids, kept) = make(), normal(1, QUERIES, 24), normal(2, 9, WIDTH), texts(3)
+
+    def both(images: Tensor, ids: Tensor, kept: Tensor, of: Tensor) -> list[Tensor]:
+        kv = model.project(images)
+        return [*model(query, [ids], [kept], kv=kv.at(of)), *model(query, kv=kv)]
+
+    inputs = images, ids, kept, torch.tensor([1, 0, 1])
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(*inputs), both(*inputs), strict=True):
+        close(got, want)
 
 
 def test_names_what_does_not_fit() -> None:

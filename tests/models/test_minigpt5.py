@@ -157,3 +157,14 @@ def test_names_what_does_not_fit() -> None:
         model(*batch())
     with pytest.raises(ValueError, match=r"beta_schedule is 'linear', expected 'scaled_linear'"):
         models.create("minigpt5", CONFIG | {"scheduler": {"beta_schedule": "linear"}})
+
+
+def test_words_are_drawn_from_a_nucleus() -> None:
+    model, (_, _, _, images, _) = make(), batch()
+    prompt, drawn = IDS[:1, :3], set()
+    likeliest = model.generate(prompt, images[:1], max_new_tokens=4).ids
+    assert torch.equal(model.generate(prompt, images[:1], max_new_tokens=4, top_p=1e-9).ids, likeliest)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        drawn.add(tuple(model.generate(prompt, images[:1], max_new_tokens=4, top_p=0.99).ids.tolist()))
+    assert len(drawn) > 1
