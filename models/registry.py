@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 # mmfuse.models.<name> declares its SYSTEM
-NAMES = ("clip", "albef", "vlmo", "coca", "beit3", "imagebind", "metatransformer")
+NAMES = ("clip", "albef", "vlmo", "coca", "beit3", "imagebind", "metatransformer", "blip")
 
 
 @dataclass(frozen=True)
@@ -98,3 +98,14 @@ def check_keys(config: Mapping[str, Any], accepted: Iterable[str]) -> None:
     for key in config:
         if key not in accepted:
             raise ValueError(f"config has an unknown key {key!r}, expected only {', '.join(accepted)}")
+
+
+def entries(
+    config: Mapping[str, Any], name: str, accepted: Iterable[str], needed: Iterable[str] = ()
+) -> dict[str, Any]:
+    """A copy of config[name], by default empty, with a ValueError that names an unknown or a missing key."""
+    found = config.get(name, {})
+    check_keys(found, accepted)
+    if missing := [key for key in needed if key not in found]:
+        raise ValueError(f"{name} has no {', '.join(missing)}")
+    return dict(found)
