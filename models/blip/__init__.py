@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from mmfuse.models.blip.capfilt import Bootstrapped, bootstrap
-from mmfuse.models.blip.med import BertConfig, CaptionDecoder, Context
+from mmfuse.models.blip.decoding import CaptionDecoder
+from mmfuse.models.blip.med import BertConfig, Context
 from mmfuse.models.blip.model import BLIP, VQA, Captioner, Losses, Pretraining, RankedAnswers, Retrieval
 from mmfuse.models.contrast import Features
 from mmfuse.models.registry import System, check_keys, entries

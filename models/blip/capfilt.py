@@ -34,8 +34,8 @@ def bootstrap(
 ) -> Bootstrapped:
     """Images [B, 3, R, R] and their web captions ids and mask [B, L], with a synthetic caption each, both filtered.
 
-    The captioner is a `Pretraining` or a `Captioner`, the filter `judge` a `Pretraining` or a `Retrieval`; both are
-    official fine-tunings of one pre-trained model. `options` are the captioner's, by default nucleus sampling, which
+    The captioner is a `Pretraining` or a `Captioner`, the filter `judge` a `Pretraining` or a `Retrieval`; in the paper
+    both are fine-tuned from one pre-trained model. `options` are the captioner's, by default nucleus sampling, which
     the paper finds better than beam search (table 2). An image's keys and values are computed once for both captions.
     """
     written, pad = _synthetic(captioner, image, {"sample": True} | options), captioner.tokens["pad_token_id"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,11 +37,6 @@ class Context(NamedTuple):
         """The contexts `rows` [P]."""
         bias = None if self.bias is None else self.bias[rows]
         return Context(tuple((k[rows], v[rows]) for k, v in self.keys_values), bias)
-
-    def begin(self, prompt: Sequence[int], beams: int = 1) -> Tensor:
-        """The ids [B * beams, P] of texts that begin with `prompt`."""
-        keys, _ = self.keys_values[0]
-        return torch.tensor(prompt, device=keys.device).expand(len(keys) * beams, -1)
 
 
 class BertModel(nn.Module):
@@ -103,31 +97,3 @@ class BertLMHeadModel(LanguageModel):
         if tied is not None:
             bert.share(tied)
         super().__init__(bert, config)
-
-
-class CaptionDecoder:
-    """The logits of the next word, step by step: the context is projected once, the text's keys and values are kept.
-
-        decoder = CaptionDecoder(model.text_decoder, context)
-        logits = decoder(ids)                                   # [B, V], after ids [B, n]
-        logits = decoder(logits.argmax(-1, keepdim=True))
-
-    Args:
-        beams: texts per context; ids then are [B * beams, n].
-    """
-
-    def __init__(self, decoder: BertLMHeadModel, context: Context, beams: int = 1):
-        self.decoder, self.context, self.beams = decoder, context, beams
-        self.past = [
-            tuple(t.new_zeros(len(t) * beams, t.shape[1], 0, t.shape[3]) for t in pair) for pair in context.keys_values
-        ]
-
-    def reorder(self, rows: Tensor) -> None:
-        """Continue text `rows[i]` as text i, as a beam search does."""
-        self.past = [(k[rows], v[rows]) for k, v in self.past]
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Append ids [rows, n]: the logits [rows, V] of what follows."""
-        mask = ids.new_ones(len(ids), self.past[0][0].shape[2] + ids.shape[1])
-        hidden = self.decoder.hidden(ids, mask, self.context, self.past)
-        return self.decoder.cls.predictions.decoder(hidden[:, -1])

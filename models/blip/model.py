@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import HardNegativeSampler, Ranking, rerank
-from mmfuse.fused.captioning import beam_search, constrain, draw, keep_top_k, keep_top_p
-from mmfuse.models.blip.med import BertConfig, BertLMHeadModel, BertModel, CaptionDecoder, Context
+from mmfuse.fused.captioning import constrain, draw, keep_top_k, keep_top_p
+from mmfuse.models.blip.decoding import CaptionDecoder, extend, search
+from mmfuse.models.blip.med import BertConfig, BertLMHeadModel, BertModel, Context
 from mmfuse.models.contrast import Features, ImageTextContrast, matched
 from mmfuse.models.vit import VisionTransformer
 
@@ -166,54 +167,22 @@ class Captions:
         if repetition_penalty is None:
             repetition_penalty = 1.1 if sample else 1.0
         prompt = [self.tokens["bos_token_id"], *self.prompt_ids[1:-1]]
+        if num_beams < 1:
+            raise ValueError(f"num_beams is {num_beams}, expected at least 1")
         if max_length <= len(prompt):
             raise ValueError(f"max_length is {max_length}, expected more than the {len(prompt)} tokens of the prompt")
-        decoder = self.text_decoder
-        context = decoder.bert.context(self.visual_encoder(image))
-        process = partial(
-            constrain,
-            eos=self.tokens["sep_token_id"],
-            min_length=min_length,
-            repetition_penalty=repetition_penalty,
-        )
+        context = self.text_decoder.bert.context(self.visual_encoder(image))
+        decoder = CaptionDecoder(self.text_decoder, context, 1 if sample else num_beams)
+        end = self.tokens["sep_token_id"]
+        process = partial(constrain, eos=end, min_length=min_length, repetition_penalty=repetition_penalty)
         if not sample:
-            return search(decoder, context, prompt, process, num_beams, max_length, self.tokens)
+            return search(decoder, prompt, process, max_length, self.tokens)
 
         def choose(ids: Tensor, logits: Tensor) -> Tensor:
             probs = keep_top_p(keep_top_k(process(ids, logits), top_k), top_p).softmax(-1)
             return torch.multinomial(probs, 1) if draws is None else draw(probs, draws[:, ids.shape[1] - len(prompt)])
 
-        return _extend(CaptionDecoder(decoder, context), prompt, choose, max_length, self.tokens)
-
-
-def search(  # type: ignore[no-untyped-def]
-    decoder: BertLMHeadModel, context: Context, prompt: Sequence[int], process, num_beams, max_length, tokens
-) -> Tensor:
-    """The best text [B, T] of each context after the `prompt`, by `num_beams` beams, or greedily with one."""
-    if num_beams < 1:
-        raise ValueError(f"num_beams is {num_beams}, expected at least 1")
-    decoding = CaptionDecoder(decoder, context, num_beams)
-    if num_beams == 1:
-        greedy = lambda ids, logits: process(ids, logits).argmax(-1, keepdim=True)  # noqa: E731
-        return _extend(decoding, prompt, greedy, max_length, tokens)
-    ids = context.begin(prompt, num_beams)
-
-    def scores(ids: Tensor, logits: Tensor) -> Tensor:
-        return process(ids, logits.log_softmax(-1))
-
-    ends = tokens["sep_token_id"], tokens["pad_token_id"]
-    return beam_search(decoding, ids, scores, max_length, *ends, count_end=False)
-
-
-def _extend(decoding: CaptionDecoder, prompt, choose, max_length, tokens) -> Tensor:  # type: ignore[no-untyped-def]
-    """The prompt and what choose(ids, logits) [B, 1] adds to it, up to [SEP]."""
-    new = ids = decoding.context.begin(prompt)
-    done = torch.zeros_like(ids[:, :1], dtype=torch.bool)
-    while ids.shape[1] < max_length and not done.all():
-        new = choose(ids, decoding(new)).masked_fill(done, tokens["pad_token_id"])
-        ids = torch.cat([ids, new], dim=1)
-        done = done | (new == tokens["sep_token_id"])
-    return ids
+        return extend(decoder, prompt, choose, max_length, self.tokens)
 
 
 class Pretraining(Captions, BLIP):
@@ -421,6 +390,7 @@ class VQA(nn.Module):
     ) -> Tensor:
         """Answers [B, T] by beam search: [DEC], words, [SEP], padding. As officially, padding of questions is seen."""
         context = self.text_decoder.bert.context(self.question(image, question_ids, question_mask))
-        process = partial(constrain, eos=self.tokens["sep_token_id"], min_length=min_length, repetition_penalty=1.0)
-        prompt = [self.tokens["bos_token_id"]]
-        return search(self.text_decoder, context, prompt, process, num_beams, max_length, self.tokens)
+        decoder = CaptionDecoder(self.text_decoder, context, num_beams)
+        end, begin = self.tokens["sep_token_id"], [self.tokens["bos_token_id"]]
+        process = partial(constrain, eos=end, min_length=min_length, repetition_penalty=1.0)
+        return search(decoder, begin, process, max_length, self.tokens)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mmfuse import models, use_backend
 from mmfuse.models.blip import CaptionDecoder, Context, Features, bootstrap
+from mmfuse.models.blip.decoding import search
 from mmfuse.models.blip.med import BertConfig, BertLMHeadModel, BertModel
-from mmfuse.models.blip.model import search
 from mmfuse.models.vit import Block
 
 TOKENS = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 50, "enc_token_id": 51, "len": 52}
@@ -470,8 +470,8 @@ def test_a_beam_search_with_room_for_all_finds_the_best() -> None:
             total = sum(log_p[len(prompt) - 1 + i, word].item() for i, word in enumerate(taken))
             scores[taken] = total / (len(prompt) + end)
         best = max(scores, key=lambda words: scores[words])
-        found = model.text_decoder, of, prompt, lambda ids, logits: logits, 343, length, few
-        got = search(*found)[0].tolist()
+        decoder = CaptionDecoder(model.text_decoder, of, beams=343)
+        got = search(decoder, prompt, lambda ids, logits: logits, length, few)[0].tolist()
         assert tuple(word for word in got[len(prompt) :] if word) == tuple(word for word in best if word)
 
 
