@@ -320,8 +320,22 @@ def test_negatives_are_of_another_pair_or_id() -> None:
         assert all((negative != torch.arange(6)).all() and (negative >= 0).all() for negative in of_pairs)
 
 
+def test_pretraining_draws_any_other_where_the_own_pair_takes_all_of_the_softmax() -> None:
+    """By the 1e-4 that is added to it; the softmax alone would always draw the most similar other."""
+    model, batch = _model(PRETRAIN), _batch()
+    certain = F.normalize(torch.eye(4, 12) + 0.1 * torch.rand(4, 12), dim=1).double()
+    features, drawn, itm = model.features, [], model.itm
+    model.features = lambda *args: features(*args)._replace(image_feat=certain, text_feat=certain)
+    model.itm = lambda *args: (drawn.append(torch.stack(args[-1])), itm(*args))[1]
+    model.temp.data.fill_(0.001)
+    for _ in range(30):
+        model(*batch)
+    for way in torch.stack(drawn).unbind(1):
+        assert all(len(way[:, row].unique()) == 3 for row in range(4))
+
+
 def test_retrieval_draws_by_the_features_themselves() -> None:
-    """With a queue's momentum features that say the opposite, and an all but certain draw."""
+    """With an all but certain draw, and another momentum model."""
     model = _model(RETRIEVAL)
     image, ids, mask = _batch()
     f = model.features(image, ids, mask)
