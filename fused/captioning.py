@@ -6,6 +6,7 @@ The modules are taken by open_clip's attribute names, so that `mmfuse.models`' C
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -195,16 +196,7 @@ def generate(
     sot, eos = (49406 if sot_token_id is None else sot_token_id), (49407 if eos_token_id is None else eos_token_id)
     pad = model.pad_id if pad_token_id is None else pad_token_id
 
-    def process(ids: Tensor, logits: Tensor) -> Tensor:
-        if ids.shape[1] < min_seq_len:
-            logits = logits.clone()
-            logits[:, eos] = -math.inf
-        if repetition_penalty != 1.0:
-            seen = logits.gather(1, ids)
-            seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
-            logits = logits.scatter(1, ids, seen)
-        return logits
-
+    process = partial(constrain, eos=eos, min_length=min_seq_len, repetition_penalty=repetition_penalty)
     if generation_type == "beam_search":
         if num_beams <= 1 or num_beam_groups < 1 or num_beams % num_beam_groups:
             raise ValueError(
@@ -213,7 +205,7 @@ def generate(
         beams = num_beams // num_beam_groups
         start = torch.full((image.shape[0] * beams, 1), sot, device=image.device)
         decoder = CaptionDecoder(model, model(image)["image_embs"], beams)
-        out = _beam_search(decoder, start, process, seq_len, eos, pad)
+        out = beam_search(decoder, start, process, seq_len, eos, pad)
         return F.pad(out, (0, seq_len - out.shape[1]), value=pad) if fixed_output_length else out
     if generation_type not in ("top_k", "top_p"):
         raise ValueError(f"generation_type is {generation_type!r}, expected 'top_k', 'top_p' or 'beam_search'")
@@ -233,13 +225,25 @@ def generate(
             sample[going] = eos
         else:
             logits = process(out[going, -max_seq_len:], logits)
-            logits = _top_k(logits, top_k) if generation_type == "top_k" else _top_p(logits, top_p)
+            logits = keep_top_k(logits, top_k) if generation_type == "top_k" else keep_top_p(logits, top_p)
             probs = F.softmax(logits / temperature, dim=-1)
-            sample[going] = torch.multinomial(probs, 1) if draws is None else _draw(probs, draws[going, step])
+            sample[going] = torch.multinomial(probs, 1) if draws is None else draw(probs, draws[going, step])
         out = torch.cat([out, sample], dim=1)
     if fixed_output_length:
         out = F.pad(out, (0, max(0, seq_len - out.shape[1])), value=pad)
     return out.squeeze(0) if text is not None and text.dim() == 1 else out
+
+
+def constrain(ids: Tensor, logits: Tensor, eos: int, min_length: int, repetition_penalty: float) -> Tensor:
+    """Logits [rows, V] of what follows ids [rows, T], as `min_seq_len` and `repetition_penalty` of `generate` say."""
+    if ids.shape[1] < min_length:
+        logits = logits.clone()
+        logits[:, eos] = -math.inf
+    if repetition_penalty != 1.0:
+        seen = logits.gather(1, ids)
+        seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
+        logits = logits.scatter(1, ids, seen)
+    return logits
 
 
 def _next_logits(decoder: CaptionDecoder, ids: Tensor, window: int) -> Tensor:
@@ -249,30 +253,34 @@ def _next_logits(decoder: CaptionDecoder, ids: Tensor, window: int) -> Tensor:
     return decoder(ids[:, -window:][:, decoder.ids.shape[1] :])
 
 
-def _top_k(logits: Tensor, k: int) -> Tensor:
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """The k largest; the others become -inf."""
     least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
     return logits.masked_fill(logits < least, -math.inf)
 
 
-def _top_p(logits: Tensor, p: float) -> Tensor:
-    """The most probable tokens that have `p` together."""
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """The most probable tokens that have `p` together; the others become -inf."""
     ascending, order = logits.sort(descending=False)
     remove = ascending.softmax(-1).cumsum(-1) <= 1 - p
     remove[:, -1] = False
     return logits.masked_fill(remove.scatter(1, order, remove), -math.inf)
 
 
-def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """The token [rows, 1] whose share of [0, 1] holds `uniform` [rows]."""
     ends = probs.float().cumsum(-1)
     token = torch.searchsorted(ends, (uniform[:, None] * ends[:, -1:]).float(), right=True)
     return token.clamp(max=probs.shape[-1] - 1)
 
 
-def _beam_search(decoder, ids, process, length, eos, pad):  # type: ignore[no-untyped-def]
+def beam_search(decoder, ids, process, length, eos, pad, count_end=True):  # type: ignore[no-untyped-def]
     """The best caption [B, T <= length] of each image, as transformers' `BeamSearchScorer` keeps the finished ones.
 
-    ids: the start tokens [B * n, 1] of n beams.
+    decoder: has `beams` = n, `reorder` and the call of a `CaptionDecoder`.
+    ids: the start tokens [B * n, P].
+    process: process(ids, logits) -> the scores [B * n, V], whose sum over its length is a caption's.
+    count_end: whether a caption's length counts its end token, as transformers does today, or not, as 4.15 did.
     """
     n, device = decoder.beams, ids.device
     b = ids.shape[0] // n
@@ -284,6 +292,7 @@ def _beam_search(decoder, ids, process, length, eos, pad):  # type: ignore[no-un
     kept, kept_len = ids.new_full((b, n, length), pad), ids.new_zeros(b, n)
     done = torch.zeros(b, dtype=torch.bool, device=device)
     first = torch.arange(b, device=device)[:, None] * n
+    new = ids
 
     def keep(candidates: Tensor) -> None:
         """Add captions `ids` with the scores [b, n] (-inf: none) where the image is not done."""
@@ -296,13 +305,13 @@ def _beam_search(decoder, ids, process, length, eos, pad):  # type: ignore[no-un
         kept_len = torch.cat([kept_len, torch.full_like(kept_len, t)], dim=1).gather(1, order)
 
     while ids.shape[1] < length and not done.all():
-        logits = process(ids, decoder(ids[:, -1:]))
+        logits = process(ids, decoder(new))
         vocab = logits.shape[-1]
         total = (logits.view(b, n, vocab) + scores[..., None]).flatten(1)
         score, token = total.topk(2 * n)  # [b, 2n]: enough where every beam ends
         beam, token = token // vocab, token % vocab
         ends = token == eos
-        new_len = ids.shape[1] + 1
+        new_len = ids.shape[1] + count_end
         # an end among the n best finishes its beam
         finished = torch.full_like(best, -math.inf).scatter_reduce(
             1, beam[:, :n], torch.where(ends[:, :n], score[:, :n] / new_len, -math.inf).to(best), "amax"
@@ -314,7 +323,8 @@ def _beam_search(decoder, ids, process, length, eos, pad):  # type: ignore[no-un
         scores, beam, token = score.gather(1, order).float(), beam.gather(1, order), token.gather(1, order)
         rows = (first + beam).flatten()
         decoder.reorder(rows)
-        ids = torch.cat([ids[rows], token.flatten()[:, None]], dim=1)
+        new = token.flatten()[:, None]
+        ids = torch.cat([ids[rows], new], dim=1)
     keep(scores / ids.shape[1])
     winner, size = kept[:, 0], kept_len[:, :1]
     longest = min(int(size.max()) + 1, length)

@@ -20,6 +20,7 @@ NAMES = (
     "beit3",
     "imagebind",
     "metatransformer",
+    "blip",
     "blip2",
     "instructblip",
     "minigpt4",
@@ -110,3 +111,14 @@ def check_keys(config: Mapping[str, Any], accepted: Iterable[str]) -> None:
     for key in config:
         if key not in accepted:
             raise ValueError(f"config has an unknown key {key!r}, expected only {', '.join(accepted)}")
+
+
+def entries(
+    config: Mapping[str, Any], name: str, accepted: Iterable[str], needed: Iterable[str] = ()
+) -> dict[str, Any]:
+    """A copy of config[name], by default empty, with a ValueError that names an unknown or a missing key."""
+    found = config.get(name, {})
+    check_keys(found, accepted)
+    if missing := [key for key in needed if key not in found]:
+        raise ValueError(f"{name} has no {', '.join(missing)}")
+    return dict(found)

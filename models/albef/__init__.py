@@ -18,14 +18,14 @@ from mmfuse.models.albef.bert import BertConfig
 from mmfuse.models.albef.model import (
     ALBEF,
     VQA,
-    Features,
     Losses,
     MaskDraws,
     Pretraining,
     RankedAnswers,
     Retrieval,
 )
-from mmfuse.models.registry import System, check_keys
+from mmfuse.models.contrast import Features
+from mmfuse.models.registry import System, check_keys, entries
 
 __all__ = ["ALBEF", "VQA", "Features", "Losses", "MaskDraws", "Pretraining", "RankedAnswers", "Retrieval", "build"]
 
@@ -49,11 +49,11 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     variant = config.get("variant")
     if variant not in _NEEDS:
         raise ValueError(f"variant is {variant!r}, expected one of {', '.join(_NEEDS)}")
-    given = _entries(config, "config", _NEEDS[variant], _NEEDS[variant])
+    given = entries(config, "config", _NEEDS[variant], _NEEDS[variant])
     fields = signature(BertConfig).parameters
-    bert = BertConfig(**_entries(config, "bert_config", fields, [n for n, p in fields.items() if p.default is p.empty]))
-    sizes = _VIT | _entries(config, "vit", _VIT)
-    tokens = _TOKENS | _entries(config, "tokenizer", _TOKENS)
+    bert = BertConfig(**entries(config, "bert_config", fields, [n for n, p in fields.items() if p.default is p.empty]))
+    sizes = _VIT | entries(config, "vit", _VIT)
+    tokens = _TOKENS | entries(config, "tokenizer", _TOKENS)
     for name, width in (("vision_width", given["vision_width"]), ("encoder_width", bert.encoder_width)):
         if width != sizes["embed_dim"]:
             raise ValueError(f"{name} is {width}, expected the image encoder's embed_dim {sizes['embed_dim']}")
@@ -61,7 +61,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         return Pretraining(given, bert, sizes, tokens)
     if variant == "retrieval":
         return Retrieval(given, bert, sizes)
-    decoder = _DECODER | _entries(config, "decoder", (*_DECODER, "note"))
+    decoder = _DECODER | entries(config, "decoder", (*_DECODER, "note"))
     decoder.pop("note", None)
     if bert.encoder_width != bert.hidden_size:
         raise ValueError(
@@ -71,14 +71,6 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     model = VQA(given, bert, sizes, tokens, replace(bert, **decoder))
     model.momentum = config.get("momentum", model.momentum)
     return model
-
-
-def _entries(config: Mapping[str, Any], name: str, accepted: Any, needed: Any = ()) -> dict[str, Any]:
-    entries = config.get(name, {})
-    check_keys(entries, accepted)
-    if missing := [key for key in needed if key not in entries]:
-        raise ValueError(f"{name} has no {', '.join(missing)}")
-    return dict(entries)
 
 
 _BERT = {

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.fused import MomentumQueueITC, Ranking, momentum_update, rerank
+from mmfuse.fused import Ranking, rerank
 from mmfuse.models.albef.bert import BertConfig, BertForLanguage, BertModel
-from mmfuse.models.albef.vit import VisionTransformer
-
-
-class Features(NamedTuple):
-    """Of a batch of pairs: every token's embedding, and the [CLS] embeddings projected and normalised."""
-
-    image_embeds: Tensor  # [B, K, vision width]
-    text_embeds: Tensor  # [B, L, hidden size], before the fusion layers
-    image_feat: Tensor  # [B, embed_dim]
-    text_feat: Tensor  # [B, embed_dim]
+from mmfuse.models.contrast import Features, ImageTextContrast, Twins, matched
+from mmfuse.models.vit import VisionTransformer
 
 
 class MaskDraws(NamedTuple):
@@ -42,30 +34,9 @@ class Losses(NamedTuple):
         return self.loss_ita + self.loss_itm + (0 if self.loss_mlm is None else self.loss_mlm)
 
 
-class Twins:
-    """Of a model some of whose parts have a momentum twin: `<name>_m` is a moving average of `<name>` (section 3.3)."""
-
-    momentum: float
-
-    def make_twins(self, parts: Callable[[], Mapping[str, nn.Module]]) -> None:
-        online, average = parts(), parts()
-        self.twins = tuple(online)
-        for (name, part), twin in zip(online.items(), average.values(), strict=True):
-            twin.load_state_dict(part.state_dict())
-            setattr(self, name, part)
-            setattr(self, f"{name}_m", twin.requires_grad_(False))
-
-    def momentum_update(self) -> None:
-        online, average = (
-            [p for name in self.twins for p in getattr(self, name + of).parameters()] for of in ("", "_m")
-        )
-        momentum_update(online, average, self.momentum)
-
-
-class ALBEF(Twins, MomentumQueueITC):
+class ALBEF(ImageTextContrast):
     """What pre-training and retrieval share: image-text contrast over its queues (ITC), image-text matching (ITM)."""
 
-    visual_encoder: VisionTransformer
     text_encoder: Any
     text_encoder_m: Any
 
@@ -77,49 +48,15 @@ class ALBEF(Twins, MomentumQueueITC):
         text_encoder: type[nn.Module],
         with_ids: bool,
     ):
-        super().__init__(config["embed_dim"], config["queue_size"], with_ids)
-        self.embed_dim, self.image_resolution = config["embed_dim"], config["image_res"]
-        self.momentum = config["momentum"]
-        self.make_twins(
-            lambda: {
-                "visual_encoder": VisionTransformer(config["image_res"], **vit),
-                "vision_proj": nn.Linear(config["vision_width"], self.embed_dim),
-                "text_encoder": text_encoder(bert),
-                "text_proj": nn.Linear(bert.hidden_size, self.embed_dim),
-            }
+        super().__init__(
+            lambda: VisionTransformer(config["image_res"], **vit),
+            lambda: text_encoder(bert),
+            (config["vision_width"], bert.hidden_size, config["embed_dim"]),
+            config["queue_size"],
+            config["momentum"],
+            config["temp"],
+            with_ids,
         )
-        self.itm_head = nn.Linear(bert.hidden_size, 2)
-        self.temp = nn.Parameter(torch.tensor(float(config["temp"])))
-
-    def bert(self, twin: str = "") -> BertModel:
-        raise NotImplementedError
-
-    def encode_image(self, image: Tensor, twin: str = "") -> tuple[Tensor, Tensor]:
-        """(all tokens [B, K, vision width], normalised feature [B, embed_dim]) of images [B, 3, R, R]."""
-        embeds = getattr(self, f"visual_encoder{twin}")(image)
-        return embeds, F.normalize(getattr(self, f"vision_proj{twin}")(embeds[:, 0]), dim=-1)
-
-    def encode_text(self, ids: Tensor, mask: Tensor, twin: str = "") -> tuple[Tensor, Tensor]:
-        """(all tokens [B, L, hidden size], normalised feature [B, embed_dim]) of texts: ids and mask [B, L]."""
-        embeds = self.bert(twin).text(ids, mask)
-        return embeds, F.normalize(getattr(self, f"text_proj{twin}")(embeds[:, 0]), dim=-1)
-
-    def features(self, image: Tensor, ids: Tensor, mask: Tensor, twin: str = "") -> Features:
-        image_embeds, image_feat = self.encode_image(image, twin)
-        text_embeds, text_feat = self.encode_text(ids, mask, twin)
-        return Features(image_embeds, text_embeds, image_feat, text_feat)
-
-    def itc(
-        self, f: Features, f_m: Features, alpha: float, idx: Tensor | None = None, negatives: int = 0
-    ) -> tuple[Tensor, ...]:
-        """(image-to-text, text-to-image) contrastive losses over the momentum features of the batch and the queues.
-
-        Targets are alpha * the momentum model's softmax + (1 - alpha) * the positives: the own pair, or with `idx`
-        all of equal id. With `negatives` = k also (texts [B, k] of the images, images [B, k] of the texts), drawn from
-        the batch in proportion to the softmax of the same similarities, never a positive; -1 where no other is left.
-        """
-        features = f.image_feat, f.text_feat, f_m.image_feat, f_m.text_feat
-        return MomentumQueueITC.forward(self, *features, self.temp, alpha, idx, negatives=negatives)
 
     def match(self, image_embeds: Tensor, text_embeds: Tensor, mask: Tensor) -> Tensor:
         """ITM logits [B, 2] of B pairs of token embeddings; column 1 is "they match"."""
@@ -153,13 +90,8 @@ class ALBEF(Twins, MomentumQueueITC):
         negatives: (an image for each text, a text for each image), [B] each. Where there is none (-1) the row does not
         count.
         """
-        image_neg, text_neg = negatives
-        absent = torch.cat([image_neg, text_neg]) < 0
-        image_neg, text_neg = image_neg.clamp_min(0), text_neg.clamp_min(0)
-        images = torch.cat([f.image_embeds, f.image_embeds[image_neg], f.image_embeds])
-        texts = torch.cat([f.text_embeds, f.text_embeds, f.text_embeds[text_neg]])
-        logits = self.match(images, texts, torch.cat([mask, mask, mask[text_neg]]))
-        labels = torch.cat([torch.ones_like(image_neg), torch.where(absent, -100, 0)])
+        images, texts, labels = matched(*negatives)
+        logits = self.match(f.image_embeds[images], f.text_embeds[texts], mask[texts])
         return F.cross_entropy(logits, labels), logits
 
 
@@ -202,10 +134,6 @@ class Pretraining(ALBEF):
         masked_ids, labels = self.mask_tokens(ids, mask_draws)
         loss_mlm = self.mlm(masked_ids, labels, mask, f.image_embeds, f_m.image_embeds, alpha)
         return Losses(loss_mlm, loss_ita, loss_itm)
-
-    @torch.no_grad()
-    def clamp_temp(self) -> None:
-        self.temp.clamp_(0.001, 0.5)
 
     def mask_tokens(self, ids: Tensor, draws: MaskDraws | None = None) -> tuple[Tensor, Tensor]:
         """(ids with words masked, labels: the original id there and -100 elsewhere). [CLS] and padding stay."""

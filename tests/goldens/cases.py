@@ -36,7 +36,7 @@ class Given:
     @property
     def model_config(self) -> dict[str, Any]:
         """The config that `mmfuse.models.create` takes: without what only the run needed."""
-        run_only = ("forward", "generate", "greedy", "grad_names")
+        run_only = ("forward", "generate", "greedy", "grad_names", "eos_bias_shift")
         return {k: v for k, v in self.config.items() if k not in run_only and not k.startswith("start_")}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfuse import models, use_backend
 from mmfuse._compat import allow_torchvision
-from mmfuse.fused.captioning import _draw
+from mmfuse.fused.captioning import draw
 
 allow_torchvision()
 open_clip = pytest.importorskip("open_clip", exc_type=ImportError)
@@ -215,10 +215,10 @@ def test_given_draws() -> None:
 def test_draws_have_the_probabilities() -> None:
     probs = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
     uniform = (torch.arange(1000) + 0.5) / 1000
-    tokens = _draw(probs.expand(1000, 6), uniform)
+    tokens = draw(probs.expand(1000, 6), uniform)
     assert torch.equal(tokens.flatten().bincount(minlength=6), (1000 * probs).round().long())
-    assert _draw(probs[None], torch.tensor([0.0])).item() == 1
-    assert _draw(probs[None], torch.tensor([1 - 2**-24])).item() == 4
+    assert draw(probs[None], torch.tensor([0.0])).item() == 1
+    assert draw(probs[None], torch.tensor([1 - 2**-24])).item() == 4
 
 
 # --- behaviour ------------------------------------------------------------------------------------------------------

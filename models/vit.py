@@ -1,4 +1,4 @@
-"""The image encoder: a ViT (Dosovitskiy et al. 2020, arXiv:2010.11929) under timm 0.4.9's key names."""
+"""ALBEF's and BLIP's image encoder: a ViT (Dosovitskiy et al. 2020, arXiv:2010.11929) under timm 0.4's key names."""
 
 from __future__ import annotations
 
@@ -33,16 +33,23 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float):
         super().__init__()
+        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self._kept(self.attn(self.norm1(x)))
+        return x + self._kept(self.mlp(self.norm2(x)))
+
+    def _kept(self, branch: Tensor) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): all of an image's branch, or nothing of it."""
+        if not (self.training and self.drop_path):
+            return branch
+        return branch * F.dropout(branch.new_ones(len(branch), 1, 1), self.drop_path)
 
 
 class VisionTransformer(nn.Module):
@@ -56,6 +63,7 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4,
+        drop_path_rate: float = 0.0,
     ):
         super().__init__()
         if image_res % patch_size:
@@ -66,7 +74,8 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(image_res, patch_size, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_res // patch_size) ** 2 + 1, embed_dim))
-        self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)))
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         for weight in (self.cls_token, self.pos_embed, *(m.weight for m in self.modules() if isinstance(m, nn.Linear))):
             nn.init.trunc_normal_(weight, std=0.02)
