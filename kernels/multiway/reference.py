@@ -101,29 +101,22 @@ def packed_attention(
         bias: [H, P, P], of the places of a query and of a key.
         dropout: of the probabilities.
     """
-    if not routing.first.shape[1]:
+    if routing.reading is None:
         raise ValueError(
             "routing has no samples, expected one of Routing.of, Routing.from_split or Routing.from_splits"
         )
-    device = q.device
-    ends = routing.lengths.cumsum(1)  # [B, K]
-    at = torch.arange(routing.longest, device=device)
-    segment = (at[None, :, None] >= ends[:, None, :]).sum(2)  # [B, S]; K behind the last row
-    real = segment < ends.shape[1]
-    segment = segment.clamp(max=ends.shape[1] - 1)
-    within = at - (ends - routing.lengths).gather(1, segment)
-    row = (routing.first.gather(1, segment) + within).where(real, 0)  # of the stream
-    mask = (real & (within < routing.kept.gather(1, segment)))[:, None, None, :]  # [B, 1, 1, S]
+    row, place_of_row, segment, within, attended = routing.reading
+    device, mask = q.device, attended[:, None, None, :]  # [B, 1, 1, S]
     if sees is not None:
         kinds = torch.tensor([[("none", "causal", "all").index(kind) for kind in of] for of in sees], device=device)
         kind = kinds[segment[:, :, None], segment[:, None, :]]  # [B, S, S]
         causal = within[:, None, :] <= within[:, :, None]
         mask = mask & ((kind == 2) | ((kind == 1) & causal))[:, None]
     if bias is not None:
-        place = (torch.tensor(routing.places, device=device)[segment] + within).where(real, 0)
+        place = torch.tensor(routing.places, device=device)[segment] + within
         of_pairs = bias[:, place[:, :, None], place[:, None, :]].transpose(0, 1)  # [B, H, S, S]
         mask = of_pairs.masked_fill(~mask, float("-inf"))
-    q_of, k_of, v_of = (t[row].transpose(1, 2) for t in (q, k, v))  # [B, H, S, d]
+    # [B, H, S, d]
+    q_of, k_of, v_of = (t.index_select(0, row.flatten()).unflatten(0, row.shape).transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout)
-    y = y.transpose(1, 2).flatten(2)
-    return y.new_zeros(len(q), y.shape[2]).index_put((row[real],), y[real])
+    return y.transpose(1, 2).flatten(0, 1).index_select(0, place_of_row).flatten(1)

@@ -27,6 +27,30 @@ class Part(NamedTuple):
     place: int = 0  # of the first row in a table of relative positions
 
 
+class Reading(NamedTuple):
+    """The rows of B samples in reading order, in S places of each."""
+
+    row: Tensor  # int64 [B, S]: of the stream; 0 behind the last
+    place: Tensor  # int64 [T]: b S + s of each row of the stream
+    segment: Tensor  # int64 [B, S]: which of the K it is of
+    within: Tensor  # int64 [B, S]: its number there; 0 behind the last
+    attended: Tensor  # bool [B, S]
+
+    @staticmethod
+    def of(first: Tensor, lengths: Tensor, kept: Tensor, rows: int, longest: int) -> Reading:
+        at, ends = torch.arange(longest, device=first.device), lengths.cumsum(1)
+        segment = (at[None, :, None] >= ends[:, None, :]).sum(2)  # K behind the last row
+        real = segment < ends.shape[1]
+        segment = segment.clamp(max=ends.shape[1] - 1)
+        within = (at - (ends - lengths).gather(1, segment)).where(real, 0)
+        row = first.gather(1, segment) + within
+        # what is behind the last row goes to a row that is cut off
+        place = at.new_zeros(rows + 1).scatter_(
+            0, row.where(real, rows).flatten(), torch.arange(row.numel(), device=at.device)
+        )[:-1]
+        return Reading(row.where(real, 0), place, segment, within, real & (within < kept.gather(1, segment)))
+
+
 _none = partial(torch.zeros, dtype=torch.int64)
 
 
@@ -49,6 +73,7 @@ class Routing:
         places: of each segment's first row in a table of relative positions.
         sample: int64 [T]: the sample of each row.
         longest: rows that a sample has at most.
+        reading: the same row by row, None where samples are not known.
     """
 
     experts: int
@@ -63,6 +88,7 @@ class Routing:
     places: tuple[int, ...] = ()
     sample: Tensor = field(default_factory=lambda: _none(0))
     longest: int = 0
+    reading: Reading | None = None
 
     @staticmethod
     def of(
@@ -101,6 +127,7 @@ class Routing:
         return Routing(
             experts, runs, torch.tensor(bounds, device=device), tuple(bounds),
             first=first, lengths=lengths, kept=kept, places=places, sample=torch.cat(sample), longest=longest,
+            reading=Reading.of(first, lengths, kept, bounds[-1], longest),
         )  # fmt: skip
 
     @staticmethod
@@ -154,7 +181,7 @@ class Routing:
         return Routing(
             2, (0, 1), offsets, bounds, order, inverse.flatten(),
             first=first.t(), lengths=lengths.t(), kept=attended.t(), places=(0, 0), sample=order // max(1, length),
-            longest=length,
+            longest=length, reading=Reading.of(first.t(), lengths.t(), attended.t(), len(order), length),
         )  # fmt: skip
 
     @staticmethod
