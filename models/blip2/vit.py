@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmfuse.fused import PatchEmbed, vit_tokens
-from mmfuse.models.albef.vit import MLP
 from mmfuse.models.clip import Transformer
+from mmfuse.models.vit import MLP
 
 
 class Attention(nn.Module):
