@@ -27,6 +27,8 @@ def patch_embed(stem: Stem) -> Tensor:
         h, width = (n - m for n, m in zip(s.geometry.padded[1:], x.shape[2:], strict=True))
         x = F.pad(_normalised(x, s), (0, width, 0, h)) if h or width else _normalised(x, s)
         y = F.conv2d(x, w, bias, s.geometry.stride[1:]).flatten(2).transpose(1, 2)
+    elif s.layout == "patches" and mask is s.ids_keep is s.mean is s.std is None:
+        y = F.linear(cast(s.pixels, s.compute), w.flatten(1), bias)
     else:
         x = pad(_normalised(view(s.pixels, w.dim(), s.layout), s), s.geometry)
         rows = unfold(x, s.geometry).flatten(4).flatten(1, 3)
