@@ -2,6 +2,7 @@
 
     fold      V = 2^q W s in the operand's dtype, one q for each row; c = bias - sum_k V d / 2^q
     rows      A = x - i, or (x - mean) / std of float pixels; kept patches only
+    lines     the same of bytes, every patch: whole lines of an image, whose patches are no multiple of 16 bytes (/14)
               none where 16 aligned bytes lie in a row of a patch: tokens then reads A = x - 128 from the pixels
     tokens    A VT / 2^q + c, then mask token, position, prefix rows, type, in float32; one rounding
     norm      the two LayerNorms need whole rows: a third kernel, over a product in float32
@@ -197,6 +198,43 @@ def _rows_kernel(
     a = tl.where(inside, a, 0.0)
     to = a_ptr + row.to(tl.int64)[:, None] * KP + k[None, :]
     tl.store(to, a.to(a_ptr.dtype.element_ty), mask=(row < end)[:, None] & (k < KP)[None, :])
+
+
+@triton.jit(do_not_specialize=["LINES"])
+def _lines_kernel(
+    a_ptr,  # out [B GRID_Y GRID_X, KP]
+    x_ptr,  # [B, C, H, W] bytes by their strides, those of a line side by side
+    subtract_ptr,  # [C], or None
+    stride_b,
+    stride_c,
+    stride_y,
+    LINES,  # B C GRID_Y KY
+    C,
+    KP,
+    GRID_Y: tl.constexpr,
+    GRID_X: tl.constexpr,
+    KY: tl.constexpr,
+    KX: tl.constexpr,  # even
+    ACC: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_X: tl.constexpr,  # at least GRID_X KX
+):
+    line, x = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_X)
+    ky, gy = line % KY, line // KY % GRID_Y
+    c, b = line // (KY * GRID_Y) % C, line // (KY * GRID_Y * C)
+    here = line < LINES
+    at = b.to(tl.int64) * stride_b + c.to(tl.int64) * stride_c + (gy * KY + ky).to(tl.int64) * stride_y
+    inside = here[:, None] & (x < GRID_X * KX)[None, :]
+    a = tl.load(x_ptr + at[:, None] + x[None, :], mask=inside, other=0).to(ACC)
+    if subtract_ptr is not None:
+        a -= tl.load(subtract_ptr + c, mask=here, other=0.0).to(ACC)[:, None]
+    # by pairs, which lie in one patch: what is side by side there, too
+    pair = tl.arange(0, BLOCK_X // 2)
+    patch, kx = pair // (KX // 2), pair % (KX // 2) * 2
+    to = (b * GRID_Y + gy).to(tl.int64) * (GRID_X * KP) + (c * KY + ky) * KX
+    to = to[:, None, None] + (patch * KP + kx)[None, :, None] + tl.arange(0, 2)[None, None, :]
+    pairs = tl.reshape(a, (BLOCK_L, BLOCK_X // 2, 2)).to(a_ptr.dtype.element_ty)
+    tl.store(a_ptr + to, pairs, mask=here[:, None, None] & (patch < GRID_X)[None, :, None])
 
 
 @triton.jit(do_not_specialize=["M", "N", "R", "B"])
@@ -567,6 +605,9 @@ def _source(x: Tensor, g: Geometry) -> dict[str, int]:
 
 def triton_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
     """A [M, KP] of the images x [m, C, T, H, W]."""
+    if _by_lines(x, f, rows):
+        _lines(a, x, f)
+        return
     grid = triton.cdiv(rows.m, _ROWS["BLOCK_M"]), triton.cdiv(a.shape[1], _ROWS["BLOCK_K"])
     launch(
         _rows_kernel,
@@ -589,6 +630,47 @@ def triton_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
         ACC=accumulator(a.dtype),
         **_ROWS,
     )
+
+
+def _by_lines(x: Tensor, f: Folded, rows: Rows) -> bool:
+    """Whether whole lines of bytes become rows of patches, two bytes of a patch at a time."""
+    (kt, ky, kx), steps = f.g.kernel, f.g.stride
+    every = rows.order is None and rows.ids is None and f.g.padded == tuple(x.shape[2:])
+    tiled = kt == x.shape[2] == 1 and tuple(steps[1:]) == (ky, kx) and kx % 2 == 0
+    plain = x.dtype == torch.uint8 and x.stride(4) == 1 and f.multiply is None and not f.channels_last
+    return every and tiled and plain
+
+
+def _lines(a: Tensor, x: Tensor, f: Folded) -> None:
+    (_, ky, kx), (_, gy, gx) = f.g.kernel, f.g.grid
+    lines, sizes = len(x) * x.shape[1] * gy * ky, _line_blocks(gx * kx)
+    a[:, x.shape[1] * ky * kx :].zero_()
+    launch(
+        _lines_kernel,
+        (triton.cdiv(lines, sizes["BLOCK_L"]),),
+        a,
+        a_ptr=a,
+        x_ptr=x,
+        subtract_ptr=f.subtract,
+        stride_b=x.stride(0),
+        stride_c=x.stride(1),
+        stride_y=x.stride(3),
+        LINES=lines,
+        C=x.shape[1],
+        KP=a.shape[1],
+        GRID_Y=gy,
+        GRID_X=gx,
+        KY=ky,
+        KX=kx,
+        ACC=accumulator(a.dtype),
+        **sizes,
+    )
+
+
+def _line_blocks(width: int) -> dict[str, int]:
+    """32 bytes for each thread."""
+    x = triton.next_power_of_2(width)
+    return {"BLOCK_L": max(1, 4096 // x), "BLOCK_X": x, "num_warps": 4}
 
 
 def cuda_rows(a: Tensor, x: Tensor, f: Folded, rows: Rows) -> None:
@@ -873,6 +955,8 @@ def aot_specs() -> Iterator[Spec]:
     yield _spec("_weight_kernel", "bf16", options, "half", g_ptr="*bf16", a_ptr="*bf16")
     options = sizes | {"CHANNELS_LAST": False, "PADDED": False, "ACC": tl.float32, "multiply_ptr": None} | _ROWS
     yield _spec("_rows_kernel", "224/16", options | alone, None)
+    options = {"GRID_Y": 16, "GRID_X": 16, "KY": 14, "KX": 14, "ACC": tl.float32} | _line_blocks(224)
+    yield _spec("_lines_kernel", "224/14", options, None)
     options = {"ACC": tl.float32, "BLOCK_D": 2048, "num_warps": 4, "mask_ptr": None, "ids_ptr": None}
     yield _spec("_norm_kernel", "1280", options, None)
     yield _spec("_sums_kernel", "bf16, masked", {"ACC": tl.float32} | _SUMS, None)

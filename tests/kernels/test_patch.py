@@ -299,6 +299,39 @@ def test_bytes_in_the_product(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert any(k is kernel._tokens_kernel and a is None for k, a in launched) == inside
 
 
+# pixels, weight and whether lines of bytes become rows of patches
+LINES: dict[str, tuple[Callable[[], Given], bool]] = {
+    "14": (lambda: (u8(2, 3, 28, 42), (D, 3, 14, 14), RGB | rows("bias")), True),
+    "6, one channel": (lambda: (u8(3, 1, 12, 30), (D, 1, 6, 6), {"mean": 0.5}), True),
+    "as they are": (lambda: (u8(2, 3, 28, 28), (D, 3, 14, 14), {}), True),
+    "crop": (lambda: (u8(2, 3, 64, 64)[:, :, 5:33, 7:35], (D, 3, 14, 14), RGB), True),
+    "odd": (lambda: (u8(2, 3, 14, 21), (D, 3, 7, 7), RGB), False),
+    "kept": (lambda: (u8(2, 3, 28, 28), (D, 3, 14, 14), RGB | {"ids_keep": ids(2, 4, 3)}), False),
+    "columns first": (lambda: (u8(2, 3, 28, 28).transpose(2, 3), (D, 3, 14, 14), RGB), False),
+    "overlapping": (lambda: (u8(1, 3, 28, 28), (D, 3, 14, 14), RGB | {"stride": 7}), False),
+    "padded": (lambda: (u8(2, 3, 26, 28), (D, 3, 14, 14), RGB | {"padding": "zero"}), False),
+}
+
+
+@pytest.mark.skipif("triton" not in FUSED, reason="no triton")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", LINES)
+def test_lines_of_bytes(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmfuse.kernels.patch import kernel
+
+    launched, launch = [], kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda k, *a, **b: launched.append(k) or launch(k, *a, **b))
+    draw, by_lines = LINES[case]
+    pixels, shape, options = draw()
+    weight = real(*shape).to(dtype)
+    options = {k: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for k, t in options.items()}
+    found = patch_embed(pixels, weight, **options, backend="triton")
+    assert (kernel._lines_kernel in launched) == by_lines
+    monkeypatch.setattr(kernel, "_by_lines", lambda *given: False)
+    assert torch.equal(found, patch_embed(pixels, weight, **options, backend="triton"))
+    assert kernel._rows_kernel in launched
+
+
 @pytest.mark.parametrize("backend", [n for n in FUSED if n != "triton"])
 def test_blocks_of_one_image(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmfuse.kernels.patch.blocked._BLOCK_BYTES", {"cpu": 1, "cuda": 1})
