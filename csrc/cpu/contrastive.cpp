@@ -341,6 +341,13 @@ struct Sums {
     double loss = 0, grad = 0, dot = 0;  // sum softplus, sum G, sum G u
 };
 
+// what G of 0 can be multiplied by: a product that overflowed is the largest number, NaN stays
+MMFUSE_INLINE float number(float x) {
+    constexpr float most = std::numeric_limits<float>::max();
+    x = x > most ? most : x;
+    return x < -most ? -most : x;
+}
+
 // negatives: loss softplus(S), G = sigmoid(S), S = scale * u + bias
 MMFUSE_CLONES
 void sigmoid_negatives(const float* u, float scale, float bias, float* g, int64_t n, Sums& sums) {
@@ -355,7 +362,7 @@ void sigmoid_negatives(const float* u, float scale, float bias, float* g, int64_
         const float above = r * (2.0f + e), below = e * above, sigma = s < 0 ? below : above;
         loss += (s > 0 ? s : 0.0f) + twice_atanh(e * r * (1.0f + e));
         grad += sigma;
-        dot += sigma * x;
+        dot += sigma * number(x);
         g[j] = sigma;
     }
     sums.loss += loss, sums.grad += grad, sums.dot += dot;
@@ -367,7 +374,7 @@ float sigmoid_positive(float u, float scale, float bias, Sums& sums) {
     const float g = -(s < 0 ? 1.0f : e) / (1.0f + e);
     sums.loss += std::log1p(e) + (s < 0 ? -s : 0.0f);
     sums.grad += g;
-    sums.dot += g * u;
+    sums.dot += g * number(u);
     return g;
 }
 

@@ -280,7 +280,7 @@ struct SigmoidGrad {
         const float sigma = __fdividef(z < 0 ? e : 1.0f, 1.0f + e), g = positive ? -sigma : sigma;
         terms[0] = (z > 0 ? z : 0.0f) + log1pf(e);
         terms[1] = g;
-        terms[2] = g * x;
+        terms[2] = g == 0.0f ? 0.0f : g * x;  // x may have overflowed
         return g;
     }
 };

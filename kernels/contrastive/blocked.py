@@ -76,9 +76,17 @@ def positive_logits(x: Tensor, y: Tensor, row_offset: int) -> Tensor:
     return torch.cat([u, F.pad(u, (row_offset, len(y) - len(x) - row_offset))])
 
 
+def not_finite(*features: Tensor) -> Tensor:
+    """NaN if any of them is not finite, else 0."""
+    return torch.stack([(0 * t).sum(dtype=torch.float32) for t in features]).sum()
+
+
 def finite(m: Tensor) -> Tensor:
     """A maximum as an offset: 0 where there was nothing to take the maximum of."""
     return m.masked_fill(m == -torch.inf, 0)
+
+
+_NUMBERS = {t: (torch.finfo(t).min, torch.finfo(t).max) for t in (torch.float32, torch.float64)}
 
 
 class TorchTile:
@@ -170,7 +178,9 @@ class TorchTile:
         if not negative_only:
             # sigma(S) - 1 = -sigma(-S), which keeps its digits when the pair is already well matched
             p.diagonal(diagonal).neg_()
-        sums[0], sums[1], sums[2] = loss, p.sum(1, dtype=torch.float64), (p * u).sum(1, dtype=torch.float64)
+        # G of 0 times a product that overflowed is 0
+        dot = p * u.clamp(*_NUMBERS[u.dtype])
+        sums[0], sums[1], sums[2] = loss, p.sum(1, dtype=torch.float64), dot.sum(1, dtype=torch.float64)
         if g.numel():
             g.copy_(p * FP16_SCALE if g.dtype == torch.float16 else p)
 
@@ -350,8 +360,9 @@ def sigmoid(
     acc = blocks.acc
     alpha = torch.full((), 1 / max(1, len(x)), dtype=acc, device=x.device)
     out = Gradients(blocks, x, y, scale * alpha, x_inv, y_inv, need_x, need_y, acc, acc)
-    sums = torch.zeros(3, len(x), dtype=torch.float64, device=x.device)
+    sums, missing = torch.zeros(3, len(x), dtype=torch.float64, device=x.device), torch.zeros_like(alpha)
     if len(x) and len(y):
+        missing = not_finite(x, y).to(acc)
         u_block = blocks.block(acc)
         g_block = u_block if blocks.dtype == acc else blocks.block(blocks.dtype)
         for i, j in blocks.spans:
@@ -364,7 +375,7 @@ def sigmoid(
                 out.add(g, i, j)
     dx, dy, _ = out.finish()
     loss, db, ds = (sums.sum(1) / max(1, len(x))).to(acc)
-    return loss.clone(), dx, dy, ds.clone(), db.clone()
+    return loss.clone(), dx, dy, ds + missing, db.clone()
 
 
 class Gradients:

@@ -39,7 +39,7 @@ from mmfuse.kernels._triton.tiles import (
     tile_of,
     whole,
 )
-from mmfuse.kernels.contrastive.blocked import FP16_SCALE, fixed_point_step
+from mmfuse.kernels.contrastive.blocked import FP16_SCALE, fixed_point_step, not_finite
 
 # G is made in squares of about this many rows and columns: 128 MiB in 16 bits, long enough products for cuBLAS, and the
 # float32 accumulators of dx and dy are read again only N / 8192 times
@@ -485,7 +485,8 @@ def _sigmoid_of(
     if crosses:
         g = _negated(g, diagonal, row0, col0, BLOCK_M, BLOCK_N)
     db = tl.sum(g)
-    ds = 0.0 if STORE else tl.sum(g * u)
+    # G of 0 times a product that overflowed is 0
+    ds = 0.0 if STORE else tl.sum(tl.where(g == 0.0, 0.0, g * u))
     if STORE:
         _store(g, g_ptr, stride_g, M, N, row0, col0, G_SCALE, BLOCK_M, BLOCK_N)
     return loss, db, ds
@@ -900,7 +901,11 @@ def sigmoid(
     dx, dy, xgy = _gradients(x, y, left, right, factor, x_inv, y_inv, need_x, need_y, fill, acc, acc)
     loss, db, ds = (sums * alpha).to(scale.dtype)
     # <x, G y> costs nothing beside the products; where there are none, the tiles have summed G U
-    return loss.clone(), dx, dy, (alpha * xgy).to(scale.dtype) if store else ds.clone(), db.clone()
+    if store:
+        ds = (alpha * xgy).to(scale.dtype)
+    elif len(x) and len(y):
+        ds = ds + not_finite(x, y).to(scale.dtype)
+    return loss.clone(), dx, dy, ds.clone(), db.clone()
 
 
 def _g_scale(dtype: torch.dtype) -> float:

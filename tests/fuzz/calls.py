@@ -58,6 +58,7 @@ EXCUSED = {
     ("distill_clip_loss", "spreads"),
     # the reference multiplies by 0: the logit -inf of a key that is no target, an infinite weight of an ignored token
     ("queue_itc_loss", "hides"),
+    ("moco_loss", "hides"),
     ("linear_cross_entropy", "hides"),
     # a position of the table that is not a number, times the weight 0
     ("patch_embed_packed", "hides"),

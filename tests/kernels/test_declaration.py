@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -262,7 +263,7 @@ def test_a_function_that_asks_for_what_is_not_there() -> None:
 def test_explain_takes_the_arguments_of_the_call() -> None:
     x = torch.randn(600, 8)
     table = explain(mmfuse.clip_loss, x, x, 14.3, ids=torch.arange(600) // 2)
-    assert "chunked  a later one is faster for fewer than 4194304 pairs in float32-ids" in table
+    assert re.search(r"chunked  a later one is faster for fewer than \d+ pairs in float32-ids", table)
     assert explain("clip_loss", x, x, 14.3).startswith("clip_loss\n")
     # what a public function consists of
     assert "\n ->" in explain(mmfuse.kernels.contrastive.matryoshka_clip_loss, x, x, 14.3, [4, 8])

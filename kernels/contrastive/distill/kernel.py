@@ -89,7 +89,7 @@ def _distill_stats_kernel(
         first = col0 + i * WIDTH
         cols = first + tl.arange(0, WIDTH)
         s = _negatives_of(us[i], positive_ptr, scale, M, N, diagonal, row0, first, BLOCK_M, WIDTH)
-        m_row, l_row, _, m_col, l_col, _ = _sums_of(s, s, s, False, False)
+        m_row, l_row, _, m_col, l_col, _ = _sums_of(s, s, s, False, True)
         m, l, _ = _add(m, l, l, m_row, l_row, l_row)  # noqa: E741
         out, step = col_ptr + tile_m.to(tl.int64) * N + cols, tiles_m.to(tl.int64) * N
         tl.store(out, m_col, mask=cols < N)
@@ -97,7 +97,7 @@ def _distill_stats_kernel(
         s = _negatives_of(ts[i], t_positive_ptr, t_scale, M, N, diagonal, row0, first, BLOCK_M, WIDTH)
         col_centre = tl.load(col_centre_ptr + cols, mask=cols < N, other=0.0)
         w, col_w = (us[i] - centre[:, None]) * scale, (us[i] - col_centre[None, :]) * scale
-        m_row, l_row, c_row, m_col, l_col, c_col = _sums_of(s, w, col_w, True, False)
+        m_row, l_row, c_row, m_col, l_col, c_col = _sums_of(s, w, col_w, True, True)
         t_m, t_l, t_c = _add(t_m, t_l, t_c, m_row, l_row, c_row)
         tl.store(out + 2 * step, m_col, mask=cols < N)
         tl.store(out + 3 * step, l_col, mask=cols < N)

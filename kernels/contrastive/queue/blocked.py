@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels.contrastive.blocked import finite
 from mmfuse.kernels.contrastive.negatives.draw import Candidates, Draw
 
 # logits that are held at a time, student's and teacher's, and those that a softmax goes over at once
@@ -137,6 +138,7 @@ def _rows(
 ) -> Tensor:
     """The rows' loss from logits s [R, N]; s becomes G, and the teacher's logits its softmax."""
     top = s.amax(1, keepdim=True)
+    top = top if paired else finite(top)
     s.sub_(top)
     target = s.new_zeros(len(s))  # sum_j T_ij (S_ij - max)
     weight: Tensor | float = 1.0  # sum_j T_ij

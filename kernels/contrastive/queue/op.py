@@ -307,8 +307,11 @@ def _moco_forward(passes: Any, given: Directions, key: Tensor, needs: Any) -> Mo
     # NaN where that is inf - inf
     zero = zero_below_inf(own)
     row = torch.logaddexp(rho - own, zero)
-    g = (torch.sigmoid(rho - own) + zero)[..., None] * (o - key) if any(needs) else o
-    return MocoOutputs(*_loss_and_grads(given, row, g))
+    if any(needs):
+        # a queue whose logits are all -inf has no mean
+        o = o.masked_fill((rho == -torch.inf)[..., None], 0)
+        o = (torch.sigmoid(rho - own) + zero)[..., None] * (o - key)
+    return MocoOutputs(*_loss_and_grads(given, row, o))
 
 
 MOCO = Operator(
