@@ -723,7 +723,7 @@ def stats(
             SAVE=save,
             KEYED=same is not None,
             GROUPED=False,
-            MAXIMA=maxima,
+            MAXIMA=maxima or same is not None,  # what is left of a row's positives has few digits
             EVEN_N=even,
             **settings,
         )
@@ -1098,7 +1098,7 @@ def _specs(
     function = {"stats": _stats_fwd_kernel, "grad": _grad_kernel, "sigmoid": _sigmoid_fwd_kernel}[kernel]
     for variant, size, more in distinct(variants, dtype, precision):
         flags = {"PRECISION": precision, "EVEN_D": True, "EVEN_N": False, "KEYED": False, "GROUPED": False}
-        flags |= {"MAXIMA": False}
+        flags |= {"MAXIMA": "keyed" in variant}
         yield spec(function, variant, dtype, flags | size | more, archs)
 
 
