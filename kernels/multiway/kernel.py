@@ -568,7 +568,8 @@ def backward(
             _sums_kernel, (triton.cdiv(2 * d, block), e), z, sums_ptr=sums, parts_ptr=parts,
             tile_expert_ptr=tile_expert, tiles=tiles, W=2 * d, ACC=accumulator(z.dtype), BLOCK=block,
         )  # fmt: skip
-        dgammas, dbetas = like([sums[:, :d]], norm.gammas), like([sums[:, d:]], norm.betas)
+        dgamma, dbeta = (part.contiguous() for part in sums.split(d, 1))
+        dgammas, dbetas = like([dgamma], norm.gammas), like([dbeta], norm.betas)
     return Grads(dz, z.new_empty(0) if y is None else y, dgammas, dbetas)
 
 

@@ -35,7 +35,7 @@ WIDTHS = ((6, 3), (8, 6), (10, 16), (12, 10))
 torch.manual_seed(0)  # of the weights, which are drawn at import
 LAYERS = [(real(out, into), real(out)) for out, into in WIDTHS]
 HEAD = (torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 1e-6)
-WEIGHT, TABLE, PROJECTION = real(6, 3, 4, 4), real(9, 6), real(5, 8)
+WEIGHT, TABLE, PROJECTION, EXPERTS = real(6, 3, 4, 4), real(9, 6), real(5, 8), real(2, 5, 8)
 
 # operator: a function of tensors whose first dimension is the batch (of a position table: is fixed), and such tensors
 OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] = {
@@ -81,6 +81,24 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] =
         lambda x, index: kernels.head.select_head(x, index, HEAD, PROJECTION),
         lambda b: (real(b, 7, 8), upto(7, b)),
     ),
+    "routed_linear": (
+        lambda x, ids: kernels.routed_linear(x, EXPERTS, None, kernels.Routing.from_ids(ids, 2)),
+        lambda b: (real(b, 8), upto(2, b)),
+    ),
+    "routed_ffn": (
+        lambda x, ids: kernels.routed_ffn(
+            x, EXPERTS, None, EXPERTS.transpose(1, 2), None, kernels.Routing.from_ids(ids, 2)
+        ),
+        lambda b: (real(b, 8), upto(2, b)),
+    ),
+    "routed_layer_norm": (
+        lambda x, ids: kernels.routed_layer_norm(x, EXPERTS[:, 0], EXPERTS[:, 1], kernels.Routing.from_ids(ids, 2)),
+        lambda b: (real(b, 8), upto(2, b)),
+    ),
+    "routed_rms_norm": (
+        lambda x, ids: kernels.routed_rms_norm(x, EXPERTS[:, 0], kernels.Routing.from_ids(ids, 2)),
+        lambda b: (real(b, 8), upto(2, b)),
+    ),
     "interpolate_position": (
         lambda table: kernels.interpolate_position(table, (5, 7), "bicubic"),
         lambda b: (real(4, 4, 6),),
@@ -97,7 +115,8 @@ def test_compiled_whole(op: str) -> None:
     torch.testing.assert_close(got, function(*data))
 
 
-@pytest.mark.parametrize("op", OPS)
+# a program is for the routing's number of rows
+@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("routed")])
 def test_exported_for_any_batch(op: str) -> None:
     function, make = OPS[op]
 
