@@ -11,18 +11,10 @@ from mmfuse import models
 from mmfuse._compat import allow_torchvision
 from mmfuse.fused.qformer import QFormerEncoder
 from mmfuse.models.blip2 import OPT, T5, Pretraining, convert
+from tiny import ARGS, BERT, HF_QFORMER, HF_VISION, T5_SIZES, VIT
 
 allow_torchvision()
 
-ARGS = {"img_size": 16, "num_query_token": 3}
-VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-BERT = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-    "max_position_embeddings": 12,
-}
 TOKENS = {"bert": {"size": 40, "pad": 0, "cls": 1, "sep": 2, "bos_DEC": 39}}
 STAGE_1 = {"class": "Blip2Qformer", "args": ARGS | {"embed_dim": 12}, "vit": VIT, "bert": BERT, "tokens": TOKENS}
 OPT_SIZES = {
@@ -33,17 +25,6 @@ OPT_SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "max_position_embeddings": 32,
-}
-T5_SIZES = {
-    "vocab_size": 50,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 24,
-    "num_layers": 2,
-    "num_heads": 2,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
-    "decoder_start_token_id": 0,
 }
 STAGE_2 = {"class": "Blip2OPT", "args": ARGS, "vit": VIT, "bert": BERT, "opt": OPT_SIZES}
 STAGE_2_T5 = {"class": "Blip2T5", "args": ARGS, "vit": VIT, "bert": BERT, "t5": T5_SIZES}
@@ -192,17 +173,6 @@ def test_t5_answers() -> None:
 
 
 # --- names of transformers ------------------------------------------------------------------------------------------
-
-HF_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": int(16 * 4.3637),
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-    "layer_norm_eps": 1e-6,
-}
-HF_QFORMER = {**BERT, "vocab_size": 40, "encoder_hidden_size": 16, "layer_norm_eps": 1e-12}
 
 
 def test_the_first_stage_as_transformers_retrieval() -> None:

@@ -12,18 +12,10 @@ from mmfuse._compat import allow_torchvision
 from mmfuse.models.blip2 import convert
 from mmfuse.models.blip2.language import in_order, sample_losses
 from mmfuse.models.instructblip import Vicuna
-from models.test_blip2 import ARGS, BERT, HF_QFORMER, HF_VISION, T5_SIZES, VIT
+from tiny import ARGS, BERT, HF_QFORMER, HF_VISION, LLAMA, T5_SIZES, VIT
 
 allow_torchvision()
 
-LLAMA = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
 TOKENS = {"bert": {"size": 40}, "llm": {"pad": 50, "eos": 2}}
 VICUNA = {
     "class": "Blip2VicunaInstruct",

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mmfuse import models
 from mmfuse.models.minigpt4 import IMAGE, PADDING, MiniGPT4
-from models.test_blip2 import BERT, VIT
-from models.test_instructblip import LLAMA
+from tiny import BERT, LLAMA, VIT
 
 ARGS = {"img_size": 16, "end_sym": "7 8", "max_txt_len": 8}
 V1 = {

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from mmfuse import models
 from mmfuse.models.minigpt5 import Draws, MiniGPT5
-from models.test_blip2 import BERT, VIT
-from models.test_instructblip import LLAMA
+from tiny import BERT, LLAMA, VIT
 
 CONFIG = {
     "img_token_num": 3,
