@@ -48,7 +48,8 @@ def _inputs(device: torch.device, dtype: torch.dtype, B: int, S: int, L: int, D:
     shapes += [(4 * D, D), (4 * D,), (4 * D,), (4 * D,), (D, 4 * D), (D,)]
     weights = [leaf(2, *shape, scale=shape[-1] ** -0.5 if len(shape) == 2 else 1.0) for shape in shapes]
     # sizes travel as those of a tensor without numbers
-    return leaf(B * (S + L), D, scale=1.0), torch.empty(B, S, L, 0, device=device), *weights
+    sizes = torch.empty(B, S, L, 0, dtype=torch.int64, device=device)
+    return leaf(B * (S + L), D, scale=1.0), sizes, *weights
 
 
 def _ffn_inputs(device: torch.device, dtype: torch.dtype, **shape: int) -> tuple[Tensor, ...]:
@@ -213,14 +214,25 @@ def _norms(x: Tensor, sizes: Tensor, *weights: Tensor, **how: Any) -> Tensor:
 
 
 def _linear(x: Tensor, sizes: Tensor, *weights: Tensor, **how: Any) -> Tensor:
-    return routed_linear(x, weights[2], weights[3], _routing(sizes), activation="gelu", **how)
+    return routed_linear(x, weights[0], weights[1], _routing(sizes), activation="gelu", **how)
+
+
+def _some(names: str) -> Any:
+    """Of the layer's inputs those that are used."""
+    at = [_NAMES.split().index(name) for name in names.split()]
+    return lambda *device, **shape: tuple(_inputs(*device, **shape)[i] for i in at)
 
 
 CHECKS = [
     Check(op, "B=2 S=5 L=3 D=48", of_case(make, names, B=2, S=5, L=3, D=48), differentiated(then(ramp, fn)))
     for op, make, names, fn in (
         ("routed_ffn", _ffn_inputs, "x sizes w1 b1 gf cf w2 b2", _ffn),
-        ("routed_linear", _inputs, _NAMES, _linear),
-        ("routed_layer_norm", _inputs, _NAMES, _norms),
+        *(
+            (op, _some(names), names, fn)
+            for op, names, fn in (
+                ("routed_linear", "x sizes wqkv bqkv", _linear),
+                ("routed_layer_norm", "x sizes g1 c1", _norms),
+            )
+        ),
     )
 ]

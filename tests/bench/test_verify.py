@@ -6,12 +6,20 @@ import pytest
 import torch
 
 from mmfuse.bench import verify
+from mmfuse.bench.cases import Check
 from mmfuse.cli import main
 from mmfuse.kernels._runtime import operators
 
 
 def test_every_operator_is_verified() -> None:
     assert {check.op for check in verify.checks()} == set(operators())
+
+
+@pytest.mark.parametrize("check", verify.checks(), ids=lambda check: f"{check.op} {check.name}")
+def test_every_check_runs(check: Check) -> None:
+    inputs = check.inputs(torch.device("cpu"))
+    exact = check.run({k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}, "torch")
+    assert exact and all(t.dtype == torch.float64 and t.isfinite().all() for t in exact.values())
 
 
 def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
