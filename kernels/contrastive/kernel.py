@@ -622,7 +622,8 @@ _TILES: dict[str, dict[int, dict[str, dict[str, int]]]] = {
         8: dict.fromkeys(_TILED, _tile(128, 64, 32, 2, 4, 3))
         | {"stats": _tile(128, 64, 32, 4, 4, 3), "distill": _tile(64, 64, 32, 2, 4, 3)},
         9: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)) | {"distill": _tile(128, 64, 32, 4, 8, 3)},
-        10: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3)) | {"distill": _tile(128, 64, 32, 4, 8, 3)},
+        10: dict.fromkeys(_TILED, _tile(128, 128, 32, 4, 4, 3))
+        | {"stats": _tile(128, 64, 32, 2, 4, 3), "distill": _tile(128, 64, 32, 4, 8, 3)},
     },
     # no tensor cores
     "ieee": {
