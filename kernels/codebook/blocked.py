@@ -63,7 +63,7 @@ def _has_known_errors(z: Tensor) -> bool:
 
 def _of_candidates(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """What a fast product cannot tell from its largest score is scored again in float64, on a CPU."""
-    d, native = z.shape[1], z.dtype == torch.bfloat16 and scale is None and bias is None
+    d, native = z.shape[1], z.dtype == torch.bfloat16 and scale is None
     x, w = (z, weight) if native else _in_float32(z, weight, scale)
     # 1.01, as a norm in 16 bits is rounded
     norm, largest = 1.01 * torch.linalg.vector_norm(x, dim=1).double(), 1.01 * torch.linalg.vector_norm(w, dim=1).amax()
@@ -72,10 +72,15 @@ def _of_candidates(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor
     # neither overflows, nor counts what underflows
     safe = (norm > 2.0**-60) & (norm < 2.0**60) & (largest > 2.0**-60) & (largest < 2.0**60) & (size < 2.0**120)
     codes = torch.full((len(z),), -1)
-    for rows, s in _scores(x, w, bias):
-        best = s.amax(1)
+    for rows, s in _scores(x, w, None if native else bias):
+        if native and bias is not None:
+            rounding = 2.0**-7 * s.abs().float()
+            s = s.float().add_(bias.float())
+            best, s = (s - rounding).amax(1), s.add_(rounding)
+        else:
+            best = s.amax(1)
         # scores are rounded, and so is this threshold
-        least = best.double() - gap[rows] - (2.0**-6 if native else 2.0**-21) * best.abs()
+        least = best.double() - gap[rows] - (2.0**-6 if s.dtype == torch.bfloat16 else 2.0**-21) * best.abs()
         row, code = (s >= least.to(s.dtype)[:, None]).nonzero(as_tuple=True)
         few = safe[rows] & (row.bincount(minlength=len(s)) <= _FEW) & best.isfinite()
         row, code = row[few[row]], code[few[row]]

@@ -79,6 +79,10 @@ def test_what_rounded_scores_cannot_tell_apart(backend: str, dtype: torch.dtype)
     weight[1::4, 0] *= 1 + 2 * torch.finfo(dtype).eps
     expected = (x.double() @ weight.double().t()).argmax(1)
     assert torch.equal(linear_argmax(x, weight, backend=backend), expected)
+    for size in (0.1, 10, 1000):
+        b = size * torch.randn(400, device=DEVICE)
+        expected = (x.double() @ weight.double().t() + b.double()).argmax(1)
+        assert torch.equal(linear_argmax(x, weight, b, backend=backend), expected)
     # rows with more candidates than are scored one by one, of no size, and of sizes that float32 does not hold
     weight[100:200] = weight[100]
     x[:20] = weight[100].sign()
