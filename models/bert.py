@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import linear_cross_entropy
+from mmfuse.fused.qformer import QFormerConfig
 from mmfuse.kernels.text import embed_text
 
 KeysValues = tuple[Tensor, Tensor]  # each [B, heads, K, hidden_size / heads]
@@ -188,7 +189,7 @@ def initialize(module: nn.Module, std: float) -> None:
 
 
 class Transform(nn.Module):
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: BertConfig | QFormerConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -200,7 +201,7 @@ class Transform(nn.Module):
 class Predictions(nn.Module):
     """The head: a transform, then logits over the vocabulary with the word embeddings as weight."""
 
-    def __init__(self, config: BertConfig, words: nn.Embedding):
+    def __init__(self, config: BertConfig | QFormerConfig, words: nn.Embedding):
         super().__init__()
         self.transform = Transform(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))

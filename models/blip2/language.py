@@ -8,6 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused.captioning import keep_top_p
+
 
 def _opt_sizes(hidden: int, ffn: int) -> dict[str, Any]:
     sizes = {"hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": ffn}
@@ -82,9 +84,8 @@ def in_order(t: Tensor, rank: Tensor) -> Tensor:
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
     """A word [...] for logits [..., V], drawn from the fewest that have the probability `top_p` together."""
-    p, words = logits.softmax(-1).sort(descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)
-    return words.gather(-1, p.multinomial(1)).squeeze(-1)
+    kept = keep_top_p(logits.reshape(-1, logits.shape[-1]), top_p)
+    return kept.softmax(-1).multinomial(1).view(logits.shape[:-1])
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,29 +15,9 @@ from mmfuse.fused import MaxQueryITC, linear_cross_entropy
 from mmfuse.fused.gather import gather_rows, gather_rows_with_grad
 from mmfuse.fused.qformer import CAPTION, CONTRAST_AND_CAPTION, QFormer, QFormerConfig, QFormerKV
 from mmfuse.kernels import max_query_similarity
+from mmfuse.models.bert import Predictions
 from mmfuse.models.blip2.language import nucleus
 from mmfuse.models.blip2.vit import ClipViT, EvaViT
-
-
-class Transform(nn.Module):
-    def __init__(self, config: QFormerConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.LayerNorm(F.gelu(self.dense(x)))
-
-
-class Predictions(nn.Module):
-    """The language head: a transform, then logits over the vocabulary with the word embeddings as weight."""
-
-    def __init__(self, config: QFormerConfig, words: nn.Embedding):
-        super().__init__()
-        self.transform = Transform(config)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.decoder.weight, self.decoder.bias = words.weight, self.bias
 
 
 class Vision(nn.Module):

@@ -65,7 +65,8 @@ def test_the_shift_is_that_of_the_rounded_weight() -> None:
     mean, rstd = torch.full((1, 1), 1000.0), torch.ones(1, 1)
     whole = Folded(f.weight.float(), f.weight.float().sum(1), f.bias.float())
     z = folded_linear(torch.full((1, K), 1000.0), whole, mean, rstd)
-    torch.testing.assert_close(z[0], whole.bias, rtol=0, atol=1e-2)
+    # two sums of some 1000 cancel in float32; with the shift of the weight before it was rounded 3 and more is left
+    torch.testing.assert_close(z[0], whole.bias, rtol=0, atol=1e-3)
 
 
 def test_the_second_norm_from_the_residual_stream() -> None:
