@@ -42,7 +42,7 @@ from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dispatch import UnsupportedError
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels._runtime.library import failure
-from mmfuse.kernels._runtime.reasons import against
+from mmfuse.kernels._runtime.reasons import against, without_reasons
 from mmfuse.kernels._runtime.registration import register, without_autocast
 from mmfuse.kernels._runtime.signature import Signature, asking, grouped, hints_of, is_tensor
 
@@ -165,6 +165,7 @@ class Operator:
         self._forward = asking(forward, (*names, "passes", "needs"))
         self._fake = None if fake is None else asking(fake, (*names, "needs"))
         self.implementations = {i.name: i for i in implementations}
+        self._names = tuple(self.implementations)
         self._run: dict[str, Callable[[Sequence[Any]], Any]] = {}
         self._reasons: dict[str, list[Callable[[Sequence[Any]], Any]]] = {}
         for i in implementations:
@@ -205,8 +206,9 @@ class Operator:
             if why:
                 raise self._unsupported({name: why})
             return name
-        for i in self.implementations:
-            if not (against(i, x) or self._other_reasons(i, args) or self._better(i, args)):
+        size = self.measured(args) if self.unit else None
+        for i in without_reasons(self._names, x):
+            if not (self._better(i, x, size) or self._other_reasons(i, args)):
                 # logging would break a graph
                 if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.INFO):
                     self._tell(i, args)
@@ -224,14 +226,11 @@ class Operator:
     def _other_reasons(self, name: str, args: Sequence[Any]) -> list[str]:
         return [why for ask in self._reasons[name] if (why := ask(args)) is not None]
 
-    def _better(self, name: str, args: Sequence[Any]) -> list[str]:
-        """Why a later implementation is the better choice, unless this one is named."""
+    def _better(self, name: str, x: Tensor, size: tuple[int | None, str, int] | None) -> str | None:
+        """Why a later implementation is the better choice for a call of this size, unless this one is named."""
         if name == "triton" and INTERPRET:
-            return ["Triton's interpreter runs only where it is named"]
-        if self.unit is None:
-            return []
-        why = self.aside(name, self._on(args).device, *self.measured(args))
-        return [] if why is None else [why]
+            return "Triton's interpreter runs only where it is named"
+        return self.aside(name, x.device, *size) if size else None
 
     def measured(self, args: Sequence[Any]) -> tuple[int | None, str, int]:
         """(size, kind, columns) of a call, by which a table says whether an implementation pays."""
@@ -255,7 +254,9 @@ class Operator:
 
     def explain(self, args: Sequence[Any]) -> dict[str, list[str]]:
         """Each implementation's reasons not to run for these arguments, in order of preference."""
-        return {i: self.reasons_against(i, args) or self._better(i, args) for i in self.implementations}
+        x, size = self._on(args), self.measured(args) if self.unit else None
+        better = {i: self._better(i, x, size) for i in self.implementations}
+        return {i: self.reasons_against(i, args) or ([why] if why else []) for i, why in better.items()}
 
     def available(self, args: Sequence[Any]) -> list[str]:
         """The implementations that run for these arguments when they are named."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -25,11 +25,23 @@ def against(name: str, x: Tensor) -> list[str]:
     return why
 
 
+def without_reasons(names: tuple[str, ...], x: Tensor) -> Sequence[str]:
+    """The names that have no such reason."""
+    if torch.compiler.is_compiling() or transforming():
+        return [name for name in names if not against(name, x)]
+    return _known_without(names, x.device, x.dtype)
+
+
 def _against(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     return _AGAINST[name](device, dtype) if name in _AGAINST else []
 
 
 _known = functools.cache(_against)
+
+
+@functools.cache
+def _known_without(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Sequence[str]:
+    return [name for name in names if not _known(name, device, dtype)]
 
 
 def transforming() -> bool:
