@@ -110,6 +110,10 @@ class Spec:
         return f"{self.kernel.split(':')[1]} {self.variant}".strip()
 
 
+# launch settings that a kernel may have, with its variants at them
+Candidate = tuple[dict[str, int], list[Spec]]
+
+
 @dataclass(frozen=True)
 class Facts:
     """What one compilation became."""

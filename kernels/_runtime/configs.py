@@ -75,6 +75,13 @@ def tuned(family: str, device: torch.device, *parts: str | int) -> dict[str, int
     return _entries(family, "configs", device).get(key(*parts)) if device.type == "cuda" else None
 
 
+def shipped(family: str) -> Iterator[tuple[list[str], dict[str, int], int]]:
+    """The settings in the tables that ship: (parts of the key, settings, compute capability)."""
+    for table in tables(family).values():
+        for name, settings in table.get("configs", {}).items():
+            yield name.split("/"), settings, table["arch"]
+
+
 @contextmanager
 def trying(family: str, device: torch.device, key_: str, settings: dict[str, int] | None) -> Iterator[None]:
     """Launch settings in place of a table's; None: those there are."""

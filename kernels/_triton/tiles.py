@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import triton
 import triton.language as tl
@@ -97,3 +99,22 @@ def aligned_rows(t: Tensor) -> Tensor:
     padded = torch.zeros(n, -(-d // 16) * 16, dtype=t.dtype, device=t.device)
     padded[:, :d] = t
     return padded
+
+
+# what a tile may differ in from the one there is, one at a time
+_OTHERS = {
+    "BLOCK_M": (64, 128, 256),
+    "BLOCK_N": (64, 128, 256),
+    "BLOCK_D": (32, 64, 128),
+    "BLOCK_K": (32, 64, 128),
+    "GROUP_M": (4, 8, 16),
+    "PARTS": (1, 2, 4),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
+
+
+def neighbours(tile: dict[str, int], but: Collection[str] = ()) -> list[dict[str, int]]:
+    """Launch settings that `mmfuse tune` tries in place of these, which differ in one; `but`: not in such."""
+    names = [name for name in _OTHERS if name in tile and name not in but]
+    return [tile | {name: n} for name in names for n in _OTHERS[name] if tile[name] != n]

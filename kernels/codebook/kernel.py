@@ -24,8 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfuse.kernels._runtime.aot import Spec, Work
+from mmfuse.kernels._runtime import configs
+from mmfuse.kernels._runtime.aot import Candidate, Spec, Work
 from mmfuse.kernels._triton.launch import launch
+from mmfuse.kernels._triton.tiles import neighbours
 from mmfuse.kernels.codebook.blocked import segments
 
 # --- device code ----------------------------------------------------------------------------------------------------
@@ -359,8 +361,7 @@ def _total_kernel(
 # --- launches -------------------------------------------------------------------------------------------------------
 
 # chosen by their machine code, not measured
-_SEARCH = {"BLOCK_M": 128, "BLOCK_N": 128, "SLOTS": 16}
-_SEARCH_OPTIONS = {"num_warps": 8, "num_stages": 3}
+_SEARCH = {"BLOCK_M": 128, "BLOCK_N": 128, "SLOTS": 16, "num_warps": 8, "num_stages": 3}
 _WIDE = 64  # columns of a row that stay with the program
 _PREPARE = {"BLOCK_R": 32, "BLOCK_E": 32}
 _SETTLE = {"BLOCK_N": 128, "SLOTS": 16, "BLOCK_R": 4, "BLOCK_E": 2, "BLOCK_K": 128}
@@ -377,8 +378,9 @@ def code_argmax(
         return codes
     z, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (z, weight))
     rows, count = (None, None) if mask is None else _listed(mask)
-    tiles = triton.cdiv(k, _SEARCH["BLOCK_N"])
-    shape = _columns(d, bias is not None or k % _SEARCH["BLOCK_N"] > 0)
+    search = configs.tuned("codebook", z.device, "search", d) or _SEARCH
+    tiles = triton.cdiv(k, search["BLOCK_N"])
+    shape = _columns(d, bias is not None or k % search["BLOCK_N"] > 0)
     of_codes = {"w_ptr": weight, "scale_ptr": scale, "bias_ptr": bias, "stride_w": weight.stride(0), "K": k, "D": d}
     of_rows = {"z_ptr": z, "rows_ptr": rows, "count_ptr": count, "stride_z": z.stride(0), "N": n}
 
@@ -386,7 +388,7 @@ def code_argmax(
     sizes = new(2, blocks, dtype=torch.float64)
     launch(_sizes_kernel, (blocks,), z, sizes_ptr=sizes, **of_codes, **_PREPARE)
 
-    n_padded, k_padded = triton.cdiv(n, _SEARCH["BLOCK_M"]) * _SEARCH["BLOCK_M"], tiles * _SEARCH["BLOCK_N"]
+    n_padded, k_padded = triton.cdiv(n, search["BLOCK_M"]) * search["BLOCK_M"], tiles * search["BLOCK_N"]
     x, y = (new(m, shape["DX"], dtype=torch.float16) for m in (n_padded, k_padded))
     size = new(n, dtype=torch.float64)
     row_programs = triton.cdiv(n, _PREPARE["BLOCK_R"])
@@ -402,10 +404,10 @@ def code_argmax(
     rounding = 1.1 * 2.0**-10 if z.dtype.itemsize > 2 else 0.0 if scale is None else 1.1 * 2.0**-11
     wrong = rounding + (2 * shape["DX"] + 20) * 2.0**-24 + 2.0 ** (tags - 23)
     launch(
-        _search_kernel, (n_padded // _SEARCH["BLOCK_M"],), z,
+        _search_kernel, (n_padded // search["BLOCK_M"],), z,
         groups_ptr=groups, x_ptr=x, y_ptr=y, count_ptr=count, slack=2 * wrong * 2.0**27, N=n, DX=shape["DX"],
         tiles=tiles, DM=shape["DM"], OWN=shape["OWN"], TAGS=tags, BLOCK_D=shape["BLOCK_D"],
-        **_SEARCH, **_SEARCH_OPTIONS,
+        **search,
     )  # fmt: skip
     launch(
         _settle_kernel, (triton.cdiv(n, _SETTLE["BLOCK_R"]),), z,
@@ -464,6 +466,8 @@ def aot_specs() -> Iterator[Spec]:
     yield _search_spec("8192 x 32", 32, 6)
     yield _search_spec("16384 x 8, masked", 8, 7, masked=True)
     yield _search_spec("16384 x 256", 256, 7)
+    for (_, columns), tile, arch in configs.shipped("codebook"):
+        yield _search_spec(f"8192 x {columns}", int(columns), 6, tile=tile, archs=(arch,))
     kinds = {"y_ptr": "*fp16", "z_ptr": "*fp32", "w_ptr": "*fp32", "codes_ptr": "*i64"}
     all_codes = {"scale_ptr": None, "rows_ptr": None, "count_ptr": None}
     bf16 = kinds | dict.fromkeys(("z_ptr", "w_ptr"), "*bf16")
@@ -478,14 +482,25 @@ def aot_specs() -> Iterator[Spec]:
         )  # fmt: skip
 
 
-def _search_spec(variant: str, d: int, tags: int, masked: bool = False) -> Spec:
+def candidates(operator: str, dtype: torch.dtype, columns: int, arch: int) -> Iterator[tuple[str, list[Candidate]]]:
+    """For the search: its key in a table, and tiles with the compilations to pass."""
+    if operator == "nearest_code":
+        # settle reads its groups, too
+        others = neighbours(_SEARCH, but=("BLOCK_N",))
+        specs = [[_search_spec(f"8192 x {columns}", columns, 6, tile=other, archs=(arch,))] for other in others]
+        yield configs.key("search", columns), list(zip(others, specs, strict=True))
+
+
+def _search_spec(
+    variant: str, d: int, tags: int, masked: bool = False, tile: dict[str, int] = _SEARCH, **options: Any
+) -> Spec:
     shape = _columns(d, not masked)
-    constants: dict[str, Any] = {n: shape[n] for n in ("DM", "OWN", "BLOCK_D")} | {"TAGS": tags} | _SEARCH
+    constants: dict[str, Any] = {n: shape[n] for n in ("DM", "OWN", "BLOCK_D")} | {"TAGS": tags} | tile
     constants |= {} if masked else {"count_ptr": None}
     work = Work.of_product("score", 200704, int(variant.split()[0]), d, constants, 2, streamed=True)
     return _spec(
         _search_kernel, variant, constants, {}, dot="half", aligned=("DX",), work=work, bounds={"loop": 3.0},
-        **_SEARCH_OPTIONS,
+        num_warps=tile["num_warps"], num_stages=tile["num_stages"], **options,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime import configs
-from mmfuse.kernels._runtime.aot import Spec, Work
+from mmfuse.kernels._runtime.aot import Candidate, Spec, Work
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
@@ -35,6 +35,7 @@ from mmfuse.kernels._triton.tiles import (
     exp,
     finite,
     input_precision,
+    neighbours,
     products,
     tile_of,
     whole,
@@ -598,7 +599,6 @@ def _tile(m: int, n: int, d: int, parts: int, warps: int, stages: int) -> dict[s
     return tile | {"num_warps": warps, "num_stages": stages}
 
 
-Candidate = tuple[dict[str, int], list[Spec]]
 _TILED = ("stats", "grad", "sigmoid", "distill")
 # by what the tensor cores see, the major compute capability, and the kernel; chosen to compile without spills with two
 # blocks on a multiprocessor, so that one's exponentials run under the other's products. Not measured
@@ -1032,24 +1032,12 @@ def shipped(kernel: str) -> Iterator[tuple[torch.dtype, str, dict[str, int], tup
         for major, tiles in by_arch.items():
             archs = tuple(arch for arch in (80, 90, 100) if (arch // 10 if arch // 10 in by_arch else 8) == major)
             yield dtype, precision, tiles[kernel], archs
-    for table in configs.tables("contrastive").values():
-        for key, tile in table.get("configs", {}).items():
-            tuned, name, _ = key.split("/")
-            name, _, precision = name.partition("-")
-            if tuned == kernel:
-                yield getattr(torch, name), precision or "ieee", tile, (table["arch"],)
+    for (tuned, name, _), tile, arch in configs.shipped("contrastive"):
+        name, _, precision = name.partition("-")
+        if tuned == kernel:
+            yield getattr(torch, name), precision or "ieee", tile, (arch,)
 
 
-# what a tile may differ in from the default, one at a time
-_OTHERS = {
-    "BLOCK_M": (64, 128),
-    "BLOCK_N": (64, 128, 256),
-    "BLOCK_D": (32, 64, 128),
-    "GROUP_M": (4, 8, 16),
-    "PARTS": (1, 2, 4),
-    "num_warps": (4, 8),
-    "num_stages": (2, 3, 4, 5),
-}
 _MEASURED_BY = {"clip_loss": ("stats", "grad"), "siglip_loss": ("sigmoid",)}
 
 
@@ -1059,8 +1047,7 @@ def candidates(operator: str, dtype: torch.dtype, columns: int, arch: int) -> It
         precision = input_precision(dtype)
         by_arch = _tiles(dtype, precision)
         tile = by_arch[arch // 10 if arch // 10 in by_arch else 8][kernel]
-        others = [tile | {name: n} for name, values in _OTHERS.items() for n in values if tile[name] != n]
-        specs = [(other, list(_specs(kernel, dtype, precision, other, (arch,)))) for other in others]
+        specs = [(other, list(_specs(kernel, dtype, precision, other, (arch,)))) for other in neighbours(tile)]
         yield configs.key(kernel, _named(dtype, precision), columns), specs
 
 

@@ -27,10 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfuse.kernels._runtime.aot import Spec, Work
+from mmfuse.kernels._runtime import configs
+from mmfuse.kernels._runtime.aot import Candidate, Spec, Work
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._triton.launch import launch
-from mmfuse.kernels._triton.tiles import accumulator, divide, input_precision, sqrt
+from mmfuse.kernels._triton.tiles import accumulator, divide, input_precision, neighbours, sqrt
 from mmfuse.kernels.patch import blocked
 from mmfuse.kernels.patch.arguments import check_ids
 from mmfuse.kernels.patch.geometry import Geometry
@@ -742,7 +743,8 @@ def forward_into(gather: Gather, out: Tensor, offset: int, stem: Stem) -> None:
     f = folded(stem, f, operand)
     d, kp = f.weight.shape
     normed = stem.stem_weight is not None or stem.pre_weight is not None
-    tile = _TILES["bytes" if from_pixels else _kind(operand)]["tokens"]
+    kind = "bytes" if from_pixels else _kind(operand)
+    tile = configs.tuned("patch", out.device, "tokens", kind) or _TILES[kind]["tokens"]
     acc = accumulator(operand)
     token = None if stem.mask is None else stem.mask_token
     kept = [
@@ -937,24 +939,14 @@ def passes(backend: str) -> Any:
 
 def aot_specs() -> Iterator[Spec]:
     """The kernels of published stems (ViT-B/16, ViT-g/14, ImageBind's norms), for `mmfuse compile-report`."""
-    half, tf32 = _TILES["half"], _TILES["tf32"]
-    product = {"ACC": tl.float32, "PRECISION": "ieee", "GROUP_M": _GROUP_M}
-    alone = dict.fromkeys(("order_ptr", "count_ptr", "ids_ptr"))
-    plain = alone | {"mask_token_ptr": None, "type_ptr": None}
-    bare = plain | dict.fromkeys(("position_ptr", "prefix_ptr", "prefix_position_ptr"))
-    sizes = {"STEP_T": 1, "STEP_Y": 16, "STEP_X": 16, "GRID_Y": 14, "GRID_X": 14, "KT": 1, "KY": 16, "KX": 16}
-    pixels = sizes | {"a_ptr": None, "stride_x": 1, "EVEN_K": True}
-    yield _spec("_tokens_kernel", "224/16", product | plain | _TILES["bytes"]["tokens"] | pixels, "half")
-    product |= dict.fromkeys(sizes, 1) | {"x_ptr": None}
-    yield _spec("_tokens_kernel", "224/16, rows", product | plain | half["tokens"] | {"EVEN_K": True}, "half")
-    yield _spec("_tokens_kernel", "224/14, masked", product | half["tokens"] | {"EVEN_K": False}, "half")
-    exact = {"a_ptr": "*fp32", "v_ptr": "*fp32", "out_ptr": "*fp32"}
-    options = product | bare | tf32["tokens"] | {"PRECISION": "tf32", "EVEN_K": True, "unscale_ptr": None}
-    yield _spec("_tokens_kernel", "tf32, before a norm", options, "tf32", **exact)
-    options = {"ACC": tl.float32, "PRECISION": "ieee"} | alone | half["weight"]
+    for kind in ("bytes", "half", "tf32"):
+        yield from _tokens_specs(kind, _TILES[kind]["tokens"])
+    for (_, kind), tile, arch in configs.shipped("patch"):
+        yield from _tokens_specs(kind, tile, (arch,))
+    options = {"ACC": tl.float32, "PRECISION": "ieee"} | _EVERY | _TILES["half"]["weight"]
     yield _spec("_weight_kernel", "bf16", options, "half", g_ptr="*bf16", a_ptr="*bf16")
-    options = sizes | {"CHANNELS_LAST": False, "PADDED": False, "ACC": tl.float32, "multiply_ptr": None} | _ROWS
-    yield _spec("_rows_kernel", "224/16", options | alone, None)
+    options = _SIZES | {"CHANNELS_LAST": False, "PADDED": False, "ACC": tl.float32, "multiply_ptr": None} | _ROWS
+    yield _spec("_rows_kernel", "224/16", options | _EVERY, None)
     options = {"GRID_Y": 16, "GRID_X": 16, "KY": 14, "KX": 14, "ACC": tl.float32} | _line_blocks(224)
     yield _spec("_lines_kernel", "224/14", options, None)
     options = {"ACC": tl.float32, "BLOCK_D": 2048, "num_warps": 4, "mask_ptr": None, "ids_ptr": None}
@@ -962,6 +954,38 @@ def aot_specs() -> Iterator[Spec]:
     yield _spec("_sums_kernel", "bf16, masked", {"ACC": tl.float32} | _SUMS, None)
     options = {"ACC": tl.float32, "SLICES": 2, "VOLUME": 196, "CHANNELS_LAST": False} | _FOLD
     yield _spec("_fold_kernel", "still 14", options, None)
+
+
+def candidates(operator: str, dtype: torch.dtype, columns: int, arch: int) -> Iterator[tuple[str, list[Candidate]]]:
+    """For the product, which the time of a stem shows: its key in a table, and tiles with the compilations to pass."""
+    if operator == "patch_embed":
+        kind = "bytes" if dtype.itemsize == 2 else _kind(dtype)
+        # the pixels' own kernel has whole blocks of a patch's row
+        others = neighbours(_TILES[kind]["tokens"], but=("BLOCK_K",) * (kind == "bytes"))
+        yield configs.key("tokens", kind), [(other, list(_tokens_specs(kind, other, (arch,)))) for other in others]
+
+
+_SIZES = {"STEP_T": 1, "STEP_Y": 16, "STEP_X": 16, "GRID_Y": 14, "GRID_X": 14, "KT": 1, "KY": 16, "KX": 16}
+_EVERY = dict.fromkeys(("order_ptr", "count_ptr", "ids_ptr"))  # patch, and none masked
+
+
+def _tokens_specs(kind: str, tile: dict[str, int], archs: tuple[int, ...] = (80, 90, 100)) -> Iterator[Spec]:
+    """The variants of the product."""
+    product = {"ACC": tl.float32, "PRECISION": "ieee", "GROUP_M": _GROUP_M} | tile
+    plain = _EVERY | {"mask_token_ptr": None, "type_ptr": None}
+    rows = dict.fromkeys(_SIZES, 1) | {"x_ptr": None}
+    if kind == "bytes":
+        pixels = _SIZES | {"a_ptr": None, "stride_x": 1, "EVEN_K": True}
+        yield _spec("_tokens_kernel", "224/16", product | plain | pixels, "half", archs)
+    elif kind == "half":
+        yield _spec("_tokens_kernel", "224/16, rows", product | plain | rows | {"EVEN_K": True}, "half", archs)
+        yield _spec("_tokens_kernel", "224/14, masked", product | rows | {"EVEN_K": False}, "half", archs)
+    else:
+        bare = dict.fromkeys(("position_ptr", "prefix_ptr", "prefix_position_ptr", "unscale_ptr"))
+        exact = dict.fromkeys(("a_ptr", "v_ptr", "out_ptr"), "*fp32")
+        options = product | plain | bare | rows | {"PRECISION": kind, "EVEN_K": True}
+        dot = "tf32" if kind == "tf32" else None
+        yield _spec("_tokens_kernel", f"{kind}, before a norm", options, dot, archs, **exact)
 
 
 _ALIGNED = ("KP", "D", "stride_image", "stride_row", "stride_b", "stride_c", "stride_t", "stride_y")
@@ -975,7 +999,14 @@ _TYPES = {
 }
 
 
-def _spec(name: str, variant: str, options: dict[str, Any], dot: str | None, **types: str) -> Spec:
+def _spec(
+    name: str,
+    variant: str,
+    options: dict[str, Any],
+    dot: str | None,
+    archs: tuple[int, ...] = (80, 90, 100),
+    **types: str,
+) -> Spec:
     kernel = globals()[name]
     constants = {n: v for n, v in options.items() if n in kernel.arg_names}
     types = _TYPES | types
@@ -990,6 +1021,7 @@ def _spec(name: str, variant: str, options: dict[str, Any], dot: str | None, **t
         num_warps=options["num_warps"],
         num_stages=options.get("num_stages", 3),
         aligned=tuple(n for n in signature if n in _ALIGNED),
+        archs=archs,
         dot=dot,
         work=_work(constants, dot) if name == "_tokens_kernel" else None,
     )

@@ -14,6 +14,7 @@ from mmfuse.bench import tune
 from mmfuse.bench.cases import find
 from mmfuse.bench.row import Row
 from mmfuse.cli import main
+from mmfuse.kernels import nearest_code, patch_embed
 from mmfuse.kernels._runtime import chosen, configs
 from mmfuse.kernels._runtime.aot import Facts, Spec
 
@@ -206,3 +207,32 @@ def test_candidates_are_the_neighbours_of_the_default() -> None:
     default = kernel._TILES["half"][9]["stats"]
     assert all(len(set(tile.items()) - set(default.items())) == 1 for tile, _ in options) and len(options) > 8
     assert all(spec.archs == (90,) for _, specs in options for spec in specs)
+
+
+@pytest.mark.parametrize(
+    "family, operator, dtype, columns, key",
+    [
+        ("patch", "patch_embed", torch.bfloat16, 0, "tokens/bytes"),
+        ("patch", "patch_embed", torch.float32, 0, "tokens/ieee"),
+        ("codebook", "nearest_code", torch.float32, 32, "search/32"),
+    ],
+)
+def test_launches_of_candidates_reach_the_kernel(
+    family: str, operator: str, dtype: torch.dtype, columns: int, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is tried under a key are the settings that the operator launches its kernel with."""
+    kernel = pytest.importorskip(f"mmfuse.kernels.{family}.kernel")
+    [(found, options)] = kernel.candidates(operator, dtype, columns, 90)
+    assert found == key and len(options) > 5 and list(kernel.candidates("other", dtype, columns, 90)) == []
+    assert all(spec.archs == (90,) and spec.num_warps == tile["num_warps"] for tile, (spec, *_) in options)
+    tile, _ = options[0]
+    monkeypatch.setattr(configs, "tuned", lambda *parts: tile if configs.key(*parts[2:]) == key else None)
+    launched: list[dict[str, int]] = []
+    monkeypatch.setattr(kernel, "launch", lambda of, grid, on, **given: launched.append(given))
+    if family == "patch":
+        patch_embed(
+            torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(16, 3, 16, 16, dtype=dtype), backend="triton"
+        )
+    else:
+        nearest_code(torch.zeros(5, columns), torch.zeros(40, columns), backend="triton")
+    assert any(tile.items() <= given.items() for given in launched)
