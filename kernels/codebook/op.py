@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import check, check_range, integers, one_of, require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.codebook import blocked, reference
@@ -84,6 +84,7 @@ NEAREST = Operator(
     size=Size("rows", _rows, columns=lambda z: z.shape[1]),
     example=lambda x, **how: nearest_code(x, x, **how),  # type: ignore[has-type]
     also={"linear_argmax": lambda x, **how: linear_argmax(x, x, **how)},  # type: ignore[has-type]
+    export=OpSpec("MmfuseNearestCode"),
 )
 
 

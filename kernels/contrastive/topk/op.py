@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.arguments import alike
@@ -52,6 +52,7 @@ TOPK = Operator(
     ],
     size=Size("scores", lambda queries, gallery: queries.shape[0] * gallery.shape[0]),
     example=lambda x, **how: similarity_topk(x, x, 1, **how),  # type: ignore[has-type]
+    export=OpSpec("MmfuseSimilarityTopK"),
 )
 
 
