@@ -21,6 +21,7 @@ from mmfuse.export.served import DTYPES, SERVED, export_served
 # the action is chosen
 ACTIONS = {
     "check": ("mmfuse.export.check_cli", "compare an exported file with PyTorch"),
+    "systems": ("mmfuse.export.systems_cli", "export and check every reference system at a small size"),
     "ops": ("mmfuse.export.ops_cli", "the operators that leave as nodes"),
 }
 

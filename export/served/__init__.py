@@ -32,6 +32,7 @@ class Served:
         module: of a model; it takes the inputs by name and returns the outputs in order.
         samples: (model, sizes, generator) to inputs; `sizes` has a number for each name of a free dimension.
         sizes: what a check runs.
+        tiny: a small configuration in which the part has something to do.
     """
 
     name: str
@@ -40,6 +41,16 @@ class Served:
     module: Callable[[Any], nn.Module]
     samples: Callable[[Any, Sizes, torch.Generator], dict[str, Tensor]]
     sizes: Sequence[Sizes]
+    tiny: Mapping[str, Any]
+
+    def configuration(self, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments of a preset, of "tiny", or as they are given."""
+        if not isinstance(given, str):
+            return given
+        presets = {"tiny": self.tiny, **system(self.name.partition("/")[0]).presets}
+        if given not in presets:
+            raise ValueError(f"preset is {given!r}, expected one of {', '.join(presets)}")
+        return presets[given]
 
     def inputs(self, model: nn.Module, sizes: Sizes | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Samples in the model's dtype; by default sizes that are neither 1 nor equal, as an export wants them."""
@@ -76,14 +87,15 @@ def export_served(
     """Write part `name` of a reference model; the file records how to make the model again.
 
     Args:
-        config, seed, weights: of `build`. options: of `export_onnx`.
+        config: a preset, "tiny", or the constructor's arguments.
+        seed, weights: of `build`.
+        options: of `export_onnx`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    part, given = served(name), config
-    if isinstance(config, str):
-        config = dict(system(name.partition("/")[0]).presets.get(config, {}))
-    model = build(name, given, seed=seed or 0, weights=weights).to(DTYPES[dtype]).eval()
+    part = served(name)
+    config = part.configuration(config)
+    model = build(name, config, seed=seed or 0, weights=weights).to(DTYPES[dtype]).eval()
     facts = {"model": name, "config": json.dumps(config), "seed": None if weights else seed, "weights": weights}
     return export_onnx(
         part.module(model), part.inputs(model), path, dynamic=part.dynamic, outputs=part.outputs, facts=facts, **options
@@ -131,46 +143,4 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-# --- CLIP -----------------------------------------------------------------------------------------------------------
-
-
-class ServedCLIP(nn.Module):
-    """CLIP with its embeddings beside its logits.
-
-    image [image_batch, 3, R, R] in the model's dtype, normalised pixels; text [text_batch, context_length] int64 ids ->
-        logits_per_image [image_batch, text_batch]: temperature times cosine; their softmax is the zero-shot probability
-        logits_per_text [text_batch, image_batch]: its transpose
-        image_embeds [image_batch, embed_dim], text_embeds [text_batch, embed_dim]: of length 1, for an index
-    """
-
-    def __init__(self, clip: Any):
-        super().__init__()
-        self.clip = clip
-
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        image_embeds, text_embeds = self.clip.encode_image(image), self.clip.encode_text(text)
-        image_embeds = image_embeds / image_embeds.norm(dim=-1, keepdim=True)
-        text_embeds = text_embeds / text_embeds.norm(dim=-1, keepdim=True)
-        logits = self.clip.logit_scale.exp() * image_embeds @ text_embeds.T
-        return logits, logits.T, image_embeds, text_embeds
-
-
-def _clip_samples(model: Any, sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
-    """Each text ends somewhere with the end token, the highest id, then zeros."""
-    size, length, vocabulary = model.image_resolution, model.context_length, model.token_embedding.num_embeddings
-    image = torch.randn(sizes["image_batch"], 3, size, size, generator=generator)
-    texts = sizes["text_batch"]
-    text = torch.randint(1, vocabulary - 1, (texts, length), generator=generator)
-    end = torch.randint(1, length, (texts, 1), generator=generator)
-    return {"image": image, "text": torch.where(torch.arange(length) < end, text, 0).scatter(1, end, vocabulary - 1)}
-
-
-SERVED["clip"] = Served(
-    "clip",
-    outputs=("logits_per_image", "logits_per_text", "image_embeds", "text_embeds"),
-    dynamic={"image": {0: "image_batch"}, "text": {0: "text_batch"}},
-    module=ServedCLIP,
-    samples=_clip_samples,
-    # an empty batch switches one tower off, and the last is large enough for a steady error
-    sizes=[{"image_batch": i, "text_batch": t} for i, t in ((1, 1), (3, 2), (2, 0), (0, 2), (4, 16))],
-)
+from mmfuse.export.served import systems  # noqa: E402, F401  (declares the parts)
