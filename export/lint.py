@@ -16,7 +16,38 @@ LARGEST_HALF = 65504.0
 NEWEST_OPSET = {"trt": 24, "trt-rtx": 24}
 # beyond ONNX's own; TensorRT's parser looks at these names in any domain
 TENSORRT_NAMES = frozenset(
-    ["BatchedNMS_TRT", "BatchedNMSDynamic_TRT", "BiasGelu", "CustomQKVToContextPluginDynamic", "CustomSkipLayerNormPluginDynamic", "EfficientNMS_TRT", "FastGelu", "FusedConv", "GroupNormalizationPlugin", "GroupQueryAttention", "InstanceNormalization_TRT", "LayerNorm", "MultiHeadAttention", "MultiscaleDeformableAttnPlugin_TRT", "PriorBox_TRT", "QuickGelu", "ROIAlign_TRT", "RotaryEmbedding", "ScatterElements", "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Swish", "TRT_Attention", "TRT_FP8DequantizeLinear", "TRT_FP8QuantizeLinear", "TRT_INT4DequantizeLinear", "TRT_INT4QuantizeLinear", "TRT_KVCacheUpdate", "TRT_MoE"]
+    [
+        "BatchedNMS_TRT",
+        "BatchedNMSDynamic_TRT",
+        "BiasGelu",
+        "CustomQKVToContextPluginDynamic",
+        "CustomSkipLayerNormPluginDynamic",
+        "EfficientNMS_TRT",
+        "FastGelu",
+        "FusedConv",
+        "GroupNormalizationPlugin",
+        "GroupQueryAttention",
+        "InstanceNormalization_TRT",
+        "LayerNorm",
+        "MultiHeadAttention",
+        "MultiscaleDeformableAttnPlugin_TRT",
+        "PriorBox_TRT",
+        "QuickGelu",
+        "ROIAlign_TRT",
+        "RotaryEmbedding",
+        "ScatterElements",
+        "SimplifiedLayerNormalization",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+        "Swish",
+        "TRT_Attention",
+        "TRT_FP8DequantizeLinear",
+        "TRT_FP8QuantizeLinear",
+        "TRT_INT4DequantizeLinear",
+        "TRT_INT4QuantizeLinear",
+        "TRT_KVCacheUpdate",
+        "TRT_MoE",
+    ]
 )
 
 

@@ -51,12 +51,11 @@ class Call:
     def given(self) -> list[Any]:
         return [leaf for leaf in self.leaves if isinstance(leaf, (Tensor, torch.SymInt))]
 
-    def compute(self, given: Iterable[Any]) -> list[Tensor]:
-        """The outputs of the operator, with other values of its inputs."""
+    def compute(self, given: Iterable[Any]) -> Any:
+        """The operator, with other values of its inputs."""
         values = iter(given)
         leaves = [next(values) if isinstance(leaf, (Tensor, torch.SymInt)) else leaf for leaf in self.leaves]
-        outputs = self.operator.body(self.operator.signature.restore(tree_unflatten(leaves, self.spec)))
-        return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        return self.operator.body(self.operator.signature.restore(tree_unflatten(leaves, self.spec)))
 
     def attributes(self) -> dict[str, Any]:
         """The operator's other arguments, as far as they are known before the model runs."""
@@ -78,21 +77,21 @@ class Nodes:
         if operator.export is None:
             return operator.formula(args)
         call = self._call(operator, operator.signature.flatten(args))
-        outputs = _empty(call)
+        result = _empty(call)
+        outputs = _tensors(result)
         # an integer is an input like others
         given = [t if isinstance(t, Tensor) else torch.scalar_tensor(t, dtype=torch.int64) for t in call.given]
         domain_and_name, attributes = f"{DOMAIN}::{call.name}", call.attributes()
         shapes, dtypes = [t.shape for t in outputs], [t.dtype for t in outputs]
         if len(outputs) == 1:
-            found = torch.onnx.ops.symbolic(
-                domain_and_name, given, attributes, dtype=dtypes[0], shape=shapes[0], version=1
-            )
-            return found if operator.Outputs is None else (found,)
-        return tuple(
-            torch.onnx.ops.symbolic_multi_out(
-                domain_and_name, given, attributes, dtypes=dtypes, shapes=shapes, version=1
-            )
-        )
+            node, of_one = torch.onnx.ops.symbolic, {"dtype": dtypes[0], "shape": shapes[0]}
+            found = [node(domain_and_name, given, attributes, version=1, **of_one)]
+        else:
+            several = torch.onnx.ops.symbolic_multi_out
+            found = list(several(domain_and_name, given, attributes, dtypes=dtypes, shapes=shapes, version=1))
+        if isinstance(result, Tensor):
+            return found[0]
+        return type(result)(*found) if hasattr(result, "_fields") else tuple(found)
 
     def _call(self, operator: Operator, flat: Sequence[Any]) -> Call:
         leaves, spec = tree_flatten(list(flat))
@@ -149,7 +148,11 @@ def _attribute(value: Any) -> Any:
     return list(value) if flat else json.dumps(value)
 
 
-def _empty(call: Call) -> list[Tensor]:
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _empty(call: Call) -> Any:
     """The outputs without their numbers; nothing of it is traced."""
     mode = detect_fake_mode(call.given)
     with _disable_current_modes(), mode, torch.no_grad(), exporting(formula):
@@ -167,7 +170,7 @@ class _Body(nn.Module):
         self._call = call
 
     def forward(self, *given: Any) -> tuple[Tensor, ...]:
-        return tuple(self._call.compute(given))
+        return tuple(_tensors(self._call.compute(given)))
 
 
 def attach(model: onnx_ir.Model, nodes: Nodes, opset: int) -> None:

@@ -63,6 +63,14 @@ class Served:
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         return {name: t.to(dtype) if t.is_floating_point() else t for name, t in given.items()}
 
+    def export(
+        self, model: nn.Module, path: str | Path, *, facts: Mapping[str, Any] | None = None, **options: Any
+    ) -> Path:
+        """Write `model` to a file with this part's names and free sizes; options as of `export_onnx`."""
+        facts = {"model": self.name, **(facts or {})}
+        names = {"dynamic": self.dynamic, "outputs": self.outputs}
+        return export_onnx(self.module(model), self.inputs(model), path, facts=facts, **names, **options)
+
 
 SERVED: dict[str, Served] = {}
 
@@ -96,10 +104,8 @@ def export_served(
     part = served(name)
     config = part.configuration(config)
     model = build(name, config, seed=seed or 0, weights=weights).to(DTYPES[dtype]).eval()
-    facts = {"model": name, "config": json.dumps(config), "seed": None if weights else seed, "weights": weights}
-    return export_onnx(
-        part.module(model), part.inputs(model), path, dynamic=part.dynamic, outputs=part.outputs, facts=facts, **options
-    )
+    facts = {"config": json.dumps(config), "seed": None if weights else seed, "weights": weights}
+    return part.export(model, path, facts=facts, **options)
 
 
 def build(name: str, config: str | Mapping[str, Any], *, seed: int = 0, weights: str | Path | None = None) -> nn.Module:

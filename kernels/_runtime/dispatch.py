@@ -69,7 +69,7 @@ def exported_by() -> Callable[[Any, Any], Any] | None:
 
 @contextmanager
 def exporting(stand_in: Callable[[Any, Any], Any] | None) -> Iterator[None]:
-    """While a graph is traced, `stand_in(operator, args)` takes the place of every operator that has no named backend."""
+    """While a graph is traced, `stand_in(operator, args)` takes the place of operators without a named backend."""
     before, _traced.export = _traced.export, stand_in
     try:
         yield

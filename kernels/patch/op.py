@@ -65,7 +65,7 @@ def steps_aside(pixels: Any, weight: Tensor, bare: bool = False) -> bool:
         pixels, weight: as `patch_embed` takes them.
         bare: nothing is added to the product, nor is it normalised.
 
-    Not where an implementation is named or a graph exported, and not for bytes, which a library would have to normalise.
+    Not where an implementation is named or a graph exported, nor for bytes, which a library would have to normalise.
     """
     # flat: after a convolution every function that is called has left the cache
     if not isinstance(pixels, Tensor) or not pixels.is_cpu or not pixels.is_floating_point():
