@@ -1,4 +1,4 @@
-"""Rules that a file has to keep so that every runtime reads it as it was meant. Each comes from a failure that was seen."""
+"""Rules by which every runtime reads a file as it was meant. Each comes from a failure that was seen."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ def typed_constants(file: onnx.ModelProto, facts: Mapping[str, str]) -> Found:
     for f in file.functions:
         cast = {n.input[0] for n in f.node if n.op_type == "CastLike"}
         for n in f.node:
-            if n.op_type == "Constant" and n.attribute[0].name in ("value_float", "value_floats"):
-                if n.output[0] not in cast:
-                    yield f.name, f"{n.output[0]} is float32 whatever the model's dtype"
+            untyped = n.op_type == "Constant" and n.attribute[0].name in ("value_float", "value_floats")
+            if untyped and n.output[0] not in cast:
+                yield f.name, f"{n.output[0]} is float32 whatever the model's dtype"
 
 
 def in_range(file: onnx.ModelProto, facts: Mapping[str, str]) -> Found:
@@ -158,9 +158,10 @@ def plain_attention(file: onnx.ModelProto, facts: Mapping[str, str]) -> Found:
     """TensorRT's Attention has 4 dimensions, one output and no cache."""
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*file.graph.value_info, *file.graph.input)}
     for n in every_node(file):
-        if n.op_type == "Attention" and not n.domain:
-            if any(ranks.get(name, 4) != 4 for name in n.input[:3]) or len([o for o in n.output if o]) > 1:
-                yield n.name, "is an Attention of other than 4 dimensions or with more than one output"
+        if n.op_type != "Attention" or n.domain:
+            continue
+        if any(ranks.get(name, 4) != 4 for name in n.input[:3]) or len([o for o in n.output if o]) > 1:
+            yield n.name, "is an Attention of other than 4 dimensions or with more than one output"
 
 
 def kept_nodes(file: onnx.ModelProto, facts: Mapping[str, str]) -> Found:

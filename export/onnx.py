@@ -79,7 +79,7 @@ def export_onnx(
     Raises:
         ValueError: an argument does not fit, or `path` cannot be written.
         TypeError: the model is no module, or its dtype is none of float32, float16 and bfloat16.
-        UnsupportedError: onnx or onnxscript is missing, or something in the model has no form in ONNX; the message names
+        UnsupportedError: onnx or onnxscript is missing, or a part of the model has no form in ONNX; the message names
             the module and the reason.
     """
     path = Path(path)

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 import mmfuse
 from mmfuse.kernels.head import select_head
-from mmfuse.kernels.points import mini_pointnet
-from mmfuse.kernels.text import embed_text
 from mmfuse.kernels.multiway.op import routed_ffn, routed_layer_norm, routed_linear, routed_rms_norm
 from mmfuse.kernels.multiway.routing import Routing
+from mmfuse.kernels.points import mini_pointnet
+from mmfuse.kernels.text import embed_text
 
 # each is told to be different from the others: equal sizes would be taken for one
 B, L, S, D, H = 3, 5, 9, 16, 24
