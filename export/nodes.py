@@ -7,6 +7,7 @@ them in line.
 
 from __future__ import annotations
 
+import builtins
 import json
 import warnings
 from collections import defaultdict
@@ -21,7 +22,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from mmfuse.kernels._runtime import Operator
+from mmfuse.kernels._runtime import Operator, UnsupportedError
 from mmfuse.kernels._runtime.dispatch import exporting
 from mmfuse.kernels._runtime.signature import is_list, is_tensor
 
@@ -187,7 +188,13 @@ def _function(call: Call, opset: int) -> onnx_ir.Function:
     import onnx_ir as ir
 
     given, free = _samples(call)
-    graph = translated(traced(_Body(call), given, {"given": free}), given, opset=opset).graph
+    program = traced(_Body(call), given, {"given": free})
+    for outer, inner in zip(call.given, placeholders(program), strict=True):
+        if not isinstance(outer, Tensor):
+            continue
+        if any(is_free(wide) and not is_free(narrow) for wide, narrow in zip(outer.shape, inner.shape, strict=True)):
+            raise UnsupportedError(f"{call.operator.name}'s formula takes {tuple(inner.shape)} and no other sizes")
+    graph = translated(program, given, opset=opset).graph
     for value in list(graph.initializers.values()):
         constant = ir.node("Constant", [], {"value": value.const_value}, num_outputs=1)
         constant.outputs[0].type, constant.outputs[0].shape = value.type, value.shape
@@ -234,6 +241,11 @@ def _samples(call: Call) -> tuple[tuple[Any, ...], Any]:
     return tuple(given), tuple(free)
 
 
+def is_free(n: Any) -> bool:
+    """Whether a size is known only when the model runs."""
+    return isinstance(n, torch.SymInt) and n.node.maybe_as_int() is None
+
+
 def _hint(n: int | torch.SymInt) -> int:
     if not isinstance(n, torch.SymInt):
         return n
@@ -250,12 +262,29 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _len_of_any_size() -> Iterator[None]:
+    """`len(t)` of a tensor is its first size, which may be free; Python's own would make a number of it."""
+    own = builtins.len
+    builtins.len = lambda of: of.shape[0] if isinstance(of, Tensor) and of.dim() else own(of)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.len = own
+
+
 def traced(
     model: nn.Module, inputs: Sequence[Any], dynamic_shapes: Any, nodes: Nodes | None = None
 ) -> torch.export.ExportedProgram:
     """The graph of a module in evaluation; operators are nodes, or taken apart."""
-    with _quiet(), exporting(nodes or formula):
+    with _quiet(), _len_of_any_size(), exporting(nodes or formula):
         return torch.export.export(model, tuple(inputs), dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def placeholders(program: torch.export.ExportedProgram) -> list[Any]:
+    """What a program is given, with the sizes that it has found."""
+    values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+    return [values[name] for name in program.graph_signature.user_inputs]
 
 
 def translated(

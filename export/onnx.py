@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 import mmfuse
-from mmfuse.export.nodes import DOMAIN, Nodes, attach, traced, translated
+from mmfuse.export.nodes import DOMAIN, Nodes, attach, is_free, placeholders, traced, translated
 from mmfuse.export.require import require
 from mmfuse.kernels._runtime import UnsupportedError
 from mmfuse.kernels._runtime.dtypes import dtype_name
@@ -177,15 +177,11 @@ class Given:
 
     def sizes(self, program: torch.export.ExportedProgram) -> dict[str, str]:
         """The name of each size that torch calls s0, s1, ...; raises where one that was to be free is none."""
-        from torch.export.graph_signature import InputKind
-
-        user = [s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
-        values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
         found: dict[str, str] = {}
-        for name, dims, placeholder in zip(self.names, self.dims, user, strict=True):
+        for name, dims, t in zip(self.names, self.dims, placeholders(program), strict=True):
             for axis, of in dims.items():
-                n = values[placeholder].shape[axis]
-                if not isinstance(n, torch.SymInt):
+                n = t.shape[axis]
+                if not is_free(n):
                     raise ValueError(
                         f"dynamic of {name!r} has axis {axis}, but the model takes {n} there and nothing else"
                     )
