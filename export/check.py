@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mmfuse.export.audit import audit_float16
 from mmfuse.export.lint import every_node, lint
 from mmfuse.export.nodes import DOMAIN
 from mmfuse.export.onnx import Called, Given, fingerprint
@@ -32,9 +33,10 @@ def check_onnx(
     """Compare a file of `export_onnx` with the PyTorch model, on the CPU.
 
     Checks: onnx's checker with shape inference; the rules of `mmfuse.export.lint`; every weight that has kept its name;
-    onnxruntime's outputs over several sizes. An output holds if its error against float64 is at most
-    twice that of PyTorch in the file's dtype plus one ulp of the largest value. An error is the root mean square over
-    the output's elements of all runs: a maximum over few elements is luck.
+    onnxruntime's outputs over several sizes; of a file in float16, that no node can leave its range, of others which
+    would. An output holds if its error against float64 is at most twice that of PyTorch in the file's dtype plus one
+    ulp of the largest value. An error is the root mean square over the output's elements of all runs: a maximum over
+    few elements is luck.
 
     Args:
         model: the model that was exported; by default it is made again from the file's own record.
@@ -75,6 +77,10 @@ def check_onnx(
         _attempt("weights", _weights, file, path, called),
         _attempt("onnxruntime", _onnxruntime, path, called, inputs, outputs),
     ]
+    half = _half(path, called, inputs)
+    if facts["dtype"] == "float16":
+        fits = half["first"] is None
+        checks.append({"name": "float16", "ok": fits, "detail": half["detail"]})
     return {
         "ok": all(part["ok"] for part in checks + outputs),
         "file": str(path),
@@ -84,6 +90,7 @@ def check_onnx(
         "ours": dict(Counter(node.op_type for node in every_node(file) if node.domain == DOMAIN).most_common()),
         "checks": checks,
         "outputs": outputs,
+        "float16": half,
     }
 
 
@@ -172,6 +179,24 @@ def _onnxruntime(
         got, own, true = (torch.cat([run[which][i].flatten() for run in runs]) for which in range(3))
         outputs.append({"name": name, **_judge(got, own, true)})
     return f"ran {', '.join(ran)}"
+
+
+def _half(path: Path, model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the audit of float16's range finds, or why there is none."""
+    given = [Given(model, one, {}) for one in inputs]
+    feeds = [dict(zip(g.names, (t.numpy() for t in g.tensors), strict=True)) for g in given]
+    feeds = [feed for feed in feeds if all(t.size for t in feed.values())]
+    try:
+        found = audit_float16(path, feeds)
+    except Exception as error:  # onnx and onnxruntime have no common class
+        return {"first": None, "masked_rows": {}, "detail": f"not told: {error}"}
+    first = found.first
+    if first is None:
+        largest = max(found.ranges, key=lambda r: r.bound)
+        detail = f"every node stays in range, the largest bound is {largest.bound:.0f} at {largest.node}"
+    else:
+        detail = f"{first.node} ({first.op}) can reach {first.bound:.3g}, {first.observed:.3g} was seen"
+    return {"first": None if first is None else first.node, "masked_rows": found.masked_rows, "detail": detail}
 
 
 def _judge(got: Tensor, eager: Tensor, exact: Tensor) -> dict[str, Any]:

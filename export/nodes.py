@@ -22,7 +22,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from mmfuse.kernels._runtime import Operator, UnsupportedError
+from mmfuse.kernels._runtime import Operator
 from mmfuse.kernels._runtime.dispatch import exporting
 from mmfuse.kernels._runtime.signature import is_list, is_tensor
 
@@ -67,15 +67,28 @@ class Call:
         return own | {name: value for name, value in found.items() if value is not None}
 
 
+class NoFunction(Exception):
+    """An operator whose formula cannot be a function for these arguments."""
+
+    def __init__(self, operator: str, why: str):
+        super().__init__(f"{operator}: {why}")
+        self.operator, self.why = operator, why
+
+
 @dataclass
 class Nodes:
-    """Stands in for operators while a graph is traced, and remembers what its nodes mean."""
+    """Stands in for operators while a graph is traced, and remembers what its nodes mean.
 
+    Args:
+        apart: operators that are taken apart all the same, and why.
+    """
+
+    apart: dict[str, str] = field(default_factory=dict)
     calls: dict[Any, Call] = field(default_factory=dict)
     taken: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def __call__(self, operator: Operator, args: Sequence[Any]) -> Any:
-        if operator.export is None:
+        if operator.export is None or operator.name in self.apart:
             return operator.formula(args)
         call = self._call(operator, operator.signature.flatten(args))
         result = _empty(call)
@@ -175,11 +188,18 @@ class _Body(nn.Module):
 
 
 def attach(model: onnx_ir.Model, nodes: Nodes, opset: int) -> None:
-    """Give every node of `nodes` in `model` its function. Last of all: optimisers put functions in line."""
+    """Give every node of `nodes` in `model` its function. Last of all: optimisers put functions in line.
+
+    Raises:
+        NoFunction: an operator's formula has none for its arguments.
+    """
     used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
     calls = {call.name: call for call in nodes.calls.values() if call.name in used}
     for call in calls.values():
-        function = _function(call, opset)
+        try:
+            function = _function(call, opset)
+        except Exception as error:  # torch has many
+            raise NoFunction(call.operator.name, first_line(error)) from error
         model.functions[function.identifier()] = function
 
 
@@ -193,7 +213,7 @@ def _function(call: Call, opset: int) -> onnx_ir.Function:
         if not isinstance(outer, Tensor):
             continue
         if any(is_free(wide) and not is_free(narrow) for wide, narrow in zip(outer.shape, inner.shape, strict=True)):
-            raise UnsupportedError(f"{call.operator.name}'s formula takes {tuple(inner.shape)} and no other sizes")
+            raise ValueError(f"the formula takes {tuple(inner.shape)} and no other sizes")
     graph = translated(program, given, opset=opset).graph
     for value in list(graph.initializers.values()):
         constant = ir.node("Constant", [], {"value": value.const_value}, num_outputs=1)
@@ -260,6 +280,13 @@ def _quiet() -> Iterator[None]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own calls
         yield
+
+
+def first_line(error: BaseException) -> str:
+    """The reason at the bottom of a chain of exceptions, which torch wraps in many lines of its own."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 import mmfuse
-from mmfuse.export.nodes import DOMAIN, Nodes, attach, is_free, placeholders, traced, translated
+from mmfuse.export.nodes import DOMAIN, Nodes, NoFunction, attach, first_line, is_free, placeholders, traced, translated
 from mmfuse.export.require import require
+from mmfuse.fused import decelerate
+from mmfuse.fused.acceleration.method import is_accelerated
 from mmfuse.kernels._runtime import UnsupportedError
 from mmfuse.kernels._runtime.dtypes import dtype_name
 
@@ -95,30 +98,52 @@ def export_onnx(
     dtype = dtype_of(model, given.tensors)
     if opset is None:
         opset = OPSETS[target][dtype]
-    program, nodes = _program(model, given, opset, mode, outputs)
+    program, apart = _exported(model, given, opset, mode, outputs)
     versions = {"version": mmfuse.__version__, "torch": torch.__version__}
     what = {"target": target, "mode": mode, "opset": opset, "dtype": dtype_name(dtype), "dynamic": given.said}
     ours = Counter(node.op_type for node in program.graph.all_nodes() if node.domain == DOMAIN)
-    holds = {"weights_sha256": fingerprint(model), "operators": json.dumps(ours)}
+    holds = {"weights_sha256": fingerprint(model), "operators": json.dumps(ours), "apart": apart}
     found = versions | what | holds | dict(facts or {})
     program.metadata_props.update({f"mmfuse.{key}": str(fact) for key, fact in found.items() if fact is not None})
-    if mode == "functions":
-        attach(program, nodes, opset)
     _write(program, path)
     return path
 
 
-def _program(
+def _exported(
     model: nn.Module, given: Given, opset: int, mode: str, outputs: Sequence[str] | None
-) -> tuple[onnx_ir.Model, Nodes]:
+) -> tuple[onnx_ir.Model, str | None]:
+    """The graph of a model with its functions, and what had to be taken apart, and why."""
+    nodes = None if mode == "decomposed" else Nodes()
+    while True:
+        try:
+            program = _program(model, given, opset, nodes, outputs)
+            if nodes is not None and mode == "functions":
+                attach(program, nodes, opset)
+        except NoFunction as error:
+            nodes = Nodes((nodes or Nodes()).apart | {error.operator: error.why})
+        except UnsupportedError as error:
+            if not is_accelerated(model):
+                raise
+            warnings.warn(f"fused code has no form in ONNX, its class's own code is exported: {error}", stacklevel=3)
+            model = copy.deepcopy(model)
+            decelerate(model)
+            program, _ = _exported(model, given, opset, mode, outputs)
+            return program, str(error)
+        else:
+            why = "; ".join(f"{operator}: {why}" for operator, why in nodes.apart.items()) if nodes else None
+            return program, why or None
+
+
+def _program(
+    model: nn.Module, given: Given, opset: int, nodes: Nodes | None, outputs: Sequence[str] | None
+) -> onnx_ir.Model:
     """The graph of a model, without functions."""
-    nodes = Nodes()
     training = {module: module.training for module in model.modules()}
     called = Called(on_cpu(model), given)
     try:
         called.eval()
         try:
-            program = traced(called, given.tensors, given.dynamic, None if mode == "decomposed" else nodes)
+            program = traced(called, given.tensors, given.dynamic, nodes)
         except Exception as error:  # torch.export has many
             raise _unsupported(model, error, None) from error
         sizes = given.sizes(program)
@@ -132,7 +157,7 @@ def _program(
             module.training = before
     _name_sizes(onnx, sizes)
     _name_weights(onnx)
-    return onnx, nodes
+    return onnx
 
 
 class Given:
@@ -313,5 +338,4 @@ def _unsupported(
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             where = f" in {stack[-1][0].removeprefix('model.') or 'the model'}: {node.target}" if stack else ""
             break
-    reason = next((line for why in reversed(reasons) for line in why.splitlines() if line.strip()), "")
-    return UnsupportedError(f"{type(model).__name__} cannot be exported{where}: {reason}")
+    return UnsupportedError(f"{type(model).__name__} cannot be exported{where}: {first_line(error)}")
