@@ -50,7 +50,7 @@ class Call:
 
     @property
     def given(self) -> list[Any]:
-        return [leaf for leaf in self.leaves if isinstance(leaf, (Tensor, torch.SymInt))]
+        return _inputs(self.leaves)
 
     def compute(self, given: Iterable[Any]) -> Any:
         """The operator, with other values of its inputs."""
@@ -90,11 +90,12 @@ class Nodes:
     def __call__(self, operator: Operator, args: Sequence[Any]) -> Any:
         if operator.export is None or operator.name in self.apart:
             return operator.formula(args)
-        call = self._call(operator, operator.signature.flatten(args))
-        result = _empty(call)
+        leaves, spec = tree_flatten(list(operator.signature.flatten(args)))
+        call = self._call(operator, leaves, spec)
+        result = _empty(call, _inputs(leaves))
         outputs = _tensors(result)
         # an integer is an input like others
-        given = [t if isinstance(t, Tensor) else torch.scalar_tensor(t, dtype=torch.int64) for t in call.given]
+        given = [t if isinstance(t, Tensor) else torch.scalar_tensor(t, dtype=torch.int64) for t in _inputs(leaves)]
         domain_and_name, attributes = f"{DOMAIN}::{call.name}", call.attributes()
         shapes, dtypes = [t.shape for t in outputs], [t.dtype for t in outputs]
         if len(outputs) == 1:
@@ -107,17 +108,20 @@ class Nodes:
             return found[0]
         return type(result)(*found) if hasattr(result, "_fields") else tuple(found)
 
-    def _call(self, operator: Operator, flat: Sequence[Any]) -> Call:
-        leaves, spec = tree_flatten(list(flat))
+    def _call(self, operator: Operator, leaves: Sequence[Any], spec: TreeSpec) -> Call:
         if wrong := [leaf for leaf in leaves if isinstance(leaf, (torch.SymFloat, torch.SymBool))]:
             raise TypeError(f"{operator.name} has {wrong[0]} among its arguments, expected it to be known or a tensor")
         key = (operator.name, str(spec), *_described(leaves))
         if key not in self.calls:
-            name = f"{operator.export.onnx_name}{_optional(operator, flat)}"  # type: ignore[union-attr]
+            name = f"{operator.export.onnx_name}{_optional(operator, tree_unflatten(leaves, spec))}"  # type: ignore[union-attr]
             self.taken[name] += 1
             number = self.taken[name]
             self.calls[key] = Call(operator, spec, leaves, name if number == 1 else f"{name}_{number}")
         return self.calls[key]
+
+
+def _inputs(leaves: Iterable[Any]) -> list[Any]:
+    return [leaf for leaf in leaves if isinstance(leaf, (Tensor, torch.SymInt))]
 
 
 def _optional(operator: Operator, flat: Sequence[Any]) -> str:
@@ -166,12 +170,12 @@ def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _empty(call: Call) -> Any:
+def _empty(call: Call, given: Sequence[Any]) -> Any:
     """The outputs without their numbers; nothing of it is traced."""
-    mode = detect_fake_mode(call.given)
+    mode = detect_fake_mode(given)
     with _disable_current_modes(), mode, torch.no_grad(), exporting(formula):
         # functional tensors are made anew as fake ones
-        given = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), call.given)
+        given = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), list(given))
         return call.compute(given)
 
 
