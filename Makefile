@@ -1,4 +1,4 @@
-# Targets: test, fuzz, compat, newest, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on first use);
+# Targets: test, test-export, fuzz, compat, newest, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on first use);
 # gpu-report (.venv where there is one, else $(PYTHON)) and test-gpu ($(PYTHON) as it is).
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST = pytest $(TESTS) --durations=15 $(PYTEST_ARGS)
 PACKAGES := bench export models fused kernels
 
-.PHONY: test fuzz compat newest demo bench lint docs compile-report sanitize gpu-report test-gpu clean build/typing
+.PHONY: test test-export fuzz compat newest demo bench lint docs compile-report sanitize gpu-report test-gpu clean build/typing
 .DEFAULT_GOAL := test
 
 # torch comes first and is named again below, so that nothing pulls in another one
@@ -39,6 +39,11 @@ $(VENV)/ready: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*/*)
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -n $(JOBS) --dist loadgroup
+
+# every reference system as an ONNX file, not one of each kind alone
+test-export: TESTS = tests/export
+test-export: export MMFUSE_EXPORT := all
+test-export: test
 
 fuzz: TESTS = tests/fuzz/test_fuzz.py
 fuzz: export FUZZ_EXAMPLES := $(FUZZ_EXAMPLES)

@@ -1,38 +1,46 @@
-"""Does an exported file hold what it says? ONNX's checker, and onnxruntime against PyTorch."""
+"""Does an exported file hold what it says? ONNX's checker, the rules, and onnxruntime against PyTorch."""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmfuse.export.clip import DTYPES, INPUTS, OUTPUTS, ServedCLIP, build, fingerprint, samples
+from mmfuse.export.audit import audit_float16
+from mmfuse.export.lint import every_node, lint
+from mmfuse.export.nodes import DOMAIN
+from mmfuse.export.onnx import Called, Given, fingerprint
 from mmfuse.export.require import require
-from mmfuse.models.clip import CLIP
+from mmfuse.export.served import DTYPES, SERVED, build, served
 
 if TYPE_CHECKING:
     import onnx
 
-# images x texts: an empty batch switches one tower off, and the last is large enough for a steady error
-BATCHES = ((1, 1), (3, 2), (2, 0), (0, 2), (4, 16))
 
-
-def check_onnx(path: str | Path, model: CLIP | None = None, *, weights: str | Path | None = None) -> dict[str, Any]:
+def check_onnx(
+    path: str | Path,
+    model: nn.Module | None = None,
+    inputs: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    weights: str | Path | None = None,
+) -> dict[str, Any]:
     """Compare a file of `export_onnx` with the PyTorch model, on the CPU.
 
-    Checks: onnx's checker with shape inference; standard operators of the recorded opset only; every token's
-    embedding; onnxruntime's outputs over several batch sizes. An output holds if its error against float64 is at most
-    twice that of PyTorch in the file's dtype plus one ulp of the largest value. An error is the root mean square over
-    the output's elements of all batches: a maximum over few elements is luck.
+    Checks: onnx's checker with shape inference; the rules of `mmfuse.export.lint`; every weight that has kept its name;
+    onnxruntime's outputs over several sizes; of a file in float16, that no node can leave its range, of others which
+    would. An output holds if its error against float64 is at most twice that of PyTorch in the file's dtype plus one
+    ulp of the largest value. An error is the root mean square over the output's elements of all runs: a maximum over
+    few elements is luck.
 
     Args:
         model: the model that was exported; by default it is made again from the file's own record.
+        inputs: what to run, as `export_onnx` takes them; by default samples of the recorded model.
         weights: where the recorded weights file is now.
 
     Returns:
@@ -46,29 +54,43 @@ def check_onnx(path: str | Path, model: CLIP | None = None, *, weights: str | Pa
     path = Path(path)
     file, size = _read(path)
     facts = {p.key.removeprefix("mmfuse."): p.value for p in file.metadata_props if p.key.startswith("mmfuse.")}
-    if facts.get("model") != "clip":
+    if "weights_sha256" not in facts:
         raise ValueError(f"path is {str(path)!r}, which has no record of an export by mmfuse")
-    model = _rebuild(facts, weights) if model is None else copy.deepcopy(model).cpu()
-    if fingerprint(model) != facts["weights_sha256"]:
+    part = SERVED.get(facts.get("model", ""))
+    if model is None:
+        model = _rebuild(facts, weights)
+    model = copy.deepcopy(model).cpu().eval()
+    called = model if part is None else part.module(model)
+    if fingerprint(called) != facts["weights_sha256"]:
         raise ValueError(
             f"the model is not the one exported to {str(path)!r}: other weights (seed {facts.get('seed')}, file "
             f"{weights or facts.get('weights')}, torch {torch.__version__} here and {file.producer_version} there)"
         )
+    if inputs is None:
+        if part is None:
+            raise ValueError("the file does not record what goes in: pass inputs to check_onnx(path, model, inputs)")
+        inputs = [part.inputs(model, sizes) for sizes in part.sizes]
     outputs: list[dict[str, Any]] = []
     checks = [
         _attempt("onnx.checker", _checker, path),
-        _attempt("operators", _operators, file, facts),
-        _attempt("token embedding", _token_embedding, file, path, model),
-        _attempt("onnxruntime", _onnxruntime, path, model, outputs),
+        _attempt("rules", _rules, file, facts),
+        _attempt("weights", _weights, file, path, called),
+        _attempt("onnxruntime", _onnxruntime, path, called, inputs, outputs),
     ]
+    half = _half(path, called, inputs)
+    if facts["dtype"] == "float16":
+        fits = half["first"] is None
+        checks.append({"name": "float16", "ok": fits, "detail": half["detail"]})
     return {
         "ok": all(part["ok"] for part in checks + outputs),
         "file": str(path),
         "bytes": size,
         **facts,
         "operators": dict(Counter(node.op_type for node in file.graph.node).most_common()),
+        "ours": dict(Counter(node.op_type for node in every_node(file) if node.domain == DOMAIN).most_common()),
         "checks": checks,
         "outputs": outputs,
+        "float16": half,
     }
 
 
@@ -85,11 +107,12 @@ def _read(path: Path) -> tuple[onnx.ModelProto, int]:
         raise ValueError(f"path is {str(path)!r}, which is not a readable ONNX file: {error}") from error
 
 
-def _rebuild(facts: Mapping[str, str], weights: str | Path | None) -> CLIP:
+def _rebuild(facts: Mapping[str, str], weights: str | Path | None) -> nn.Module:
     weights = weights or facts.get("weights")
-    if "config" not in facts or (weights is None and "seed" not in facts):
+    if not {"model", "config"} <= facts.keys() or (weights is None and "seed" not in facts):
         raise ValueError("the file does not record how its model was made: pass the model to check_onnx(path, model)")
-    model = build(json.loads(facts["config"]), seed=int(facts.get("seed", 0)), weights=weights)
+    config, seed = json.loads(facts["config"]), int(facts.get("seed", 0))
+    model = build(served(facts["model"]).name, config, seed=seed, weights=weights)
     return model.to(DTYPES[facts["dtype"]])
 
 
@@ -108,52 +131,81 @@ def _checker(path: Path) -> str:
     return "valid, shapes inferred"
 
 
-def _operators(file: onnx.ModelProto, facts: Mapping[str, str]) -> str:
-    opsets = {o.domain or "ai.onnx": o.version for o in file.opset_import}
-    if opsets != {"ai.onnx": int(facts["opset"])}:
-        raise ValueError(f"opsets are {opsets}, expected only ai.onnx {facts['opset']}")
-    foreign = {f"{n.domain}::{n.op_type}" for n in file.graph.node if n.domain not in ("", "ai.onnx")}
-    if foreign or file.functions:
-        raise ValueError(f"not standard: {', '.join(sorted(foreign) + [f.name for f in file.functions])}")
-    return f"{len(file.graph.node)} nodes, opset {facts['opset']}, standard only"
+def _rules(file: onnx.ModelProto, facts: Mapping[str, str]) -> str:
+    if found := lint(file, facts):
+        raise ValueError("; ".join(f"{rule}: {where} {what}" for rule, where, what in found))
+    ours = sum(node.domain == DOMAIN for node in file.graph.node)
+    return f"{len(file.graph.node)} nodes, {ours} of them ours, opset {facts['opset']}"
 
 
-def _token_embedding(file: onnx.ModelProto, path: Path, model: CLIP) -> str:
-    """The samples meet few of the ids, so the table itself is compared."""
+def _weights(file: onnx.ModelProto, path: Path, model: nn.Module) -> str:
+    """The samples meet few of a table's rows, so weights themselves are compared."""
     from onnx.numpy_helper import to_array
 
-    stored = {t.name: t for t in file.graph.initializer}["clip.token_embedding.weight"]
-    expected = model.token_embedding.weight.detach().numpy()
-    other = (to_array(stored, str(path.parent)) != expected).any(1).nonzero()[0]
-    if len(other):
-        raise ValueError(f"{len(other)} of {len(expected)} ids differ from PyTorch's, the first is {other[0]}")
-    return f"{len(expected)} ids, equal to PyTorch's"
+    stored = {t.name: t for t in file.graph.initializer}
+    same = {name: t for name, t in model.state_dict().items() if name in stored and t.dtype != torch.bfloat16}
+    for name, expected in same.items():
+        values = to_array(stored[name], str(path.parent))
+        if values.shape != expected.shape:
+            raise ValueError(f"{name} has shape {values.shape}, PyTorch's {tuple(expected.shape)}")
+        other = (values != expected.detach().numpy()).reshape(len(values) if values.ndim else 1, -1).any(1).nonzero()[0]
+        if len(other):
+            raise ValueError(f"{name} differs from PyTorch's in {len(other)} rows, the first is {other[0]}")
+    return f"{len(same)} equal to PyTorch's"
 
 
-def _onnxruntime(path: Path, model: CLIP, outputs: list[dict[str, Any]]) -> str:
+def _onnxruntime(
+    path: Path, model: nn.Module, inputs: Sequence[Mapping[str, Any]], outputs: list[dict[str, Any]]
+) -> str:
     """Fill `outputs` with a judgement of each."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    eager = ServedCLIP(model).eval()
-    exact = copy.deepcopy(eager).double()
-    runs = []
-    for images, texts in BATCHES:
-        image, text = samples(model, images, texts)
-        got = session.run(OUTPUTS, dict(zip(INPUTS, (image.numpy(), text.numpy()), strict=True)))
+    names = [o.name for o in session.get_outputs()]
+    exact = copy.deepcopy(model).double()
+    runs, ran = [], []
+    for given in inputs:
+        said = Given(model, given, {})
+        kept = {i.name for i in session.get_inputs()}
+        feed = {name: t.numpy() for name, t in zip(said.names, said.tensors, strict=True) if name in kept}
+        got = [torch.from_numpy(g) for g in session.run(names, feed)]
+        in_double = [t.double() if t.is_floating_point() else t for t in said.tensors]
         with torch.no_grad():
-            runs.append(([torch.from_numpy(g) for g in got], eager(image, text), exact(image.double(), text)))
-    for i, name in enumerate(OUTPUTS):
+            runs.append((got, Called(model, said)(*said.tensors), Called(exact, said)(*in_double)))
+        ran.append("x".join(str(len(t)) for t in said.tensors if t.dim()))
+    for i, name in enumerate(names):
         got, own, true = (torch.cat([run[which][i].flatten() for run in runs]) for which in range(3))
         outputs.append({"name": name, **_judge(got, own, true)})
-    return f"ran {', '.join(f'{images}x{texts}' for images, texts in BATCHES)} (images x texts)"
+    return f"ran {', '.join(ran)}"
+
+
+def _half(path: Path, model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the audit of float16's range finds, or why there is none."""
+    given = [Given(model, one, {}) for one in inputs]
+    feeds = [dict(zip(g.names, (t.numpy() for t in g.tensors), strict=True)) for g in given]
+    feeds = [feed for feed in feeds if all(t.size for t in feed.values())]
+    try:
+        found = audit_float16(path, feeds)
+    except Exception as error:  # onnx and onnxruntime have no common class
+        return {"first": None, "masked_rows": {}, "detail": f"not told: {error}"}
+    first = found.first
+    if first is None:
+        largest = max(found.ranges, key=lambda r: r.bound)
+        detail = f"every node stays in range, the largest bound is {largest.bound:.0f} at {largest.node}"
+    else:
+        detail = f"{first.node} ({first.op}) can reach {first.bound:.3g}, {first.observed:.3g} was seen"
+    return {"first": None if first is None else first.node, "masked_rows": found.masked_rows, "detail": detail}
 
 
 def _judge(got: Tensor, eager: Tensor, exact: Tensor) -> dict[str, Any]:
+    if not got.is_floating_point():
+        other = float((got != eager).double().mean())
+        return {"ok": not other, **dict.fromkeys(("error", "difference"), other), "pytorch_error": 0.0, "allowed": 0.0,
+                "scale": float(eager.abs().max())}  # fmt: skip
     error, own = (float((t.double() - exact).square().mean().sqrt()) for t in (got, eager))
-    scale = float(exact.abs().max())
+    scale = float(exact.abs().max()) if len(exact) else 0.0
     allowed = 2 * own + torch.finfo(got.dtype).eps * scale
     return {
         "ok": error <= allowed,  # not so for NaN

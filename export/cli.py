@@ -1,94 +1,123 @@
-"""`mmfuse export`: a reference model as an ONNX file, and the check of such a file."""
+"""`mmfuse export`: a model as an ONNX file, and what is done with such a file."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from torch import nn
 
-from mmfuse.export.check import check_onnx
-from mmfuse.export.clip import DTYPES, build
-from mmfuse.export.onnx import TARGETS, export_onnx
-from mmfuse.models.clip import SYSTEM
+from mmfuse.export.onnx import MODES, OPSETS, export_onnx
+from mmfuse.export.served import DTYPES, SERVED, export_served
+
+# action: (module with add_arguments(parser) and run(args) -> exit code, one line of help); the module is imported when
+# the action is chosen
+ACTIONS = {
+    "check": ("mmfuse.export.check_cli", "compare an exported file with PyTorch"),
+    "systems": ("mmfuse.export.systems_cli", "export and check every reference system at a small size"),
+    "ops": ("mmfuse.export.ops_cli", "the operators that leave as nodes"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    clip = actions.add_parser("clip", help="write CLIP to one ONNX file", description="Write CLIP to one ONNX file.")
-    clip.add_argument("--preset", required=True, help="a published size, e.g. vit-b-16 (`mmfuse models` lists them)")
-    clip.add_argument("--onnx", required=True, metavar="FILE", type=Path, help="the file to write")
-    clip.add_argument("--target", default="portable", help=f"{', '.join(TARGETS)}: standard operators, runs anywhere")
-    clip.add_argument("--dtype", default="float32", help=f"{' or '.join(DTYPES)} (default: %(default)s)")
-    source = clip.add_mutually_exclusive_group()
-    source.add_argument("--weights", metavar="FILE", help="official state dict: safetensors, .pt, or OpenAI's archive")
-    source.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
-    check = actions.add_parser(
-        "check",
-        help="compare an exported file with PyTorch",
-        description="Compare an exported file with PyTorch. Exit code: 0 it holds, 1 it does not, 2 it cannot be told.",
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    lines = "\n".join(f"  {name:10}{line}" for name, (_, line) in ACTIONS.items())
+    parser.description = f"A model as an ONNX file, and what is done with such a file.\n\nactions:\n{lines}\n"
+    parser.description += (
+        f"\nmodels: {', '.join(SERVED)}, or file.py:factory, a function that returns (module, inputs)\n"
     )
-    check.add_argument("file", metavar="FILE", type=Path)
-    check.add_argument("--weights", metavar="FILE", help="where the weights file is now")
-    check.add_argument("--json", action="store_true", help="print JSON")
+    parser.description += "or (module, inputs, dynamic). Each has its own --help."
+    parser.add_argument("what", metavar="ACTION|MODEL", help="an action or a model")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its options")
 
 
 def run(args: argparse.Namespace) -> int:
-    return _check(args) if args.action == "check" else _clip(args)
+    parser = argparse.ArgumentParser(prog=f"mmfuse export {args.what}")
+    if args.what in ACTIONS:
+        module, line = ACTIONS[args.what]
+        parser.description = line[0].upper() + line[1:] + "."
+        action: Any = import_module(module)
+        action.add_arguments(parser)
+        return action.run(parser.parse_args(args.rest))
+    _export_arguments(parser, args.what)
+    return _export(args.what, parser.parse_args(args.rest))
 
 
-def _clip(args: argparse.Namespace) -> int:
+def _export_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.description = f"Write {what} to one ONNX file."
+    parser.add_argument("--onnx", required=True, metavar="FILE", type=Path, help="the file to write")
+    parser.add_argument("--target", default="portable", help=f"{', '.join(OPSETS)} (default: %(default)s)")
+    parser.add_argument("--mode", default="functions", help=f"{', '.join(MODES)} (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)} (default: %(default)s)")
+    if ":" in what:
+        parser.add_argument(
+            "--dynamic",
+            action="append",
+            default=[],
+            metavar="INPUT:AXIS=NAME",
+            help="a free dimension; may be repeated",
+        )
+        return
+    parser.add_argument("--preset", help="a published size, e.g. vit-b-16 (`mmfuse models` lists them)")
+    parser.add_argument("--config", metavar="JSON", help="in place of a preset, the constructor's arguments")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--weights", metavar="FILE", help="official state dict: safetensors, .pt, or OpenAI's archive")
+    source.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
+
+
+def _export(what: str, args: argparse.Namespace) -> int:
+    start = time.perf_counter()
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}, expected one of {', '.join(DTYPES)}")
-    start = time.perf_counter()
-    with Console(stderr=True).status(f"exporting CLIP {args.preset} to {args.onnx}"):
-        seed = None if args.weights else args.seed
-        model = build(args.preset, seed=args.seed, weights=args.weights).to(DTYPES[args.dtype])
-        config = SYSTEM.presets[args.preset]
-        export_onnx(model, args.onnx, target=args.target, config=config, seed=seed, weights=args.weights)
+    options: dict[str, Any] = {"target": args.target, "mode": args.mode}
+    with Console(stderr=True).status(f"exporting {what} to {args.onnx}"):
+        if ":" in what:
+            model, inputs, dynamic = _made(what)
+            model = model.to(DTYPES[args.dtype])
+            export_onnx(model, inputs, args.onnx, dynamic=_axes(args.dynamic) or dynamic, **options)
+        else:
+            config = json.loads(args.config) if args.config else args.preset
+            if config is None:
+                raise ValueError("neither --preset nor --config is given, expected one of them")
+            seed = None if args.weights else args.seed
+            export_served(what, args.onnx, config, seed=seed, weights=args.weights, dtype=args.dtype, **options)
     print(f"wrote {args.onnx} in {time.perf_counter() - start:.0f} s; next: mmfuse export check {args.onnx}")
     return 0
 
 
-def _check(args: argparse.Namespace) -> int:
-    with Console(stderr=True).status(f"running {args.file} in onnxruntime and in PyTorch"):
-        report = check_onnx(args.file, weights=args.weights)
-    if args.json:
-        print(json.dumps(report, indent=1))
-    else:
-        _print(report)
-    return 0 if report["ok"] else 1
+def _made(what: str) -> tuple[nn.Module, Any, Mapping[str, Mapping[int, str]]]:
+    """What the factory of "file.py:factory" returns."""
+    file, _, name = what.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise ValueError(f"model is {what!r}, expected file.py:factory with a file that exists")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise ValueError(f"model is {what!r}, but {file} has no function {name}")
+    made = factory()
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise TypeError(
+            f"{what} returned {type(made).__name__}, expected (module, inputs) or (module, inputs, dynamic)"
+        )
+    return made[0], made[1], made[2] if len(made) == 3 else {}
 
 
-def _print(report: dict[str, Any]) -> None:
-    console = Console(highlight=False)
-    facts = Table.grid(padding=(0, 2))
-    size = f"{report['bytes'] / 1e6:,.1f} MB"
-    origin = f"from {report['weights']}" if "weights" in report else f"random, seed {report.get('seed', 'unknown')}"
-    for name, fact in (
-        ("file", f"{report['file']} ({size}), written by mmfuse {report['version']} for target {report['target']}"),
-        ("model", f"{report['model']}, {report['dtype']}, weights {origin}"),
-        ("config", report.get("config", "not recorded")),
-        ("operators", ", ".join(f"{op} {count}" for op, count in report["operators"].items())),
-    ):
-        facts.add_row(name, escape(fact))
-    checks = Table("check", "holds", "detail", box=None)
-    for check in report["checks"]:
-        checks.add_row(check["name"], _verdict(check), escape(check["detail"]))
-    outputs = Table("output", "holds", box=None)
-    for column in ("error", "allowed", "PyTorch's", "largest", "difference"):
-        outputs.add_column(column, justify="right")
-    for output in report["outputs"]:
-        numbers = (output[key] for key in ("error", "allowed", "pytorch_error", "scale", "difference"))
-        outputs.add_row(output["name"], _verdict(output), *(f"{number:.1e}" for number in numbers))
-    console.print(facts, "", checks, "", outputs, sep="\n")
-    console.print("error, PyTorch's: root mean square against float64; difference: the largest from PyTorch")
-
-
-def _verdict(part: dict[str, Any]) -> str:
-    return "[green]yes[/]" if part["ok"] else "[red]no[/]"
+def _axes(given: list[str]) -> dict[str, dict[int, str]]:
+    """{"image": {0: "batch"}} of ["image:0=batch"]."""
+    found: dict[str, dict[int, str]] = {}
+    for word in given:
+        place, _, name = word.partition("=")
+        tensor, _, axis = place.rpartition(":")
+        if not tensor or not axis.isdigit() or not name:
+            raise ValueError(f"dynamic is {word!r}, expected INPUT:AXIS=NAME, as in image:0=batch")
+        found.setdefault(tensor, {})[int(axis)] = name
+    return found

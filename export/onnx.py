@@ -1,104 +1,341 @@
-"""PyTorch to one ONNX file that says what it holds."""
+"""PyTorch to one ONNX file that every runtime takes and that says what it holds."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 import json
 import os
+import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 import mmfuse
-from mmfuse.export.clip import DTYPES, INPUTS, OUTPUTS, ServedCLIP, fingerprint, samples
+from mmfuse.export.nodes import DOMAIN, Nodes, NoFunction, attach, first_line, is_free, placeholders, traced, translated
 from mmfuse.export.require import require
-from mmfuse.kernels._runtime import use_backend
-from mmfuse.models.clip import CLIP
+from mmfuse.fused import decelerate
+from mmfuse.fused.acceleration.method import is_accelerated
+from mmfuse.kernels._runtime import UnsupportedError
+from mmfuse.kernels._runtime.dtypes import dtype_name
 
-TARGETS = {"portable": 18}  # opset; from 23 on attention is one node, which TensorRT does not build in float32
+if TYPE_CHECKING:
+    import onnx_ir
+
+Target = Literal["portable", "ort", "trt", "trt-rtx"]
+Mode = Literal["functions", "decomposed", "custom"]
+
+# From 23 on attention is one node, which TensorRT builds in 16 bits alone.
+OPSETS = {
+    "portable": {torch.float32: 18, torch.float16: 18, torch.bfloat16: 18},
+    "ort": {torch.float32: 18, torch.float16: 18, torch.bfloat16: 18},
+    "trt": {torch.float32: 18, torch.float16: 23, torch.bfloat16: 23},
+    "trt-rtx": {torch.float32: 18, torch.float16: 23, torch.bfloat16: 23},
+}
+MODES = ("functions", "decomposed", "custom")
 SINGLE_FILE_BYTES = 2_000_000_000  # protobuf ends at 2 GiB, and the graph needs its share
 
 
 def export_onnx(
-    model: CLIP,
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Any],
     path: str | Path,
     *,
-    target: str = "portable",
-    config: Mapping[str, Any] | None = None,
-    seed: int | None = None,
-    weights: str | Path | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    target: Target = "portable",
+    mode: Mode = "functions",
+    opset: int | None = None,
+    outputs: Sequence[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a CLIP, in its own dtype and in evaluation mode, to an ONNX file. The model is left as it was.
+    """Write a module, in its own dtype and in evaluation mode, to an ONNX file. The module is left as it was.
 
-    Inputs, outputs and dtypes are those of `mmfuse.export.clip.ServedCLIP`; the two batch dimensions are free and
-    independent, and onnxruntime also takes an empty batch for the tower that is not wanted. The file holds standard
-    ONNX operators only; weights above 2 GB go to `path` + ".data" beside it. It appears complete or not at all.
+    Any module: ours, those of other libraries, before or after `mmfuse.accelerate`. Each fused operator is a node
+    `mmfuse::Mmfuse...` with its plugin's name among the attributes and a function of standard operators in the file,
+    which a runtime without our kernel puts in its place. Weights above 2 GB go to `path` + ".data" beside it; shared
+    ones are stored once. What is written appears complete or not at all.
 
     Args:
-        target: "portable", i.e. opset 18.
-        config, seed, weights: how the model was made (its constructor's arguments, and the seed of its random weights
-            or the file they came from). Recorded in the file, they let `check_onnx(path)` make the model again.
+        inputs: of forward, by name or in order: tensors, or lists, tuples and dicts of them, which become inputs
+            `name.0`, `name.key`; numbers, strings and None are part of the graph. They are samples: sizes that are
+            free should be at least 2 and differ, and the values do not matter.
+        dynamic: for an input's name, the dimensions that are free, each with a name: {"image": {0: "batch"}}. Equal
+            names are one size. For a container, the dimensions of each of its tensors. By default none is.
+        target: "portable" (opset 18), "ort", "trt" or "trt-rtx" (opset 23 in 16 bits).
+        mode: "functions"; "decomposed": standard operators alone; "custom": nodes without functions, for a runtime
+            that has our kernels.
+        opset: in place of the target's.
+        outputs: names; by default the keys of a dict or the fields of a named tuple, else "output" with a number.
+        facts: to be recorded in the file's metadata, as `mmfuse.<key>`, beside the versions.
+
+    Returns:
+        The path.
 
     Raises:
-        ValueError: unknown target, or `path` cannot be written.
-        TypeError: another model than `mmfuse.models.clip.CLIP`, or a dtype that the target does not run.
-        UnsupportedError: onnx or onnxscript is missing.
+        ValueError: an argument does not fit, or `path` cannot be written.
+        TypeError: the model is no module, or its dtype is none of float32, float16 and bfloat16.
+        UnsupportedError: onnx or onnxscript is missing, or a part of the model has no form in ONNX; the message names
+            the module and the reason.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
-    if not isinstance(model, CLIP):
-        raise TypeError(f"model is {type(model).__name__}, expected mmfuse.models.clip.CLIP")
-    dtype = str(model.text_projection.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype is {dtype}, expected {' or '.join(DTYPES)}: what every ONNX runtime computes in")
     path = Path(path)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module")
+    for name, value, known in (("target", target, tuple(OPSETS)), ("mode", mode, MODES)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     if path.is_dir():
         raise ValueError(f"path is {str(path)!r}, which is a folder, expected a file")
     require("onnx", "onnxscript")
-    model = copy.deepcopy(model)
-    facts = {
-        "version": mmfuse.__version__,
-        "model": "clip",
-        "target": target,
-        "opset": TARGETS[target],
-        "dtype": dtype,
-        "weights_sha256": fingerprint(model),
-        "config": None if config is None else json.dumps(config),
-        "seed": seed,
-        "weights": weights,
-    }
+    given = Given(model, inputs, dynamic or {})
+    dtype = dtype_of(model, given.tensors)
+    if opset is None:
+        opset = OPSETS[target][dtype]
+    program, apart = _exported(model, given, opset, mode, outputs)
+    versions = {"version": mmfuse.__version__, "torch": torch.__version__}
+    what = {"target": target, "mode": mode, "opset": opset, "dtype": dtype_name(dtype), "dynamic": given.said}
+    ours = Counter(node.op_type for node in program.graph.all_nodes() if node.domain == DOMAIN)
+    holds = {"weights_sha256": fingerprint(model), "operators": json.dumps(ours), "apart": apart}
+    found = versions | what | holds | dict(facts or {})
+    program.metadata_props.update({f"mmfuse.{key}": str(fact) for key, fact in found.items() if fact is not None})
+    _write(program, path)
+    return path
+
+
+def _exported(
+    model: nn.Module, given: Given, opset: int, mode: str, outputs: Sequence[str] | None
+) -> tuple[onnx_ir.Model, str | None]:
+    """The graph of a model with its functions, and what had to be taken apart, and why."""
+    nodes = None if mode == "decomposed" else Nodes()
+    while True:
+        try:
+            program = _program(model, given, opset, nodes, outputs)
+            if nodes is not None and mode == "functions":
+                attach(program, nodes, opset)
+        except NoFunction as error:
+            nodes = Nodes((nodes or Nodes()).apart | {error.operator: error.why})
+        except UnsupportedError as error:
+            if not is_accelerated(model):
+                raise
+            warnings.warn(f"fused code has no form in ONNX, its class's own code is exported: {error}", stacklevel=3)
+            model = copy.deepcopy(model)
+            decelerate(model)
+            program, _ = _exported(model, given, opset, mode, outputs)
+            return program, str(error)
+        else:
+            why = "; ".join(f"{operator}: {why}" for operator, why in nodes.apart.items()) if nodes else None
+            return program, why or None
+
+
+def _program(
+    model: nn.Module, given: Given, opset: int, nodes: Nodes | None, outputs: Sequence[str] | None
+) -> onnx_ir.Model:
+    """The graph of a model, without functions."""
+    training = {module: module.training for module in model.modules()}
+    called = Called(on_cpu(model), given)
+    try:
+        called.eval()
+        try:
+            program = traced(called, given.tensors, given.dynamic, nodes)
+        except Exception as error:  # torch.export has many
+            raise _unsupported(model, error, None) from error
+        sizes = given.sizes(program)
+        names = {"input_names": given.names, "output_names": called.output_names(outputs)}
+        try:
+            onnx = translated(program, given.tensors, opset=opset, **names)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise _unsupported(model, error, program) from error
+    finally:
+        for module, before in training.items():
+            module.training = before
+    _name_sizes(onnx, sizes)
+    _name_weights(onnx)
+    return onnx
+
+
+class Given:
+    """The inputs of a model: which tensors there are, by what names, and of what sizes."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any], dynamic: Mapping[str, Mapping[int, str]]
+    ):
+        if isinstance(inputs, Tensor) or not isinstance(inputs, (Mapping, Sequence)):
+            raise TypeError(f"inputs is {type(inputs).__name__}, expected a mapping by name, or a sequence")
+        self.by_name = isinstance(inputs, Mapping)
+        if not isinstance(inputs, Mapping):
+            known = list(inspect.signature(model.forward).parameters)
+            inputs = dict(zip(known, inputs, strict=False))
+        self.output_paths: list[str] = []
+        self.leaves, self.spec = tree_flatten(dict(inputs))
+        paths = [path for path, _ in tree_flatten_with_path(dict(inputs))[0]]
+        named = [_dotted(path) for path in paths]
+        self.at = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self.names = [named[i] for i in self.at]
+        self.tensors = [self.leaves[i].detach().cpu() for i in self.at]
+        if not self.tensors:
+            raise ValueError("inputs has no tensor, expected at least one")
+        self.said = {name: dict(dims) for name, dims in dynamic.items()} or None
+        top = [str(paths[i][0].key) for i in self.at]
+        for name, dims in dynamic.items():
+            if name not in self.names and name not in top:
+                raise ValueError(f"dynamic names {name!r}, expected one of the inputs {', '.join(self.names)}")
+            for which, of, t in zip(self.names, top, self.tensors, strict=True):
+                if wrong := [d for d in dims if name in (which, of) and not 0 <= d < t.dim()]:
+                    raise ValueError(f"dynamic of {name!r} has axis {wrong[0]}, expected one of 0 to {t.dim() - 1}")
+        # by a tensor's own name before its container's
+        self.dims = [dynamic.get(which, dynamic.get(of, {})) for which, of in zip(self.names, top, strict=True)]
+        # the names come later: torch would take them as a promise that no two of them have to be equal
+        self.dynamic = {"given": tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in self.dims)}
+
+    def arguments(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        leaves = list(self.leaves)
+        for i, t in zip(self.at, tensors, strict=True):
+            leaves[i] = t
+        return tree_unflatten(leaves, self.spec)
+
+    def sizes(self, program: torch.export.ExportedProgram) -> dict[str, str]:
+        """The name of each size that torch calls s0, s1, ...; raises where one that was to be free is none."""
+        found: dict[str, str] = {}
+        for name, dims, t in zip(self.names, self.dims, placeholders(program), strict=True):
+            for axis, of in dims.items():
+                n = t.shape[axis]
+                if not is_free(n):
+                    raise ValueError(
+                        f"dynamic of {name!r} has axis {axis}, but the model takes {n} there and nothing else"
+                    )
+                found.setdefault(str(n), of)
+        return found
+
+
+class Called(nn.Module):
+    """A model as a function of tensors to tensors, whatever containers it takes and returns."""
+
+    def __init__(self, model: nn.Module, given: Given):
+        super().__init__()
+        self.model = model
+        self._given = given
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        arguments = self._given.arguments(given)
+        found = self.model(**arguments) if self._given.by_name else self.model(*arguments.values())
+        if hasattr(found, "to_tuple") and isinstance(found, Mapping):  # transformers' outputs
+            found = dict(found)
+        elif hasattr(found, "_asdict"):
+            found = found._asdict()
+        leaves = [(path, t) for path, t in tree_flatten_with_path(found)[0] if isinstance(t, Tensor)]
+        self._given.output_paths = [_dotted(path) for path, _ in leaves]  # torch undoes what is set on a module
+        return tuple(t for _, t in leaves)
+
+    def output_names(self, asked: Sequence[str] | None) -> list[str]:
+        paths = self._given.output_paths
+        if asked is not None:
+            if len(asked) != len(paths):
+                raise ValueError(f"outputs has {len(asked)} names, expected {len(paths)}, one for each tensor")
+            return list(asked)
+        bare = "output_{}" if len(paths) > 1 else "output"
+        names = [bare.format(path) if not path or path.isdigit() else path for path in paths]
+        # an output with an input's name would be that input
+        return [f"{name}_out" if name in self._given.names else name for name in names]
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    words = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path)
+    return ".".join(map(str, words))
+
+
+def dtype_of(model: nn.Module, tensors: Sequence[Tensor] = ()) -> torch.dtype:
+    """What a model computes in: the dtype of most of its numbers."""
+    counts: dict[torch.dtype, int] = {}
+    for t in (*model.parameters(), *model.buffers()) or tensors:
+        if t.is_floating_point():
+            counts[t.dtype] = counts.get(t.dtype, 0) + t.numel()
+    dtype = max(counts, key=lambda d: counts[d]) if counts else torch.float32
+    if dtype not in OPSETS["portable"]:
+        raise TypeError(f"dtype is {dtype_name(dtype)}, expected float32, float16 or bfloat16")
+    return dtype
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    elsewhere = any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers()))
+    return copy.deepcopy(model).cpu() if elsewhere else model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The SHA-256 of a model's state dict: names and bytes."""
+    digest = hashlib.sha256()
+    for name, t in sorted(model.state_dict().items()):
+        if isinstance(t, Tensor):
+            digest.update(name.encode())
+            digest.update(t.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _name_sizes(onnx: onnx_ir.Model, names: Mapping[str, str]) -> None:
+    import onnx_ir as ir
+
+    def named(n: Any) -> Any:
+        if not isinstance(n, ir.SymbolicDim) or n.value is None:
+            return n
+        return ir.SymbolicDim(re.sub(r"\bs\d+\b", lambda m: names.get(m[0], m[0]), n.value))
+
+    nodes = [output for node in onnx.graph.all_nodes() for output in node.outputs]
+    for value in (*onnx.graph.inputs, *onnx.graph.outputs, *nodes):
+        if value.shape is not None:
+            value.shape = ir.Shape([named(n) for n in value.shape])
+
+
+def _name_weights(onnx: onnx_ir.Model) -> None:
+    """Weights by their names in the model, and those that are shared once."""
+    weights = onnx.graph.initializers
+    first: dict[Any, Any] = {}
+    for value in list(weights.values()):
+        raw = getattr(value.const_value, "raw", None)
+        if isinstance(raw, Tensor) and raw.numel():
+            key = (raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride())
+            if key in first and not value.is_graph_output():
+                value.replace_all_uses_with(first[key])
+                del weights[value.name]
+                continue
+            first[key] = value
+        if value.name.startswith("model."):
+            name = value.name.removeprefix("model.")
+            if name not in weights and all(name != v.name for v in (*onnx.graph.inputs, *onnx.graph.outputs)):
+                value.name = name
+
+
+def _write(program: onnx_ir.Model, path: Path) -> None:
+    import onnx_ir as ir
+
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            _write(model, Path(folder, path.name), TARGETS[target], facts)
+            size = sum(value.const_value.nbytes for value in program.graph.initializers.values())
+            apart = f"{path.name}.data" if size > SINGLE_FILE_BYTES else None
+            ir.save(program, Path(folder, path.name), external_data=apart)
             for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the graph that names them
                 os.replace(file, path.parent / file.name)
     except OSError as error:
         raise ValueError(f"path is {str(path)!r}, which cannot be written: {error}") from error
-    return path
 
 
-def _write(model: CLIP, path: Path, opset: int, facts: Mapping[str, Any]) -> None:
-    import onnx_ir
-
-    with torch.no_grad(), use_backend("torch"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own calls
-        program = torch.onnx.export(
-            ServedCLIP(model).eval(),
-            samples(model, images=2, texts=3),  # neither 1 nor equal: such sizes would be taken for constants
-            dynamo=True,
-            opset_version=opset,
-            input_names=INPUTS,
-            output_names=OUTPUTS,
-            dynamic_shapes={name: {0: f"{name}_batch"} for name in INPUTS},
-            verbose=False,
-        )
-    assert program is not None
-    for node in program.model.graph.all_nodes():
-        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names this machine's folders
-    program.model.metadata_props.update({f"mmfuse.{key}": str(fact) for key, fact in facts.items() if fact is not None})
-    large = sum(t.nbytes for t in model.state_dict().values()) > SINGLE_FILE_BYTES
-    onnx_ir.save(program.model, path, external_data=f"{path.name}.data" if large else None)
+def _unsupported(
+    model: nn.Module, error: Exception, program: torch.export.ExportedProgram | None
+) -> UnsupportedError | Exception:
+    """What cannot be exported, with the module that it is in."""
+    reasons, cause = [], error
+    while cause is not None:
+        reasons.append(str(cause))
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    where = ""
+    for node in program.graph.nodes if program is not None else ():
+        if node.op == "call_function" and any(str(node.target) in why or repr(node.target) in why for why in reasons):
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            where = f" in {stack[-1][0].removeprefix('model.') or 'the model'}: {node.target}" if stack else ""
+            break
+    return UnsupportedError(f"{type(model).__name__} cannot be exported{where}: {first_line(error)}")

@@ -142,6 +142,11 @@ def carried(method: Any) -> Fused | None:
     return method if is_fused(method) else None
 
 
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether `accelerate()` has replaced a method in `model`."""
+    return any(carried(method) is not None for m in model.modules() for method in vars(m).values() if callable(method))
+
+
 def decelerate(model: nn.Module) -> None:
     """Put back all that `accelerate()` replaced in `model`, in place. It takes no report.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ class _Traced(threading.local):
 
     def __init__(self) -> None:
         self.name = _ENVIRONMENT
+        self.export: Callable[[Any, Any], Any] | None = None
 
 
 _traced = _Traced()
@@ -58,3 +60,18 @@ def use_backend(name: str) -> Iterator[None]:
     finally:
         _traced.name = traced
         _forced.reset(token)
+
+
+def exported_by() -> Callable[[Any, Any], Any] | None:
+    """What stands for operators in the graph that is being exported, or None."""
+    return _traced.export
+
+
+@contextmanager
+def exporting(stand_in: Callable[[Any, Any], Any] | None) -> Iterator[None]:
+    """While a graph is traced, `stand_in(operator, args)` takes the place of operators without a named backend."""
+    before, _traced.export = _traced.export, stand_in
+    try:
+        yield
+    finally:
+        _traced.export = before

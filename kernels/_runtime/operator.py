@@ -30,7 +30,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, get_type_hints
 
@@ -96,6 +96,26 @@ class Implementation:
 
 
 @dataclass(frozen=True)
+class OpSpec:
+    """How an operator leaves PyTorch: as a node of the ONNX domain "mmfuse", with a function of standard operators.
+
+    The node's inputs are the operator's tensors that are given, its attributes the other arguments, its outputs those
+    of the formula. The function is the formula, or `body`, in ONNX's operators.
+
+    Args:
+        onnx_name: of the node, of no operator of ONNX or of a runtime: parsers look at the name and not at the domain.
+        body: a function of the operator's arguments in plain torch, where ONNX or a runtime cannot hold the formula.
+        tolerances: for a dtype's name, (absolute, relative) difference from the formula that a runtime may show.
+    """
+
+    onnx_name: str
+    body: Callable[..., Any] | None = None
+    tolerances: Mapping[str, tuple[float, float]] = field(
+        default_factory=lambda: {"float32": (1e-5, 1e-4), "float16": (5e-3, 5e-3), "bfloat16": (4e-2, 4e-2)}
+    )
+
+
+@dataclass(frozen=True)
 class Size:
     """How much a call is: by it, tables of what was measured say whether an implementation pays (`configs.py`).
 
@@ -128,6 +148,7 @@ class Operator:
         on: the argument whose device and dtype decide, or a function that finds it; by default the first tensor.
         instead: outputs for which, where they are empty, an argument stands: {"x": "image"}.
         size: by which implementations step aside for a later one, as tables have it.
+        export: how it leaves PyTorch; without one its formula does, operation by operation.
     """
 
     def __init__(
@@ -144,10 +165,11 @@ class Operator:
         on: str | Callable[..., Tensor] | None = None,
         instead: Mapping[str, str] | None = None,
         size: Size | None = None,
+        export: OpSpec | None = None,
     ):
         self.name, self.backward = name, backward
         self.examples: dict[str, Any] = {name: example} | dict(also or {})
-        self.instead, self.differentiable = dict(instead or {}), tuple(differentiable)
+        self.instead, self.differentiable, self.export = dict(instead or {}), tuple(differentiable), export
         hints = hints_of(forward)
         self.wants_needs, _ = hints.pop("needs", None) is not None, hints.pop("passes", None)
         self.signature = Signature(hints)
@@ -156,6 +178,7 @@ class Operator:
         result = get_type_hints(forward).get("return")
         self.Outputs = result if hasattr(result, "_fields") else None
         self.outputs = list(result._fields) if self.Outputs else ["out"]  # type: ignore[union-attr]
+        self._body = None if export is None or export.body is None else asking(export.body, self.signature.names)
         if both := set(self.outputs) & set(self.signature.flat):
             raise TypeError(f"{name} has {', '.join(both)} both as an argument and as an output")
         names = self.signature.names
@@ -187,7 +210,10 @@ class Operator:
     def __call__(self, *args: Any, backend: str | None = None, **named: Any) -> Any:
         if named:
             args = (*args, *(named[n] for n in self.signature.names[len(args) :]))
-        if not torch.compiler.is_compiling() and (tell := _asked.get()) is not None:
+        if torch.compiler.is_compiling():
+            if backend is None and (stand_in := dispatch.exported_by()) is not None:
+                return stand_in(self, args)
+        elif (tell := _asked.get()) is not None:
             tell(self, args, backend or dispatch.forced_backend())
         return self._run[self.choose(args, backend)](args)
 
@@ -279,6 +305,10 @@ class Operator:
         """The operator in plain torch, which differentiates, batches and transforms it as it likes."""
         plain = self.implementations["torch"]
         return self._run["torch"](args) if plain.function else self._forward((*args, plain.passes, ()))
+
+    def body(self, args: Sequence[Any]) -> Any:
+        """What the function of its ONNX node computes, in plain torch."""
+        return self.formula(args) if self._body is None else self._body(args)
 
     def empty(self, args: Sequence[Any], needs: Sequence[bool]) -> Any:
         """The forward's outputs without their numbers."""

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import check, check_range, integers, one_of, require_integer
+from mmfuse.kernels._runtime.dispatch import exported_by
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.codebook import blocked, reference
 
@@ -75,6 +76,14 @@ def _rows(z: Tensor, weight: Tensor) -> int | None:
     return None if weight.numel() < _PACKED_AT_ONCE.get(z.dtype, 0) else z.shape[0]
 
 
+def _in_onnx(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """In the accumulation's dtype, as not every runtime has float64: the nearest up to the rounding of a score."""
+    acc = accumulation_dtype(z.dtype)
+    weight = weight.to(acc)
+    s = z.to(acc) @ (weight if scale is None else weight * scale.to(acc)[:, None]).t()
+    return reference.masked((s if bias is None else s + bias.to(acc)).argmax(1), mask)
+
+
 NEAREST = Operator(
     "nearest_code",
     forward=_search,
@@ -84,6 +93,7 @@ NEAREST = Operator(
     size=Size("rows", _rows, columns=lambda z: z.shape[1]),
     example=lambda x, **how: nearest_code(x, x, **how),  # type: ignore[has-type]
     also={"linear_argmax": lambda x, **how: linear_argmax(x, x, **how)},  # type: ignore[has-type]
+    export=OpSpec("MmfuseNearestCode", _in_onnx),
 )
 
 
@@ -148,16 +158,19 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     x, weight = _rows_and_codes(x, weight, ("x", "weight"))
     if bias is not None:
         check("bias", bias, weight.shape[:1], ", one for each row of weight", like=("x", x))
-    bias = None if bias is None else bias.double().contiguous()
+    if bias is not None and exported_by() is None:
+        bias = bias.double().contiguous()
     return NEAREST(x, weight, None, bias, None, True, backend=backend)
 
 
 def _score(codebook: Tensor, metric: str) -> tuple[Tensor | None, Tensor | None]:
     """(scale, bias) [K] in float64 of the score scale_k <z, e_k> + bias_k."""
     one_of("metric", metric, get_args(Metric))
+    # what is exported has to run where there is no float64
+    dtype = torch.float64 if exported_by() is None else accumulation_dtype(codebook.dtype)
     if metric == "euclidean":
-        return None, codebook.double().square().sum(1).mul_(-0.5)
-    norm = torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float64)
+        return None, codebook.to(dtype).square().sum(1).mul_(-0.5)
+    norm = torch.linalg.vector_norm(codebook, dim=1, dtype=dtype)
     return norm.clamp_min_(1e-12).reciprocal_(), None
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import autocast, check, check_range, integers, norm_of, scalar
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, autocast_is_on
 from mmfuse.kernels.head import blocked, reference
@@ -64,6 +64,7 @@ SELECT_HEAD = Operator(
     ],
     size=Size("numbers", lambda x: x.shape[0] * x.shape[2]),
     example=lambda x, **how: select_head(x.unsqueeze(1), 0, (None, None, 1e-6), x, **how),
+    export=OpSpec("MmfuseSelectHead"),
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import autocast, autocast_dtype, check, one_of, real
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.multiway import reference, sliced
@@ -162,6 +162,7 @@ ROUTED_LINEAR = Operator(
     ],
     example=lambda x, **how: routed_linear(x, x.new_ones(2, 4, x.shape[1]), None, _halves(x), **how),
     size=Size("products", _linear_products),
+    export=OpSpec("MmfuseRoutedLinear"),
 )
 
 
@@ -280,6 +281,7 @@ ROUTED_FFN = Operator(
         x, x.new_ones(2, 4, x.shape[1]), None, x.new_ones(2, 3, 4), None, _halves(x), **how
     ),
     size=Size("products", _ffn_products),
+    export=OpSpec("MmfuseRoutedFFN"),
 )
 
 
@@ -376,6 +378,7 @@ ROUTED_NORM = Operator(
     example=lambda x, **how: routed_layer_norm(x, x.new_ones(2, x.shape[1]).cumsum(1), None, _halves(x), **how),
     also={"routed_rms_norm": lambda x, **how: routed_rms_norm(x, x.new_ones(2, x.shape[1]), _halves(x), **how)},
     size=Size("numbers", lambda x: _unless_compiled(x.numel())),
+    export=OpSpec("MmfuseRoutedNorm"),
 )
 
 

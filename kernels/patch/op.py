@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import autocast_dtype, check
 from mmfuse.kernels._runtime.device import triton_missing
-from mmfuse.kernels._runtime.dispatch import forced_backend
+from mmfuse.kernels._runtime.dispatch import exported_by, forced_backend
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.patch import blocked, reference
@@ -65,12 +65,12 @@ def steps_aside(pixels: Any, weight: Tensor, bare: bool = False) -> bool:
         pixels, weight: as `patch_embed` takes them.
         bare: nothing is added to the product, nor is it normalised.
 
-    Not where an implementation is named, and not for bytes, which a library would have to normalise.
+    Not where an implementation is named or a graph exported, nor for bytes, which a library would have to normalise.
     """
     # flat: after a convolution every function that is called has left the cache
     if not isinstance(pixels, Tensor) or not pixels.is_cpu or not pixels.is_floating_point():
         return False
-    if forced_backend() is not None:
+    if forced_backend() is not None or exported_by() is not None:
         return False
     compute = weight.dtype
     if torch.is_autocast_enabled("cpu") and compute != torch.float64:
@@ -106,6 +106,7 @@ PATCH_EMBED = Operator(
     # eager multiplies bfloat16 at twice the speed on newer processors
     size=Size("products", lambda stem: stem.products, kind=lambda stem: _kind(stem.compute, stem.bare)),
     example=_example,
+    export=OpSpec("MmfusePatchEmbed"),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import check, check_range, norm_of, real, require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.text import blocked, reference
@@ -62,6 +62,7 @@ EMBED_TEXT = Operator(
         Implementation("torch", function=lambda words: (reference.embed_text(words),)),
     ],
     size=Size("numbers", lambda words: math.prod(words.shape)),
+    export=OpSpec("MmfuseEmbedText"),
     example=lambda x, **how: embed_text(torch.zeros(1, len(x), dtype=torch.int64, device=x.device), x, **how),
 )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Implementation, Operator, Size
+from mmfuse.kernels._runtime import Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import PIXELS, check
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels.patch import PATCH_EMBED, Stem, stem_of
@@ -88,6 +88,7 @@ EMBED_PAIR = Operator(
         Implementation("torch", function=_reference),
     ],
     size=Size("products", lambda stem: stem.products, kind=lambda stem: dtype_name(stem.compute)),
+    export=OpSpec("MmfuseEmbedPair"),
     example=_example,
 )
 

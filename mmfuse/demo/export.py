@@ -10,17 +10,18 @@ from torch import Tensor
 
 from mmfuse.demo import digits
 from mmfuse.demo.page import Page
-from mmfuse.export import check_onnx, export_onnx
+from mmfuse.export import check_onnx
+from mmfuse.export.served import served
 from mmfuse.models.clip import CLIP
 
 
 def show(page: Page, model: CLIP) -> None:
     page.section("Export")
     model = model.cpu()
-    path = export_onnx(model, page.folder / "clip.onnx", config=digits.CONFIG)
+    path = served("clip").export(model, page.folder / "clip.onnx")
     checked = check_onnx(path, model)
     page.text(
-        f"The model that was trained above, as one ONNX file ({path.stat().st_size / 1e6:.1f} MB, standard operators, "
+        f"The model that was trained above, as one ONNX file ({path.stat().st_size / 1e6:.1f} MB, "
         "opset 18), run by onnxruntime. Errors are against float64 (root mean square), difference is the largest from "
         "PyTorch."
     )

@@ -114,6 +114,13 @@ class ImageBind(nn.Module):
         super().__init__()
         vision_img_size = vision_img_size or (3, video_frames, 224, 224)
         self.embed_dim, self.image_resolution = out_embed_dim, vision_img_size[-1]
+        self.input_sizes = {
+            "vision": (vision_img_size[0], *vision_img_size[2:]),
+            "audio": (1, audio_num_mel_bins, audio_target_len),
+            "depth": tuple(depth_img_size),
+            "thermal": tuple(thermal_img_size),
+            "imu": tuple(imu_img_size),
+        }
 
         def flat(channels: int, dim: int, kernel: int, stride: int) -> Stem:
             return Stem(nn.Conv2d(channels, dim, kernel, stride, bias=False), norm=True)

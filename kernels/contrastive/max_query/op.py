@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import check, integers, scalar
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.arguments import alike
@@ -72,6 +72,7 @@ MAX_QUERY = Operator(
         columns=lambda image: image.shape[1],
     ),
     example=lambda x, **how: max_query_similarity(x[:, None], x, **how),
+    export=OpSpec("MmfuseMaxQuerySimilarity"),
     also={"max_query_loss": lambda x, **how: max_query_loss(x.unsqueeze(1), x, 1.0, **how)},
 )
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import require_integer
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.arguments import alike
@@ -36,6 +36,12 @@ def _long(k: int) -> str | None:
     return f"k is {k}: a program keeps lists of at most {_MOST}" if k > _MOST else None
 
 
+def _in_onnx(queries: Tensor, gallery: Tensor, k: int) -> Top:
+    """ONNX has no stable sort, but its TopK, too, has equal scores in the order of the gallery."""
+    acc = accumulation_dtype(queries.dtype)
+    return Top(*reference.numbers(queries.to(acc) @ gallery.to(acc).t()).topk(k, dim=1))
+
+
 _TILED = over_tiles(blocked, "similarity_topk", tiles=blocked)
 
 TOPK = Operator(
@@ -52,6 +58,7 @@ TOPK = Operator(
     ],
     size=Size("scores", lambda queries, gallery: queries.shape[0] * gallery.shape[0]),
     example=lambda x, **how: similarity_topk(x, x, 1, **how),  # type: ignore[has-type]
+    export=OpSpec("MmfuseSimilarityTopK", _in_onnx),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import check, one_of, require_integer
 from mmfuse.kernels.patch.positions import blocked, reference
 from mmfuse.kernels.patch.positions.axes import MODES
@@ -35,6 +35,7 @@ INTERPOLATE = Operator(
         Implementation("torch", function=reference.interpolate_position),
     ],
     size=Size("numbers", lambda table: table.numel()),
+    export=OpSpec("MmfuseInterpolatePosition"),
     example=lambda x, **how: interpolate_position(x.unsqueeze(1), (2 * len(x), 1), "bilinear", **how),
 )
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import PIXELS, autocast_dtype, check, constant, one_of, require_integer
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels.patch.arguments import check_dtype, vector
@@ -102,6 +102,7 @@ PACKED = Operator(
     # "torch" goes over the rows in a loop, which a graph of any size cannot
     size=Size("patches", lambda x: x.shape[0], kind=lambda compute: dtype_name(compute)),
     example=_example,
+    export=OpSpec("MmfusePatchEmbedPacked"),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Implementation, Operator, Size
+from mmfuse.kernels._runtime import Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import autocast, check, real
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive import MAX_QUERY
@@ -69,6 +69,7 @@ POINTNET = Operator(
     differentiable=("x", *_LAYERS),
     implementations=_implementations(lambda x, layers: (reference.mini_pointnet(x, *layers),)),
     size=_SIZE,
+    export=OpSpec("MmfuseMiniPointNet"),
     example=lambda x, **how: mini_pointnet(*_example(x), **how),
 )
 

@@ -1,0 +1,51 @@
+"""Every reference system leaves at a small size, with free sizes, and onnxruntime computes what PyTorch does.
+
+One of each kind here; all of them under `make test-export`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmfuse.export.served import SERVED, build, export_served
+from mmfuse.models import list as systems
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+check = pytest.importorskip("mmfuse.export.check")
+
+pytestmark = pytest.mark.xdist_group("export")
+
+# routed experts, a Q-Former with texts, BERT with cross-attention, a temporal stem
+KINDS = ("beit3", "blip2", "albef", "imagebind/vision")
+NAMES = tuple(SERVED) if os.environ.get("MMFUSE_EXPORT") == "all" else KINDS
+LARGEST_DIFFERENCE = 1e-4  # of onnxruntime from PyTorch, relative to an output's largest
+
+
+def test_every_system_is_served() -> None:
+    assert {name.partition("/")[0] for name in SERVED} == set(systems())
+
+
+@pytest.mark.parametrize("name", [name for name in SERVED if name not in NAMES or name == "clip"])
+def test_a_part_runs_at_every_size(name: str) -> None:
+    part = SERVED[name]
+    module = part.module(build(name, part.tiny).eval())
+    for sizes in part.sizes:
+        with torch.no_grad():
+            found = module(**part.inputs(module.model, sizes))
+        found = (found,) if isinstance(found, torch.Tensor) else found
+        assert len(found) == len(part.outputs)
+        assert all(bool(t.isfinite().all()) for t in found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_system_leaves(name: str, tmp_path: Path) -> None:
+    report = check.check_onnx(export_served(name, tmp_path / "model.onnx", "tiny"))
+    assert report["ok"], report["checks"] + report["outputs"]
+    assert set(report["ours"]), "no fused operator is a node"
+    for output in report["outputs"]:
+        assert output["difference"] <= LARGEST_DIFFERENCE * output["scale"], output
