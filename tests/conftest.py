@@ -129,5 +129,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
+    # a process group that begins makes Dynamo forget the functions that it knows by identity: it has to meet real ones
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
