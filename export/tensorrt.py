@@ -27,6 +27,7 @@ import mmfuse
 from mmfuse.export import engine_build, engine_check, engine_plugins
 from mmfuse.export.engine_build import MODULES
 from mmfuse.export.require import require
+from mmfuse.export.run import draw, open_session
 from mmfuse.kernels._runtime import UnsupportedError
 
 Runtime = Literal["tensorrt", "tensorrt-rtx"]
@@ -314,17 +315,12 @@ def _try_plugins(compile_plugins: Any, folder: Path) -> str | None:
 def _write_samples(folder: Path, job: dict[str, Any], samples: Sequence[Mapping[str, Tensor]] | None) -> None:
     """`samples.npz`: "NUMBER/in/NAME", and "NUMBER/out/NAME" where onnxruntime runs the file."""
     import numpy as np
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(folder / job["onnx"], options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has no class for it
-        raise ValueError(f"onnxruntime does not take the file: {error}") from error
+    session = open_session(folder / job["onnx"], "cpu")
     if samples is None:
         usual = [{name: three[1] for name, three in p.items()} for p in job["profiles"]] or [{}]
-        samples = [draw(session, sizes, seed) for seed, sizes in enumerate(usual)]
+        signature = {i.name: (i.type, i.shape) for i in session.get_inputs()}
+        samples = [draw(signature, sizes, seed) for seed, sizes in enumerate(usual)]
     names = [output.name for output in session.get_outputs()]
     arrays: dict[str, Any] = {}
     for number, given in enumerate(samples):
@@ -332,32 +328,6 @@ def _write_samples(folder: Path, job: dict[str, Any], samples: Sequence[Mapping[
         arrays |= {f"{number}/in/{name}": a for name, a in feed.items()}
         arrays |= {f"{number}/out/{n}": a for n, a in zip(names, session.run(names, feed), strict=True)}
     np.savez(folder / "samples.npz", **arrays)
-
-
-def draw(session: Any, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of an onnxruntime session: normal numbers, bytes, and integers 0 and 1.
-
-    Args:
-        sizes: of the free dimensions, by name; 2 for others.
-    """
-    types = {
-        "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
-        "tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(uint8)": torch.uint8,
-        "tensor(bool)": torch.bool,
-    }  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    inputs = {}
-    for given in session.get_inputs():
-        shape = [n if isinstance(n, int) else sizes.get(n, 2) for n in given.shape]
-        if given.type not in types:
-            raise ValueError(f"input {given.name!r} is a {given.type}, for which samples must be given")
-        dtype = types[given.type]
-        if dtype.is_floating_point:
-            inputs[given.name] = torch.randn(shape, generator=generator).to(dtype)
-        else:
-            high = 256 if dtype == torch.uint8 else 2
-            inputs[given.name] = torch.randint(high, shape, generator=generator).to(dtype)
-    return inputs
 
 
 def _readme(why: str | None) -> str:
