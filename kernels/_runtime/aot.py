@@ -167,7 +167,7 @@ class Facts:
         return not self.code.loops or any(loop.flops for loop in self.code.loops)
 
 
-def compile_for(
+def compiled_for(
     kernel: Any,
     signature: dict[str, str],
     constants: dict[str, Any],
@@ -175,8 +175,9 @@ def compile_for(
     num_warps: int = 4,
     num_stages: int = 1,
     aligned: Iterable[str] = (),
-) -> Facts:
-    """Compile a `triton.jit` function for compute capability `arch` (e.g. 90); no GPU is needed.
+    **options: Any,
+) -> Any:
+    """What Triton makes of a `triton.jit` function for compute capability `arch` (e.g. 90); no GPU is needed.
 
     Triton's cache makes a second call cheap.
     """
@@ -192,11 +193,21 @@ def compile_for(
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in hinted},
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
-    )
+    options |= {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_for(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    arch: int,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    aligned: Iterable[str] = (),
+) -> Facts:
+    """The facts of `compiled_for`."""
+    compiled = compiled_for(kernel, signature, constants, arch, num_warps, num_stages, aligned)
     ptx = compiled.asm["ptx"]
     text = _disassembled(compiled.asm["cubin"])
     resources = re.search(r"REG:(\d+) STACK:(\d+)", text)
