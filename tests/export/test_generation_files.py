@@ -16,8 +16,9 @@ from torch import nn
 import mmfuse
 from mmfuse import models
 from mmfuse._compat import allow_torchvision
-from mmfuse.export import export_for_generation, load
-from mmfuse.export.generation import systems
+from mmfuse.cli import main
+from mmfuse.export import export_for_generation, generation, load
+from mmfuse.export.generation import graphs
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -60,7 +61,24 @@ def image() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, image: torch.Tensor) -> Path:
-    return export_for_generation(captioner(), {"image": image}, tmp_path_factory.mktemp("blip") / "blip")
+    """The export, which leaves the model as it was."""
+    model = captioner()
+    model.text_decoder.eval()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    directory = export_for_generation(model, {"image": image}, tmp_path_factory.mktemp("blip") / "blip")
+    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert [p.name for p in directory.parent.iterdir()] == ["blip"]
+    return directory
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are not written, for what is about the files around them."""
+    monkeypatch.setattr(graphs.Part, "write", lambda self, path: path.write_text("graph"))
+    monkeypatch.setattr(generation.folder, "join_weights", lambda paths, weights: weights.write_text("weights"))
 
 
 @pytest.fixture
@@ -91,22 +109,28 @@ def test_what_is_written(written: Path, image: torch.Tensor) -> None:
     assert torch.equal(generator.generate(image.double(), num_beams=2), before)
 
 
-def test_the_model_is_left_as_it_was(tmp_path: Path, image: torch.Tensor) -> None:
-    model = captioner().train()
-    model.text_decoder.eval()
-    before = {key: t.clone() for key, t in model.state_dict().items()}
-    modes = [module.training for module in model.modules()]
-    export_for_generation(model, {"image": image}, tmp_path / "out")
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
-    assert all(p.requires_grad for p in model.parameters())
-    # an earlier export is replaced
-    with torch.no_grad():
-        model.visual_encoder.pos_embed.add_(1)
-    digests = [hashlib.sha256((tmp_path / "out" / "weights.bin").read_bytes()).digest()]
-    export_for_generation(model, {"image": image}, tmp_path / "out")
-    digests.append(hashlib.sha256((tmp_path / "out" / "weights.bin").read_bytes()).digest())
-    assert digests[0] != digests[1] and [p.name for p in tmp_path.iterdir()] == ["out"]
+def test_an_earlier_export_is_replaced(tmp_path: Path, image: torch.Tensor, quick: None) -> None:
+    for system in ("caption", "vqa", "caption"):
+        torch.manual_seed(0)
+        model = models.create("blip", CONFIG | {"variant": system})
+        export_for_generation(model, {"image": image}, tmp_path / "out")
+        parts = json.loads((tmp_path / "out" / "manifest.json").read_text())["parts"]
+        assert ("question" in parts) == (system == "vqa") == (tmp_path / "out" / "question.onnx").exists()
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_command(tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", "blip", "--config", json.dumps(CONFIG), "--generation", str(tmp_path / "out")]
+    assert main(command) == 0 and f"load('{tmp_path / 'out'}')" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["prompt_ids"] == [1, 7, 9, 2]
+    assert main([*command, "--target", "trt"]) == 2
+    assert "target is 'trt', expected 'portable' with --generation" in capsys.readouterr().err
+    (tmp_path / "made.py").write_text(
+        "import json, torch\nfrom mmfuse import models\n"
+        f"def factory():\n    return models.create('blip', json.loads({json.dumps(CONFIG)!r})), "
+        "{'image': torch.zeros(1, 3, 16, 16)}\n"
+    )
+    assert main(["export", f"{tmp_path / 'made.py'}:factory", "--generation", str(tmp_path / "other")]) == 0
 
 
 def test_weights_lie_once(written: Path) -> None:
@@ -183,7 +207,9 @@ def test_a_graph_with_weights_elsewhere(copy: Path, tmp_path: Path) -> None:
         load(copy)
 
 
-def test_a_failed_export_leaves_nothing(tmp_path: Path, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_nothing(
+    tmp_path: Path, image: torch.Tensor, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = tmp_path / "old"
     old.mkdir()
     (old / "manifest.json").write_text("old")
@@ -191,8 +217,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, image: torch.Tensor, mon
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mmfuse.export.generation.folder.join_weights", full)
-    monkeypatch.setattr(systems.graphs.Part, "write", lambda self, path: path.write_text("half"))
+    monkeypatch.setattr(generation.folder, "join_weights", full)
     for directory in (old, tmp_path / "new"):
         with pytest.raises(ValueError, match=r"cannot be written: .*No space left"):
             export_for_generation(captioner(), {"image": image}, directory)
