@@ -11,11 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
 from mmfuse.export.onnx import MODES, OPSETS, export_onnx
-from mmfuse.export.served import DTYPES, SERVED, export_served
+from mmfuse.export.served import DTYPES, SERVED, build, export_served
 
 # action: (module with add_arguments(parser) and run(args) -> exit code, one line of help); the module is imported when
 # the action is chosen
@@ -52,7 +53,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _export_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.description = f"Write {what} to one ONNX file."
-    parser.add_argument("--onnx", required=True, metavar="FILE", type=Path, help="the file to write")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--onnx", metavar="FILE", type=Path, help="the file to write")
+    target.add_argument(
+        "--generation", metavar="DIR", type=Path, help="in its place, a folder that says what the model's generate says"
+    )
     parser.add_argument("--target", default="portable", help=f"{', '.join(OPSETS)} (default: %(default)s)")
     parser.add_argument("--mode", default="functions", help=f"{', '.join(MODES)} (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)} (default: %(default)s)")
@@ -76,6 +81,8 @@ def _export(what: str, args: argparse.Namespace) -> int:
     start = time.perf_counter()
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}, expected one of {', '.join(DTYPES)}")
+    if args.generation is not None:
+        return _export_generation(what, args)
     options: dict[str, Any] = {"target": args.target, "mode": args.mode}
     with Console(stderr=True).status(f"exporting {what} to {args.onnx}"):
         if ":" in what:
@@ -83,13 +90,38 @@ def _export(what: str, args: argparse.Namespace) -> int:
             model = model.to(DTYPES[args.dtype])
             export_onnx(model, inputs, args.onnx, dynamic=_axes(args.dynamic) or dynamic, **options)
         else:
-            config = json.loads(args.config) if args.config else args.preset
-            if config is None:
-                raise ValueError("neither --preset nor --config is given, expected one of them")
+            config = _config(args)
             seed = None if args.weights else args.seed
             export_served(what, args.onnx, config, seed=seed, weights=args.weights, dtype=args.dtype, **options)
     print(f"wrote {args.onnx} in {time.perf_counter() - start:.0f} s; next: mmfuse export check {args.onnx}")
     return 0
+
+
+def _export_generation(what: str, args: argparse.Namespace) -> int:
+    """Write the folder of `export_for_generation`."""
+    from mmfuse.export.generation import export_for_generation
+
+    start = time.perf_counter()
+    for name, value, expected in (("target", args.target, "portable"), ("mode", args.mode, "functions")):
+        if value != expected:
+            raise ValueError(f"{name} is {value!r}, expected {expected!r} with --generation")
+    with Console(stderr=True).status(f"exporting {what} to {args.generation}"):
+        if ":" in what:
+            model, inputs, _ = _made(what)
+        else:
+            model = build(what, _config(args), seed=args.seed, weights=args.weights)
+            size = int(model.image_resolution)  # type: ignore[arg-type]
+            inputs = {"image": torch.zeros(1, 3, size, size)}
+        export_for_generation(model.to(DTYPES[args.dtype]), inputs, args.generation)
+    took = time.perf_counter() - start
+    print(f"wrote {args.generation} in {took:.0f} s; next: mmfuse.export.load({str(args.generation)!r}).generate(...)")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> Any:
+    if not args.config and args.preset is None:
+        raise ValueError("neither --preset nor --config is given, expected one of them")
+    return json.loads(args.config) if args.config else args.preset
 
 
 def _made(what: str) -> tuple[nn.Module, Any, Mapping[str, Mapping[int, str]]]:
