@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Implementation, Operator, Size, UnsupportedError
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size, UnsupportedError
 from mmfuse.kernels._runtime.arguments import (
     autocast,
     autocast_dtype,
@@ -90,9 +91,8 @@ def project_kv(
         check("bias", bias, (layers, 2, d), " as weight", like=("x", x))
     gamma, beta, eps = (None, None, 0.0) if norm is None else norm_of(norm)
     for name, t in (("norm's weight", gamma), ("norm's bias", beta)) if norm is not None else ():
-        check(name, t, like=("x", x))
-        if t.shape not in ((e,), (layers, e)):  # type: ignore[union-attr]
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected [{e}] or [{layers}, {e}]")  # type: ignore[union-attr]
+        one = isinstance(t, Tensor) and t.dim() == 1
+        check(name, t, (e,) if one else (layers, e), ", or of one layer for all", like=("x", x))
     for name, t in (("weight", weight), ("bias", bias), ("norm's weight", gamma), ("norm's bias", beta)):
         _same_dtype(name, t, "x", x)
     return PROJECT_KV(x, weight, bias, gamma, beta, eps, heads, backend=backend)
@@ -167,6 +167,9 @@ FEW_QUERY = Operator(
     fake=_attend_fake,
     differentiable=("q", "k", "v"),
     implementations=[
+        Implementation(
+            "triton", passes=Deferred("mmfuse.kernels.qformer.kernel"), against=[_too_wide], traceable=True
+        ),
         Implementation("chunked", passes=blocked, against=[_on_gpu, _drops]),
         Implementation("sdpa", function=reference.sdpa, against=[_wants_lse]),
         Implementation("torch", function=reference.of_keys),
@@ -262,8 +265,8 @@ def few_query_attention(
     dropout = real("dropout", dropout)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}, expected 0 <= dropout < 1")
-    q, *of_keys = autocast(q, keys.k, keys.v)
-    keys = Keys(*of_keys, keys.kv_index, keys.lengths, keys.cu_seqlens, keys.longest)
+    q, k, v = autocast(q, keys.k, keys.v)
+    keys = replace(keys, k=k, v=v)
     if return_map:
         if backend not in (None, "torch"):
             raise UnsupportedError(f"backend is {backend!r}: with return_map plain torch forms the probabilities")
@@ -323,6 +326,7 @@ TOKEN_ATTENTION = Operator(
     fake=_tokens_fake,
     differentiable=("q", "x", "key_weight", "value_weight", "value_bias"),
     implementations=[
+        Implementation("triton", function=_formed("triton"), against=[_too_wide]),
         Implementation("chunked", passes=absorbed, against=[_on_gpu, _half]),
         Implementation("sdpa", function=_formed("sdpa"), against=[_wants_lse]),
         Implementation("torch", function=_formed("torch")),
