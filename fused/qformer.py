@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmfuse.kernels._runtime.arguments import check, check_range
 from mmfuse.kernels.multiway.reference import packed_attention
 from mmfuse.kernels.multiway.routing import Part, Routing
-from mmfuse.kernels.qformer.reference import few_query_attention, project_kv
+from mmfuse.kernels.qformer import few_query_attention, project_kv
 from mmfuse.kernels.text import embed_text
 
 Sees = Sequence[Sequence[str]]

@@ -18,11 +18,12 @@ else:
     from importlib import import_module
     from pkgutil import iter_modules
 
-    from mmfuse.kernels import codebook, contrastive, multiway, patch
+    from mmfuse.kernels import codebook, contrastive, multiway, patch, qformer
     from mmfuse.kernels.codebook import *  # noqa: F403
     from mmfuse.kernels.contrastive import *  # noqa: F403
     from mmfuse.kernels.multiway import *  # noqa: F403
     from mmfuse.kernels.patch import *  # noqa: F403
+    from mmfuse.kernels.qformer import *  # noqa: F403
 
     # what `mmfuse` has too; the other families' operators stay in their namespaces, such as `mmfuse.kernels.points`
     __all__: list[str] = []
@@ -30,6 +31,7 @@ else:
     __all__ += contrastive.__all__
     __all__ += multiway.__all__
     __all__ += patch.__all__
+    __all__ += qformer.__all__
 
     for _family in iter_modules(__path__):  # noqa: F405
         if not _family.name.startswith("_"):

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs
+
 Norm = tuple[Tensor, Tensor, float]
-
-
-class Attended(NamedTuple):
-    o: Tensor  # [B, Q, H, d]
-    lse: Tensor  # [B, H, Q], log of the sum of exp(scores); -inf where there is no key; no gradient
 
 
 def project_kv(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, norm: Norm | None = None) -> Tensor:
@@ -55,28 +50,81 @@ def few_query_attention(
         lengths: int64 [I], the keys that an image has, which come first; by default N.
         dropout: of the probabilities.
     """
+    return Attended(*mapped_attention(q, k, v, kv_index, lengths, dropout)[:2])
+
+
+def mapped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_index: Tensor | None = None,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Mapped:
+    """The same with the probabilities, of which o is a function: a gradient may be asked of them."""
     if kv_index is not None:
         k, v, lengths = k[kv_index], v[kv_index], None if lengths is None else lengths[kv_index]
     acc = torch.promote_types(q.dtype, torch.float32)
+    if lengths is not None:
+        k, v = zero_behind(k, lengths), zero_behind(v, lengths)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, Q or N, d]
     scores = (q @ k.mT).to(acc) * q.shape[-1] ** -0.5  # [B, H, Q, N]
-    if lengths is not None:
-        mask = torch.arange(k.shape[2], device=k.device) < lengths[:, None, None, None]
-        scores = scores.masked_fill(~mask, torch.finfo(acc).min)
-        p = scores.softmax(-1) * mask
-    else:
+    if lengths is None:
         p = scores.softmax(-1)
+    else:
+        none = (lengths == 0)[:, None, None]
+        seen = torch.where(lengths > 0, lengths, k.shape[2])[:, None, None, None]
+        scores = scores.masked_fill(torch.arange(k.shape[2], device=k.device) >= seen, -torch.inf)
+        p = scores.softmax(-1).masked_fill(none[..., None], 0)
     with torch.no_grad():
         lse = scores.logsumexp(-1)
-        if lengths is not None:
-            lse = lse.masked_fill((lengths == 0)[:, None, None], -torch.inf)
+        lse = lse if lengths is None else lse.masked_fill(none, -torch.inf)
     o = F.dropout(p, dropout).to(v.dtype) @ v
-    return Attended(o.transpose(1, 2), lse)
+    return Mapped(o.transpose(1, 2), lse, p)
+
+
+def of_keys(q: Tensor, keys: Keys, dropout: float = 0.0) -> Outputs:
+    o, lse, _ = mapped_attention(q, *padded(keys), dropout)
+    return Outputs(o, lse, torch.ones_like(lse))
+
+
+def sdpa(q: Tensor, keys: Keys, dropout: float = 0.0) -> Outputs:
+    """By torch's own attention, which keeps the statistics to itself."""
+    k, v, kv_index, lengths = padded(keys)
+    if kv_index is not None:
+        k, v, lengths = k[kv_index], v[kv_index], None if lengths is None else lengths[kv_index]
+    q, mask = q.expand(k.shape[0], -1, -1, -1), None
+    if lengths is not None:
+        # where there is no key all are seen, and the result is 0 in the end
+        seen = torch.where(lengths > 0, lengths, k.shape[1])
+        mask = torch.arange(k.shape[1], device=k.device) < seen[:, None, None, None]
+        k, v = zero_behind(k, lengths), zero_behind(v, lengths)
+    o = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, dropout_p=dropout)
+    o = o.transpose(1, 2)
+    o = o if lengths is None else torch.where((lengths > 0)[:, None, None, None], o, 0)
+    return Outputs(o, q.new_empty(0), q.new_empty(0))
+
+
+def zero_behind(t: Tensor, lengths: Tensor) -> Tensor:
+    """Without what lies behind an image's last token, which may be no number: times a probability of 0 it is none."""
+    real = torch.arange(t.shape[1], device=t.device) < lengths[:, None]
+    return t.where(real[:, :, None, None], 0)
+
+
+def padded(keys: Keys) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(k, v, kv_index, lengths) of images with the same number of tokens."""
+    if keys.cu_seqlens is None:
+        return keys.k, keys.v, keys.kv_index, keys.lengths
+    k, lengths = unpacked(keys.k, keys.cu_seqlens, keys.longest)
+    v, _ = unpacked(keys.v, keys.cu_seqlens, keys.longest)
+    return k, v, keys.kv_index, lengths
 
 
 def unpacked(x: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """Rows [T, ...] of images one after another, image i from cu_seqlens[i]: ([I, longest, ...], lengths int64 [I])."""
     lengths = cu_seqlens.diff().long()
+    if x.shape[0] == 0:
+        return x.sum(0).expand(lengths.shape[0], longest, *x.shape[1:]), lengths
     row = cu_seqlens[:-1, None] + torch.arange(longest, device=x.device)
     real = row < cu_seqlens[1:, None]
     x = x[row.where(real, 0)]

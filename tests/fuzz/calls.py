@@ -60,6 +60,9 @@ EXCUSED = {
     ("queue_itc_loss", "hides"),
     ("moco_loss", "hides"),
     ("linear_cross_entropy", "hides"),
+    # the gradient of a query that is not a number, of an image without tokens: the reference multiplies by 0
+    ("few_query_attention", "hides"),
+    ("token_attention", "hides"),
     # a position of the table that is not a number, times the weight 0
     ("patch_embed_packed", "hides"),
     ("patch_embed_packed", "spreads"),
@@ -652,6 +655,54 @@ def routed_rms_norm(d: Draw) -> Arguments:
     given = routed_layer_norm(d)
     del given["bias"]
     return given
+
+
+# --- queries --------------------------------------------------------------------------------------------------------
+
+
+@takes
+def project_kv(d: Draw) -> Arguments:
+    layers, heads, width, e = d.size(1, 3), d.size(1, 3), d.size(1), d.size(NORMED)
+    norm = d.one((e,), (layers, e))
+    return {
+        "x": d.floats(d.size(), d.size(), e),
+        "weight": d.floats(layers, 2, heads * width, e),
+        "bias": d.maybe(lambda: d.floats(layers, 2, heads * width)),
+        "heads": heads,
+        "norm": d.maybe(lambda: (d.floats(*norm), d.floats(*norm), 1e-5)),
+    }
+
+
+@takes
+def few_query_attention(d: Draw) -> Arguments:
+    images, n, queries, heads, width = d.size(1), d.size(), d.size(), d.size(1, 3), d.size(1)
+    args: Arguments = {"return_lse": d.flag()}
+    if d.flag():
+        sizes = [d.up_to(n) for _ in range(images)]
+        bounds = tuple(sum(sizes[:i]) for i in range(images + 1))
+        args |= {"cu_seqlens": Spec((images + 1,), d.one(torch.int32, torch.int64), values=bounds), "longest": n}
+        k, v = (d.floats(bounds[-1] + d.one(0, 2), heads, width) for _ in range(2))
+        v = replace(v, shape=k.shape)
+    else:
+        args["lengths"] = d.maybe(lambda: d.integers(images, high=n + 1))
+        k, v = (d.floats(images, n, heads, width) for _ in range(2))
+    args["kv_index"] = d.maybe(lambda: d.integers(d.size(), high=images))
+    rows = images if args["kv_index"] is None else args["kv_index"].shape[0]
+    return {"q": d.floats(d.one(1, rows), queries, heads, width), "k": k, "v": v} | args
+
+
+@takes
+def token_attention(d: Draw) -> Arguments:
+    images, n, queries, heads, width, e = d.size(), d.size(), d.size(), d.size(1, 3), d.size(1), d.size(1)
+    return {
+        "q": d.floats(d.one(1, images), queries, heads, width),
+        "x": d.floats(images, n, e),
+        "key_weight": d.floats(heads * width, e),
+        "value_weight": d.floats(heads * width, e),
+        "value_bias": d.maybe(lambda: d.floats(heads * width)),
+        "lengths": d.maybe(lambda: d.integers(images, high=n + 1)),
+        "return_lse": d.flag(),
+    }
 
 
 # --- points ---------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ torch.manual_seed(0)  # of the weights, which are drawn at import
 LAYERS = [(real(out, into), real(out)) for out, into in WIDTHS]
 HEAD = (torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 1e-6)
 WEIGHT, TABLE, PROJECTION, EXPERTS = real(6, 3, 4, 4), real(9, 6), real(5, 8), real(2, 5, 8)
+KEYS = real(2, 2, 8, 6)
 
 # operator: a function of tensors whose first dimension is the batch (of a position table: is fixed), and such tensors
 OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] = {
@@ -98,6 +99,18 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] =
     "routed_rms_norm": (
         lambda x, ids: kernels.routed_rms_norm(x, EXPERTS[:, 0], kernels.Routing.from_ids(ids, 2)),
         lambda b: (real(b, 8), upto(2, b)),
+    ),
+    "project_kv": (
+        lambda x: kernels.project_kv(x, KEYS, None, 2, (TABLE[0], TABLE[1], 1e-5)),
+        lambda b: (real(b, 3, 6),),
+    ),
+    "few_query_attention": (
+        lambda q, k, v, of: kernels.few_query_attention(q, k, v, of, return_lse=True),
+        lambda b: (real(b, 2, 2, 4), real(b, 5, 2, 4), real(b, 5, 2, 4), upto(3, b)),
+    ),
+    "token_attention": (
+        lambda q, x, lengths: kernels.token_attention(q, x, KEYS[0, 0], KEYS[0, 1], None, lengths, return_lse=True),
+        lambda b: (real(b, 2, 2, 4), real(b, 5, 6), upto(6, b)),
     ),
     "interpolate_position": (
         lambda table: kernels.interpolate_position(table, (5, 7), "bicubic"),

@@ -1,0 +1,107 @@
+"""Attention over tokens themselves: the weights of keys and values are on the side of the queries.
+
+    q~ = q W_k           [Q H, E]: for one image, all heads have x as their key
+    P  = softmax(q~ x^T / sqrt(d)),  c = P x,  o = c W_v^T + b_v
+
+Image by image: x, q~, P and c stay in the cache, where products of the whole batch would write and read 2 Q H E numbers
+of each image in memory. The gradient is that of the keys and values, which are formed for it (blocked.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
+from mmfuse.kernels.qformer import blocked
+from mmfuse.kernels.qformer.arguments import Keys, Outputs
+
+# of the queries in the tokens' space, for a group of images
+_GROUP_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens, and what makes keys and values of them."""
+
+    x: Tensor  # [I, N, E]
+    key_weight: Tensor  # [H d, E]
+    value_weight: Tensor  # [H d, E]
+    value_bias: Tensor | None  # [H d]
+    lengths: Tensor | None  # int64 [I]; None: N
+
+    def keys(self, heads: int) -> Keys:
+        """As they are formed."""
+        k = F.linear(self.x, self.key_weight).unflatten(-1, (heads, -1))
+        v = F.linear(self.x, self.value_weight, self.value_bias).unflatten(-1, (heads, -1))
+        return Keys(k, v, None, self.lengths, None, self.x.shape[1])
+
+
+def products_saved(q: Tensor, tokens: Tokens) -> int:
+    """Multiplications that absorbing saves for an image; its own, of smaller products, count as a quarter more."""
+    (_, queries, heads, d), (_, n, e) = q.shape, tokens.x.shape
+    formed = 2 * n * heads * d * (e + queries)
+    shared = 1 if q.shape[0] > 1 else 0  # the same queries of all images meet W_k once
+    return formed - queries * heads * e * (2 * n + d * (1 + shared)) * 5 // 4
+
+
+def attend(q: Tensor, tokens: Tokens, wants_lse: bool) -> Outputs:
+    (_, queries, heads, d), (images, n, e) = q.shape, tokens.x.shape
+    acc, x, one = accumulation_dtype(q.dtype), tokens.x, q.shape[0] == 1
+    of_keys, of_values = (w.unflatten(0, (heads, d)) for w in (tokens.key_weight, tokens.value_weight))  # [H, d, E]
+    o = q.new_zeros(images, queries, heads, d)
+    lse = q.new_full((images, heads * queries), -torch.inf, dtype=acc)
+    lengths = [n] * images if tokens.lengths is None else tokens.lengths.tolist()
+    # weights are read once for a group
+    group = min(images, max(1, _GROUP_BYTES // max(1, heads * queries * e * q.itemsize)))
+    scores, p = q.new_empty(heads * queries * n), q.new_empty(heads * queries * n, dtype=acc)
+    context = q.new_zeros(group, heads * queries, e)
+    moved = _moved(q, of_keys) if one and queries else q.new_empty(0)  # [m, H Q, E]
+    for first in range(0, images if queries else 0, max(1, group)):
+        several = slice(first, min(first + group, images))
+        if not one:
+            moved = _moved(q[several], of_keys)
+        for i in range(several.start, several.stop):
+            if not lengths[i]:
+                continue
+            x_i = x[i, : lengths[i]]
+            s, p_i = (t[: heads * queries * lengths[i]].view(-1, lengths[i]) for t in (scores, p))
+            torch.mm(moved[0 if one else i - first], x_i.t(), out=s)
+            s = cast(s, acc).mul_(d**-0.5)
+            if wants_lse:
+                lse[i] = s.logsumexp(1)
+            torch.softmax(s, 1, out=p_i)
+            torch.mm(cast(p_i, q.dtype), x_i, out=context[i - first])
+        c = context[: several.stop - first].unflatten(1, (heads, queries)).transpose(0, 1).flatten(1, 2)
+        y = c @ of_values.mT  # [H, m Q, d]
+        o[several] = y.unflatten(1, (-1, queries)).permute(1, 2, 0, 3)
+    if tokens.value_bias is not None:
+        o += tokens.value_bias.view(heads, d)
+    if not all(lengths):
+        o[[i for i, length in enumerate(lengths) if not length]] = 0
+    return Outputs(o, lse.view(images, heads, queries), lse.new_ones(images, heads, queries))
+
+
+def _moved(q: Tensor, of_keys: Tensor) -> Tensor:
+    """q W_k, [m, H Q, E]."""
+    rows = q.permute(2, 0, 1, 3).flatten(1, 2) @ of_keys  # [H, m Q, E]
+    return rows.unflatten(1, (len(q), -1)).transpose(0, 1).flatten(1, 2)
+
+
+def attend_grads(g: Tensor, q: Tensor, tokens: Tokens, outputs: Outputs, needs: Any) -> dict[str, Tensor]:
+    x, acc = tokens.x, accumulation_dtype(q.dtype)
+    of_keys = needs.x or needs.key_weight
+    of_values = needs.x or needs.value_weight or needs.value_bias
+    found = blocked.attend_grads(g, q, tokens.keys(q.shape[2]), outputs, (needs.q, of_keys, of_values))
+    dk, dv, rows = (t.flatten(2).flatten(0, 1) for t in (found["k"], found["v"], x[:, :, None]))
+    return {
+        "q": found["q"],
+        "x": (dk @ tokens.key_weight).addmm_(dv, tokens.value_weight).view_as(x) if needs.x else x,
+        "key_weight": dk.t() @ rows if needs.key_weight else x,
+        "value_weight": dv.t() @ rows if needs.value_weight else x,
+        "value_bias": dv.sum(0, dtype=acc).to(x.dtype) if needs.value_bias else x,
+    }

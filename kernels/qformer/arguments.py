@@ -1,0 +1,56 @@
+"""The checked arguments of attention, which its implementations share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Attended(NamedTuple):
+    o: Tensor  # [B, Q, H, d]
+    lse: Tensor | None  # [B, H, Q], log of the sum of exp(scores); -inf where there is no key; no gradient
+
+
+class Outputs(NamedTuple):
+    """What implementations compute. Of the statistics only row_max + log(row_sum) means something to others."""
+
+    o: Tensor  # [B, Q, H, d]
+    row_max: Tensor  # [B, H, Q] of the scores
+    row_sum: Tensor  # [B, H, Q] of exp(score - row_max); apart, both are exact to a rounding
+
+
+class Mapped(NamedTuple):
+    o: Tensor
+    lse: Tensor
+    map: Tensor  # [B, H, Q, N], the probabilities before dropout
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What queries attend to: the tokens of images, padded, or packed one image after another."""
+
+    k: Tensor  # [I, N, H, d], or packed [T, H, d]
+    v: Tensor  # as k
+    kv_index: Tensor | None  # int64 [B], the image of each row; None: row b attends to image b
+    lengths: Tensor | None  # int64 [I], of padded images; None: N
+    cu_seqlens: Tensor | None  # int64 [I + 1], where packed images begin and end
+    longest: int  # N, or the most tokens of a packed image
+
+    @property
+    def images(self) -> int:
+        return self.k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.images if self.kv_index is None else self.kv_index.shape[0]
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """int64 [I] each: where an image's tokens begin and end among all."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        first = torch.arange(self.images, device=self.k.device) * self.longest
+        return first, first + (self.longest if self.lengths is None else self.lengths)
