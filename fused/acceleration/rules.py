@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mmfuse.fused.acceleration import coca, stems, vector_quantize
+from mmfuse.fused.acceleration import coca, poolers, qformers, stems, vector_quantize
 from mmfuse.fused.acceleration.plain import Children, why_not_plain
 from mmfuse.fused.losses import unsupported
 
@@ -339,5 +339,45 @@ RULES = (
         relies_on=("forward", "resize_positional_embeddings"),
         children={"patch_embedding": _LINEAR, "position_embedding": _EMBEDDING},
         reason_against=stems.against_positions,
+    ),
+    *(
+        Rule(
+            op="few_query_attention",
+            target=f"{module}:{prefix}Encoder",
+            forward="mmfuse.fused.acceleration.qformers:encoder",
+            children=qformers.children(module, prefix),
+            reason_against=qformers.reason_against,
+        )
+        for module, prefix in (
+            ("transformers.models.blip_2.modeling_blip_2", "Blip2QFormer"),
+            ("transformers.models.instructblip.modeling_instructblip", "InstructBlipQFormer"),
+            ("transformers.models.instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoQFormer"),
+        )
+    ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.blip_2.modeling_blip_2:Blip2QFormerModel",
+        forward="mmfuse.fused.acceleration.qformers:unexpanded",
+    ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.siglip.modeling_siglip:SiglipMultiheadAttentionPoolingHead",
+        forward="mmfuse.fused.acceleration.poolers:siglip_head",
+        children=poolers.CHILDREN,
+        reason_against=poolers.against_attention("attention"),
+    ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.siglip2.modeling_siglip2:Siglip2MultiheadAttentionPoolingHead",
+        forward="mmfuse.fused.acceleration.poolers:siglip2_head",
+        children=poolers.CHILDREN,
+        reason_against=poolers.against_attention("attention"),
+    ),
+    Rule(
+        op="few_query_attention",
+        target="open_clip.transformer:AttentionalPooler",
+        forward="mmfuse.fused.acceleration.poolers:open_clip_pooler",
+        children=poolers.OPEN_CLIP_CHILDREN,
+        reason_against=poolers.against_attention("attn"),
     ),
 )
