@@ -48,12 +48,13 @@ def encoder(
     """
     call = {name: value for name, value in locals().items() if name not in ("encoder", "kwargs")} | kwargs
     layers = encoder.layer
-    if encoder_attention_mask is not None or not _plain(encoder, kwargs) or not _gains(layers, call):
+    form = None if encoder_attention_mask is not None or not _plain(encoder, kwargs) else _form(layers, call)
+    if form is None:
         return type(encoder).forward(encoder, **call)
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
     h, x = hidden_states, encoder_hidden_states
-    kv = iter(() if x.is_cpu else _keys_and_values(layers, x))
+    kv = iter(_keys_and_values(layers, x) if form == "one product" else ())
     for layer in layers:
         h = layer.attention(h, attention_mask=attention_mask)
         query, text = h[:, :query_length], h[:, query_length:]
@@ -61,7 +62,7 @@ def encoder(
             block = layer.crossattention
             attention = block.attention
             q = attention.query(query).unflatten(-1, (attention.num_attention_heads, -1))
-            if x.is_cpu:
+            if form == "absorbed":
                 o = absorbed(q, x, attention.key.weight, attention.value.weight)
             else:
                 o = _attend(q, next(kv))
@@ -100,28 +101,36 @@ def _plain(encoder: Any, kwargs: dict[str, Any]) -> bool:
     """Whether nothing is asked for but the last states."""
     asked = any(value is not None and value is not (name == "return_dict") for name, value in kwargs.items())
     config = encoder.config
+    # of releases before 5.10, for maps of the attention
+    kept = any(getattr(layer.crossattention.attention, "save_attention", 0) for layer in _crossing(encoder.layer))
     return not (
         asked
+        or kept
         or not config.return_dict
         or (encoder.training and (encoder.gradient_checkpointing or config.attention_probs_dropout_prob > 0))
         or config._attn_implementation not in ("eager", "sdpa")
     )
 
 
-def _gains(layers: Any, call: dict[str, Any]) -> bool:
+def _form(layers: Any, call: dict[str, Any]) -> str | None:
+    """How cross-attention is computed; None where the class's own code is as fast."""
     h, x, queries = call["hidden_states"], call["encoder_hidden_states"], call["query_length"]
     if x is None or not queries or len(h) not in (1, len(x)) or torch.compiler.is_compiling():
-        return False
+        return None
     if not x.is_cpu:
-        return True
+        return "one product"
     attention = layers[0].crossattention.attention
     weight, head_dim = attention.key.weight, attention.attention_head_size
-    return exact(weight) and absorbs(queries, x.shape[1], head_dim, x.shape[2])
+    return "absorbed" if exact(weight) and absorbs(queries, x.shape[1], head_dim, x.shape[2]) else None
+
+
+def _crossing(layers: Any) -> list[Any]:
+    return [layer for layer in layers if layer.has_cross_attention]
 
 
 def _keys_and_values(layers: Any, x: Tensor) -> Any:
     """Of each layer with cross-attention [B, N, 2, H, d], without biases, by one product."""
-    of = [layer.crossattention.attention for layer in layers if layer.has_cross_attention]
+    of = [layer.crossattention.attention for layer in _crossing(layers)]
     weight = torch.stack([torch.stack([attention.key.weight, attention.value.weight]) for attention in of])
     return project_kv(x, weight, None, of[0].num_attention_heads).unbind(2)
 
