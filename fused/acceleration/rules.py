@@ -28,7 +28,7 @@ class Rule:
         children: what the replacement reads or passes over instead of calling it. They have to be plain, at the swap
             and at every call, where otherwise the class's own method runs.
         reason_against: why an instance whose children are plain is left, or None.
-        aside: whether the class's own method is the faster one for an input, the first argument.
+        aside: whether the class's own method is the faster one for the arguments of a call.
         opt_in: why it is left unless `ops` names the operator; empty if it is replaced by default.
         method: what is replaced.
     """
@@ -39,7 +39,7 @@ class Rule:
     relies_on: tuple[str, ...] = ("forward",)
     children: Children = field(default_factory=dict)
     reason_against: Callable[[Any], str | None] = lambda module: None
-    aside: Callable[[Any, Any], bool] = lambda module, x: False
+    aside: Callable[..., bool] = lambda module, *args, **kwargs: False
     opt_in: str = ""
     method: str = "forward"
 
@@ -347,6 +347,7 @@ RULES = (
             forward="mmfuse.fused.acceleration.qformers:encoder",
             children=qformers.children(module, prefix),
             reason_against=qformers.reason_against,
+            aside=qformers.steps_aside,
         )
         for module, prefix in (
             ("transformers.models.blip_2.modeling_blip_2", "Blip2QFormer"),

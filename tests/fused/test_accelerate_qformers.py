@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 import mmfuse
 from judge import assert_no_worse, judge
 from mmfuse._compat import allow_torchvision
-from mmfuse.fused.acceleration import attention, qformers
-from mmfuse.fused.acceleration.attention import absorbed, absorbs
+from mmfuse.fused.acceleration import poolers, qformers
+from mmfuse.kernels.qformer.op import token_attention
 from tiny import HF_QFORMER, HF_VISION
 
 allow_torchvision()
@@ -62,14 +61,14 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many queries met an image without keys and values, call by call."""
+    """How many samples' queries met an image, call by call; without keys and values, however small it is."""
     calls: list[int] = []
 
-    def counted(q: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def counted(q: Tensor, *rest: Any) -> Any:
         calls.append(len(q))
-        return absorbed(q, *rest, **options)
+        return token_attention(q, *rest, backend="chunked")
 
-    monkeypatch.setattr(qformers, "absorbed", counted)
+    monkeypatch.setattr(qformers, "token_attention", counted)
     return calls
 
 
@@ -93,40 +92,6 @@ def assert_same(model: Any, twin: Any, run: Callable[[Any], Tensor], *given: Ten
     grads, expected = gradients(twin, got, *given), gradients(model, want, *given)
     assert list(grads) == list(expected)
     torch.testing.assert_close(grads, expected)
-
-
-# --- the operation ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("images", [1, 5])
-def test_is_attention_to_keys_and_values(
-    images: int, masked: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "_BLOCK", 2 * 4 * 3 * 6)  # two images
-    q = torch.randn(1 if shared else images, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(images, 7, 6, dtype=torch.float64, requires_grad=True)
-    weights = [torch.randn(20, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    mask = torch.randn(images, 1, 1, 7, dtype=torch.float64) if masked else None
-    k, v = (torch.nn.functional.linear(x, w).unflatten(-1, (4, 5)).transpose(1, 2) for w in weights)
-    heads = q.expand(images, -1, -1, -1).transpose(1, 2)
-    want = torch.nn.functional.scaled_dot_product_attention(heads, k, v, attn_mask=mask).transpose(1, 2)
-    got = absorbed(q, x, *weights, mask)
-    torch.testing.assert_close(got, want)
-    of = (q, x, *weights)
-    torch.testing.assert_close(
-        torch.autograd.grad(got.square().sum(), of), torch.autograd.grad(want.square().sum(), of)
-    )
-
-
-@pytest.mark.parametrize(("n", "d", "e", "most"), [(257, 64, 1408, 53), (15, 64, 1024, 12), (729, 72, 1152, 69)])
-def test_how_many_queries_it_takes_fewer_products_for(n: int, d: int, e: int, most: int) -> None:
-    def products(q: int) -> tuple[int, int]:
-        return 2 * q * d * e + 2 * q * n * e, 2 * n * d * e + 2 * q * n * d
-
-    assert absorbs(most, n, d, e) and products(most)[0] < products(most)[1]
-    assert not absorbs(most + 1, n, d, e) and products(most + 1)[0] >= products(most + 1)[1]
 
 
 # --- BLIP-2's Q-Former ------------------------------------------------------------------------------------------------
@@ -175,8 +140,6 @@ ASIDE: dict[str, Callable[[Any], Any]] = {
     "masked image tokens": lambda m: m(*_given(m), encoder_attention_mask=torch.ones(IMAGES, TOKENS).tril(5))[0],
     "attentions": lambda m: m(*_given(m), output_attentions=True).cross_attentions[0],
     "hidden states": lambda m: m(*_given(m), output_hidden_states=True).hidden_states[1],
-    "many queries": lambda m: m(_given(m)[0].repeat(1, 9, 1), None, None, _given(m)[3])[0],
-    "bfloat16": lambda m: copy.deepcopy(m).bfloat16()(*(t if t is None else t.bfloat16() for t in _given(m)))[0],
     "training": lambda m: _trained(m, False),
     "gradient checkpointing": lambda m: _trained(m, True),
 }
@@ -226,8 +189,28 @@ def test_one_product_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on other devices."""
     model, twin = pair(blip2().double())
     query, x = inputs()
-    monkeypatch.setattr(qformers, "_form", lambda *_: "one product")
+    cross, kv = qformers._cross, iter(qformers._keys_and_values(twin.encoder.layer, x))
+    monkeypatch.setattr(qformers, "_cross", lambda block, query, x, _: cross(block, query, x, next(kv)))
     assert_same(model, twin, lambda m: m(query, encoder_hidden_states=x).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("queries", "tokens", "sizes", "faster"),
+    [(32, 257, (12, 768, 1408), True), (3, 15, (16, 1024, 1024), True), (80, 257, (12, 768, 1408), False)],
+)
+def test_steps_aside(queries: int, tokens: int, sizes: tuple[int, int, int], faster: bool) -> None:
+    """But where it takes fewer products without keys and values: for inference in float32."""
+    heads, width, key_width = sizes
+    names = ("num_attention_heads", "hidden_size", "encoder_hidden_size")
+    config = dict(zip(names, sizes, strict=True)) | {"num_hidden_layers": 1, "intermediate_size": 1}
+    encoder = Blip2QFormerModel(transformers.Blip2QFormerConfig(**config)).encoder
+    h, x = torch.zeros(1).expand(2, queries, width), torch.zeros(1).expand(2, tokens, key_width)
+    call = {"encoder_hidden_states": x, "query_length": queries}
+    with torch.no_grad():
+        assert qformers.steps_aside(encoder, h, **call) is not faster
+        with torch.autocast("cpu", torch.bfloat16):
+            assert qformers.steps_aside(encoder, h, **call)
+    assert qformers.steps_aside(encoder, h, **call)
 
 
 # --- what runs a Q-Former ---------------------------------------------------------------------------------------------
@@ -287,13 +270,16 @@ def test_is_no_further_from_float64(fused: list[int]) -> None:
         results = []
         for m, dtype in ((twin, torch.float32), (model, torch.float32), (copy.deepcopy(model).double(), torch.float64)):
             output = m(query.to(dtype), encoder_hidden_states=x.to(dtype))[0]
-            # a key's bias has none but of rounding
-            grads = {n: g for n, g in gradients(m, output).items() if not n.endswith("key.bias")}
-            results.append({"output": output.detach()} | grads)
-        return tuple(results)
+            results.append((output.detach(), gradients(m, output)))
+        # those of all parameters, in units of each; a key's bias has none but of rounding
+        sizes = {n: g.abs().mean().float() for n, g in results[2][1].items() if not n.endswith("key.bias")}
+        return tuple(
+            {"output": output, "gradients": torch.cat([(g[n] / size).flatten() for n, size in sizes.items()])}
+            for output, g in results
+        )
 
-    judge([draw() for _ in range(4)])
-    assert len(fused) == 8
+    judge([draw() for _ in range(6)])
+    assert len(fused) == 12
 
 
 def granite_speech(package: str) -> Any:
@@ -328,3 +314,69 @@ def test_granite4_vision(fused: list[int]) -> None:
     x = torch.randn(2, 64, 128, dtype=torch.float64, requires_grad=True)
     assert_same(model, twin, lambda m: m(x), x)
     assert fused == [8]
+
+
+# --- poolers ----------------------------------------------------------------------------------------------------------
+
+
+def siglip_head(kind: str) -> Any:
+    module = __import__(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}", fromlist=["*"])
+    config = getattr(transformers, f"{kind}VisionConfig")(**HF_VISION_HEAD)
+    config._attn_implementation = "sdpa"
+    return random(getattr(module, f"{kind}MultiheadAttentionPoolingHead")(config))
+
+
+HF_VISION_HEAD = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["Siglip", "Siglip2"])
+def test_siglip_heads(kind: str) -> None:
+    model, twin = pair(siglip_head(kind).double())
+    x = torch.randn(IMAGES, TOKENS, 16, dtype=torch.float64, requires_grad=True)
+    assert_same(model, twin, lambda m: m(x), x)
+
+
+@pytest.mark.parametrize("of", ["sdpa", "eager"])
+def test_masks_of_siglip2(of: str) -> None:
+    """What is masked anywhere, an image without tokens among them, of which the library takes the mean."""
+    model, twin = pair(siglip_head("Siglip2").double())
+    model.config._attn_implementation = twin.config._attn_implementation = of
+    x = torch.randn(4, TOKENS, 16, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(4, TOKENS).long()
+    mask[0, 5:], mask[1, ::2], mask[2] = 0, 0, 0
+    assert_same(model, twin, lambda m: m(x, attention_mask=mask), x)
+    torch.testing.assert_close(twin(x, mask)[3], twin(x[3:])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["Siglip", "Siglip2"])
+def test_siglip_heads_are_no_further_from_float64(kind: str, dtype: torch.dtype) -> None:
+    def draw() -> tuple[dict[str, Tensor], ...]:
+        model, twin = pair(siglip_head(kind).to(dtype))
+        x = torch.randn(IMAGES, TOKENS, 16).to(dtype)
+        results = []
+        for m in (twin, model, copy.deepcopy(model).double()):
+            output = m(x.to(m.probe.dtype))
+            grads = gradients(m, output)
+            results.append({"output": output.detach()} | grads)
+        return tuple(results)
+
+    judge([draw() for _ in range(6)])
+
+
+@pytest.mark.parametrize(("queries", "context", "few"), [(1, 12, True), (3, 16, True), (40, 12, False)])
+def test_open_clip_pooler(queries: int, context: int, few: bool) -> None:
+    model, twin = pair(random(open_clip.transformer.AttentionalPooler(16, context, 2, queries)).double())
+    x = torch.randn(IMAGES, TOKENS, context, dtype=torch.float64, requires_grad=True)
+    assert_same(model, twin, lambda m: m(x), x)
+    assert poolers._few(torch.empty(queries, 2, 8), x) is few
+
+
+def test_poolers_that_are_left() -> None:
+    pooler = open_clip.transformer.AttentionalPooler(16, 16, 2, 3)
+    pooler.attn = nn.MultiheadAttention(16, 2, batch_first=True, add_bias_kv=True)
+    (entry,) = mmfuse.accelerate(pooler).left
+    assert entry.why == "its attn adds a key"
+    pooler.attn = nn.MultiheadAttention(16, 2, batch_first=True, dropout=0.1)
+    (entry,) = mmfuse.accelerate(pooler).left
+    assert "dropout" in entry.why
