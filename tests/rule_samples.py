@@ -56,10 +56,10 @@ class Sample:
 
 
 def images(model: nn.Module, dtype: torch.dtype, size: int = 16) -> Tensor:
-    return _first(model(torch.randn(2, 3, size, size, dtype=dtype)))
+    return first(model(torch.randn(2, 3, size, size, dtype=dtype)))
 
 
-def _first(output: Any) -> Tensor:
+def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -171,6 +171,46 @@ def vector_quantize() -> nn.Module:
     return import_module("vector_quantize_pytorch").VectorQuantize(dim=6, codebook_size=9, codebook_dim=4)
 
 
+QFORMER = TOWER | {"encoder_hidden_size": 12, "vocab_size": 20, "max_position_embeddings": 8}
+
+
+def qformer(module: str, prefix: str) -> Sample:
+    """Three queries and two text tokens over images of nine; the first of two layers sees the image."""
+
+    def make() -> nn.Module:
+        config = getattr(import_module("transformers"), f"{prefix}Config")(**QFORMER | {"num_hidden_layers": 2})
+        config.use_qformer_text_input, config._attn_implementation = True, "sdpa"
+        return getattr(import_module(f"{HF}{module}.modeling_{module}"), f"{prefix}Encoder")(config)
+
+    def run(model: nn.Module, dtype: torch.dtype) -> Tensor:
+        h, x = torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, 9, 12, dtype=dtype)
+        return first(model(h, encoder_hidden_states=x, query_length=3))
+
+    return Sample(make, run, "layer.0.crossattention.attention.key")
+
+
+def blip2_qformer() -> Sample:
+    def make() -> nn.Module:
+        library = import_module("transformers")
+        config = library.Blip2QFormerConfig(**QFORMER)
+        return import_module(f"{HF}blip_2.modeling_blip_2").Blip2QFormerModel(config)
+
+    def run(model: nn.Module, dtype: torch.dtype) -> Tensor:
+        query, x = torch.randn(1, 3, 16, dtype=dtype), torch.randn(2, 9, 12, dtype=dtype)
+        return first(model(query.expand(2, -1, -1), encoder_hidden_states=x))
+
+    return Sample(make, run, "encoder.layer.0.crossattention.attention.value")
+
+
+def pooling_head(module: str, prefix: str) -> Sample:
+    def make() -> nn.Module:
+        config = getattr(import_module("transformers"), f"{prefix}VisionConfig")(**TOWER)
+        head = f"{prefix}MultiheadAttentionPoolingHead"
+        return getattr(import_module(f"{HF}{module}.modeling_{module}"), head)(config)
+
+    return Sample(make, lambda model, dtype: model(torch.randn(2, 9, 16, dtype=dtype)), "attention", "in_proj_weight")
+
+
 class EmbeddingEMA(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -262,6 +302,25 @@ SAMPLES: dict[str, Sample] = {
     ),
     "timm.models.naflexvit:NaFlexEmbeds": Sample(naflex, naflex_run, "proj"),
     f"{HF}siglip2.modeling_siglip2:Siglip2VisionEmbeddings": Sample(siglip2, siglip2_run, "patch_embedding"),
+}
+
+SAMPLES |= {
+    f"{HF}blip_2.modeling_blip_2:Blip2QFormerEncoder": qformer("blip_2", "Blip2QFormer"),
+    f"{HF}instructblip.modeling_instructblip:InstructBlipQFormerEncoder": qformer(
+        "instructblip", "InstructBlipQFormer"
+    ),
+    f"{HF}instructblipvideo.modeling_instructblipvideo:InstructBlipVideoQFormerEncoder": qformer(
+        "instructblipvideo", "InstructBlipVideoQFormer"
+    ),
+    f"{HF}blip_2.modeling_blip_2:Blip2QFormerModel": blip2_qformer(),
+    f"{HF}siglip.modeling_siglip:SiglipMultiheadAttentionPoolingHead": pooling_head("siglip", "Siglip"),
+    f"{HF}siglip2.modeling_siglip2:Siglip2MultiheadAttentionPoolingHead": pooling_head("siglip2", "Siglip2"),
+    "open_clip.transformer:AttentionalPooler": Sample(
+        lambda: import_module("open_clip.transformer").AttentionalPooler(16, 16, 2, n_queries=3),
+        lambda model, dtype: model(torch.randn(2, 9, 16, dtype=dtype)),
+        "attn",
+        "in_proj_weight",
+    ),
 }
 
 

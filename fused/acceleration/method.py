@@ -46,7 +46,7 @@ class Fused(FusedMethod):
         if why := (_GRAPH if _for_others() else self._why_not(module)):
             self._say(why, module, given)
             return own(module, *args, **kwargs)
-        if given and self._aside(module, given[0]):
+        if given and self._aside(module, args, kwargs):
             return own(module, *args, **kwargs)
         return self._function(module, *args, **kwargs, **self.options)
 
@@ -60,8 +60,8 @@ class Fused(FusedMethod):
             self._snapshot = Snapshot(module, self.rule.children)
         return None
 
-    def _aside(self, module: nn.Module, x: Any) -> bool:
-        return self.rule.aside(module, x)
+    def _aside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self.rule.aside(module, *args, **kwargs)
 
     def _overridden(self, module: nn.Module) -> bool:
         return self.rule.why_overridden(module) is not None

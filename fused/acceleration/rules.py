@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mmfuse.fused.acceleration import coca, stems, vector_quantize
+from mmfuse.fused.acceleration import coca, poolers, qformers, stems, vector_quantize
 from mmfuse.fused.acceleration.plain import Children, why_not_plain
 from mmfuse.fused.losses import unsupported
 
@@ -28,7 +28,7 @@ class Rule:
         children: what the replacement reads or passes over instead of calling it. They have to be plain, at the swap
             and at every call, where otherwise the class's own method runs.
         reason_against: why an instance whose children are plain is left, or None.
-        aside: whether the class's own method is the faster one for an input, the first argument.
+        aside: whether the class's own method is the faster one for the arguments of a call.
         opt_in: why it is left unless `ops` names the operator; empty if it is replaced by default.
         method: what is replaced.
     """
@@ -39,7 +39,7 @@ class Rule:
     relies_on: tuple[str, ...] = ("forward",)
     children: Children = field(default_factory=dict)
     reason_against: Callable[[Any], str | None] = lambda module: None
-    aside: Callable[[Any, Any], bool] = lambda module, x: False
+    aside: Callable[..., bool] = lambda module, *args, **kwargs: False
     opt_in: str = ""
     method: str = "forward"
 
@@ -339,5 +339,46 @@ RULES = (
         relies_on=("forward", "resize_positional_embeddings"),
         children={"patch_embedding": _LINEAR, "position_embedding": _EMBEDDING},
         reason_against=stems.against_positions,
+    ),
+    *(
+        Rule(
+            op="few_query_attention",
+            target=f"{module}:{prefix}Encoder",
+            forward="mmfuse.fused.acceleration.qformers:encoder",
+            children=qformers.children(module, prefix),
+            reason_against=qformers.reason_against,
+            aside=qformers.steps_aside,
+        )
+        for module, prefix in (
+            ("transformers.models.blip_2.modeling_blip_2", "Blip2QFormer"),
+            ("transformers.models.instructblip.modeling_instructblip", "InstructBlipQFormer"),
+            ("transformers.models.instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoQFormer"),
+        )
+    ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.blip_2.modeling_blip_2:Blip2QFormerModel",
+        forward="mmfuse.fused.acceleration.qformers:unexpanded",
+    ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.siglip.modeling_siglip:SiglipMultiheadAttentionPoolingHead",
+        forward="mmfuse.fused.acceleration.poolers:siglip_head",
+        children=poolers.CHILDREN,
+        reason_against=poolers.against_attention("attention"),
+    ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.siglip2.modeling_siglip2:Siglip2MultiheadAttentionPoolingHead",
+        forward="mmfuse.fused.acceleration.poolers:siglip2_head",
+        children=poolers.CHILDREN,
+        reason_against=poolers.against_attention("attention"),
+    ),
+    Rule(
+        op="few_query_attention",
+        target="open_clip.transformer:AttentionalPooler",
+        forward="mmfuse.fused.acceleration.poolers:open_clip_pooler",
+        children=poolers.OPEN_CLIP_CHILDREN,
+        reason_against=poolers.against_attention("attn"),
     ),
 )

@@ -413,10 +413,14 @@ def _cast(proj: Any, pixels: Tensor, uint8: Statistics | None = None) -> Tensor:
     return pixels if uint8 is not None and pixels.dtype == torch.uint8 else pixels.to(proj.weight.dtype)
 
 
-def few_products(path: str, bare: bool = False) -> Callable[[Any, Any], bool]:
+def few_products(path: str, bare: bool = False) -> Callable[..., bool]:
     """Whether the convolution at `path`, as the library runs it, is faster than the operator for these pixels."""
     weight = attrgetter(f"{path}.weight")
-    return lambda module, pixels: steps_aside(pixels, weight(module), bare)
+
+    def aside(module: Any, *args: Any, **kwargs: Any) -> bool:
+        return steps_aside(args[0] if args else next(iter(kwargs.values())), weight(module), bare)
+
+    return aside
 
 
 # --- common -------------------------------------------------------------------------------------------------------

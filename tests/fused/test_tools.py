@@ -22,7 +22,7 @@ import tool_worlds
 import worlds
 from mmfuse.fused.acceleration.method import Fused
 from mmfuse.fused.acceleration.rules import RULES
-from rule_samples import SAMPLES, VISION, Sample
+from rule_samples import SAMPLES, VISION, Sample, first
 
 for library in ("open_clip", "timm", "transformers", "vector_quantize_pytorch"):
     pytest.importorskip(library)
@@ -91,7 +91,7 @@ def pre_hook(child: nn.Module, sample: Sample) -> None:
 
 
 def backward_hook(child: nn.Module, sample: Sample) -> None:
-    child.register_full_backward_pre_hook(lambda _, grads: tuple(2 * g for g in grads))
+    child.register_full_backward_pre_hook(lambda _, grads: tuple(None if g is None else 2 * g for g in grads))
 
 
 def instance_forward(child: nn.Module, sample: Sample) -> None:
@@ -211,7 +211,8 @@ def test_reentrant_checkpointing(order: str, rule: str) -> None:
 
     def freeze(model: nn.Module) -> None:
         model.requires_grad_(False)
-        model.get_submodule(sample.child).register_forward_hook(lambda _, args, out: out.requires_grad_(True))
+        child = model.get_submodule(sample.child)
+        child.register_forward_hook(lambda _, args, out: (first(out).requires_grad_(True), out)[1])
 
     eager, fused, _ = both(sample, order, freeze)
     trained = []
@@ -257,8 +258,11 @@ def test_adapters_of_a_frozen_tower_train_under_reentrant_checkpointing(name: st
 READ_IN_EAGER_MODE = (
     COCA,
     SIGLIP2,
+    "open_clip.transformer:AttentionalPooler",
     "open_clip.transformer:VisionTransformer",
     "transformers.models.siglip.modeling_siglip:SiglipModel",
+    "transformers.models.siglip.modeling_siglip:SiglipMultiheadAttentionPoolingHead",
+    "transformers.models.siglip2.modeling_siglip2:Siglip2MultiheadAttentionPoolingHead",
 )
 
 
