@@ -18,7 +18,7 @@ from mmfuse._compat import allow_torchvision
 from mmfuse.export.generation import graphs
 from mmfuse.export.generation.graphs import BATCH, TEXT, Part, flat, pairs
 from mmfuse.export.generation.sessions import Sessions, repeated
-from mmfuse.kernels._runtime import UnsupportedError
+from mmfuse.export.require import require
 from mmfuse.models.blip import Context
 
 
@@ -96,10 +96,8 @@ def language(sessions: Sessions, configs: Mapping[str, Any]) -> Any:
 def _languages() -> Any:
     """What stands on transformers, which BLIP of `mmfuse.models` does without."""
     allow_torchvision()
-    try:
-        return import_module("mmfuse.export.generation.language")
-    except ImportError as error:
-        raise UnsupportedError(f"transformers cannot be imported ({error}): pip install 'mmfuse[hf]'") from error
+    require("transformers")
+    return import_module("mmfuse.export.generation.language")
 
 
 def described(model: Any) -> dict[str, Any]:
