@@ -110,7 +110,7 @@ def _export_generation(what: str, args: argparse.Namespace) -> int:
             model, inputs, _ = _made(what)
         else:
             model = build(what, _config(args), seed=args.seed, weights=args.weights)
-            size = int(model.image_resolution)  # type: ignore[arg-type]
+            size: Any = model.image_resolution
             inputs = {"image": torch.zeros(1, 3, size, size)}
         export_for_generation(model.to(DTYPES[args.dtype]), inputs, args.generation)
     took = time.perf_counter() - start

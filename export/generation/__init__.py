@@ -55,7 +55,7 @@ def export_for_generation(model: nn.Module, inputs: Mapping[str, Tensor], direct
     image = inputs.get(system.image)
     if not isinstance(image, Tensor) or image.dim() < 4 or not len(image):
         raise ValueError(f"inputs has {system.image} {type(image).__name__}, expected pixels [B, 3, R, R]")
-    sample = image.flatten(0, -4)[:1].cpu().repeat(BATCH, 1, 1, 1)
+    sample = system.images(image)[:1].cpu().repeat(BATCH, 1, 1, 1)
     with folder.appearing(Path(directory)) as new, _evaluated(model):
         parts = system.parts(model, sample if sample.dtype == torch.uint8 else sample.to(dtype))
         names: dict[int, str] = {}  # a part that serves two purposes is one file
@@ -95,7 +95,7 @@ def load(
         raise ValueError(
             f"{directory / folder.MANIFEST} has system {entries.get('system')!r}, expected one of {', '.join(SYSTEMS)}"
         )
-    missing = {"vision", "prefill", "decode"} - entries["parts"].keys()
+    missing = {"vision", "prefill", "decode", *system.needed} - entries["parts"].keys()
     if missing:
         raise ValueError(f"{directory / folder.MANIFEST} has no part {', '.join(sorted(missing))}")
     files = {part: directory / name for part, name in entries["parts"].items()}
@@ -106,12 +106,13 @@ class Generator:
     """An exported model. `sessions.sessions` are onnxruntime's, by part. One may generate from several threads."""
 
     def __init__(self, system: System, sessions: Sessions, settings: Mapping[str, Any]):
-        self.system, self.sessions, self.cls = system, sessions, system.load()
+        self.system, self.sessions = system, sessions
         try:
             self.settings = system.read(settings)
             system.standin(sessions, self.settings)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder.MANIFEST}: settings has no {error}, or not as it is written") from error
+        self.cls = system.load()
 
     def __repr__(self) -> str:
         return f"Generator({self.system.cls}, parts={list(self.sessions.sessions)})"
@@ -122,11 +123,11 @@ class Generator:
 
 
 def _system(model: nn.Module) -> System:
-    # of classes that are not imported there is no model
-    named = {f"{cls.__module__.split('.')[0]}:{cls.__name__}": cls for cls in type(model).__mro__}
-    for name, system in SYSTEMS.items():
-        module, _, cls = name.partition(":")
-        if f"{module.split('.')[0]}:{cls}" in named and isinstance(model, system.load()):
+    classes = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(model).__mro__}
+    for system in SYSTEMS.values():
+        module, _, name = system.cls.partition(":")
+        # a library that is not imported made no model
+        if (module.partition(".")[0], name) in classes and isinstance(model, system.load()):
             return system
     raise TypeError(f"model is {type(model).__name__}, expected one of {', '.join(SYSTEMS)}")
 

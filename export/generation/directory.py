@@ -50,7 +50,7 @@ def join_weights(graphs: Sequence[Path], weights: Path) -> None:
             model = onnx_ir.load(path)
             for value in model.graph.initializers.values():
                 tensor = value.const_value
-                if tensor is None or tensor.nbytes < _APART:
+                if tensor is None or (tensor.nbytes < _APART and not isinstance(tensor, onnx_ir.ExternalTensor)):
                     continue
                 data = tensor.tobytes()
                 digest = hashlib.sha256(data).digest()
@@ -69,6 +69,7 @@ def join_weights(graphs: Sequence[Path], weights: Path) -> None:
                 )
             file.flush()
             onnx_ir.save(model, path)
+            path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # weights that were apart before
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:

@@ -23,13 +23,8 @@ _UNAVAILABLE = (
 )
 
 
-def described(model: Any) -> dict[str, Any]:
-    """Of a language model, what `Language` needs besides its graphs."""
-    return {"config": model.config.to_dict(), "generation_config": model.generation_config.to_dict()}
-
-
 def configs(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """`described`, made objects again."""
+    """Of a language model, made objects again."""
     kind = entries["config"]["model_type"]
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type is {kind!r}, which this transformers does not know")
@@ -39,7 +34,7 @@ def configs(entries: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class Language(GenerationMixin):  # type: ignore[misc]
+class Language(GenerationMixin):
     """A language model for one call of `generate`, from its prompt to its last word."""
 
     main_input_name, base_model_prefix, input_modalities = "input_ids", "", ("text",)

@@ -6,7 +6,7 @@ a prompt is laid out and which words are taken, is the model class's own code: `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmfuse._compat import allow_torchvision
 from mmfuse.export.generation import graphs
 from mmfuse.export.generation.graphs import BATCH, TEXT, Part, flat, pairs
 from mmfuse.export.generation.sessions import Sessions, repeated
+from mmfuse.export.require import require
 from mmfuse.models.blip import Context
 
 
@@ -44,14 +46,20 @@ class Call(nn.Module):
 
 
 class System:
-    """One class of models. `image`: what its `generate` calls the pixels."""
+    """One class of models."""
 
     cls: ClassVar[str]  # module:name
-    image: ClassVar[str] = "image"
+    image: ClassVar[str] = "image"  # what its `generate` calls the pixels
+    needed: ClassVar[tuple[str, ...]] = ()  # parts beside vision, prefill and decode
+    kept: ClassVar[tuple[str, ...]] = ()  # attributes of the model that its `generate` reads
 
     def load(self) -> type:
         module, _, name = self.cls.partition(":")
         return getattr(import_module(module), name)
+
+    def images(self, image: Tensor) -> Tensor:
+        """Pixels as `generate` takes them, as images [N, 3, R, R]."""
+        return image.flatten(0, -4)
 
     def parts(self, model: Any, image: Tensor) -> dict[str, Part]:
         """The graphs; image [BATCH, 3, R, R], the sample."""
@@ -67,9 +75,7 @@ class System:
         if "config" in made:
             made["config"] = self.load().config_class.from_dict(dict(made["config"]))  # type: ignore[attr-defined]
         if "language" in made:
-            from mmfuse.export.generation.language import configs
-
-            made["language"] = configs(made["language"])
+            made["language"] = _languages().configs(made["language"])
         return made
 
     def standin(self, sessions: Sessions, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,16 +88,21 @@ def language_parts(model: Any, width: int) -> dict[str, Part]:
 
 
 def language(sessions: Sessions, configs: Mapping[str, Any]) -> Any:
-    from mmfuse.export.generation.language import CausalLanguage, Seq2SeqLanguage
-
-    kind = Seq2SeqLanguage if configs["config"].is_encoder_decoder else CausalLanguage
+    languages = _languages()
+    kind = languages.Seq2SeqLanguage if configs["config"].is_encoder_decoder else languages.CausalLanguage
     return kind(sessions, **configs)
 
 
-def described(model: Any) -> dict[str, Any]:
-    from mmfuse.export.generation.language import described
+def _languages() -> Any:
+    """What stands on transformers, which BLIP of `mmfuse.models` does without."""
+    allow_torchvision()
+    require("transformers")
+    return import_module("mmfuse.export.generation.language")
 
-    return described(model)
+
+def described(model: Any) -> dict[str, Any]:
+    """Of a language model, what `language` needs besides its graphs."""
+    return {"config": model.config.to_dict(), "generation_config": model.generation_config.to_dict()}
 
 
 def _part(model: nn.Module, function: Callable[..., Tensor], output: str, **inputs: Tensor) -> Part:
@@ -133,6 +144,7 @@ def _hf_vision(sessions: Sessions) -> Callable[..., Any]:
 
 class HfBlip2(System):
     cls, image = "transformers:Blip2ForConditionalGeneration", "pixel_values"
+    needed = ("qformer", "projection")
 
     def parts(self, model: Any, image: Tensor) -> dict[str, Part]:
         vision = _hf_vision_part(model, image)
@@ -222,13 +234,11 @@ class HfBlip(System):
         }
 
     def standin(self, sessions: Sessions, settings: Mapping[str, Any]) -> dict[str, Any]:
-        from mmfuse.export.generation.language import CaptionLanguage
-
         return {
             "config": settings["config"],
             "decoder_input_ids": settings["decoder_input_ids"],
             "vision_model": _hf_vision(sessions),
-            "text_decoder": CaptionLanguage(sessions, **settings["language"]),
+            "text_decoder": _languages().CaptionLanguage(sessions, **settings["language"]),
         }
 
 
@@ -238,9 +248,9 @@ class HfBlip(System):
 class Blip2(System):
     """An image encoder, a Q-Former, a projection and a language model, by the names of the last two."""
 
+    needed = ("projection",)
     projection: ClassVar[str]
     llm: ClassVar[str]
-    kept: ClassVar[tuple[str, ...]] = ()  # attributes of the model that its `generate` reads
 
     def parts(self, model: Any, image: Tensor) -> dict[str, Part]:
         vision = _part(model, lambda m, image: m.encode_image(image), "states", image=image)
@@ -294,6 +304,10 @@ class T5(Blip2):
 class InstructedT5(Blip2):
     cls, projection, llm = "mmfuse.models.instructblip:T5", "t5_proj", "t5_model"
 
+    def images(self, image: Tensor) -> Tensor:
+        """A video [B, 3, F, R, R] frame by frame."""
+        return image.transpose(1, 2).flatten(0, 1) if image.dim() == 5 else image
+
     def qformer(self, model: Any, states: Tensor) -> Part:
         if not model.bert.config.text:
             return super().qformer(model, states)
@@ -310,10 +324,10 @@ class InstructedT5(Blip2):
 
         def image_prompt(image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
             frames = image.shape[2] if image.dim() == 5 else 1
-            image = image.transpose(1, 2).flatten(0, 1) if image.dim() == 5 else image
             reads_text = len(sessions.inputs["qformer"]) > 1
             text = [t.repeat_interleave(frames, 0) for t in (ids, mask)] if reads_text else []
-            return parts[self.projection](_query(sessions, image, *text)).unflatten(0, (-1, frames)).flatten(1, 2)
+            query = _query(sessions, self.images(image), *text)
+            return parts[self.projection](query).unflatten(0, (-1, frames)).flatten(1, 2)
 
         return parts | {"image_prompt": image_prompt}
 
@@ -341,7 +355,7 @@ class MiniGPT4(Blip2):
 
 
 class MedStandIn:
-    """In the place of BLIP's text decoder: `CaptionDecoder` steps it."""
+    """In the place of BLIP's text decoder for one call of `generate`: `CaptionDecoder` steps it."""
 
     def __init__(self, sessions: Sessions):
         self.run = sessions.run
@@ -349,18 +363,20 @@ class MedStandIn:
         self.cls = SimpleNamespace(predictions=SimpleNamespace(decoder=lambda logits: logits))
 
     def context(self, states: Tensor, mask: None = None) -> Context:
-        return Context(tuple(pairs(self.run("prefill", states))))
+        self.seen: Sequence[Tensor] = self.run("prefill", states)
+        return Context(tuple(pairs(self.seen)))
 
     def hidden(self, ids: Tensor, mask: Tensor, context: Context, past: list[Any]) -> Tensor:
         """Logits [rows, 1, V], as the head's product is in the graph."""
-        seen = repeated(flat(context.keys_values), len(ids))
-        logits, *present = self.run("decode", ids, *flat(past), *seen)
+        self.seen = repeated(self.seen, len(ids))
+        logits, *present = self.run("decode", ids, *flat(past), *self.seen)
         past[:] = pairs(present)
         return logits[:, None]
 
 
 class Captioner(System):
-    cls, kept = "mmfuse.models.blip:Captioner", ("tokens", "prompt_ids")
+    cls = "mmfuse.models.blip:Captioner"
+    kept: ClassVar[tuple[str, ...]] = ("tokens", "prompt_ids")
 
     def parts(self, model: Any, image: Tensor) -> dict[str, Part]:
         vision = self.vision(model, image)
@@ -385,7 +401,9 @@ class BlipPretraining(Captioner):
 
 
 class VQA(Captioner):
-    cls, kept = "mmfuse.models.blip:VQA", ("tokens",)
+    cls = "mmfuse.models.blip:VQA"
+    kept = ("tokens",)
+    needed = ("question",)
 
     def parts(self, model: Any, image: Tensor) -> dict[str, Part]:
         vision, text = self.vision(model, image), torch.ones(BATCH, TEXT, dtype=torch.long)
