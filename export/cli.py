@@ -20,6 +20,7 @@ from mmfuse.export.build_cli import add_engine_arguments, engine, said, sizes_of
 from mmfuse.export.onnx import MODES, OPSETS, export_onnx
 from mmfuse.export.ort import fuse_for_ort
 from mmfuse.export.served import DTYPES, SERVED, build, export_served
+from mmfuse.kernels._runtime import UnsupportedError
 
 # action: (module with add_arguments(parser) and run(args) -> exit code, one line of help); the module is imported when
 # the action is chosen
@@ -107,7 +108,7 @@ def _export(what: str, args: argparse.Namespace) -> int:
             seed = None if args.weights else args.seed
             export_served(what, args.onnx, config, seed=seed, weights=args.weights, dtype=args.dtype, **options)
         if args.target == "ort":
-            remarks.append(f"{args.onnx} for onnxruntime: {fuse_for_ort(args.onnx)}")
+            remarks.append(f"{args.onnx} for onnxruntime: {_fused(args.onnx)}")
         if args.engine is not None:
             remarks.append(said(engine(args.onnx, args.engine, args.runtime, sizes_of(args.size), {}, {})))
     print(f"wrote {args.onnx} in {time.perf_counter() - start:.0f} s; next: mmfuse export check {args.onnx}")
@@ -139,6 +140,13 @@ def _export_generation(what: str, args: argparse.Namespace) -> int:
     took = time.perf_counter() - start
     print(f"wrote {args.generation} in {took:.0f} s; next: mmfuse.export.load({str(args.generation)!r}).generate(...)")
     return 0
+
+
+def _fused(file: Path) -> str:
+    try:
+        return str(fuse_for_ort(file))
+    except UnsupportedError as error:
+        return f"the plain file: {error}"
 
 
 def _config(args: argparse.Namespace) -> Any:
