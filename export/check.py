@@ -17,6 +17,7 @@ from mmfuse.export.lint import every_node, lint
 from mmfuse.export.nodes import DOMAIN
 from mmfuse.export.onnx import Called, Given, fingerprint
 from mmfuse.export.require import require
+from mmfuse.export.runtimes import RUNTIMES
 from mmfuse.export.served import DTYPES, SERVED, build, served
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def check_onnx(
     inputs: Sequence[Mapping[str, Any]] | None = None,
     *,
     weights: str | Path | None = None,
+    also: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compare a file of `export_onnx` with the PyTorch model, on the CPU.
 
@@ -42,6 +44,7 @@ def check_onnx(
         model: the model that was exported; by default it is made again from the file's own record.
         inputs: what to run, as `export_onnx` takes them; by default samples of the recorded model.
         weights: where the recorded weights file is now.
+        also: other runtimes: "openvino" (its outputs are onnxruntime's), "tensorrt-rtx" (it builds an engine).
 
     Returns:
         A record that `json` can write: "ok", the "checks" and "outputs" it follows from, and what the file holds.
@@ -51,6 +54,8 @@ def check_onnx(
         UnsupportedError: onnx or onnxruntime is missing.
     """
     require("onnx", "onnxruntime")
+    if unknown := [name for name in also if name not in RUNTIMES]:
+        raise ValueError(f"also has {unknown[0]!r}, expected {' or '.join(RUNTIMES)}")
     path = Path(path)
     file, size = _read(path)
     facts = {p.key.removeprefix("mmfuse."): p.value for p in file.metadata_props if p.key.startswith("mmfuse.")}
@@ -77,6 +82,9 @@ def check_onnx(
         _attempt("weights", _weights, file, path, called),
         _attempt("onnxruntime", _onnxruntime, path, called, inputs, outputs),
     ]
+    given = [Given(called, one, {}) for one in inputs]
+    feeds = [dict(zip(one.names, one.tensors, strict=True)) for one in given]
+    checks += [_attempt(name, RUNTIMES[name], path, feeds) for name in also]
     half = _half(path, called, inputs)
     if facts["dtype"] == "float16":
         fits = half["first"] is None

@@ -15,14 +15,21 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from mmfuse.export.aoti import export_aoti
+from mmfuse.export.build_cli import add_engine_arguments, engine, said, sizes_of
 from mmfuse.export.onnx import MODES, OPSETS, export_onnx
+from mmfuse.export.ort import fuse_for_ort
 from mmfuse.export.served import DTYPES, SERVED, build, export_served
+from mmfuse.kernels._runtime import UnsupportedError
 
 # action: (module with add_arguments(parser) and run(args) -> exit code, one line of help); the module is imported when
 # the action is chosen
 ACTIONS = {
     "check": ("mmfuse.export.check_cli", "compare an exported file with PyTorch"),
     "systems": ("mmfuse.export.systems_cli", "export and check every reference system at a small size"),
+    "run": ("mmfuse.export.run_cli", "run a file in onnxruntime or OpenVINO: time, and what ran on the CPU"),
+    "build": ("mmfuse.export.build_cli", "build a TensorRT engine, or a bundle for a machine that has TensorRT"),
+    "kernels": ("mmfuse.export.kernels_cli", "compile the kernels of a file as TensorRT plugins"),
     "ops": ("mmfuse.export.ops_cli", "the operators that leave as nodes"),
 }
 
@@ -61,7 +68,10 @@ def _export_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--target", default="portable", help=f"{', '.join(OPSETS)} (default: %(default)s)")
     parser.add_argument("--mode", default="functions", help=f"{', '.join(MODES)} (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)} (default: %(default)s)")
+    parser.add_argument("--engine", metavar="FILE", type=Path, help="also build an engine, as `mmfuse export build`")
+    add_engine_arguments(parser)
     if ":" in what:
+        parser.add_argument("--aoti", metavar="FILE", type=Path, help="also compile it for this processor, to .pt2")
         parser.add_argument(
             "--dynamic",
             action="append",
@@ -84,16 +94,26 @@ def _export(what: str, args: argparse.Namespace) -> int:
     if args.generation is not None:
         return _export_generation(what, args)
     options: dict[str, Any] = {"target": args.target, "mode": args.mode}
+    remarks: list[str] = []
     with Console(stderr=True).status(f"exporting {what} to {args.onnx}"):
         if ":" in what:
             model, inputs, dynamic = _made(what)
             model = model.to(DTYPES[args.dtype])
-            export_onnx(model, inputs, args.onnx, dynamic=_axes(args.dynamic) or dynamic, **options)
+            dynamic = _axes(args.dynamic) or dynamic
+            export_onnx(model, inputs, args.onnx, dynamic=dynamic, **options)
+            if args.aoti is not None:
+                export_aoti(model, inputs, args.aoti, dynamic=dynamic)
         else:
             config = _config(args)
             seed = None if args.weights else args.seed
             export_served(what, args.onnx, config, seed=seed, weights=args.weights, dtype=args.dtype, **options)
+        if args.target == "ort":
+            remarks.append(f"{args.onnx} for onnxruntime: {_fused(args.onnx)}")
+        if args.engine is not None:
+            remarks.append(said(engine(args.onnx, args.engine, args.runtime, sizes_of(args.size), {}, {})))
     print(f"wrote {args.onnx} in {time.perf_counter() - start:.0f} s; next: mmfuse export check {args.onnx}")
+    for remark in remarks:
+        print(remark)
     return 0
 
 
@@ -102,7 +122,11 @@ def _export_generation(what: str, args: argparse.Namespace) -> int:
     from mmfuse.export.generation import export_for_generation
 
     start = time.perf_counter()
-    for name, value, expected in (("target", args.target, "portable"), ("mode", args.mode, "functions")):
+    for name, value, expected in (
+        ("target", args.target, "portable"),
+        ("mode", args.mode, "functions"),
+        ("engine", args.engine, None),
+    ):
         if value != expected:
             raise ValueError(f"{name} is {value!r}, expected {expected!r} with --generation")
     with Console(stderr=True).status(f"exporting {what} to {args.generation}"):
@@ -116,6 +140,13 @@ def _export_generation(what: str, args: argparse.Namespace) -> int:
     took = time.perf_counter() - start
     print(f"wrote {args.generation} in {took:.0f} s; next: mmfuse.export.load({str(args.generation)!r}).generate(...)")
     return 0
+
+
+def _fused(file: Path) -> str:
+    try:
+        return str(fuse_for_ort(file))
+    except UnsupportedError as error:
+        return f"the plain file: {error}"
 
 
 def _config(args: argparse.Namespace) -> Any:

@@ -105,18 +105,20 @@ def add_profiles(trt: Any, builder: Any, network: Any, config: Any, profiles: li
             raise Misfit(f"profiles[{number}] is {sizes}, which the builder does not take")
 
 
+def title_of(trt: Any, job: dict[str, Any]) -> str:
+    return f"{MODULES[job['runtime']][2]} {trt.__version__}"
+
+
 def network_flags(trt: Any, job: dict[str, Any]) -> int:
     """Which flags exist depends on the version; from 11 on every network is strongly typed."""
     known, flags = trt.NetworkDefinitionCreationFlag, 0
     if job["strongly_typed"] and hasattr(known, "STRONGLY_TYPED"):
         flags |= 1 << int(known.STRONGLY_TYPED)
     if job["plugins"]:
+        if not hasattr(known, "PREFER_AOT_PYTHON_PLUGINS"):
+            raise Refused(f"{title_of(trt, job)} has no plugins that are compiled ahead of time, later versions do")
         flags |= 1 << int(known.PREFER_AOT_PYTHON_PLUGINS)
     return flags
-
-
-def title_of(trt: Any, job: dict[str, Any]) -> str:
-    return f"{MODULES[job['runtime']][2]} {trt.__version__}"
 
 
 def set_flags(trt: Any, config: Any, job: dict[str, Any]) -> None:

@@ -137,8 +137,12 @@ def main() -> int:
     engine = trt.Runtime(logger).deserialize_cuda_engine((path.parent / job["engine"]).read_bytes())
     if engine is None:
         sys.exit(f"TensorRT {trt.__version__} does not load {job['engine']}: {' '.join(said)}")
+    samples = samples_of(path.with_name("samples.npz"))
+    if not samples:
+        print("there is no sample to compare")
+        return 2
     cuda, holds = Cuda(), True
-    for number, (inputs, expected) in enumerate(samples_of(path.with_name("samples.npz"))):
+    for number, (inputs, expected) in enumerate(samples):
         got, seconds = run(trt, cuda, engine, inputs)
         for name, difference, within in judge(got, expected, job["tf32"]):
             holds &= within

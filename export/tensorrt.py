@@ -281,8 +281,8 @@ def write_bundle(
             job["plugins"] = "plugins/manifest.json" if why is None else None
             (new / "job.json").write_text(json.dumps(job, indent=1))
             _copy_scripts(new)
-            _write_samples(new, job, samples)
-            (new / "README.md").write_text(_readme(why))
+            unsampled = _write_samples(new, job, samples)
+            (new / "README.md").write_text(_readme(why, unsampled))
             if folder.exists():
                 folder.rmdir()
             os.replace(new, folder)
@@ -312,10 +312,14 @@ def _try_plugins(compile_plugins: Any, folder: Path) -> str | None:
     return None if found else "no node of the file has a kernel that can be one: it is built from the plain graph"
 
 
-def _write_samples(folder: Path, job: dict[str, Any], samples: Sequence[Mapping[str, Tensor]] | None) -> None:
-    """`samples.npz`: "NUMBER/in/NAME", and "NUMBER/out/NAME" where onnxruntime runs the file."""
+def _write_samples(folder: Path, job: dict[str, Any], samples: Sequence[Mapping[str, Tensor]] | None) -> str | None:
+    """`samples.npz`: "NUMBER/in/NAME" and, by onnxruntime, "NUMBER/out/NAME". Why there are none, or None."""
     import numpy as np
 
+    file = folder / "samples.npz"
+    if dtype_of(folder / job["onnx"]) == "bfloat16":
+        np.savez(file)
+        return "onnxruntime has few operators in bfloat16 on a CPU, and numpy has no such numbers"
     session = open_session(folder / job["onnx"], "cpu")
     if samples is None:
         usual = [{name: three[1] for name, three in p.items()} for p in job["profiles"]] or [{}]
@@ -327,10 +331,11 @@ def _write_samples(folder: Path, job: dict[str, Any], samples: Sequence[Mapping[
         feed = {name: t.numpy() for name, t in given.items()}
         arrays |= {f"{number}/in/{name}": a for name, a in feed.items()}
         arrays |= {f"{number}/out/{n}": a for n, a in zip(names, session.run(names, feed), strict=True)}
-    np.savez(folder / "samples.npz", **arrays)
+    np.savez(file, **arrays)
+    return None
 
 
-def _readme(why: str | None) -> str:
+def _readme(why: str | None, unsampled: str | None) -> str:
     plugins = (
         "Plugins: `plugins/` holds our kernels, compiled ahead of time; afterwards the engine holds them, and runs "
         "without Python."
@@ -351,6 +356,7 @@ loads. `engine_check.py` prints, for each sample, the difference from onnxruntim
 if the difference is within the rounding of the dtype.
 
 {plugins}
+{f"Samples: none: {unsampled}; engine_check.py ends with 2." if unsampled else ""}
 """
 
 

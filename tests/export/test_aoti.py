@@ -47,7 +47,41 @@ print("equal")
 """
 
 
-def test_a_process_without_mmfuse_runs_it(tmp_path: Path) -> None:
+# numbers in, numbers out
+CPP = """
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <ATen/ATen.h>
+
+#include <cstdio>
+
+int main(int, char **argv) {
+  torch::inductor::AOTIModelPackageLoader loader(argv[1]);
+  at::Tensor x = at::linspace(-1, 1, 6 * 5 * 16).reshape({6, 5, 16});
+  at::Tensor y = loader.run({x})[0].contiguous();
+  for (int64_t i = 0; i < y.numel(); i++) std::printf("%.9g\\n", y.data_ptr<float>()[i]);
+}
+"""
+
+
+def run_in_cpp(file: Path, folder: Path) -> Tensor:
+    root = Path(torch.__file__).parent
+    (folder / "runner.cpp").write_text(CPP)
+    libraries = [
+        f"-L{root / 'lib'}",
+        f"-Wl,-rpath,{root / 'lib'}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
+    command = ["g++", "-std=c++20", "-O0", "runner.cpp", "-o", "runner", "-isystem", str(root / "include"), *libraries]
+    subprocess.run(command, cwd=folder, check=True)
+    done = subprocess.run([folder / "runner", file], capture_output=True, text=True, check=True)
+    return torch.tensor([float(line) for line in done.stdout.split()]).view(6, 8)
+
+
+def test_python_and_cpp_run_it_without_mmfuse(tmp_path: Path) -> None:
     model = Head().train()
     file = export_aoti(
         model, {"x": torch.randn(3, 5, 16)}, tmp_path / "head.pt2", dynamic={"x": {0: "batch"}}, options=FAST
@@ -61,6 +95,8 @@ def test_a_process_without_mmfuse_runs_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FRESH, str(file), str(tmp_path / "given.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.strip() == "equal", done.stderr
+    x = torch.linspace(-1, 1, 6 * 5 * 16).view(6, 5, 16)
+    torch.testing.assert_close(run_in_cpp(file, tmp_path), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
 class Branching(nn.Module):

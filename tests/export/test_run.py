@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmfuse.cli import main
 from mmfuse.export import ort, run
+from mmfuse.export.openvino import Compiled
 from mmfuse.export.run import draw, installed_twice, run_onnx
 from mmfuse.kernels._runtime import UnsupportedError
 from mmfuse.kernels.head import select_head
@@ -21,7 +25,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from mmfuse.export import export_onnx  # noqa: E402
+from mmfuse.export import check_onnx, export_onnx  # noqa: E402
 
 # one worker: the files are shared
 pytestmark = pytest.mark.xdist_group("run")
@@ -227,3 +231,38 @@ def test_the_gate_measures_both_files(file: Path, tmp_path: Path) -> None:
     made = ort.fuse_for_ort(file, out=tmp_path / "fused.onnx", repeat=5)
     assert made.plain > 0 and made.fused > 0 and made.difference <= 1e-5
     assert made.kept == (made.fused <= made.plain) == (tmp_path / "fused.onnx").exists()
+
+
+# --- the command line, and the check --------------------------------------------------------------------------------
+
+
+def test_the_command_runs_a_file(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = tmp_path / "outputs.safetensors"
+    command = ["export", "run", str(file), "--size", "batch=4", "--repeat", "2", "--outputs", str(outputs)]
+    assert main([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["provider"] == "cpu" and record["outputs"] == {"output": {"shape": [4, 8], "dtype": "float32"}}
+    assert load_file(outputs)["output"].shape == (4, 8)
+    save_file({"x": torch.randn(1, 5, 16)}, tmp_path / "inputs.safetensors")
+    assert main(["export", "run", str(file), "--inputs", str(tmp_path / "inputs.safetensors")]) == 0
+    assert "[1, 8]" in capsys.readouterr().out
+    for wrong in (["--size", "batch"], ["--size", "rows=3"], ["--inputs", str(file)]):
+        assert main(["export", "run", str(file), *wrong]) == 2
+        assert "expected" in (said := capsys.readouterr().err) or "cannot be read" in said
+
+
+@openvino
+def test_the_check_asks_openvino(model: Head, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [{"x": torch.randn(batch, 5, 16)} for batch in (1, 4)]
+
+    def asked() -> dict[str, Any]:
+        return next(c for c in check_onnx(file, model, inputs, also=["openvino"])["checks"] if c["name"] == "openvino")
+
+    found = asked()
+    assert found["ok"] and "2 samples" in found["detail"]
+    call = Compiled.__call__
+    monkeypatch.setattr(Compiled, "__call__", lambda self, given: {n: t + 1e-2 for n, t in call(self, given).items()})
+    found = asked()
+    assert not found["ok"] and "relative difference" in found["detail"]
+    with pytest.raises(ValueError, match="also has 'tpu'"):
+        check_onnx(file, model, inputs, also=["tpu"])

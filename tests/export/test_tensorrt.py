@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmfuse.export import engine_build, engine_check, engine_plugins, tensorrt
+from mmfuse.cli import main
+from mmfuse.export import build_cli, engine_build, engine_check, engine_plugins, tensorrt
 from mmfuse.export.tensorrt import TensorRTModule, build_tensorrt, write_bundle
 from mmfuse.kernels._runtime import UnsupportedError
 from mmfuse.kernels.multiway import routed_layer_norm, routed_linear
@@ -30,7 +31,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from mmfuse.export import export_onnx  # noqa: E402
+from mmfuse.export import check_onnx, export_onnx  # noqa: E402
 
 # one worker: the files are shared
 pytestmark = pytest.mark.xdist_group("tensorrt")
@@ -173,6 +174,33 @@ def test_the_dtype_of_a_strongly_typed_network_is_no_flag() -> None:
         engine_build.set_flags(trt, config, job)
 
 
+@rtx
+def test_the_command_builds_an_engine(mlp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", "build", str(mlp), "--engine", str(tmp_path / "mlp.engine"), "--json"]
+    assert main([*command, "--runtime", "tensorrt-rtx", "--size", "batch=1:4:8"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["graph"] == "built from the plain graph" and record["built"] and not record["ran"]
+    assert main([*command, "--runtime", "tensorrt-rtx", "--size", "batch=4"]) == 2
+    assert "expected NAME=LEAST:USUAL:LARGEST" in capsys.readouterr().err
+
+
+def test_the_command_writes_a_bundle_instead(
+    mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build_cli, "installed", lambda _: False)
+    assert main(["export", "build", str(mlp), "--engine", str(tmp_path / "mlp.engine"), "--size", "batch=1:4:8"]) == 0
+    assert "TensorRT is not installed: wrote" in capsys.readouterr().out
+    assert [f.name for f in tmp_path.iterdir()] == ["mlp.engine.bundle"]
+
+
+@rtx
+def test_the_check_builds_an_engine(tmp_path: Path) -> None:
+    model, inputs = MLP().eval(), [{"x": torch.randn(batch, 16)} for batch in (1, 3)]
+    file = export_onnx(model, inputs[1], tmp_path / "mlp.onnx", dynamic={"x": {0: "batch"}})
+    found = check_onnx(file, model, inputs, also=["tensorrt-rtx"])["checks"][-1]
+    assert found["name"] == "tensorrt-rtx" and found["ok"] and found["detail"].endswith("no engine ran")
+
+
 def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.1"))
     with pytest.raises(engine_build.Refused, match=r"TensorRT is 8\.6\.1, expected 10\.x and 11\.x"):
@@ -222,6 +250,15 @@ def test_the_samples_of_a_bundle_judge(bundle: Path) -> None:
     assert [holds for *_, holds in engine_check.judge(off, expected, tf32=True)] == [True]
     for wrong in ({}, {"output": expected["output"][:2]}, {"output": np.full_like(expected["output"], np.nan)}):
         assert [holds for *_, holds in engine_check.judge(wrong, expected, tf32=True)] == [False]
+
+
+def test_a_bundle_in_bfloat16_has_no_samples(tmp_path: Path) -> None:
+    file = tmp_path / "mlp.onnx"
+    export_onnx(MLP(torch.bfloat16), {"x": torch.randn(3, 16, dtype=torch.bfloat16)}, file)
+    folder = write_bundle(file, tmp_path / "bundle", plugins=False)
+    assert engine_check.samples_of(folder / "samples.npz") == []
+    readme = (folder / "README.md").read_text()
+    assert "Samples: none" in readme and "Plugins: none: they were not asked for" in readme
 
 
 def test_bundles_that_cannot_be_written(bundle: Path, mlp: Path, tmp_path: Path) -> None:
