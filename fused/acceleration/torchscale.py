@@ -212,7 +212,7 @@ def _ffn(layer: Any, x: Tensor, residual: Tensor, stream: _Stream) -> Tensor:
     norm = None if norms[0] is None else ([m.weight for m in norms], [m.bias for m in norms], norms[0].eps)
     return routed_ffn(
         x, [m.fc1.weight for m in of], [m.fc1.bias for m in of], [m.fc2.weight for m in of],
-        [m.fc2.bias for m in of], stream.routing, activation=_ACTIVATIONS[of[0].activation_fn], norm=norm,  # type: ignore[arg-type]
+        [m.fc2.bias for m in of], stream.routing, activation=_ACTIVATIONS[of[0].activation_fn], norm=norm,
         residual=residual, row_scale=_kept(layer, residual, stream),
     )  # fmt: skip
 
