@@ -107,7 +107,8 @@ def _flash(
 def _torch_varlen(
     q: Tensor, k: Tensor, v: Tensor, from_: Tensor, to: Tensor, m: int, n: int, causal: bool, dropout: float
 ) -> Tensor:
-    return varlen_attn(q, k, v, from_, to, m, n, **({"window_size": (-1, 0)} if causal else {}))  # type: ignore[arg-type]
+    window: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
+    return varlen_attn(q, k, v, from_, to, m, n, **window)
 
 
 @cache
@@ -162,7 +163,7 @@ def _not_by_segments(sees: Sees | None, reading: Reading) -> str | None:
     return None
 
 
-_SEQUENCES = [_not_half, _head, _biased, _not_by_segments]
+_SEQUENCES: list[Any] = [_not_half, _head, _biased, _not_by_segments]
 PACKED_ATTENTION = Operator(
     "packed_attention",
     forward=_forward,
@@ -175,7 +176,11 @@ PACKED_ATTENTION = Operator(
         Implementation("torch", function=reference.packed_attention),
     ],
     example=lambda x, **how: packed_attention(
-        *(x[:, None].tanh() * n for n in (1, 2, 3)), Routing.from_split(1, len(x), len(x) // 2, device=x.device), **how
+        x[:, None],
+        x[:, None].tanh(),
+        x[:, None].cumsum(2),
+        Routing.from_split(1, len(x), len(x) // 2, device=x.device),
+        **how,
     ),
 )
 
