@@ -108,7 +108,8 @@ def _torch_varlen(
     q: Tensor, k: Tensor, v: Tensor, from_: Tensor, to: Tensor, m: int, n: int, causal: bool, dropout: float
 ) -> Tensor:
     window: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
-    return varlen_attn(q, k, v, from_, to, m, n, **window)
+    found: Any = varlen_attn(q, k, v, from_, to, m, n, **window)
+    return found
 
 
 @cache
