@@ -25,11 +25,11 @@ PACKAGES := bench export models fused kernels
 .DEFAULT_GOAL := test
 
 # torch comes first and is named again below, so that nothing pulls in another one
-$(VENV)/torch: Makefile tests/compat/newest.txt
+$(VENV)/torch: Makefile tests/compat/newest.txt tests/compat/alone.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip 'setuptools>=77'
 	$(PIP) torch==$(TORCH)
-	$(PIP) --no-deps torchvision==$(TORCHVISION) torchscale==0.3.0 --requirement tests/compat/newest.txt
+	$(PIP) --no-deps torchvision==$(TORCHVISION) --requirement tests/compat/newest.txt --requirement tests/compat/alone.txt
 	touch $@
 
 # without build isolation, the compiled part is built against this torch

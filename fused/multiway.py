@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear
-from mmfuse.kernels.multiway.reference import packed_attention
+from mmfuse.kernels.multiway.attention import packed_attention
 
 
 class MultiwayLinear(nn.Module):

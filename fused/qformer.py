@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.kernels._runtime.arguments import check, check_range
-from mmfuse.kernels.multiway.reference import packed_attention
+from mmfuse.kernels.multiway.attention import packed_attention
 from mmfuse.kernels.multiway.routing import Part, Routing
 from mmfuse.kernels.qformer import few_query_attention, project_kv
 from mmfuse.kernels.text import embed_text

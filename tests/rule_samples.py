@@ -250,6 +250,26 @@ def norm_ema() -> nn.Module:
     return NormEMAVectorQuantizer()
 
 
+def torchscale(cls: str) -> nn.Module:
+    library = import_module("torchscale.architecture.config")
+    config = library.EncoderConfig(
+        **{"img_size": 16, "patch_size": 8, "vocab_size": 20, "encoder_layers": 1, "no_output_layer": True},
+        **{"encoder_embed_dim": 16, "encoder_attention_heads": 2, "encoder_ffn_embed_dim": 24, "multiway": True},
+    )
+    if cls == "BEiT3":
+        return import_module("torchscale.model.BEiT3").BEiT3(config)
+    return import_module("torchscale.architecture.encoder").EncoderLayer(config, depth=0)
+
+
+def beit3_run(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    padding = torch.tensor([[False] * 4, [False, False, True, True]])
+    return model(torch.randint(20, (2, 4)), torch.randn(2, 3, 16, 16, dtype=dtype), padding)["encoder_out"]
+
+
+def torchscale_layer_run(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    return model(torch.randn(2, 7, 16, dtype=dtype), None, multiway_split_position=4)[0]
+
+
 SAMPLES: dict[str, Sample] = {
     "open_clip.loss:ClipLoss": loss("ClipLoss"),
     "open_clip.loss:CoCaLoss": loss("CoCaLoss", 2.0, 1.0),
@@ -269,6 +289,12 @@ SAMPLES: dict[str, Sample] = {
         "text_decoder.resblocks.0.attn",
         "in_proj_weight",
         init=False,
+    ),
+    "torchscale.architecture.encoder:Encoder": Sample(
+        lambda: torchscale("BEiT3"), beit3_run, "encoder.layers.0.self_attn.q_proj.A"
+    ),
+    "torchscale.architecture.encoder:EncoderLayer": Sample(
+        lambda: torchscale("EncoderLayer"), torchscale_layer_run, "ffn.B.fc1"
     ),
     "timm.layers.patch_embed:PatchEmbed": timm_stem("PatchEmbed"),
     "timm.layers.patch_embed:PatchEmbedWithSize": timm_stem("PatchEmbedWithSize"),

@@ -20,7 +20,7 @@ from mmfuse.bench.cases import Case, Check
 from mmfuse.bench.inputs import differentiated, of_case, ramp
 from mmfuse.bench.providers import eager, formula, products, then
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear
-from mmfuse.kernels.multiway.reference import packed_attention
+from mmfuse.kernels.multiway.attention import packed_attention
 
 _EPS, _HEAD = 1e-5, 64
 _DEPTH = 4

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mmfuse.fused.acceleration import coca, poolers, qformers, stems, vector_quantize
+from mmfuse.fused.acceleration import coca, poolers, qformers, stems, torchscale, vector_quantize
 from mmfuse.fused.acceleration.plain import Children, why_not_plain
 from mmfuse.fused.losses import unsupported
 
@@ -193,6 +193,24 @@ RULES = (
         children=coca.CHILDREN,
         reason_against=coca.reason_against,
         method="generate",
+    ),
+    Rule(
+        op="multiway",
+        target="torchscale.architecture.encoder:Encoder",
+        forward="mmfuse.fused.acceleration.torchscale:forward",
+        relies_on=("forward", "forward_embedding"),
+        children=torchscale.OF_ENCODER,
+        reason_against=torchscale.against_encoder,
+        aside=torchscale.few_rows,
+    ),
+    Rule(
+        op="multiway",
+        target="torchscale.architecture.encoder:EncoderLayer",
+        forward="mmfuse.fused.acceleration.torchscale:layer_forward",
+        relies_on=("forward", "residual_connection"),
+        children=torchscale.OF_LAYER,
+        reason_against=torchscale.against_layer,
+        aside=torchscale.few_rows,
     ),
     Rule(
         op="patch_embed",

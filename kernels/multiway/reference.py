@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmfuse.kernels._runtime.arguments import constant
 from mmfuse.kernels._runtime.dtypes import cast
+from mmfuse.kernels._runtime.reasons import transforming
 from mmfuse.kernels.multiway.arguments import FFN, GATED, Ending, Linear, Norm, Runs, by_expert
-from mmfuse.kernels.multiway.routing import Routing, experts_of
+from mmfuse.kernels.multiway.routing import Reading, experts_of, taken
 
 
 def routed(x: Tensor, experts: int, runs: Runs, expert: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -89,34 +93,31 @@ def packed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    routing: Routing,
-    sees: Sequence[Sequence[str]] | None = None,
-    bias: Tensor | None = None,
-    dropout: float = 0.0,
+    reading: Reading,
+    places: Sequence[int],
+    sees: Sequence[Sequence[str]] | None,
+    bias: Tensor | None,
+    dropout: float,
 ) -> Tensor:
-    """[T, H, d] each: softmax(q k^T / sqrt(d) + bias) v among the rows of a sample; [T, H d].
-
-    Args:
-        sees: K x K of "all", "causal" or "none": what a segment's rows see of another's. By default all.
-        bias: [H, P, P], of the places of a query and of a key.
-        dropout: of the probabilities.
-    """
-    if routing.reading is None:
-        raise ValueError(
-            "routing has no samples, expected one of Routing.of, Routing.from_split or Routing.from_splits"
-        )
-    row, place_of_row, segment, within, attended = routing.reading
-    device, mask = q.device, attended[:, None, None, :]  # [B, 1, 1, S]
+    """[T, H, d] each: softmax(q k^T / sqrt(d) + bias) v among the rows of a sample; [T, H d]."""
+    row, place_of_row, segment, within, attended, full = reading
+    device, mask = q.device, None if full else attended[:, None, None, :]  # [B, 1, 1, S]
     if sees is not None:
-        kinds = torch.tensor([[("none", "causal", "all").index(kind) for kind in of] for of in sees], device=device)
-        kind = kinds[segment[:, :, None], segment[:, None, :]]  # [B, S, S]
-        causal = within[:, None, :] <= within[:, :, None]
-        mask = mask & ((kind == 2) | ((kind == 1) & causal))[:, None]
+        kinds = constant([("none", "causal", "all").index(kind) for of in sees for kind in of], device)
+        kind = kinds.view(len(sees), -1)[segment[:, :, None], segment[:, None, :]]  # [B, S, S]
+        seen = ((kind == 2) | ((kind == 1) & (within[:, None, :] <= within[:, :, None])))[:, None]
+        mask = seen if mask is None else mask & seen
     if bias is not None:
-        place = torch.tensor(routing.places, device=device)[segment] + within
+        place = constant(places, device).long()[segment] + within
         of_pairs = bias[:, place[:, :, None], place[:, None, :]].transpose(0, 1)  # [B, H, S, S]
-        mask = of_pairs.masked_fill(~mask, float("-inf"))
-    # [B, H, S, d]
-    q_of, k_of, v_of = (t.index_select(0, row.flatten()).unflatten(0, row.shape).transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout)
-    return y.transpose(1, 2).flatten(0, 1).index_select(0, place_of_row).flatten(1)
+        mask = of_pairs if mask is None else of_pairs.masked_fill(~mask, float("-inf"))
+    # [B, H, S, d]; a place behind the last row has no gradient
+    q_of, k_of, v_of = (
+        taken(t, row.flatten(), place_of_row).unflatten(0, row.shape).transpose(1, 2) for t in (q, k, v)
+    )
+    # the fused ones have no forward mode
+    with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
+        y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout)
+    y = y.transpose(1, 2).flatten(0, 1)
+    y = taken(y, place_of_row, row.flatten()) if full else y.index_select(0, place_of_row)
+    return y.flatten(1)

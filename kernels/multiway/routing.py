@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.arguments import check, check_range, constant, outside_a_trace, require_integer
+from mmfuse.kernels._runtime.reasons import transforming
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -35,9 +36,10 @@ class Reading(NamedTuple):
     segment: Tensor  # int64 [B, S]: which of the K it is of
     within: Tensor  # int64 [B, S]: its number there; 0 behind the last
     attended: Tensor  # bool [B, S]
+    full: bool  # every place is a row that is attended to, as the host knows
 
     @staticmethod
-    def of(first: Tensor, lengths: Tensor, kept: Tensor, rows: int, longest: int) -> Reading:
+    def of(first: Tensor, lengths: Tensor, kept: Tensor, rows: int, longest: int, full: bool) -> Reading:
         at, ends = torch.arange(longest, device=first.device), lengths.cumsum(1)
         segment = (at[None, :, None] >= ends[:, None, :]).sum(2)  # K behind the last row
         real = segment < ends.shape[1]
@@ -48,7 +50,7 @@ class Reading(NamedTuple):
         place = at.new_zeros(rows + 1).scatter_(
             0, row.where(real, rows).flatten(), torch.arange(row.numel(), device=at.device)
         )[:-1]
-        return Reading(row.where(real, 0), place, segment, within, real & (within < kept.gather(1, segment)))
+        return Reading(row.where(real, 0), place, segment, within, real & (within < kept.gather(1, segment)), full)
 
 
 _none = partial(torch.zeros, dtype=torch.int64)
@@ -123,11 +125,12 @@ class Routing:
             kept[at, k] = part.length if part.kept is None else part.kept
             bounds.append(bounds[-1] + part.sequences * part.length)
         longest = sum(p.length for p in parts)
+        full = bounds[-1] == count * longest and all(p.kept is None for p in parts)
         runs, places = tuple(p.expert for p in parts), tuple(p.place for p in parts)
         return Routing(
             experts, runs, torch.tensor(bounds, device=device), tuple(bounds),
             first=first, lengths=lengths, kept=kept, places=places, sample=torch.cat(sample), longest=longest,
-            reading=Reading.of(first, lengths, kept, bounds[-1], longest),
+            reading=Reading.of(first, lengths, kept, bounds[-1], longest, full),
         )  # fmt: skip
 
     @staticmethod
@@ -181,7 +184,7 @@ class Routing:
         return Routing(
             2, (0, 1), offsets, bounds, order, inverse.flatten(),
             first=first.t(), lengths=lengths.t(), kept=attended.t(), places=(0, 0), sample=order // max(1, length),
-            longest=length, reading=Reading.of(first.t(), lengths.t(), attended.t(), len(order), length),
+            longest=length, reading=Reading.of(first.t(), lengths.t(), attended.t(), len(order), length, kept is None),
         )  # fmt: skip
 
     @staticmethod
@@ -257,11 +260,16 @@ class Routing:
 
 
 def _permuted(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
-    if order is None:
+    if order is None or inverse is None:
         return x
     if len(x) != len(order):
         raise ValueError(f"x has {len(x)} rows, expected {len(order)} as routing")
-    return _Permute.apply(x, order, inverse)
+    return taken(x, order, inverse)
+
+
+def taken(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x's rows in `order`, where each row of x has its place in `inverse`; other places have no gradient."""
+    return x.index_select(0, order) if transforming() else _Permute.apply(x, order, inverse)
 
 
 class _Permute(torch.autograd.Function):

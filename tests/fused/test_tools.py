@@ -24,7 +24,7 @@ from mmfuse.fused.acceleration.method import Fused
 from mmfuse.fused.acceleration.rules import RULES
 from rule_samples import SAMPLES, VISION, Sample, first
 
-for library in ("open_clip", "timm", "transformers", "vector_quantize_pytorch"):
+for library in ("open_clip", "timm", "torchscale.model.BEiT3", "transformers", "vector_quantize_pytorch"):
     pytest.importorskip(library)
 from open_clip_coca import let_generate  # noqa: E402
 

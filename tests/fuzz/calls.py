@@ -19,6 +19,7 @@ from mmfuse.kernels.contrastive.negatives.noise import gumbel
 from mmfuse.kernels.contrastive.topk.reference import numbers
 from mmfuse.kernels.multiway import Routing
 from mmfuse.kernels.multiway.arguments import ACTIVATIONS, GATED
+from mmfuse.kernels.multiway.routing import Part
 from mmfuse.kernels.patch.positions.axes import MODES
 
 Arguments = dict[str, Any]
@@ -655,6 +656,31 @@ def routed_rms_norm(d: Draw) -> Arguments:
     given = routed_layer_norm(d)
     del given["bias"]
     return given
+
+
+@takes
+def packed_attention(d: Draw) -> Arguments:
+    samples, segments = d.size(1), d.one(1, 2, 3)
+    lengths = [d.size(1) for _ in range(segments)]
+    kept = [[d.up_to(n, 1) for _ in range(samples)] if d.flag() else None for n in lengths]
+    parts = [
+        Part(0, samples, n, kept=None if of is None else torch.tensor(of, device=DEVICE))
+        for n, of in zip(lengths, kept, strict=True)
+    ]
+    routing, heads, width = Routing.of(parts, 1, device=DEVICE), d.size(1), d.size(1)
+    places = max(lengths)
+    return {
+        **{name: d.floats(routing.rows, heads, width) for name in "qkv"},
+        "routing": routing,
+        # a segment sees itself, so that no row sees nothing
+        "sees": d.maybe(
+            lambda: [
+                [d.one("all", "causal") if i == j else d.one("none", "causal", "all") for j in range(segments)]
+                for i in range(segments)
+            ]
+        ),
+        "bias": d.maybe(lambda: d.floats(heads, places, places)),
+    }
 
 
 # --- queries --------------------------------------------------------------------------------------------------------

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.fused.multiway import MoMEBlock, MultiwayBlock, MultiwayLayerNorm, MultiwayLinear, path_scale
-from mmfuse.kernels.multiway.reference import packed_attention
+from mmfuse.kernels.multiway import attention
+from mmfuse.kernels.multiway.attention import packed_attention
 from mmfuse.kernels.multiway.routing import Part, Routing
+from registered import reasons
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -91,6 +95,102 @@ def test_what_a_segment_sees() -> None:
     q, k, v = (torch.empty_like(t).index_copy(0, order, t).view(2, 7, 4) for t in (q[:, 0], k[:, 0], v[:, 0]))
     want = packed(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 4)
     torch.testing.assert_close(got, want)
+
+
+def one_after_another(
+    q: Tensor, k: Tensor, v: Tensor, from_: Tensor, to: Tensor, m: int, n: int, causal: bool, dropout: float
+) -> Tensor:
+    """What a variable-length attention computes; behind the last rows it leaves what was there, in gradients too."""
+    out = torch.full_like(q, float("nan"))
+    dead = torch.arange(len(k), device=k.device)[:, None, None] >= to[-1]
+    k, v = (torch.where(dead, t.detach() * float("nan"), t) for t in (k, v))
+    pieces = []
+    for a, b, c, e in zip(from_, from_[1:], to, to[1:], strict=False):
+        assert b - a <= m and e - c <= n
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:e]) / q.shape[2] ** 0.5
+        if causal:  # the last query sees the last key
+            scores = scores.masked_fill(~torch.ones_like(scores[0]).tril(int((e - c) - (b - a))).bool(), float("-inf"))
+        pieces.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:e]))
+    done = torch.cat(pieces)
+    return torch.cat([done, out[len(done) :]])
+
+
+@pytest.mark.parametrize(
+    ("sees", "kept"),
+    [
+        (None, False),
+        (None, True),
+        ((("all", "none"), ("all", "all")), True),
+        ((("all", "none"), ("all", "causal")), False),
+        ((("causal", "none"), ("none", "all")), False),
+    ],
+)
+def test_sequences_one_after_another(sees: Any, kept: bool) -> None:
+    """What flash attention gets, for each kind of segments; its kernel itself needs a GPU."""
+    splits, n = torch.tensor([3, 5, 1, 4], device=DEVICE), torch.tensor([1, 2, 6, 3], device=DEVICE)
+    routing = Routing.from_splits(splits, 7, n if kept else None)
+    q, k, v = (normal(routing.rows, 2, 8).requires_grad_() for _ in range(3))
+    want = packed_attention(q, k, v, routing, sees)
+    got = attention._by_sequences(one_after_another, q, k, v, routing.reading, sees, 0.0)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad((y * y.detach().cos()).sum(), (q, k, v)) for y in (got, want)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"bias": torch.zeros(1, 7, 7)}, "bias is given"),
+        ({"dropout": 0.5}, "dropout is 0.5"),
+        ({"sees": (("all", "causal"), ("all", "all"))}, "segment 0 sees what comes before in another one"),
+        (
+            {"sees": (("causal", "all"), ("all", "all"))},
+            "segment 0 sees what comes before in another one, or something",
+        ),
+        ({"sees": (("all", "none"), ("all", "causal")), "kept": torch.tensor([1, 2])}, "segment 1 is causal, and"),
+    ],
+)
+def test_why_attention_is_not_torchs_varlen(options: dict[str, Any], why: str) -> None:
+    options = {k: t.to(DEVICE) if isinstance(t, Tensor) else t for k, t in options.items()}
+    routing = Routing.from_split(2, 7, 4, options.pop("kept", None), DEVICE)
+    q = normal(14, 1, 8).to(torch.bfloat16)
+    told = reasons(lambda: packed_attention(q, q, q, routing, **options))
+    assert told["torch"] == [] and any(why in reason for reason in told["varlen"]), told
+    assert DEVICE == "cuda" or "device is cpu" in told["varlen"]
+
+
+def test_a_full_batch_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one, no flash attention is faster."""
+    masks, own = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: masks.append(k["attn_mask"]) or own(*a, **k))
+    qkv, kept = normal(3, 14, 1, 4), torch.tensor([1, 2], device=DEVICE)
+    packed_attention(*qkv, Routing.from_split(2, 7, 4, device=DEVICE))
+    packed_attention(*qkv, Routing.from_splits(torch.tensor([4, 2], device=DEVICE), 7))
+    packed_attention(*qkv, Routing.from_split(2, 7, 4, kept, DEVICE))
+    assert [mask is None for mask in masks] == [True, True, False]
+
+
+def test_errors_of_attention() -> None:
+    routing, q = Routing.from_split(2, 7, 4, device=DEVICE), normal(14, 2, 4)
+    for call, error, message in (
+        (
+            lambda: packed_attention(q, q[:, :1], q, routing),
+            ValueError,
+            r"k has shape \(14, 1, 4\), expected \[14, 2, 4\]",
+        ),
+        (
+            lambda: packed_attention(q[1:], q, q, routing),
+            ValueError,
+            r"q has shape \(13, 2, 4\), expected \[14, H, d\]",
+        ),
+        (lambda: packed_attention(q, q, q.float(), routing), TypeError, "v has dtype torch.float32, expected"),
+        (lambda: packed_attention(q, q, q, None), TypeError, "routing is NoneType, expected a Routing"),
+        (lambda: packed_attention(q, q, q, routing, [["all"]]), ValueError, "expected 2 x 2 of none, causal, all"),
+        (lambda: packed_attention(q, q, q, routing, bias=q), ValueError, "bias has shape"),
+        (lambda: packed_attention(q, q, q, routing, dropout=2), ValueError, "dropout is 2, expected a probability"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
 def test_a_branch_is_dropped_for_a_whole_sample_or_for_each_of_its_parts() -> None:

@@ -13,6 +13,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from judge import Results, compared, judge
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear, routed_rms_norm
@@ -131,6 +132,56 @@ def test_ffn(name: str, activation: str, norm: bool, dtype: torch.dtype) -> None
     ending = "residual scale" if norm else "row_scale"
     draw = ffn_case(routing, activation, norm, ending, stacked=name != "two")
     compare(routed_ffn, routing, draw, dtype, activation=activation)
+
+
+NATIVE = ("cpu", "slices") if DEVICE == "cpu" else ("triton", "slices")
+
+
+@pytest.mark.parametrize("experts", [1, 3, 8, 16])
+def test_numbers_of_experts(experts: int) -> None:
+    """Runs of any length, every third without rows."""
+    bounds = torch.tensor([0, *((5 * i + 7) % 13 * (i % 3 != 2) for i in range(experts))]).cumsum(0)
+    made = Routing.from_cu_seqlens(bounds, range(experts), experts)
+    routing = replace(made, offsets=made.offsets.to(DEVICE))
+    for backend in NATIVE:
+        judge(compared(runner(routed_ffn, routing), ffn_case(routing, "gelu", True, "residual", True), backend))
+
+
+@pytest.mark.parametrize(("k", "n"), [(544, 2176), (1408, 96), (6144, 96)])
+def test_published_widths(k: int, n: int) -> None:
+    """Of VLMo's base_plus and BEiT-3's giant; one row is an expert's only one."""
+    weights = [torch.randn(n, k, dtype=torch.float64) / k**0.5 for _ in range(2)]
+
+    def draw() -> dict[str, Any]:
+        return {"x": torch.randn(9, k, dtype=torch.float64), "weight": weights, "bias": None}
+
+    judge(compared(runner(routed_linear, routing_of("one row", DEVICE)), draw, NATIVE[1], draws=1))
+
+
+@pytest.mark.parametrize("backend", ["slices", "torch"])
+def test_values_are_those_of_the_call(backend: str) -> None:
+    """However weights change between two calls; gradients add up, and another split between a forward and its own
+    under checkpointing changes nothing."""
+    first, second = (Routing.from_split(3, 4, split, device=DEVICE) for split in (1, 3))
+    w = torch.randn(2, N, K, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    x = torch.randn(12, K, dtype=torch.float64, device=DEVICE)
+    run = partial(routed_linear, x, bias=None, activation="gelu", backend=backend)
+
+    def by_modules(routing: Routing) -> Tensor:
+        return torch.cat([F.gelu(F.linear(x[rows], w[e])) for e, rows in routing.slices()])
+
+    def step() -> None:
+        torch.optim.SGD([w], 0.1).step()
+
+    changes = [lambda: None, step, lambda: w.data.copy_(w.data.flip(0)), lambda: w.data.lerp_(torch.ones_like(w), 0.3)]
+    for change in changes:
+        change()
+        torch.testing.assert_close(run(weight=w, routing=first), by_modules(first))
+        w.grad = None
+        for routing in (first, second, first):
+            checkpoint(lambda w, r=routing: run(weight=w, routing=r), w, use_reentrant=False).square().sum().backward()
+        want = sum(by_modules(r).square().sum() for r in (first, second, first))
+        torch.testing.assert_close(w.grad, torch.autograd.grad(want, w)[0])
 
 
 def norm_case(routing: Routing, names: str, stacked: bool, width: int) -> Callable[[], Any]:

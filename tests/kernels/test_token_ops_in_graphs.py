@@ -39,6 +39,7 @@ WEIGHT, TABLE, PROJECTION, EXPERTS = real(6, 3, 4, 4), real(9, 6), real(5, 8), r
 KEYS = real(2, 2, 8, 6)
 
 # operator: a function of tensors whose first dimension is the batch (of a position table: is fixed), and such tensors
+BIAS = real(2, 6, 6)
 OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] = {
     "patch_embed": (lambda x: kernels.patch_embed(x, WEIGHT, mean=0.5, std=0.25), lambda b: (u8(b, 3, 8, 12),)),
     "patch_embed_packed": (
@@ -96,6 +97,10 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] =
         lambda x, ids: kernels.routed_layer_norm(x, EXPERTS[:, 0], EXPERTS[:, 1], kernels.Routing.from_ids(ids, 2)),
         lambda b: (real(b, 8), upto(2, b)),
     ),
+    "packed_attention": (
+        lambda q, k, v, splits: kernels.packed_attention(q, k, v, kernels.Routing.from_splits(splits, 6), bias=BIAS),
+        lambda b: (*(real(6 * b, 2, 4) for _ in range(3)), upto(6, b)),
+    ),
     "routed_rms_norm": (
         lambda x, ids: kernels.routed_rms_norm(x, EXPERTS[:, 0], kernels.Routing.from_ids(ids, 2)),
         lambda b: (real(b, 8), upto(2, b)),
@@ -129,7 +134,7 @@ def test_compiled_whole(op: str) -> None:
 
 
 # a program is for the routing's number of rows
-@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("routed")])
+@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith(("routed", "packed_attention"))])
 def test_exported_for_any_batch(op: str) -> None:
     function, make = OPS[op]
 
