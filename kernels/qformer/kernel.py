@@ -192,6 +192,7 @@ def _query_grad_kernel(
     stride_vi,
     stride_vn,
     stride_vh,
+    ONE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -212,7 +213,6 @@ def _query_grad_kernel(
     o = _columns(o_ptr + at, queries, H * D, here, D, BLOCK_D)
     delta = tl.sum(g.to(ACC) * o.to(ACC), axis=0)
     rows = row_and_head * Q + queries
-    tl.store(delta_ptr + rows, delta, mask=here)
     m = tl.load(max_ptr + rows, mask=here, other=0.0)
     l = tl.load(sum_ptr + rows, mask=here, other=1.0)
     k_ptr += i * stride_ki + first * stride_kn + h * stride_kh
@@ -226,8 +226,12 @@ def _query_grad_kernel(
         dp = tl.dot(v, g, input_precision=PRECISION, out_dtype=ACC)
         if seed_ptr is not None:
             dp = tl.where(_kept(seed_ptr, row_and_head, keys, queries, N, drop), dp / (1.0 - drop), 0.0)
+        if ONE:
+            # the same by probabilities, which is exact where a score has no influence
+            delta = tl.sum(p * dp, axis=0)
         ds = p * (dp - delta[None, :]) * scale
         dq = tl.dot(tl.trans(k), ds.to(k.dtype), dq, input_precision=PRECISION, out_dtype=ACC)
+    tl.store(delta_ptr + rows, delta, mask=here)
     dq = tl.where(real, dq, float("nan"))
     d = tl.arange(0, BLOCK_D)
     to = dq_ptr + at + queries[None, :] * (H * D) + d[:, None]
@@ -316,22 +320,13 @@ def _key_grad_kernel(
 
 # --- launches -------------------------------------------------------------------------------------------------------
 
-_LONGEST_TILE = 128
-
-
 def _tile(queries: int, n: int, d: int, itemsize: int) -> dict[str, int]:
     """Chosen to compile without spills, not measured. A small window is a small program."""
     block_d = max(16, triton.next_power_of_2(d))
-    most = _LONGEST_TILE if block_d <= 64 and itemsize == 2 else 64
     block_q = 16 if queries <= 16 else 32 if queries <= 32 or block_d > 64 or itemsize > 2 else 64
-    block_n = min(most, max(16, triton.next_power_of_2(n)))
-    warps = 4 if block_n >= 64 else 2 if block_n == 32 else 1
+    block_n = min(64, max(16, triton.next_power_of_2(n)))
+    warps = {16: 1, 32: 2, 64: 4}[block_n]
     return {"BLOCK_D": block_d, "BLOCK_Q": block_q, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 2}
-
-
-def _of_two(tile: dict[str, Any]) -> dict[str, int]:
-    """For two accumulators."""
-    return {"BLOCK_N": min(64, tile["BLOCK_N"])}
 
 
 def _options(q: Tensor, keys: Keys, seed: Tensor | None, dropout: float) -> dict[str, Any]:
@@ -382,14 +377,13 @@ def attend_grads(
     if dq.numel():
         launch(
             _query_grad_kernel, (b * heads, triton.cdiv(queries, options["BLOCK_Q"])), q, dq_ptr=dq, delta_ptr=delta,
-            o_ptr=outputs.o, index_ptr=keys.kv_index, **stats, **options,
+            o_ptr=outputs.o, index_ptr=keys.kv_index, ONE=keys.longest <= options["BLOCK_N"], **stats, **options,
         )  # fmt: skip
     # tokens of no image have no program
     make = torch.empty if keys.cu_seqlens is None else torch.zeros
     dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (keys.k, keys.v))
     if (needs[1] or needs[2]) and dk.numel():
         order, ends = _rows_of_images(keys)
-        options |= _of_two(options)
         tiles = triton.cdiv(keys.longest, options["BLOCK_N"])
         launch(
             _key_grad_kernel, (keys.images * heads, max(1, tiles)), q, dk_ptr=dk, dv_ptr=dv, delta_ptr=delta,
@@ -430,7 +424,6 @@ def _spec(
 ) -> Spec:
     kernel, d = globals()[name], sizes["D"]
     tile = _tile(sizes["Q"], sizes["N"], d, dtype.itemsize)
-    tile |= _of_two(tile) if name == "_key_grad_kernel" else {}
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     constants: dict[str, Any] = {"ACC": tl.float32, "PRECISION": "tf32" if dot == "tf32" else "ieee", "D": d, **tile}
     constants["ONE"] = sizes["N"] <= tile["BLOCK_N"]

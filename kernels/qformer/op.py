@@ -242,7 +242,7 @@ def few_query_attention(
         longest: the most tokens of a packed image.
         return_lse: whether the result has lse; else it is None.
         return_map: return the probabilities, too, in plain torch, which differentiates o with respect to them.
-        backend: "triton", "cpu", "chunked", "sdpa" or "torch"; by default the first that accepts the arguments.
+        backend: "triton", "chunked", "sdpa" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         (o, lse) or (o, lse, map): o [B, Q, H, d] in q's dtype or that of autocast; lse [B, H, Q], the log of the sum of
@@ -360,7 +360,7 @@ def token_attention(
         value_bias: [H d], or None.
         lengths: int64 [B], the tokens that an image has, which come first; by default N.
         return_lse: whether the result has lse; else it is None.
-        backend: "chunked" (absorbed), "triton", "cpu", "sdpa" or "torch"; by default the first that accepts the
+        backend: "triton", "chunked" (absorbed), "sdpa" or "torch"; by default the first that accepts the
             arguments and pays.
 
     Returns:
