@@ -29,9 +29,9 @@ from mmfuse.kernels.qformer.arguments import Keys, Outputs
 
 
 @triton.jit
-def _tokens_of(i, lengths_ptr, cu_ptr, I, N):
+def _tokens_of(i, lengths_ptr, cu_ptr, images, N):
     """(the first token of an image, how many), of none if there is no such image."""
-    real = (i >= 0) & (i < I)
+    real = (i >= 0) & (i < images)
     i = tl.where(real, i, 0)
     first = i * 0
     n = first + N
@@ -94,7 +94,7 @@ def _attend_kernel(
     scale,
     H,
     Q,
-    I,
+    images,
     N,
     stride_qb,
     stride_qq,
@@ -116,7 +116,7 @@ def _attend_kernel(
     row_and_head = tl.program_id(0).to(tl.int64)
     b, h = row_and_head // H, row_and_head % H
     i = _image_of(b, index_ptr)
-    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, I, N)
+    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, images, N)
     i = tl.where(real, i, 0)
     queries = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     here = queries < Q
@@ -124,7 +124,7 @@ def _attend_kernel(
     k_ptr += i * stride_ki + first * stride_kn + h * stride_kh
     v_ptr += i * stride_vi + first * stride_vn + h * stride_vh
     m = tl.full((BLOCK_Q,), float("-inf"), ACC)
-    l = tl.zeros((BLOCK_Q,), ACC)
+    total = tl.zeros((BLOCK_Q,), ACC)
     o = tl.zeros((BLOCK_D, BLOCK_Q), ACC)
     if ONE:
         keys = tl.arange(0, BLOCK_N)
@@ -134,8 +134,8 @@ def _attend_kernel(
         m = tl.max(s, axis=0)
         # where there is no key all scores are -inf
         p = tl.where((keys < n)[:, None], exp(s - m[None, :]), 0.0)
-        l = tl.sum(p, axis=0)
-        p = divide(p, tl.where(n > 0, l, 1.0)[None, :])
+        total = tl.sum(p, axis=0)
+        p = divide(p, tl.where(n > 0, total, 1.0)[None, :])
         if seed_ptr is not None:
             p = tl.where(_kept(seed_ptr, row_and_head, keys, queries, N, drop), p / (1.0 - drop), 0.0)
         o = tl.dot(v, p.to(v.dtype), input_precision=PRECISION, out_dtype=ACC)
@@ -148,18 +148,18 @@ def _attend_kernel(
             above = tl.maximum(m, tl.max(s, axis=0))
             p = exp(s - above[None, :])
             before = exp(m - above)
-            l = l * before + tl.sum(p, axis=0)
+            total = total * before + tl.sum(p, axis=0)
             if seed_ptr is not None:
                 p = tl.where(_kept(seed_ptr, row_and_head, keys, queries, N, drop), p / (1.0 - drop), 0.0)
             o = tl.dot(v, p.to(v.dtype), o * before[None, :], input_precision=PRECISION, out_dtype=ACC)
             m = above
-        o = divide(o, tl.where(n > 0, l, 1.0)[None, :])
+        o = divide(o, tl.where(n > 0, total, 1.0)[None, :])
     o = tl.where(real, o, float("nan"))
     d = tl.arange(0, BLOCK_D)
     at = ((b * Q + queries)[None, :] * H + h) * D + d[:, None]
     tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=here[None, :] & (d < D)[:, None])
     tl.store(max_ptr + row_and_head * Q + queries, m, mask=here)
-    tl.store(sum_ptr + row_and_head * Q + queries, l, mask=here)
+    tl.store(sum_ptr + row_and_head * Q + queries, total, mask=here)
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def _query_grad_kernel(
     scale,
     H,
     Q,
-    I,
+    images,
     N,
     stride_qb,
     stride_qq,
@@ -203,7 +203,7 @@ def _query_grad_kernel(
     row_and_head = tl.program_id(0).to(tl.int64)
     b, h = row_and_head // H, row_and_head % H
     i = _image_of(b, index_ptr)
-    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, I, N)
+    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, images, N)
     i = tl.where(real, i, 0)
     queries = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     here = queries < Q
@@ -214,7 +214,7 @@ def _query_grad_kernel(
     delta = tl.sum(g.to(ACC) * o.to(ACC), axis=0)
     rows = row_and_head * Q + queries
     m = tl.load(max_ptr + rows, mask=here, other=0.0)
-    l = tl.load(sum_ptr + rows, mask=here, other=1.0)
+    total = tl.load(sum_ptr + rows, mask=here, other=1.0)
     k_ptr += i * stride_ki + first * stride_kn + h * stride_kh
     v_ptr += i * stride_vi + first * stride_vn + h * stride_vh
     dq = tl.zeros((BLOCK_D, BLOCK_Q), ACC)
@@ -222,7 +222,7 @@ def _query_grad_kernel(
         keys = n0 + tl.arange(0, BLOCK_N)
         k = _rows(k_ptr, keys, stride_kn, keys < n, D, BLOCK_D)
         v = _rows(v_ptr, keys, stride_vn, keys < n, D, BLOCK_D)
-        p = divide(exp(_scores(k, q, keys, n, scale, ACC, PRECISION) - m[None, :]), l[None, :])
+        p = divide(exp(_scores(k, q, keys, n, scale, ACC, PRECISION) - m[None, :]), total[None, :])
         dp = tl.dot(v, g, input_precision=PRECISION, out_dtype=ACC)
         if seed_ptr is not None:
             dp = tl.where(_kept(seed_ptr, row_and_head, keys, queries, N, drop), dp / (1.0 - drop), 0.0)
@@ -258,7 +258,7 @@ def _key_grad_kernel(
     scale,
     H,
     Q,
-    I,
+    images,
     N,
     stride_qb,
     stride_qq,
@@ -277,7 +277,7 @@ def _key_grad_kernel(
     BLOCK_N: tl.constexpr,
 ):
     i, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
-    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, I, N)
+    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, images, N)
     keys = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = _rows(k_ptr + i * stride_ki + first * stride_kn + h * stride_kh, keys, stride_kn, keys < n, D, BLOCK_D)
     v = _rows(v_ptr + i * stride_vi + first * stride_vn + h * stride_vh, keys, stride_vn, keys < n, D, BLOCK_D)
@@ -296,10 +296,10 @@ def _key_grad_kernel(
             g = _columns(g_ptr + (b * Q * H + h) * D, queries, H * D, here, D, BLOCK_D)
             rows = row_and_head * Q + queries
             m = tl.load(max_ptr + rows, mask=here, other=0.0)
-            l = tl.load(sum_ptr + rows, mask=here, other=1.0)
+            total = tl.load(sum_ptr + rows, mask=here, other=1.0)
             delta = tl.load(delta_ptr + rows, mask=here, other=0.0)
             s = _scores(k, q, keys, n, scale, ACC, PRECISION)
-            p = tl.where((keys < n)[:, None], divide(exp(s - m[None, :]), l[None, :]), 0.0)
+            p = tl.where((keys < n)[:, None], divide(exp(s - m[None, :]), total[None, :]), 0.0)
             dp = tl.dot(v, g, input_precision=PRECISION, out_dtype=ACC)
             seen = p
             if seed_ptr is not None:
@@ -320,6 +320,7 @@ def _key_grad_kernel(
 
 # --- launches -------------------------------------------------------------------------------------------------------
 
+
 def _tile(queries: int, n: int, d: int, itemsize: int) -> dict[str, int]:
     """Chosen to compile without spills, not measured. A small window is a small program."""
     block_d = max(16, triton.next_power_of_2(d))
@@ -338,7 +339,7 @@ def _options(q: Tensor, keys: Keys, seed: Tensor | None, dropout: float) -> dict
     _, queries, heads, d = q.shape
     return strides | {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "lengths_ptr": keys.lengths, "cu_ptr": keys.cu_seqlens, "seed_ptr": seed,
-        "drop": dropout, "scale": d**-0.5, "H": heads, "Q": queries, "I": keys.images, "N": keys.longest,
+        "drop": dropout, "scale": d**-0.5, "H": heads, "Q": queries, "images": keys.images, "N": keys.longest,
         "stride_qb": 0 if q.shape[0] == 1 else q.stride(0), "stride_qq": q.stride(1), "stride_qh": q.stride(2),
         "ACC": accumulator(q.dtype), "PRECISION": input_precision(q.dtype), "D": d,
         **_tile(queries, keys.longest, d, q.dtype.itemsize),

@@ -167,9 +167,7 @@ FEW_QUERY = Operator(
     fake=_attend_fake,
     differentiable=("q", "k", "v"),
     implementations=[
-        Implementation(
-            "triton", passes=Deferred("mmfuse.kernels.qformer.kernel"), against=[_too_wide], traceable=True
-        ),
+        Implementation("triton", passes=Deferred("mmfuse.kernels.qformer.kernel"), against=[_too_wide], traceable=True),
         Implementation("chunked", passes=blocked, against=[_on_gpu, _drops]),
         Implementation("sdpa", function=reference.sdpa, against=[_wants_lse]),
         Implementation("torch", function=reference.of_keys),

@@ -23,15 +23,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 # B or 1, Q, I, N, H, d, and what says which keys belong to which rows
 CASES: dict[str, tuple[tuple[int, int, int, int, int, int], dict[str, Any]]] = {
-    "queries of a Q-Former": ((2, 32, 2, 57, 2, 64), {}),
-    "one query": ((3, 1, 3, 130, 2, 32), {}),
-    "one key": ((3, 5, 3, 1, 2, 16), {}),
-    "windows": ((1, 3, 20, 15, 2, 64), {}),
-    "more queries than a tile": ((1, 70, 2, 20, 1, 96), {}),
+    "queries of a Q-Former": ((1, 32, 2, 57, 1, 64), {}),
+    "one query": ((1, 1, 2, 130, 1, 32), {}),
+    "one key": ((2, 5, 2, 1, 1, 16), {}),
+    "windows": ((1, 3, 5, 15, 1, 64), {}),
+    "more queries than a tile": ((1, 70, 1, 20, 1, 96), {}),
     "a wide head": ((1, 3, 2, 70, 1, 128), {}),
-    "lengths": ((3, 4, 3, 9, 2, 24), {"lengths": [9, 0, 4]}),
-    "shared": ((5, 3, 3, 7, 2, 16), {"kv_index": [2, 0, 2, 1, 2]}),
-    "shared, one set of queries, lengths": ((1, 3, 3, 7, 2, 16), {"kv_index": [2, 2, 1], "lengths": [3, 0, 7]}),
+    "lengths": ((3, 4, 3, 9, 1, 24), {"lengths": [9, 0, 4]}),
+    "shared": ((5, 3, 3, 7, 1, 16), {"kv_index": [2, 0, 2, 1, 2]}),
+    "shared, one set of queries, lengths": ((1, 3, 3, 7, 1, 16), {"kv_index": [2, 2, 1], "lengths": [3, 0, 7]}),
     "packed": ((3, 3, 3, 5, 2, 16), {"cu_seqlens": [0, 4, 4, 9]}),
     "packed, shared": ((4, 2, 3, 140, 1, 16), {"cu_seqlens": [1, 4, 9, 149], "kv_index": [2, 0, 2, 2]}),
     "no keys": ((2, 3, 2, 0, 2, 8), {}),
@@ -252,7 +252,9 @@ def test_project_kv_normalises_without_a_gradient_of_frozen_tokens() -> None:
     bias = torch.randn(3, 2, 8, device=DEVICE)
     kv = project_kv(x, weight, bias, 2, (gamma, beta, 1e-5))
     seen = F.layer_norm(x, (12,), gamma, beta, 1e-5)
-    torch.testing.assert_close(kv[:, :, 1, 1].flatten(2), F.linear(seen, weight[1, 1], bias[1, 1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        kv[:, :, 1, 1].flatten(2), F.linear(seen, weight[1, 1], bias[1, 1]), rtol=1e-4, atol=1e-5
+    )
     assert all(t is not None for t in torch.autograd.grad(kv.square().sum(), (weight, gamma, beta)))
 
 
