@@ -29,9 +29,9 @@ from mmfuse.kernels.qformer.arguments import Keys, Outputs
 
 
 @triton.jit
-def _tokens_of(i, lengths_ptr, cu_ptr, I, N):
+def _tokens_of(i, lengths_ptr, cu_ptr, images, N):
     """(the first token of an image, how many), of none if there is no such image."""
-    real = (i >= 0) & (i < I)
+    real = (i >= 0) & (i < images)
     i = tl.where(real, i, 0)
     first = i * 0
     n = first + N
@@ -94,7 +94,7 @@ def _attend_kernel(
     scale,
     H,
     Q,
-    I,
+    images,
     N,
     stride_qb,
     stride_qq,
@@ -116,7 +116,7 @@ def _attend_kernel(
     row_and_head = tl.program_id(0).to(tl.int64)
     b, h = row_and_head // H, row_and_head % H
     i = _image_of(b, index_ptr)
-    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, I, N)
+    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, images, N)
     i = tl.where(real, i, 0)
     queries = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     here = queries < Q
@@ -124,7 +124,7 @@ def _attend_kernel(
     k_ptr += i * stride_ki + first * stride_kn + h * stride_kh
     v_ptr += i * stride_vi + first * stride_vn + h * stride_vh
     m = tl.full((BLOCK_Q,), float("-inf"), ACC)
-    l = tl.zeros((BLOCK_Q,), ACC)
+    total = tl.zeros((BLOCK_Q,), ACC)
     o = tl.zeros((BLOCK_D, BLOCK_Q), ACC)
     if ONE:
         keys = tl.arange(0, BLOCK_N)
@@ -134,8 +134,8 @@ def _attend_kernel(
         m = tl.max(s, axis=0)
         # where there is no key all scores are -inf
         p = tl.where((keys < n)[:, None], exp(s - m[None, :]), 0.0)
-        l = tl.sum(p, axis=0)
-        p = divide(p, tl.where(n > 0, l, 1.0)[None, :])
+        total = tl.sum(p, axis=0)
+        p = divide(p, tl.where(n > 0, total, 1.0)[None, :])
         if seed_ptr is not None:
             p = tl.where(_kept(seed_ptr, row_and_head, keys, queries, N, drop), p / (1.0 - drop), 0.0)
         o = tl.dot(v, p.to(v.dtype), input_precision=PRECISION, out_dtype=ACC)
@@ -148,18 +148,18 @@ def _attend_kernel(
             above = tl.maximum(m, tl.max(s, axis=0))
             p = exp(s - above[None, :])
             before = exp(m - above)
-            l = l * before + tl.sum(p, axis=0)
+            total = total * before + tl.sum(p, axis=0)
             if seed_ptr is not None:
                 p = tl.where(_kept(seed_ptr, row_and_head, keys, queries, N, drop), p / (1.0 - drop), 0.0)
             o = tl.dot(v, p.to(v.dtype), o * before[None, :], input_precision=PRECISION, out_dtype=ACC)
             m = above
-        o = divide(o, tl.where(n > 0, l, 1.0)[None, :])
+        o = divide(o, tl.where(n > 0, total, 1.0)[None, :])
     o = tl.where(real, o, float("nan"))
     d = tl.arange(0, BLOCK_D)
     at = ((b * Q + queries)[None, :] * H + h) * D + d[:, None]
     tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=here[None, :] & (d < D)[:, None])
     tl.store(max_ptr + row_and_head * Q + queries, m, mask=here)
-    tl.store(sum_ptr + row_and_head * Q + queries, l, mask=here)
+    tl.store(sum_ptr + row_and_head * Q + queries, total, mask=here)
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def _query_grad_kernel(
     scale,
     H,
     Q,
-    I,
+    images,
     N,
     stride_qb,
     stride_qq,
@@ -192,6 +192,7 @@ def _query_grad_kernel(
     stride_vi,
     stride_vn,
     stride_vh,
+    ONE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -202,7 +203,7 @@ def _query_grad_kernel(
     row_and_head = tl.program_id(0).to(tl.int64)
     b, h = row_and_head // H, row_and_head % H
     i = _image_of(b, index_ptr)
-    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, I, N)
+    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, images, N)
     i = tl.where(real, i, 0)
     queries = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     here = queries < Q
@@ -212,9 +213,8 @@ def _query_grad_kernel(
     o = _columns(o_ptr + at, queries, H * D, here, D, BLOCK_D)
     delta = tl.sum(g.to(ACC) * o.to(ACC), axis=0)
     rows = row_and_head * Q + queries
-    tl.store(delta_ptr + rows, delta, mask=here)
     m = tl.load(max_ptr + rows, mask=here, other=0.0)
-    l = tl.load(sum_ptr + rows, mask=here, other=1.0)
+    total = tl.load(sum_ptr + rows, mask=here, other=1.0)
     k_ptr += i * stride_ki + first * stride_kn + h * stride_kh
     v_ptr += i * stride_vi + first * stride_vn + h * stride_vh
     dq = tl.zeros((BLOCK_D, BLOCK_Q), ACC)
@@ -222,12 +222,16 @@ def _query_grad_kernel(
         keys = n0 + tl.arange(0, BLOCK_N)
         k = _rows(k_ptr, keys, stride_kn, keys < n, D, BLOCK_D)
         v = _rows(v_ptr, keys, stride_vn, keys < n, D, BLOCK_D)
-        p = divide(exp(_scores(k, q, keys, n, scale, ACC, PRECISION) - m[None, :]), l[None, :])
+        p = divide(exp(_scores(k, q, keys, n, scale, ACC, PRECISION) - m[None, :]), total[None, :])
         dp = tl.dot(v, g, input_precision=PRECISION, out_dtype=ACC)
         if seed_ptr is not None:
             dp = tl.where(_kept(seed_ptr, row_and_head, keys, queries, N, drop), dp / (1.0 - drop), 0.0)
+        if ONE:
+            # the same by probabilities, which is exact where a score has no influence
+            delta = tl.sum(p * dp, axis=0)
         ds = p * (dp - delta[None, :]) * scale
         dq = tl.dot(tl.trans(k), ds.to(k.dtype), dq, input_precision=PRECISION, out_dtype=ACC)
+    tl.store(delta_ptr + rows, delta, mask=here)
     dq = tl.where(real, dq, float("nan"))
     d = tl.arange(0, BLOCK_D)
     to = dq_ptr + at + queries[None, :] * (H * D) + d[:, None]
@@ -254,7 +258,7 @@ def _key_grad_kernel(
     scale,
     H,
     Q,
-    I,
+    images,
     N,
     stride_qb,
     stride_qq,
@@ -273,7 +277,7 @@ def _key_grad_kernel(
     BLOCK_N: tl.constexpr,
 ):
     i, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
-    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, I, N)
+    first, n, real = _tokens_of(i, lengths_ptr, cu_ptr, images, N)
     keys = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = _rows(k_ptr + i * stride_ki + first * stride_kn + h * stride_kh, keys, stride_kn, keys < n, D, BLOCK_D)
     v = _rows(v_ptr + i * stride_vi + first * stride_vn + h * stride_vh, keys, stride_vn, keys < n, D, BLOCK_D)
@@ -292,10 +296,10 @@ def _key_grad_kernel(
             g = _columns(g_ptr + (b * Q * H + h) * D, queries, H * D, here, D, BLOCK_D)
             rows = row_and_head * Q + queries
             m = tl.load(max_ptr + rows, mask=here, other=0.0)
-            l = tl.load(sum_ptr + rows, mask=here, other=1.0)
+            total = tl.load(sum_ptr + rows, mask=here, other=1.0)
             delta = tl.load(delta_ptr + rows, mask=here, other=0.0)
             s = _scores(k, q, keys, n, scale, ACC, PRECISION)
-            p = tl.where((keys < n)[:, None], divide(exp(s - m[None, :]), l[None, :]), 0.0)
+            p = tl.where((keys < n)[:, None], divide(exp(s - m[None, :]), total[None, :]), 0.0)
             dp = tl.dot(v, g, input_precision=PRECISION, out_dtype=ACC)
             seen = p
             if seed_ptr is not None:
@@ -316,22 +320,14 @@ def _key_grad_kernel(
 
 # --- launches -------------------------------------------------------------------------------------------------------
 
-_LONGEST_TILE = 128
-
 
 def _tile(queries: int, n: int, d: int, itemsize: int) -> dict[str, int]:
     """Chosen to compile without spills, not measured. A small window is a small program."""
     block_d = max(16, triton.next_power_of_2(d))
-    most = _LONGEST_TILE if block_d <= 64 and itemsize == 2 else 64
     block_q = 16 if queries <= 16 else 32 if queries <= 32 or block_d > 64 or itemsize > 2 else 64
-    block_n = min(most, max(16, triton.next_power_of_2(n)))
-    warps = 4 if block_n >= 64 else 2 if block_n == 32 else 1
+    block_n = min(64, max(16, triton.next_power_of_2(n)))
+    warps = {16: 1, 32: 2, 64: 4}[block_n]
     return {"BLOCK_D": block_d, "BLOCK_Q": block_q, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 2}
-
-
-def _of_two(tile: dict[str, Any]) -> dict[str, int]:
-    """For two accumulators."""
-    return {"BLOCK_N": min(64, tile["BLOCK_N"])}
 
 
 def _options(q: Tensor, keys: Keys, seed: Tensor | None, dropout: float) -> dict[str, Any]:
@@ -343,7 +339,7 @@ def _options(q: Tensor, keys: Keys, seed: Tensor | None, dropout: float) -> dict
     _, queries, heads, d = q.shape
     return strides | {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "lengths_ptr": keys.lengths, "cu_ptr": keys.cu_seqlens, "seed_ptr": seed,
-        "drop": dropout, "scale": d**-0.5, "H": heads, "Q": queries, "I": keys.images, "N": keys.longest,
+        "drop": dropout, "scale": d**-0.5, "H": heads, "Q": queries, "images": keys.images, "N": keys.longest,
         "stride_qb": 0 if q.shape[0] == 1 else q.stride(0), "stride_qq": q.stride(1), "stride_qh": q.stride(2),
         "ACC": accumulator(q.dtype), "PRECISION": input_precision(q.dtype), "D": d,
         **_tile(queries, keys.longest, d, q.dtype.itemsize),
@@ -382,14 +378,13 @@ def attend_grads(
     if dq.numel():
         launch(
             _query_grad_kernel, (b * heads, triton.cdiv(queries, options["BLOCK_Q"])), q, dq_ptr=dq, delta_ptr=delta,
-            o_ptr=outputs.o, index_ptr=keys.kv_index, **stats, **options,
+            o_ptr=outputs.o, index_ptr=keys.kv_index, ONE=keys.longest <= options["BLOCK_N"], **stats, **options,
         )  # fmt: skip
     # tokens of no image have no program
     make = torch.empty if keys.cu_seqlens is None else torch.zeros
     dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (keys.k, keys.v))
     if (needs[1] or needs[2]) and dk.numel():
         order, ends = _rows_of_images(keys)
-        options |= _of_two(options)
         tiles = triton.cdiv(keys.longest, options["BLOCK_N"])
         launch(
             _key_grad_kernel, (keys.images * heads, max(1, tiles)), q, dk_ptr=dk, dv_ptr=dv, delta_ptr=delta,
@@ -415,7 +410,7 @@ def aot_specs() -> Iterator[Spec]:
     `mmfuse compile-report`."""
     blip2 = {"B": 256, "H": 12, "Q": 32, "N": 257, "D": 64}
     for name in ("_attend_kernel", "_query_grad_kernel", "_key_grad_kernel"):
-        yield _spec(name, "bf16 32 x 257 x 64", blip2, "half")
+        yield _spec(name, "bf16 32 x 257 x 64", blip2, "half", bounds={"loop": 46.0})
         yield _spec(name, "bf16 dropout", blip2, "half", seed_ptr="*i64")
         yield _spec(name, "bf16 3 x 15 x 64", {"B": 4096, "H": 16, "Q": 3, "N": 15, "D": 64}, None)
         yield _spec(name, "bf16 256 x 257 x 96", {"B": 64, "H": 8, "Q": 256, "N": 257, "D": 96}, "half")
@@ -426,11 +421,16 @@ def aot_specs() -> Iterator[Spec]:
 
 
 def _spec(
-    name: str, variant: str, sizes: dict[str, int], dot: str | None, dtype: torch.dtype = torch.bfloat16, **given: str
+    name: str,
+    variant: str,
+    sizes: dict[str, int],
+    dot: str | None,
+    dtype: torch.dtype = torch.bfloat16,
+    bounds: dict[str, float] | None = None,
+    **given: str,
 ) -> Spec:
     kernel, d = globals()[name], sizes["D"]
     tile = _tile(sizes["Q"], sizes["N"], d, dtype.itemsize)
-    tile |= _of_two(tile) if name == "_key_grad_kernel" else {}
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     constants: dict[str, Any] = {"ACC": tl.float32, "PRECISION": "tf32" if dot == "tf32" else "ieee", "D": d, **tile}
     constants["ONE"] = sizes["N"] <= tile["BLOCK_N"]
@@ -450,6 +450,7 @@ def _spec(
         aligned=tuple(n for n in signature if n.startswith("stride_")),
         dot=dot,
         work=_work(name, sizes, tile, dtype.itemsize),
+        bounds=bounds or {},
     )
 
 

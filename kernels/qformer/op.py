@@ -167,9 +167,7 @@ FEW_QUERY = Operator(
     fake=_attend_fake,
     differentiable=("q", "k", "v"),
     implementations=[
-        Implementation(
-            "triton", passes=Deferred("mmfuse.kernels.qformer.kernel"), against=[_too_wide], traceable=True
-        ),
+        Implementation("triton", passes=Deferred("mmfuse.kernels.qformer.kernel"), against=[_too_wide], traceable=True),
         Implementation("chunked", passes=blocked, against=[_on_gpu, _drops]),
         Implementation("sdpa", function=reference.sdpa, against=[_wants_lse]),
         Implementation("torch", function=reference.of_keys),
@@ -242,7 +240,7 @@ def few_query_attention(
         longest: the most tokens of a packed image.
         return_lse: whether the result has lse; else it is None.
         return_map: return the probabilities, too, in plain torch, which differentiates o with respect to them.
-        backend: "triton", "cpu", "chunked", "sdpa" or "torch"; by default the first that accepts the arguments.
+        backend: "triton", "chunked", "sdpa" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         (o, lse) or (o, lse, map): o [B, Q, H, d] in q's dtype or that of autocast; lse [B, H, Q], the log of the sum of
@@ -360,7 +358,7 @@ def token_attention(
         value_bias: [H d], or None.
         lengths: int64 [B], the tokens that an image has, which come first; by default N.
         return_lse: whether the result has lse; else it is None.
-        backend: "chunked" (absorbed), "triton", "cpu", "sdpa" or "torch"; by default the first that accepts the
+        backend: "triton", "chunked" (absorbed), "sdpa" or "torch"; by default the first that accepts the
             arguments and pays.
 
     Returns:

@@ -99,8 +99,8 @@ def sdpa(q: Tensor, keys: Keys, dropout: float = 0.0) -> Outputs:
         seen = torch.where(lengths > 0, lengths, k.shape[1])
         mask = torch.arange(k.shape[1], device=k.device) < seen[:, None, None, None]
         k, v = zero_behind(k, lengths), zero_behind(v, lengths)
-    o = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, dropout_p=dropout)
-    o = o.transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
     o = o if lengths is None else torch.where((lengths > 0)[:, None, None, None], o, 0)
     return Outputs(o, q.new_empty(0), q.new_empty(0))
 

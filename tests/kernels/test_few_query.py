@@ -1,0 +1,331 @@
+"""Attention of a few queries in every implementation, against float64 and eager in the same dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from judge import Results, compared, judge
+from mmfuse import UnsupportedError, use_backend
+from mmfuse.kernels import few_query_attention, project_kv, token_attention
+from mmfuse.kernels._runtime.device import INTERPRET
+from registered import backends, opcheck, reasons
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+# B or 1, Q, I, N, H, d, and what says which keys belong to which rows
+CASES: dict[str, tuple[tuple[int, int, int, int, int, int], dict[str, Any]]] = {
+    "queries of a Q-Former": ((1, 32, 2, 57, 1, 64), {}),
+    "one query": ((1, 1, 2, 130, 1, 32), {}),
+    "one key": ((2, 5, 2, 1, 1, 16), {}),
+    "windows": ((1, 3, 5, 15, 1, 64), {}),
+    "more queries than a tile": ((1, 70, 1, 20, 1, 96), {}),
+    "a wide head": ((1, 3, 2, 70, 1, 128), {}),
+    "lengths": ((3, 4, 3, 9, 1, 24), {"lengths": [9, 0, 4]}),
+    "shared": ((5, 3, 3, 7, 1, 16), {"kv_index": [2, 0, 2, 1, 2]}),
+    "shared, one set of queries, lengths": ((1, 3, 3, 7, 1, 16), {"kv_index": [2, 2, 1], "lengths": [3, 0, 7]}),
+    "packed": ((3, 3, 3, 5, 2, 16), {"cu_seqlens": [0, 4, 4, 9]}),
+    "packed, shared": ((4, 2, 3, 140, 1, 16), {"cu_seqlens": [1, 4, 9, 149], "kv_index": [2, 0, 2, 2]}),
+    "no keys": ((2, 3, 2, 0, 2, 8), {}),
+    "no rows": ((0, 3, 2, 4, 2, 8), {"kv_index": []}),
+}
+
+
+def case(name: str, size: float = 1.0) -> tuple[Callable[[], dict[str, Any]], dict[str, Any]]:
+    """(draws q, k and v; the other arguments)"""
+    (b, queries, images, n, heads, d), given = CASES[name]
+    of = {key: torch.tensor(v, dtype=torch.int64, device=DEVICE) for key, v in given.items()}
+    packed = "cu_seqlens" in of
+    shape = (max(given["cu_seqlens"]) + 1, heads, d) if packed else (images, n, heads, d)
+
+    def draw() -> dict[str, Any]:
+        shapes = {"q": (b, queries, heads, d), "k": shape, "v": shape}
+        return {key: size * torch.randn(s, dtype=torch.float64, device=DEVICE) for key, s in shapes.items()}
+
+    return draw, of | ({"longest": n} if packed else {})
+
+
+def runner(function: Callable[..., Any], **options: Any) -> Callable[[Any, str], Results]:
+    def run(given: dict[str, Any], backend: str) -> Results:
+        given = tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(), given)
+        o, lse = function(**given, **options, return_lse=True, backend=backend)
+        g = torch.linspace(-1, 2, o.numel(), dtype=o.dtype, device=DEVICE).sin().view_as(o)
+        grads = dict(zip(given, torch.autograd.grad(o, list(given.values()), g), strict=True))
+        # eager's lse of 16 bits is of rounded scores
+        stats = {"lse": lse.nan_to_num(neginf=-1)} if o.dtype.itemsize > 2 else {}
+        return {"o": o.detach()} | stats | {f"d {name}": t for name, t in grads.items()}
+
+    return run
+
+
+def judged(draws: Any) -> None:
+    """Of the results that ours has: float64 has lse, too."""
+    draws = list(draws)
+    judge([tuple({name: r[name] for name in draws[0][0]} for r in sides) for sides in draws])  # type: ignore[misc]
+
+
+def named(call: Callable[[], Any], dtype: torch.dtype) -> list[str]:
+    # the interpreter's bfloat16 rounds otherwise than a GPU's
+    left = ("triton",) if INTERPRET and dtype == torch.bfloat16 else ()
+    # how exact torch's own attention is, is torch's
+    return [b for b in backends(call) if b not in ("torch", "sdpa", *left)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_implementation(name: str, dtype: torch.dtype) -> None:
+    draw, of = case(name)
+    given = {key: t.to(dtype) for key, t in draw().items()}
+    found = named(lambda: few_query_attention(**given, **of), dtype)
+    assert found
+    for backend in found:
+        judged(compared(runner(few_query_attention, **of), draw, backend, dtype))
+
+
+@pytest.mark.parametrize("name", ["queries of a Q-Former", "shared", "packed"])
+def test_large_scores(name: str) -> None:
+    """Probabilities of 0 and 1: of scores in the hundreds."""
+    draw, of = case(name, 8.0)
+    for backend in named(lambda: few_query_attention(**draw(), **of), torch.float32):
+        judged(compared(runner(few_query_attention, **of), draw, backend, torch.float32))
+
+
+def test_any_strides() -> None:
+    """Keys and values of one buffer of all layers, queries and gradients of any layout."""
+    kv = torch.randn(2, 7, 3, 2, 2, 16, device=DEVICE)
+    k, v = kv[:, :, 1].unbind(2)
+    q = torch.randn(2, 2, 16, 3, device=DEVICE).permute(0, 3, 1, 2)
+    g = torch.randn(2, device=DEVICE)[:, None, None, None].expand(2, 3, 2, 16)
+    results = {}
+    for backend in backends(lambda: few_query_attention(q, k, v)):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        o = few_query_attention(*leaves, backend=backend).o
+        results[backend] = [o.detach(), *torch.autograd.grad(o, leaves, g)]
+    for got in results.values():
+        torch.testing.assert_close(got, results["torch"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_padding_is_not_read(backend: str) -> None:
+    q, k, v = (torch.randn(2, 3, 2, 16, device=DEVICE) for _ in range(3))
+    lengths = torch.tensor([2, 0], device=DEVICE)
+    if backend not in backends(lambda: few_query_attention(q, k, v, lengths=lengths)):
+        pytest.skip(f"{backend} does not run here")
+    want = few_query_attention(q, k, v, lengths=lengths, backend=backend).o
+    k[0, 2:], v[0, 2:], k[1], v[1] = (math.nan,) * 4
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    o = few_query_attention(*leaves, lengths=lengths, backend=backend).o
+    torch.testing.assert_close(o, want)
+    assert not o[1].any()
+    grads = torch.autograd.grad(o.sum(), leaves)
+    assert all(t.isfinite().all() for t in grads) and not grads[1][0, 2:].any() and not grads[2][1].any()
+
+
+def test_two_runs_are_equal() -> None:
+    draw, of = case("shared")
+    given = {key: t.float().requires_grad_() for key, t in draw().items()}
+    for backend in backends(lambda: few_query_attention(**given, **of)):
+        o = few_query_attention(**given, **of, backend=backend).o
+        first, second = (torch.autograd.grad(o.sum(), list(given.values()), retain_graph=True) for _ in range(2))
+        again = few_query_attention(**given, **of, backend=backend).o
+        assert torch.equal(o, again) and all(map(torch.equal, first, second))
+
+
+# --- dropout --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "torch"])
+@pytest.mark.parametrize("n", [8, 70])
+def test_dropout(backend: str, n: int) -> None:
+    """Which probabilities are kept shows where the values are unit vectors; o and the gradients follow from it."""
+    b, queries, heads, p = 2, 16, 2, 0.25
+    q, k = torch.randn(b, queries, heads, 16, device=DEVICE), torch.randn(b, n, heads, 16, device=DEVICE)
+    if backend not in backends(lambda: few_query_attention(q, k, k, dropout=p)):
+        pytest.skip(f"{backend} does not run here")
+
+    def attend(v: Tensor, **leaves: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return few_query_attention(leaves.get("q", q), leaves.get("k", k), v, dropout=p, backend=backend).o
+
+    # head dims differ: the probabilities do not, as queries and keys end in zeros
+    wide = [F.pad(t, (0, n - 16)) if n > 16 else t for t in (q, k)]
+    factor = (wide[0].shape[-1] / 16) ** 0.5
+    unit = torch.eye(n, max(n, 16), device=DEVICE)[None, :, None].expand(b, -1, heads, -1)
+    shown = attend(unit, q=wide[0] * factor, k=wide[1])[..., :n]  # [B, Q, H, N]
+    whole = few_query_attention(q, k, k, return_map=True).map.transpose(1, 2)
+    kept = shown != 0
+    torch.testing.assert_close(shown, torch.where(kept, whole / (1 - p), 0), rtol=1e-4, atol=1e-6)
+    # 5 standard deviations; of neighbours, heads and rows, too, as independent draws have it
+    for pair in (kept, kept[:, 1:] & kept[:, :-1], kept[1:] & kept[:-1], kept[..., 1:] & kept[..., :-1]):
+        share = 1 - p if pair is kept else (1 - p) ** 2
+        assert abs(pair.double().mean().item() - share) < 5 * math.sqrt(2 * share * (1 - share) / pair.numel())
+    assert (kept[:, :, 0] != kept[:, :, 1]).any()
+
+    leaves = [torch.randn_like(t).requires_grad_() if t is k else t.clone().requires_grad_() for t in (k, q, k)]
+    v, q_, k_ = leaves
+    g = torch.randn(b, queries, heads, 16, device=DEVICE)
+    got = torch.autograd.grad(attend(v, q=q_, k=k_), (q_, k_, v), g)
+    probabilities = few_query_attention(q_, k_, v, return_map=True).map
+    want = torch.where(kept.transpose(1, 2), probabilities / (1 - p), 0) @ v.transpose(1, 2)
+    want = torch.autograd.grad(want.transpose(1, 2), (q_, k_, v), g)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "torch"])
+def test_dropout_follows_the_generator(backend: str) -> None:
+    q, k = torch.randn(2, 3, 2, 16, device=DEVICE), torch.randn(2, 40, 2, 16, device=DEVICE)
+    if backend not in backends(lambda: few_query_attention(q, k, k, dropout=0.5)):
+        pytest.skip(f"{backend} does not run here")
+    torch.manual_seed(0)
+    first, other = (few_query_attention(q, k, k, dropout=0.5, backend=backend).o for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(first, few_query_attention(q, k, k, dropout=0.5, backend=backend).o)
+    assert not torch.equal(first, other)
+
+
+# --- the map --------------------------------------------------------------------------------------------------------
+
+
+def test_the_map_has_a_gradient() -> None:
+    q, k, v = (torch.randn(2, 3, 2, 4, dtype=torch.float64, device=DEVICE).requires_grad_() for _ in range(3))
+    o, lse, p = few_query_attention(q, k, v, return_map=True)
+    torch.testing.assert_close(p.sum(-1), torch.ones_like(lse))
+    (of_map,) = torch.autograd.grad(o.sum(), p)
+    torch.testing.assert_close(of_map, v.sum(-1).transpose(1, 2)[:, :, None].expand_as(p))
+    with pytest.raises(UnsupportedError, match="return_map"):
+        few_query_attention(q, k, v, return_map=True, backend="chunked")
+
+
+# --- over the tokens themselves -------------------------------------------------------------------------------------
+
+
+def tokens_case(rows: int, queries: int, n: int, bias: bool) -> Callable[[], dict[str, Any]]:
+    def draw() -> dict[str, Any]:
+        shapes = {"q": (rows, queries, 2, 16), "x": (3, n, 24), "key_weight": (32, 24), "value_weight": (32, 24)}
+        shapes |= {"value_bias": (32,)} if bias else {}
+        scale = {"key_weight": 24**-0.5, "value_weight": 24**-0.5}
+        return {
+            name: scale.get(name, 1.0) * torch.randn(s, dtype=torch.float64, device=DEVICE)
+            for name, s in shapes.items()
+        }
+
+    return draw
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("lengths", [None, [9, 0, 4]], ids=["whole", "lengths"])
+@pytest.mark.parametrize(("rows", "queries", "bias"), [(1, 1, True), (3, 5, True), (1, 5, False)])
+def test_tokens(rows: int, queries: int, bias: bool, lengths: Any, dtype: torch.dtype) -> None:
+    draw = tokens_case(rows, queries, 9, bias)
+    of = {} if lengths is None else {"lengths": torch.tensor(lengths, device=DEVICE)}
+    given = {name: t.to(dtype) for name, t in draw().items()}
+    for backend in named(lambda: token_attention(**given, **of), dtype):
+        judged(compared(runner(token_attention, **of), draw, backend, dtype))
+
+
+def test_tokens_are_attended_to_where_that_is_cheaper_and_no_gradient_is_asked_for() -> None:
+    if DEVICE == "cuda":
+        pytest.skip("weights are absorbed on a CPU")
+
+    def why(queries: int, n: int, asked: bool = False) -> list[str]:
+        q, x, w = torch.randn(1, queries, 12, 64), torch.randn(1, n, 1408), torch.randn(768, 1408)
+        return reasons(lambda: token_attention(q, x.requires_grad_(asked), w, w))["chunked"]
+
+    assert not why(1, 729) and not why(32, 257)
+    assert why(256, 257) and why(32, 257, asked=True)
+
+
+# --- keys and values ------------------------------------------------------------------------------------------------
+
+
+def test_project_kv_normalises_without_a_gradient_of_frozen_tokens() -> None:
+    x = torch.randn(2, 5, 12, device=DEVICE)
+    weight, gamma, beta = (torch.randn(s, device=DEVICE).requires_grad_() for s in ((3, 2, 8, 12), (12,), (12,)))
+    bias = torch.randn(3, 2, 8, device=DEVICE)
+    kv = project_kv(x, weight, bias, 2, (gamma, beta, 1e-5))
+    seen = F.layer_norm(x, (12,), gamma, beta, 1e-5)
+    torch.testing.assert_close(
+        kv[:, :, 1, 1].flatten(2), F.linear(seen, weight[1, 1], bias[1, 1]), rtol=1e-4, atol=1e-5
+    )
+    assert all(t is not None for t in torch.autograd.grad(kv.square().sum(), (weight, gamma, beta)))
+
+
+# --- errors and tools -----------------------------------------------------------------------------------------------
+
+Q, KEYS = torch.randn(2, 3, 2, 4), torch.randn(2, 5, 2, 4)
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "q": ({"q": Q[0]}, ValueError, r"q has shape \(3, 2, 4\), expected \[B, Q, H, d\]"),
+    "rows of q": ({"q": torch.randn(3, 3, 2, 4)}, ValueError, "q has 3 rows, expected 2 as the images, or 1"),
+    "k": ({"k": KEYS[..., :3]}, ValueError, r"k has shape .* expected \[I, N, 2, 4\] as q"),
+    "v": ({"v": KEYS[:, :3]}, ValueError, r"v has shape .* as k"),
+    "dtype": ({"v": KEYS.double()}, TypeError, "v has dtype torch.float64, expected torch.float32 as q"),
+    "index": ({"kv_index": torch.tensor([0, 2])}, ValueError, "kv_index has 2, expected 0 <= kv_index < 2"),
+    "index dtype": ({"kv_index": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "kv_index has dtype torch.int32"),
+    "lengths": ({"lengths": torch.tensor([6, 1])}, ValueError, "lengths has 6"),
+    "dropout": ({"dropout": 1.0}, ValueError, "dropout is 1.0, expected 0 <= dropout < 1"),
+    "longest": ({"longest": 5}, ValueError, "longest is 5, expected None without cu_seqlens"),
+    "bounds": (
+        {"k": KEYS[0], "v": KEYS[0], "cu_seqlens": torch.tensor([0, 2, 6]), "longest": 4},
+        ValueError,
+        "cu_seqlens is .* expected bounds that do not fall, from 0 to the 5 rows of k",
+    ),
+    "too long": (
+        {"k": KEYS[0], "v": KEYS[0], "cu_seqlens": torch.tensor([0, 2, 5]), "longest": 2},
+        ValueError,
+        "longest is 2, expected at least 3",
+    ),
+    "both": (
+        {"k": KEYS[0], "v": KEYS[0], "cu_seqlens": torch.tensor([0, 5]), "longest": 5, "lengths": torch.tensor([5])},
+        ValueError,
+        "lengths and cu_seqlens are both given",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors(name: str) -> None:
+    given, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        few_query_attention(**{"q": Q, "k": KEYS, "v": KEYS} | given)
+
+
+@pytest.mark.parametrize("name", ["lengths", "shared", "packed, shared"])
+def test_opcheck(name: str) -> None:
+    draw, of = case(name)
+    leaves = {key: t.float().requires_grad_() for key, t in draw().items()}
+    for backend in backends(lambda: few_query_attention(**leaves, **of)):
+        if backend == "chunked" or (backend == "triton" and INTERPRET):
+            opcheck(lambda b=backend: few_query_attention(**leaves, **of, backend=b).o)
+
+
+def test_derivatives() -> None:
+    q, k, v = (torch.randn(2, 2, 1, 3, dtype=torch.float64, device=DEVICE).requires_grad_() for _ in range(3))
+    index = torch.tensor([1, 1], device=DEVICE)
+
+    def attend(*given: Tensor) -> Tensor:
+        return few_query_attention(*given, index, return_lse=True).o
+
+    assert torch.autograd.gradcheck(attend, (q, k, v)) and torch.autograd.gradgradcheck(attend, (q, k, v))
+    torch.testing.assert_close(torch.func.vmap(attend)(*(t[None] for t in (q, k, v)))[0], attend(q, k, v))
+
+
+def test_autocast() -> None:
+    q, k = torch.randn(2, 3, 2, 16, device=DEVICE), torch.randn(2, 5, 2, 16, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        o = few_query_attention(q, k, k).o
+    want = few_query_attention(*(t.bfloat16() for t in (q, k, k))).o
+    assert o.dtype == torch.bfloat16 and torch.equal(o, want)
+
+
+def test_a_named_implementation_runs_or_raises() -> None:
+    q, k = torch.randn(2, 3, 1, 160, device=DEVICE), torch.randn(2, 5, 1, 160, device=DEVICE)
+    with use_backend("triton"), pytest.raises(UnsupportedError, match="the head dim is 160|device is cpu"):
+        few_query_attention(q, k, k)
