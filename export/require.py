@@ -6,7 +6,6 @@ from importlib import import_module
 
 from mmfuse.kernels._runtime import UnsupportedError
 
-
 # packages of other extras than "onnx"
 _EXTRAS = {"openvino": "openvino", "transformers": "hf"}
 

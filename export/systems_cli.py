@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
 def rows_of(names: Sequence[str] | Any) -> Iterator[dict[str, Any]]:
     """For each part: whether it left and holds, and the largest relative difference of onnxruntime from PyTorch."""
     for name in names:
-        start, row = time.perf_counter(), {"model": name, "ok": False, "why": ""}
+        start = time.perf_counter()
+        row: dict[str, Any] = {"model": name, "ok": False, "why": ""}
         with tempfile.TemporaryDirectory() as folder:
             try:
                 report = check_onnx(export_served(name, Path(folder, "model.onnx"), "tiny"))
