@@ -1,5 +1,5 @@
-# Targets: test, test-export, fuzz, compat, newest, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on first use);
-# gpu-report (.venv where there is one, else $(PYTHON)) and test-gpu ($(PYTHON) as it is).
+# Targets: test, test-export, fuzz, compat, newest, demo, bench, lint, docs, compile-report, sanitize (each makes .venv on
+# first use); gpu-report (.venv where there is one, else $(PYTHON)) and test-gpu ($(PYTHON) as it is).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -60,11 +60,12 @@ def audit_float16(path: str | Path | onnx.ModelProto, inputs: Sequence[Mapping[s
     """
     require("onnx", "onnxruntime")
     import onnx
+    from onnx import inliner
 
     if not inputs:
         raise ValueError("inputs is empty, expected at least one set of them")
     file = onnx.load(path) if isinstance(path, (str, Path)) else path
-    graph = in_float32(onnx.inliner.inline_local_functions(file))
+    graph = in_float32(inliner.inline_local_functions(file))
     constants = _constants(graph)
     lowest = min((float(t.min()) for t in constants.values() if t.dtype.kind == "f" and t.size), default=0.0)
     mask = MASK_OF_HALF if lowest == -LARGEST_HALF else MASK

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmfuse.export.check import check_onnx
+from mmfuse.export.cli import made
 from mmfuse.export.runtimes import RUNTIMES
 
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("--weights", metavar="FILE", help="where the weights file is now")
+    parser.add_argument("--model", metavar="FILE.PY:FACTORY", help="what was exported, where it was no reference model")
     parser.add_argument(
         "--also", action="append", default=[], choices=list(RUNTIMES), help="another runtime; may be repeated"
     )
@@ -30,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with Console(stderr=True).status(f"running {args.file} in onnxruntime and in PyTorch"):
-        report = check_onnx(args.file, weights=args.weights, also=args.also)
+        model, inputs, _ = made(args.model) if args.model else (None, None, None)
+        report = check_onnx(
+            args.file, model, None if inputs is None else [inputs], weights=args.weights, also=args.also
+        )
     if args.markdown is not None:
         args.markdown.write_text(markdown(report))
     if args.json:

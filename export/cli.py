@@ -97,7 +97,7 @@ def _export(what: str, args: argparse.Namespace) -> int:
     remarks: list[str] = []
     with Console(stderr=True).status(f"exporting {what} to {args.onnx}"):
         if ":" in what:
-            model, inputs, dynamic = _made(what)
+            model, inputs, dynamic = made(what)
             model = model.to(DTYPES[args.dtype])
             dynamic = _axes(args.dynamic) or dynamic
             export_onnx(model, inputs, args.onnx, dynamic=dynamic, **options)
@@ -131,7 +131,7 @@ def _export_generation(what: str, args: argparse.Namespace) -> int:
             raise ValueError(f"{name} is {value!r}, expected {expected!r} with --generation")
     with Console(stderr=True).status(f"exporting {what} to {args.generation}"):
         if ":" in what:
-            model, inputs, _ = _made(what)
+            model, inputs, _ = made(what)
         else:
             model = build(what, _config(args), seed=args.seed, weights=args.weights)
             size: Any = model.image_resolution
@@ -155,7 +155,7 @@ def _config(args: argparse.Namespace) -> Any:
     return json.loads(args.config) if args.config else args.preset
 
 
-def _made(what: str) -> tuple[nn.Module, Any, Mapping[str, Mapping[int, str]]]:
+def made(what: str) -> tuple[nn.Module, Any, Mapping[str, Mapping[int, str]]]:
     """What the factory of "file.py:factory" returns."""
     file, _, name = what.rpartition(":")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
@@ -166,12 +166,12 @@ def _made(what: str) -> tuple[nn.Module, Any, Mapping[str, Mapping[int, str]]]:
     factory = getattr(module, name, None)
     if not callable(factory):
         raise ValueError(f"model is {what!r}, but {file} has no function {name}")
-    made = factory()
-    if not isinstance(made, tuple) or len(made) not in (2, 3):
+    found = factory()
+    if not isinstance(found, tuple) or len(found) not in (2, 3):
         raise TypeError(
-            f"{what} returned {type(made).__name__}, expected (module, inputs) or (module, inputs, dynamic)"
+            f"{what} returned {type(found).__name__}, expected (module, inputs) or (module, inputs, dynamic)"
         )
-    return made[0], made[1], made[2] if len(made) == 3 else {}
+    return found[0], found[1], found[2] if len(found) == 3 else {}
 
 
 def _axes(given: list[str]) -> dict[str, dict[int, str]]:

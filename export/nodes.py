@@ -99,14 +99,16 @@ class Nodes:
         domain_and_name, attributes = f"{DOMAIN}::{call.name}", call.attributes()
         shapes, dtypes = [t.shape for t in outputs], [t.dtype for t in outputs]
         if len(outputs) == 1:
-            node, of_one = torch.onnx.ops.symbolic, {"dtype": dtypes[0], "shape": shapes[0]}
-            found = [node(domain_and_name, given, attributes, version=1, **of_one)]
+            one = torch.onnx.ops.symbolic
+            found = [one(domain_and_name, given, attributes, dtype=dtypes[0], shape=shapes[0], version=1)]
         else:
             several = torch.onnx.ops.symbolic_multi_out
             found = list(several(domain_and_name, given, attributes, dtypes=dtypes, shapes=shapes, version=1))
         if isinstance(result, Tensor):
             return found[0]
-        return type(result)(*found) if hasattr(result, "_fields") else tuple(found)
+        left = iter(found)
+        every = [next(left) if isinstance(t, Tensor) else t for t in result]
+        return type(result)(*every) if hasattr(result, "_fields") else tuple(every)
 
     def _call(self, operator: Operator, leaves: Sequence[Any], spec: TreeSpec) -> Call:
         if wrong := [leaf for leaf in leaves if isinstance(leaf, (torch.SymFloat, torch.SymBool))]:
@@ -167,7 +169,7 @@ def _attribute(value: Any) -> Any:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+    return [t for t in ((result,) if isinstance(result, Tensor) else result) if isinstance(t, Tensor)]
 
 
 def _empty(call: Call, given: Sequence[Any]) -> Any:

@@ -42,7 +42,8 @@ def rows_of(names: Sequence[str] | Any, also: Sequence[str] = ()) -> Iterator[di
     `also`: other runtimes, as of `check_onnx`; the row has what each did, or "no" and the reason.
     """
     for name in names:
-        start, row = time.perf_counter(), {"model": name, "ok": False, "why": ""}
+        start = time.perf_counter()
+        row: dict[str, Any] = {"model": name, "ok": False, "why": ""}
         with tempfile.TemporaryDirectory() as folder:
             try:
                 report = check_onnx(export_served(name, Path(folder, "model.onnx"), "tiny"), also=also)

@@ -10,6 +10,7 @@ from mmfuse.kernels.head import select_head
 from mmfuse.kernels.multiway.op import routed_ffn, routed_layer_norm, routed_linear, routed_rms_norm
 from mmfuse.kernels.multiway.routing import Routing
 from mmfuse.kernels.points import mini_pointnet
+from mmfuse.kernels.qformer import few_query_attention, project_kv, token_attention
 from mmfuse.kernels.text import embed_text
 
 # each is told to be different from the others: equal sizes would be taken for one
@@ -34,7 +35,8 @@ class Everything(nn.Module):
         self.w1, self.b1 = parameter(2, H, D), parameter(2, H)
         self.w2, self.b2 = parameter(2, D, H), parameter(2, D)
         self.gammas, self.betas, self.wide = parameter(2, D), parameter(2, D), parameter(2, H)
-        self.table = parameter(3, 3, D)
+        self.table, self.queries = parameter(3, 3, D), parameter(1, 4, 2, D // 2)
+        self.kv, self.key_weight, self.value_weight = parameter(1, 2, D, D), parameter(D, D), parameter(D, D)
         self.layers = nn.ParameterList(parameter(*s) for s in ((8, 3), (8,), (8, 8), (8,), (8, 16), (8,), (6, 8), (6,)))
 
     def forward(self, pixels: Tensor, tokens: Tensor, ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
@@ -45,6 +47,7 @@ class Everything(nn.Module):
             x, list(self.w1), list(self.b1), list(self.w2), list(self.b2), routing,
             norm=(list(self.wide), list(self.wide), 1e-5), residual=x,
         )  # fmt: skip
+        projected = project_kv(tokens, self.kv, None, 2, (self.gamma, self.beta, 1e-5))
         values, indices = mmfuse.similarity_topk(rows, self.gallery, 3)
         layers = [(self.layers[2 * i], self.layers[2 * i + 1]) for i in range(4)]
         return {
@@ -64,6 +67,11 @@ class Everything(nn.Module):
             "embedded": embed_text(ids, self.words, position=self.word_position, norm=(self.gamma, None, 1e-6)),
             "largest": mmfuse.max_query_similarity(tokens, rows),
             "grid": mmfuse.interpolate_position(self.table, (4, 4)),
+            "projected": projected,
+            "queried": few_query_attention(self.queries, projected[..., 0, 0, :, :], projected[..., 0, 1, :, :])[0],
+            "seen": token_attention(
+                self.queries, tokens, self.key_weight, self.value_weight, lengths=ids.sum(1).clamp(1, S)
+            )[0],
             "points": mini_pointnet(tokens[..., :3], layers),
         }
 

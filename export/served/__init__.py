@@ -68,7 +68,7 @@ class Served:
     ) -> Path:
         """Write `model` to a file with this part's names and free sizes; options as of `export_onnx`."""
         facts = {"model": self.name, **(facts or {})}
-        names = {"dynamic": self.dynamic, "outputs": self.outputs}
+        names: dict[str, Any] = {"dynamic": self.dynamic, "outputs": self.outputs}
         return export_onnx(self.module(model), self.inputs(model), path, facts=facts, **names, **options)
 
 

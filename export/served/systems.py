@@ -307,7 +307,7 @@ _COMPONENTS: dict[str, Samples] = {
     "points": _of(48, 3),
 }
 for _name, _samples in _COMPONENTS.items():
-    _part = {"encoder": TINY["metatransformer"]["encoder"], "components": {}}
+    _part: dict[str, Any] = {"encoder": TINY["metatransformer"]["encoder"], "components": {}}
     _part["components"] = {_name: TINY["metatransformer"]["components"][_name]}
     _declare(
         f"metatransformer/{_name}", partial(_component, _name), ("features",), {"data": _ONE}, _samples, tiny=_part

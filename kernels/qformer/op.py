@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size, UnsupportedError
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size, UnsupportedError
 from mmfuse.kernels._runtime.arguments import (
     autocast,
     autocast_dtype,
@@ -43,6 +43,7 @@ PROJECT_KV = Operator(
     differentiable=("x", "weight", "bias", "gamma", "beta"),
     # it is one product, and what follows from its gradient is what torch derives
     implementations=[Implementation("torch", function=_project)],
+    export=OpSpec("MmfuseProjectKV"),
     example=lambda x, **how: project_kv(x[None], x[:2].view(1, 2, 1, -1), None, 1, **how),
 )
 
@@ -173,6 +174,7 @@ FEW_QUERY = Operator(
         Implementation("torch", function=reference.of_keys),
     ],
     size=Size("products", _products, _kind),
+    export=OpSpec("MmfuseFewQueryAttention"),
     example=lambda x, **how: few_query_attention(x[None, :2, None], x[None, :, None], x[None, :, None], **how)[0],
 )
 
@@ -330,6 +332,7 @@ TOKEN_ATTENTION = Operator(
         Implementation("torch", function=_formed("torch")),
     ],
     size=Size("products saved for an image", _saved),
+    export=OpSpec("MmfuseTokenAttention"),
     example=lambda x, **how: token_attention(x[None, :2, None], x[None], *[x.new_ones(2 * [x.shape[1]])] * 2, **how)[0],
 )
 

@@ -15,6 +15,7 @@ from mmfuse.export import export_onnx
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+inliner = pytest.importorskip("onnx.inliner")
 pytest.importorskip("onnxscript")
 audit = pytest.importorskip("mmfuse.export.audit")
 
@@ -136,7 +137,7 @@ INJECTIONS = (scaled_weight, inserted("Mul"), inserted("Add"), inserted("Div"), 
 
 def really_overflows(file: Any) -> bool:
     """Whether some value leaves float16's range on inputs that the audit is not given."""
-    watched = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(file))
+    watched = onnx.shape_inference.infer_shapes(inliner.inline_local_functions(file))
     floating = [v for v in watched.graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     watched.graph.output.extend(v for v in floating)
     names = [v.name for v in watched.graph.output]

@@ -419,10 +419,15 @@ def test_failed_export_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_factory_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "mine.py"
-    source.write_text("import torch\ndef made():\n    return torch.nn.Linear(6, 2), {'input': torch.randn(3, 6)}\n")
+    source.write_text(
+        "import torch\ndef made():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Linear(6, 2), {'input': torch.randn(3, 6)}\n"
+    )
     path = tmp_path / "mine.onnx"
     assert main(["export", f"{source}:made", "--onnx", str(path), "--dynamic", "input:0=rows"]) == 0
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_param == "rows"
+    assert main(["export", "check", str(path)]) == 2
+    assert main(["export", "check", str(path), "--model", f"{source}:made"]) == 0
     for what, message in ((f"{source}:other", "has no function other"), ("absent.py:made", "a file that exists")):
         assert main(["export", what, "--onnx", str(path)]) == 2
         assert message in capsys.readouterr().err
