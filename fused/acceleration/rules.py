@@ -381,4 +381,12 @@ RULES = (
         children=poolers.OPEN_CLIP_CHILDREN,
         reason_against=poolers.against_attention("attn"),
     ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.blip.modeling_blip_text:BlipTextEncoder",
+        forward="mmfuse.fused.acceleration.qformers:blip_text_encoder",
+        children=qformers.blip_text_children(),
+        reason_against=qformers.against_blip_text,
+        aside=qformers.blip_text_steps_aside,
+    ),
 )
