@@ -59,8 +59,8 @@ def encoder(
     h, x = hidden_states, encoder_hidden_states
     fits = x is not None and query_length and len(h) in (1, len(x)) and encoder_attention_mask is None
     if not fits or not _plain(encoder, kwargs):
-        call = {"attention_mask": attention_mask, "encoder_hidden_states": x, "query_length": query_length}
-        return type(encoder).forward(encoder, h, encoder_attention_mask=encoder_attention_mask, **call, **kwargs)
+        given = (h, attention_mask, x, encoder_attention_mask, query_length)
+        return type(encoder).forward(encoder, *given, **kwargs)
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
     kv = None if x.is_cpu else iter(_keys_and_values(encoder.layer, x))
@@ -86,10 +86,11 @@ def blip_text_encoder(
 ) -> Any:
     """BlipTextEncoder.forward, all rows of a text attending to its image; the class's own runs with a cache, too."""
     h, x = hidden_states, encoder_hidden_states
+    cache = kwargs.pop("past_key_values", cache)  # its first name
     fits = x is not None and len(h) == len(x) and encoder_attention_mask is None and cache is None and not use_cache
     if not fits or not _plain(encoder, kwargs):
-        call = {"attention_mask": attention_mask, "encoder_hidden_states": x, "cache": cache, "use_cache": use_cache}
-        return type(encoder).forward(encoder, h, encoder_attention_mask=encoder_attention_mask, **call, **kwargs)
+        given = (h, attention_mask, x, encoder_attention_mask, cache, use_cache)
+        return type(encoder).forward(encoder, *given, **kwargs)
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
     kv = None if x.is_cpu else iter(_keys_and_values(encoder.layer, x))

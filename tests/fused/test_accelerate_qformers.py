@@ -338,6 +338,8 @@ def test_blip_text(fused: list[int]) -> None:
     call["encoder_attention_mask"] = torch.ones(IMAGES, TOKENS).long().tril(5)
     torch.testing.assert_close(twin(**call)[0], model(**call)[0])
     assert len(fused) == 4
+    h = torch.randn(IMAGES, 4, 16, dtype=torch.float64)
+    assert twin.encoder(h, encoder_hidden_states=x, past_key_values=None)[0].shape == h.shape and len(fused) == 6
 
 
 # --- poolers ----------------------------------------------------------------------------------------------------------
