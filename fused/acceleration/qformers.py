@@ -150,7 +150,8 @@ def blip_text_steps_aside(
     **kwargs: Any,
 ) -> bool:
     """The same of BLIP's text encoder."""
-    return _forms(encoder, *hidden_states.shape[:2], encoder_hidden_states)
+    rows, queries, _ = hidden_states.shape
+    return _forms(encoder, rows, queries, encoder_hidden_states)
 
 
 def _forms(encoder: Any, rows: int, queries: int, x: Tensor | None) -> bool:
