@@ -202,6 +202,19 @@ def blip2_qformer() -> Sample:
     return Sample(make, run, "encoder.layer.0.crossattention.attention.value")
 
 
+def blip_text() -> Sample:
+    def make() -> nn.Module:
+        config = import_module("transformers").BlipTextConfig(**TOWER | {"encoder_hidden_size": 12, "is_decoder": True})
+        config._attn_implementation = "eager"
+        return import_module(f"{HF}blip.modeling_blip_text").BlipTextEncoder(config)
+
+    def run(model: nn.Module, dtype: torch.dtype) -> Tensor:
+        h, x = torch.randn(2, 3, 16, dtype=dtype), torch.randn(2, 9, 12, dtype=dtype)
+        return model(h, encoder_hidden_states=x)[0]
+
+    return Sample(make, run, "layer.0.crossattention.self.key")
+
+
 def pooling_head(module: str, prefix: str) -> Sample:
     def make() -> nn.Module:
         config = getattr(import_module("transformers"), f"{prefix}VisionConfig")(**TOWER)
@@ -339,6 +352,7 @@ SAMPLES |= {
         "instructblipvideo", "InstructBlipVideoQFormer"
     ),
     f"{HF}blip_2.modeling_blip_2:Blip2QFormerModel": blip2_qformer(),
+    f"{HF}blip.modeling_blip_text:BlipTextEncoder": blip_text(),
     f"{HF}siglip.modeling_siglip:SiglipMultiheadAttentionPoolingHead": pooling_head("siglip", "Siglip"),
     f"{HF}siglip2.modeling_siglip2:Siglip2MultiheadAttentionPoolingHead": pooling_head("siglip2", "Siglip2"),
     "open_clip.transformer:AttentionalPooler": Sample(

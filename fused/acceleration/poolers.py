@@ -60,8 +60,8 @@ def _pooled(attention: nn.MultiheadAttention, query: Tensor, x: Tensor, mask: Te
         o = o if bias_v is None else o + bias_v
     else:
         k, v = (F.linear(x, w, b).unflatten(-1, (heads, -1)) for w, b in ((of_keys, bias_k), (of_values, bias_v)))
-        q = q.expand(len(x), -1, -1, -1)
-        o = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+        q, k, v = (t.transpose(1, 2) for t in (q.expand(len(x), -1, -1, -1), k, v))
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         o = o.transpose(1, 2).flatten(2)
     return F.linear(o, attention.out_proj.weight, attention.out_proj.bias)
 

@@ -1,4 +1,4 @@
-"""transformers' Q-Formers: their queries attend to an image whose keys and values are one product, or none.
+"""transformers' Q-Formers and BLIP's text encoder attend to an image whose keys and values are one product, or none.
 
 On a CPU a layer's cross-attention is `token_attention`, which forms neither where that takes fewer products; on other
 devices the keys and values of all layers are one product, `project_kv`. Everything but the projections to keys and
@@ -33,6 +33,15 @@ def children(module: str, prefix: str) -> dict[str, tuple[str, ...]]:
     }
 
 
+def blip_text_children() -> dict[str, tuple[str, ...]]:
+    """The same of BLIP's text encoder."""
+    module = "transformers.models.blip.modeling_blip_text"
+    found = children(module, "BlipText")
+    return {path.replace(".attention", ".self"): classes for path, classes in found.items()} | {
+        "layer.*.crossattention.self": (f"{module}:BlipTextSelfAttention", _NO)
+    }
+
+
 def encoder(
     encoder: Any,
     hidden_states: Tensor,
@@ -50,8 +59,8 @@ def encoder(
     h, x = hidden_states, encoder_hidden_states
     fits = x is not None and query_length and len(h) in (1, len(x)) and encoder_attention_mask is None
     if not fits or not _plain(encoder, kwargs):
-        call = {"attention_mask": attention_mask, "encoder_hidden_states": x, "query_length": query_length}
-        return type(encoder).forward(encoder, h, encoder_attention_mask=encoder_attention_mask, **call, **kwargs)
+        given = (h, attention_mask, x, encoder_attention_mask, query_length)
+        return type(encoder).forward(encoder, *given, **kwargs)
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
     kv = None if x.is_cpu else iter(_keys_and_values(encoder.layer, x))
@@ -59,9 +68,35 @@ def encoder(
         h = layer.attention(h, attention_mask=attention_mask)
         query, text = h[:, :query_length], h[:, query_length:]
         if layer.has_cross_attention:
-            query = _cross(layer.crossattention, query, x, None if kv is None else next(kv))
+            query = _cross(layer.crossattention, query, x, kv and next(kv))
         query = layer.feed_forward_chunk_query(query)
         h = torch.cat([query, layer.feed_forward_chunk(text)], 1) if text.shape[1] else query
+    return Output(last_hidden_state=h)
+
+
+def blip_text_encoder(
+    encoder: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    cache: Any = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """BlipTextEncoder.forward, all rows of a text attending to its image; the class's own runs with a cache, too."""
+    h, x = hidden_states, encoder_hidden_states
+    cache = kwargs.pop("past_key_values", cache)  # its first name
+    fits = x is not None and len(h) == len(x) and encoder_attention_mask is None and cache is None and not use_cache
+    if not fits or not _plain(encoder, kwargs):
+        given = (h, attention_mask, x, encoder_attention_mask, cache, use_cache)
+        return type(encoder).forward(encoder, *given, **kwargs)
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
+
+    kv = None if x.is_cpu else iter(_keys_and_values(encoder.layer, x))
+    for layer in encoder.layer:
+        h, _ = layer.attention(h, attention_mask=attention_mask)
+        h = layer.feed_forward_chunk(_cross(layer.crossattention, h, x, kv and next(kv)))
     return Output(last_hidden_state=h)
 
 
@@ -103,14 +138,30 @@ def steps_aside(
 
     So it is with a gradient, and in 16 bits, where products round scores on their way to the softmax.
     """
-    h, x = hidden_states, encoder_hidden_states
+    return _forms(encoder, len(hidden_states), query_length, encoder_hidden_states)
+
+
+def blip_text_steps_aside(
+    encoder: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> bool:
+    """The same of BLIP's text encoder."""
+    rows, queries, _ = hidden_states.shape
+    return _forms(encoder, rows, queries, encoder_hidden_states)
+
+
+def _forms(encoder: Any, rows: int, queries: int, x: Tensor | None) -> bool:
     if x is None or not x.is_cpu:
         return False
-    attention = encoder.layer[0].crossattention.attention
+    attention = _projections(encoder.layer[0].crossattention)
     of_keys, of_values = attention.key.weight, attention.value.weight
     if (autocast_dtype(of_keys) or of_keys.dtype) not in (torch.float32, torch.float64):
         return True
-    q = x.new_empty(1).expand(len(h), query_length, attention.num_attention_heads, attention.attention_head_size)
+    q = x.new_empty(1).expand(rows, queries, attention.num_attention_heads, attention.attention_head_size)
     return TOKEN_ATTENTION.choose((q, Tokens(x, of_keys, of_values, None, None), False)) != "chunked"
 
 
@@ -119,6 +170,11 @@ def reason_against(encoder: Any) -> str | None:
     if any(layer.chunk_size_feed_forward for layer in encoder.layer):
         return "it runs its feed-forward network in chunks"
     return None
+
+
+def against_blip_text(encoder: Any) -> str | None:
+    """The same of BLIP's text encoder."""
+    return reason_against(encoder) if encoder.config.is_decoder else "it has no cross-attention"
 
 
 def _plain(encoder: Any, kwargs: dict[str, Any]) -> bool:
@@ -131,13 +187,13 @@ def _plain(encoder: Any, kwargs: dict[str, Any]) -> bool:
         or config._attn_implementation not in ("eager", "sdpa")
         or (training and (encoder.gradient_checkpointing or config.attention_probs_dropout_prob > 0))
         # a map of the attention is kept, in releases before 5.10
-        or any(getattr(layer.crossattention.attention, "save_attention", False) for layer in _crossing(encoder.layer))
+        or any(getattr(attention, "save_attention", False) for attention in _crossing(encoder.layer))
     )
 
 
 def _cross(block: Any, query: Tensor, x: Tensor, kv: Tensor | None) -> Tensor:
     """Queries [B or 1, Q, D] that have seen the image x [B, N, E], whose keys and values may be there: [B, Q, D]."""
-    attention = block.attention
+    attention = _projections(block)
     q = attention.query(query).unflatten(-1, (attention.num_attention_heads, -1))
     of_keys, of_values = attention.key, attention.value
     if kv is None:
@@ -152,11 +208,16 @@ def _cross(block: Any, query: Tensor, x: Tensor, kv: Tensor | None) -> Tensor:
 
 def _keys_and_values(layers: Any, x: Tensor) -> tuple[Tensor, ...]:
     """Of each layer with cross-attention [B, N, 2, H, d], by one product."""
-    of = [layer.crossattention.attention for layer in _crossing(layers)]
+    of = _crossing(layers)
     weight = torch.stack([torch.stack([attention.key.weight, attention.value.weight]) for attention in of])
     bias = torch.stack([torch.stack([attention.key.bias, attention.value.bias]) for attention in of])
     return project_kv(x, weight, bias, of[0].num_attention_heads).unbind(2)
 
 
 def _crossing(layers: Any) -> list[Any]:
-    return [layer for layer in layers if layer.has_cross_attention]
+    return [_projections(layer.crossattention) for layer in layers if "crossattention" in layer._modules]
+
+
+def _projections(block: Any) -> Any:
+    """Queries, keys and values of a block's attention."""
+    return block.attention if "attention" in block._modules else block.self

@@ -71,6 +71,7 @@ class Rule:
         theirs, ours = getattr(actual, self.method), resolve_name(self.forward)
         found, known = (list(inspect.signature(f).parameters)[1:] for f in (theirs, ours))
         known = [name for name in known if name != "uint8"]
+        found = [_RENAMED.get(name, name) for name in found]
         if found != known:
             return f"this version's {self.method} takes ({', '.join(found)}), expected ({', '.join(known)})"
         return None
@@ -105,6 +106,9 @@ def loaded(target: str) -> type | None:
     module, _, name = target.partition(":")
     return getattr(sys.modules.get(module), name, None)
 
+
+# arguments that a release has renamed, of which the replacement takes both names
+_RENAMED = {"past_key_values": "cache"}
 
 _LOGITS_IN_OUTPUT = "its output holds the N x N logits; with ops={%r} they are computed only when read"
 
@@ -398,5 +402,13 @@ RULES = (
         forward="mmfuse.fused.acceleration.poolers:open_clip_pooler",
         children=poolers.OPEN_CLIP_CHILDREN,
         reason_against=poolers.against_attention("attn"),
+    ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.blip.modeling_blip_text:BlipTextEncoder",
+        forward="mmfuse.fused.acceleration.qformers:blip_text_encoder",
+        children=qformers.blip_text_children(),
+        reason_against=qformers.against_blip_text,
+        aside=qformers.blip_text_steps_aside,
     ),
 )

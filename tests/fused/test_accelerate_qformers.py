@@ -316,6 +316,32 @@ def test_granite4_vision(fused: list[int]) -> None:
     assert fused == [8]
 
 
+def blip_text() -> Any:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20, "vocab_size": 40}
+    config = transformers.BlipTextConfig(hidden_size=16, encoder_hidden_size=12, is_decoder=True, **sizes)
+    return random(transformers.BlipTextModel(config))
+
+
+def test_blip_text(fused: list[int]) -> None:
+    model, twin = pair(blip_text().double())
+    mask = torch.ones(IMAGES, 4).long()
+    mask[1, 2:] = 0
+    x = torch.randn(IMAGES, TOKENS, 12, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, 40, (IMAGES, 4))
+    call = {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": x}
+    call |= {"encoder_attention_mask": torch.ones(IMAGES, TOKENS).long()}
+    for options in ({"is_decoder": False}, {"is_decoder": True, "use_cache": False}):
+        assert_same(model, twin, lambda m, o=options: m(**call, **o).last_hidden_state, x)
+    assert fused == [IMAGES] * 4
+    cached = {"is_decoder": True, "use_cache": True}
+    torch.testing.assert_close(twin(**call, **cached)[0], model(**call, **cached)[0])
+    call["encoder_attention_mask"] = torch.ones(IMAGES, TOKENS).long().tril(5)
+    torch.testing.assert_close(twin(**call)[0], model(**call)[0])
+    assert len(fused) == 4
+    h = torch.randn(IMAGES, 4, 16, dtype=torch.float64)
+    assert twin.encoder(h, encoder_hidden_states=x, past_key_values=None)[0].shape == h.shape and len(fused) == 6
+
+
 # --- poolers ----------------------------------------------------------------------------------------------------------
 
 
