@@ -189,8 +189,8 @@ def _onnxruntime(
             runs.append((got, Called(model, said)(*said.tensors), Called(exact, said)(*in_double)))
         ran.append("x".join(str(len(t)) for t in said.tensors if t.dim()))
     for i, name in enumerate(names):
-        got, own, true = (torch.cat([run[which][i].flatten() for run in runs]) for which in range(3))
-        outputs.append({"name": name, **_judge(got, own, true)})
+        of_runs = (torch.cat([run[which][i].flatten() for run in runs]) for which in range(3))
+        outputs.append({"name": name, **_judge(*of_runs)})
     return f"ran {', '.join(ran)}"
 
 

@@ -56,7 +56,7 @@ def load(runtime: str) -> Any:
 def logger_of(trt: Any, said: list[str]) -> Any:
     """A logger that prints warnings and errors and keeps the errors and what it says of plugins."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

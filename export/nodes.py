@@ -175,6 +175,7 @@ def _tensors(result: Any) -> list[Tensor]:
 def _empty(call: Call, given: Sequence[Any]) -> Any:
     """The outputs without their numbers; nothing of it is traced."""
     mode = detect_fake_mode(given)
+    assert mode is not None  # a graph is being traced
     with _disable_current_modes(), mode, torch.no_grad(), exporting(formula):
         # functional tensors are made anew as fake ones
         given = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), list(given))
@@ -221,10 +222,10 @@ def _function(call: Call, opset: int) -> onnx_ir.Function:
         if any(is_free(wide) and not is_free(narrow) for wide, narrow in zip(outer.shape, inner.shape, strict=True)):
             raise ValueError(f"the formula takes {tuple(inner.shape)} and no other sizes")
     graph = translated(program, given, opset=opset).graph
-    for value in list(graph.initializers.values()):
+    for name, value in list(graph.initializers.items()):
         constant = ir.node("Constant", [], {"value": value.const_value}, num_outputs=1)
         constant.outputs[0].type, constant.outputs[0].shape = value.type, value.shape
-        graph.initializers.pop(value.name)
+        graph.initializers.pop(name)
         graph.insert_before(graph[0], constant) if len(graph) else graph.append(constant)
         value.replace_all_uses_with(constant.outputs[0], replace_graph_outputs=True)
     for i, output in enumerate(graph.outputs):
@@ -256,7 +257,8 @@ def _rename(graph: onnx_ir.Graph, call: Call) -> None:
 def _samples(call: Call) -> tuple[tuple[Any, ...], Any]:
     """Inputs for a trace of the function, and which of their sizes are free."""
     auto = torch.export.Dim.AUTO
-    given, free = [], []
+    given: list[Any] = []
+    free: list[Any] = []
     for leaf in call.given:
         if isinstance(leaf, torch.SymInt):
             given.append(_hint(leaf))
@@ -299,7 +301,7 @@ def first_line(error: BaseException) -> str:
 def _len_of_any_size() -> Iterator[None]:
     """`len(t)` of a tensor is its first size, which may be free; Python's own would make a number of it."""
     own = builtins.len
-    builtins.len = lambda of: of.shape[0] if isinstance(of, Tensor) and of.dim() else own(of)  # type: ignore[assignment]
+    builtins.len = lambda of: of.shape[0] if isinstance(of, Tensor) and of.dim() else own(of)
     try:
         yield
     finally:

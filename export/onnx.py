@@ -182,7 +182,7 @@ class Given:
         if not self.tensors:
             raise ValueError("inputs has no tensor, expected at least one")
         self.said = {name: dict(dims) for name, dims in dynamic.items()} or None
-        top = [str(paths[i][0].key) for i in self.at]
+        top = [str(paths[i][0].key) for i in self.at]  # type: ignore[attr-defined]  # of a mapping
         for name, dims in dynamic.items():
             if name not in self.names and name not in top:
                 raise ValueError(f"dynamic names {name!r}, expected one of the inputs {', '.join(self.names)}")
@@ -273,7 +273,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, t in sorted(model.state_dict().items()):
         if isinstance(t, Tensor):
             digest.update(name.encode())
-            digest.update(t.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(t.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -295,17 +295,17 @@ def _name_weights(onnx: onnx_ir.Model) -> None:
     """Weights by their names in the model, and those that are shared once."""
     weights = onnx.graph.initializers
     first: dict[Any, Any] = {}
-    for value in list(weights.values()):
+    for own, value in list(weights.items()):
         raw = getattr(value.const_value, "raw", None)
         if isinstance(raw, Tensor) and raw.numel():
             key = (raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride())
             if key in first and not value.is_graph_output():
                 value.replace_all_uses_with(first[key])
-                del weights[value.name]
+                del weights[own]
                 continue
             first[key] = value
-        if value.name.startswith("model."):
-            name = value.name.removeprefix("model.")
+        if own.startswith("model."):
+            name = own.removeprefix("model.")
             if name not in weights and all(name != v.name for v in (*onnx.graph.inputs, *onnx.graph.outputs)):
                 value.name = name
 
@@ -315,7 +315,8 @@ def _write(program: onnx_ir.Model, path: Path) -> None:
 
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            size = sum(value.const_value.nbytes for value in program.graph.initializers.values())
+            weights = [value.const_value for value in program.graph.initializers.values()]
+            size = sum(weight.nbytes for weight in weights if weight is not None)
             apart = f"{path.name}.data" if size > SINGLE_FILE_BYTES else None
             ir.save(program, Path(folder, path.name), external_data=apart)
             for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the graph that names them

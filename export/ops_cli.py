@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = [
+    found: list[dict[str, Any]] = [
         {"operator": name, "node": f"mmfuse::{op.export.onnx_name}", "inputs": list(op.signature.flat)}
         for name, op in sorted({op.name: op for op in operators().values()}.items())
         if op.export is not None

@@ -124,14 +124,14 @@ def _judged(
     pairs = [pair for got, wanted in zip(found, expected, strict=True) for pair in zip(got, wanted, strict=True)]
     difference = max((relative(got, wanted) for got, wanted in pairs), default=0.0)
     allowed = max(ALLOWED.get(str(wanted.dtype), 0.0) for _, wanted in pairs)
-    milliseconds = _median([plain, fused], feeds[-1], repeat)
+    plain_ms, fused_ms = _median([plain, fused], feeds[-1], repeat)
     if difference > allowed:
         why = f"it differs by {difference:.1e} from the plain file, at most {allowed:.0e}"
-    elif milliseconds[1] > milliseconds[0]:
-        why = f"it takes {milliseconds[1]:.2f} ms, the plain file {milliseconds[0]:.2f}"
+    elif fused_ms > plain_ms:
+        why = f"it takes {fused_ms:.2f} ms, the plain file {plain_ms:.2f}"
     else:
-        return Fused(True, None, difference, *milliseconds, operators)
-    return Fused(False, why, difference, *milliseconds, operators)
+        return Fused(True, None, difference, plain_ms, fused_ms, operators)
+    return Fused(False, why, difference, plain_ms, fused_ms, operators)
 
 
 def _median(sessions: list[Any], feed: Mapping[str, np.ndarray], repeat: int) -> list[float]:
