@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -295,17 +294,20 @@ def test_what_the_graphs_do_not_have_is_refused(exported: Callable[[str], Path])
         generator.generate(**given, num_beens=3)
 
 
-def test_words_come_faster(exported: Callable[[str], Path]) -> None:
-    """At least 1.5 times eager's words per second, in runs by turns."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    generator, given = load(exported("blip2-opt"), options=options), prompts("blip2-opt", 1)
-    seconds: dict[Any, list[float]] = {generator: [], model("blip2-opt"): []}
-    for turn in range(8):
-        for which, taken in seconds.items():
-            start = time.perf_counter()
-            which.generate(**given, max_new_tokens=20, min_new_tokens=20)
-            if turn:
-                taken.append(time.perf_counter() - start)
-    ours, eager = (statistics.median(taken) for taken in seconds.values())
-    assert eager / ours >= 1.5, (ours, eager)
+def test_the_bench_compares_words_first(
+    exported: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmfuse.bench.suites import generation
+
+    monkeypatch.setattr(generation, "_TURNS", 1)
+    monkeypatch.setattr(generation, "_WORDS", 4)
+    monkeypatch.setattr(generation, "_prompts", lambda: prompts("blip2-opt", 4))
+    monkeypatch.setattr("mmfuse.export.export_for_generation", lambda *_: exported("blip2-opt"))
+    for made, same in ((model("blip2-opt"), True), (copy.deepcopy(model("blip2-opt")), False)):
+        if not same:
+            for p in made.parameters():
+                p.data.neg_()
+        monkeypatch.setattr(generation, "_model", lambda made=made: made)
+        assert generation.run(argparse.Namespace(json=True)) == int(not same)
+        found = json.loads(capsys.readouterr().out)
+        assert found["same_words"] == same and set(found["words_per_second"]) == {"eager", "onnxruntime"}

@@ -95,7 +95,8 @@ def test_large_scores(name: str) -> None:
     """Probabilities of 0 and 1: of scores in the hundreds."""
     draw, of = case(name, 8.0)
     for backend in named(lambda: few_query_attention(**draw(), **of), torch.float32):
-        judged(compared(runner(few_query_attention, **of), draw, backend, torch.float32))
+        # the largest error of such scores is that of a few rows
+        judged(compared(runner(few_query_attention, **of), draw, backend, torch.float32, draws=16))
 
 
 def test_any_strides() -> None:
