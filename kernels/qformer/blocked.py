@@ -33,7 +33,7 @@ def attend(q: Tensor, keys: Keys, wants_lse: bool = False, seed: Tensor | None =
         scores = _scores(_fold(q[rows], len(k)), k)
         if wants_lse:
             lse[rows] = scores.logsumexp(-1).unflatten(2, (-1, queries)).transpose(1, 2).flatten(0, 1)
-        o[rows] = _unfold(cast(scores.softmax(-1), v.dtype) @ v, queries)
+        o[rows] = _unfold(cast(scores.softmax(-1) @ cast(v, scores.dtype), o.dtype), queries)
     return Outputs(o, lse, torch.ones_like(lse))
 
 
@@ -57,7 +57,7 @@ def attend_grads(
         if needs[2]:
             _of(dv, tokens).copy_(cast(p, v.dtype).mT @ g_rows)
         if needs[0] or needs[1]:
-            dp = (g_rows @ v.mT).to(acc)
+            dp = cast(g_rows, acc) @ cast(v, acc).mT
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, acc)
             ds = cast(ds.mul_(q.shape[-1] ** -0.5), q.dtype)
             dq[rows] = _unfold(ds @ k, queries)
@@ -103,4 +103,5 @@ def _unfold(o: Tensor, queries: int) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    return (q @ k.mT).to(accumulation_dtype(q.dtype)).mul_(q.shape[-1] ** -0.5)
+    acc = accumulation_dtype(q.dtype)
+    return (cast(q, acc) @ cast(k, acc).mT).mul_(q.shape[-1] ** -0.5)

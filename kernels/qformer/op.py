@@ -326,7 +326,9 @@ TOKEN_ATTENTION = Operator(
     fake=_tokens_fake,
     differentiable=("q", "x", "key_weight", "value_weight", "value_bias"),
     implementations=[
-        Implementation("triton", function=_formed("triton"), against=[_too_wide]),
+        Implementation(
+            "triton", function=_formed("triton"), against=[_too_wide], kernels=["mmfuse.kernels.qformer.kernel"]
+        ),
         Implementation("chunked", passes=absorbed, against=[_on_gpu, _half]),
         Implementation("sdpa", function=_formed("sdpa"), against=[_wants_lse]),
         Implementation("torch", function=_formed("torch")),

