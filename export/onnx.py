@@ -334,7 +334,9 @@ def _unsupported(
         reasons.append(str(cause))
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
     where = ""
-    for node in program.graph.nodes if program is not None else ():
+    # the exporter names what an operation was taken apart into
+    programs = () if program is None else (program, program.run_decompositions())
+    for node in (node for each in programs for node in each.graph.nodes):
         if node.op == "call_function" and any(str(node.target) in why or repr(node.target) in why for why in reasons):
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             where = f" in {stack[-1][0].removeprefix('model.') or 'the model'}: {node.target}" if stack else ""
