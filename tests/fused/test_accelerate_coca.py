@@ -50,7 +50,11 @@ def test_captions_are_the_same(how: str, monkeypatch: pytest.MonkeyPatch) -> Non
     seen = calls(monkeypatch)
     with accelerate(model, strict=True) as report:
         replaced = [(e.path, e.cls, e.op) for e in report.replaced]
-        assert replaced == [("", "CoCa", "coca_generate"), ("visual", "VisionTransformer", "patch_embed")]
+        assert replaced == [
+            ("", "CoCa", "coca_generate"),
+            ("visual", "VisionTransformer", "patch_embed"),
+            ("visual.attn_pool", "AttentionalPooler", "few_query_attention"),
+        ]
         torch.manual_seed(1)
         assert torch.equal(model.generate(image, **options), want)
         # a token at a time, but for a prompt and a window that slides
@@ -203,4 +207,9 @@ def test_training_is_the_same() -> None:
         results.append([loss.detach(), *(p.grad for p in task.parameters())])
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-11)
     already = [(e.path, e.op) for e in accelerate(task).already]
-    assert already == [("model", "coca_generate"), ("model.visual", "patch_embed"), ("loss", "clip_loss")]
+    assert already == [
+        ("model", "coca_generate"),
+        ("model.visual", "patch_embed"),
+        ("model.visual.attn_pool", "few_query_attention"),
+        ("loss", "clip_loss"),
+    ]
