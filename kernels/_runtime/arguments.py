@@ -134,7 +134,7 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 
 def multiplier(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """`scalar`, for a factor of logits: NaN if it is infinite, as in eager code, where terms of both signs meet."""
-    if type(value) is float and math.isfinite(value):
+    if type(value) is float and not torch.compiler.is_compiling() and math.isfinite(value):
         return scalar(name, value, like)
     factor = scalar(name, value, like)
     return torch.add(factor, factor, alpha=0)
