@@ -145,6 +145,8 @@ if "triton" in FUSED and not GPU:
 
 @pytest.mark.parametrize("backend, case, scales", HOT, ids=str)
 def test_at_scale_100(backend: str, case: str, scales: tuple[float, float]) -> None:
+    if backend == "triton" and case == "collinear" and not GPU:
+        pytest.skip("all logits are one number but for rounding, and that of numpy's sums depends on where memory lies")
     judge(in_units(compared(partial(distilled, scales=scales), EXTREMES[case], backend, draws=16)))
 
 
