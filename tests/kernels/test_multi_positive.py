@@ -123,12 +123,10 @@ def test_with_label_smoothing(backend: str, weights: tuple[float, float]) -> Non
     judge(compared(partial(clip, label_smoothing=0.1, weights=weights), draw, backend, draws=8))
 
 
+@pytest.mark.usefixtures("equal_products")
 @pytest.mark.parametrize("kind", ["duplicates", "one id", "solved", "no positive"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_at_scale_100(backend: str, kind: str) -> None:
-    if backend == "triton" and kind == "duplicates" and not GPU:
-        pytest.skip("positives have torch's products and the rest numpy's, which some processors round otherwise")
-
     def draw():  # type: ignore[no-untyped-def]
         image, text, ids = unit(66, 32), unit(66, 32), torch.arange(66, device=DEVICE)
         if kind == "duplicates":
