@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.kernels.qformer.reference import absorbed_attention
+
 _ATTENTION = ("torch.nn.modules.activation:MultiheadAttention",)
 _PROJECTION = ("torch.nn.modules.linear:NonDynamicallyQuantizableLinear",)
 CHILDREN = {"attention": _ATTENTION, "attention.out_proj": _PROJECTION}
@@ -54,9 +56,9 @@ def _pooled(attention: nn.MultiheadAttention, query: Tensor, x: Tensor, mask: Te
     of_query, of_keys, of_values = _weights(attention)
     bias_q, bias_k, bias_v = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
     heads = attention.num_heads
-    q = F.linear(query, of_query, bias_q)[0].unflatten(-1, (heads, -1))
+    q = F.linear(query, of_query, bias_q).unflatten(-1, (heads, -1))
     if _few(q, x):
-        o = _over_tokens(q, x, of_keys, of_values, mask).flatten(2)
+        o = absorbed_attention(q, x, of_keys, of_values, mask).flatten(2)
         o = o if bias_v is None else o + bias_v
     else:
         k, v = (F.linear(x, w, b).unflatten(-1, (heads, -1)) for w, b in ((of_keys, bias_k), (of_values, bias_v)))
@@ -68,19 +70,8 @@ def _pooled(attention: nn.MultiheadAttention, query: Tensor, x: Tensor, mask: Te
 
 def _few(q: Tensor, x: Tensor) -> bool:
     """Whether attention over tokens takes fewer products: for Q < N d / (N + d / 2 - N d / E)."""
-    (queries, _, d), (n, e) = q.shape, x.shape[1:]
+    (_, queries, _, d), (n, e) = q.shape, x.shape[1:]
     return queries * (2 * n * e + d * e - 2 * n * d) < 2 * n * d * e
-
-
-def _over_tokens(q: Tensor, x: Tensor, of_keys: Tensor, of_values: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax((q W_k) x^T / sqrt(d) + mask) x W_v^T [B, Q, H, d] of queries [Q, H, d], the same for all images."""
-    of_keys, of_values = (w.unflatten(0, q.shape[1:]) for w in (of_keys, of_values))  # [H, d, E]
-    a = ((q * q.shape[-1] ** -0.5).transpose(0, 1) @ of_keys).flatten(0, 1)  # [H Q, E]
-    scores = a @ x.mT  # [B, H Q, N]
-    if mask is not None:
-        scores = (scores.unflatten(1, (q.shape[1], -1)) + mask).flatten(1, 2)
-    c = (scores.softmax(-1) @ x).unflatten(1, (q.shape[1], -1))  # [B, H, Q, E]
-    return (c @ of_values.mT).transpose(1, 2)
 
 
 def _weights(attention: nn.MultiheadAttention) -> tuple[Tensor, ...]:

@@ -17,14 +17,7 @@ from mmfuse.kernels._runtime.arguments import check, constant, real
 from mmfuse.kernels.multiway import reference
 from mmfuse.kernels.multiway.routing import Reading, Routing
 
-KINDS = ("none", "causal", "all")
 Sees = tuple[tuple[str, ...], ...]
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, reading: Any, places: Any, sees: Any, bias: Tensor | None, dropout: float
-) -> Tensor:
-    raise NotImplementedError  # there are functions alone
 
 
 # --- implementations that know sequences of rows one after another ----------------------------------------------------
@@ -167,7 +160,7 @@ def _not_by_segments(sees: Sees | None, reading: Reading) -> str | None:
 _SEQUENCES: list[Any] = [_not_half, _head, _biased, _not_by_segments]
 PACKED_ATTENTION = Operator(
     "packed_attention",
-    forward=_forward,
+    forward=reference.packed_attention,
     differentiable=("q", "k", "v", "bias"),
     implementations=[
         Implementation("flash_attn", function=partial(_by_sequences, _flash), against=[_no_flash, *_SEQUENCES]),
@@ -231,8 +224,10 @@ def packed_attention(
     segments = len(routing.places)
     if sees is not None:
         sees = tuple(map(tuple, sees))
-        if [len(of) for of in sees] != [segments] * segments or not all(kind in KINDS for of in sees for kind in of):
-            raise ValueError(f"sees is {sees}, expected {segments} x {segments} of {', '.join(KINDS)}")
+        if [len(of) for of in sees] != [segments] * segments or not all(
+            kind in reference.KINDS for of in sees for kind in of
+        ):
+            raise ValueError(f"sees is {sees}, expected {segments} x {segments} of {', '.join(reference.KINDS)}")
     if bias is not None:
         check("bias", bias, (q.shape[1], "P", "P"), like=("q", q))
     if not 0 <= real("dropout", dropout) <= 1:

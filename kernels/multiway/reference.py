@@ -89,6 +89,9 @@ def routed_ffn(ffn: FFN, runs: Runs, ending: Ending) -> Tensor:
     return ended(product(h, ffn.weights_out, ffn.biases_out, runs), ending)
 
 
+KINDS = ("none", "causal", "all")
+
+
 def packed_attention(
     q: Tensor,
     k: Tensor,
@@ -103,7 +106,7 @@ def packed_attention(
     row, place_of_row, segment, within, attended, full = reading
     device, mask = q.device, None if full else attended[:, None, None, :]  # [B, 1, 1, S]
     if sees is not None:
-        kinds = constant([("none", "causal", "all").index(kind) for of in sees for kind in of], device)
+        kinds = constant([KINDS.index(kind) for of in sees for kind in of], device)
         kind = kinds.view(len(sees), -1)[segment[:, :, None], segment[:, None, :]]  # [B, S, S]
         seen = ((kind == 2) | ((kind == 1) & (within[:, None, :] <= within[:, :, None])))[:, None]
         mask = seen if mask is None else mask & seen

@@ -131,19 +131,27 @@ def unpacked(x: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tenso
     return x.where(real.view(*real.shape, *[1] * (x.dim() - 2)), 0), lengths
 
 
-def absorbed_attention(q: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Attention over x itself: what of `project_kv` belongs to one layer goes to the queries and to the result.
+def absorbed_attention(
+    q: Tensor, x: Tensor, key_weight: Tensor, value_weight: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Attention over x itself: the weights of keys and values go to the side of the queries.
 
-    softmax((q W_k) x^T / sqrt(d)) x W_v^T, fewer products than keys and values take where Q < N d / (N + d - N d / E).
+    softmax((q W_k) x^T / sqrt(d) + mask) x W_v^T, fewer products than keys and values take where
+    Q < N d / (N + d - N d / E), or N d / (N + d / 2 - N d / E) for the same queries of all images.
 
     Args:
-        q: [B, Q, H, d].
+        q: [B, Q, H, d], or [1, Q, H, d]: the same for every image.
         x: [B, N, E].
-        weight: [2, H d, E], of keys and values. A key's bias changes nothing; a value's is added to the result.
+        key_weight, value_weight: [H d, E]. A key's bias changes nothing; a value's is added to the result.
+        mask: added to the scores [B, H, Q, N].
     """
-    of_keys, of_values = weight.unflatten(1, q.shape[2:])  # [H, d, E]
-    scores = torch.einsum("bqhd,hde,bne->bhqn", q, of_keys, x) * q.shape[-1] ** -0.5
-    return torch.einsum("bhqn,bne,hde->bqhd", scores.softmax(-1), x, of_values)
+    of_keys, of_values = (w.unflatten(0, q.shape[2:]) for w in (key_weight, value_weight))  # [H, d, E]
+    a = ((q * q.shape[3] ** -0.5).transpose(1, 2) @ of_keys).flatten(1, 2)  # [B or 1, H Q, E]
+    scores = (a[0] if q.shape[0] == 1 else a) @ x.mT  # [B, H Q, N]
+    if mask is not None:
+        scores = (scores.unflatten(1, (q.shape[2], -1)) + mask).flatten(1, 2)
+    c = (scores.softmax(-1) @ x).unflatten(1, (q.shape[2], -1))  # [B, H, Q, E]
+    return (c @ of_values.mT).transpose(1, 2)
 
 
 def fold_value_bias(weight: Tensor, bias: Tensor, value_bias: Tensor) -> Tensor:
