@@ -395,7 +395,7 @@ def test_open_clip_pooler(queries: int, context: int, few: bool) -> None:
     model, twin = pair(random(open_clip.transformer.AttentionalPooler(16, context, 2, queries)).double())
     x = torch.randn(IMAGES, TOKENS, context, dtype=torch.float64, requires_grad=True)
     assert_same(model, twin, lambda m: m(x), x)
-    assert poolers._few(torch.empty(queries, 2, 8), x) is few
+    assert poolers._few(torch.empty(1, queries, 2, 8), x) is few
 
 
 def test_poolers_that_are_left() -> None:
