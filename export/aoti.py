@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmfuse.export.nodes import traced
+from mmfuse.export.nodes import evaluated, traced
 from mmfuse.export.onnx import Called, Given, on_cpu
 from mmfuse.kernels._runtime import UnsupportedError
 
@@ -50,14 +50,14 @@ def export_aoti(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module")
     given = Given(model, inputs, dynamic or {})
-    called, training = Called(on_cpu(model), given), {module: module.training for module in model.modules()}
-    try:
-        called.eval()
+    called = Called(on_cpu(model), given)
+    with evaluated(called):
         try:
             program = traced(called, given.tensors, given.dynamic)
         except Exception as error:  # torch.export has many
             raise UnsupportedError(f"{type(model).__name__} cannot be traced: {error}") from error
-        given.sizes(program)
+    given.sizes(program)
+    try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             new = Path(folder, path.name)
             try:
@@ -70,7 +70,4 @@ def export_aoti(
             os.replace(new, path)
     except OSError as error:
         raise ValueError(f"path is {str(path)!r}, which cannot be written: {error}") from error
-    finally:
-        for module, before in training.items():
-            module.training = before
     return path

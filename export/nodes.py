@@ -308,6 +308,18 @@ def _len_of_any_size() -> Iterator[None]:
         builtins.len = own
 
 
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, and afterwards each of its modules in its own."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, before in training.items():
+            module.training = before
+
+
 def traced(
     model: nn.Module, inputs: Sequence[Any], dynamic_shapes: Any, nodes: Nodes | None = None
 ) -> torch.export.ExportedProgram:

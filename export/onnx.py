@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 import mmfuse
-from mmfuse.export.nodes import DOMAIN, Nodes, NoFunction, attach, first_line, is_free, placeholders, traced, translated
+from mmfuse.export.nodes import (
+    DOMAIN,
+    Nodes,
+    NoFunction,
+    attach,
+    evaluated,
+    first_line,
+    is_free,
+    placeholders,
+    traced,
+    translated,
+)
 from mmfuse.export.require import require
 from mmfuse.fused import decelerate
 from mmfuse.fused.acceleration.method import is_accelerated
@@ -138,10 +149,8 @@ def _program(
     model: nn.Module, given: Given, opset: int, nodes: Nodes | None, outputs: Sequence[str] | None
 ) -> onnx_ir.Model:
     """The graph of a model, without functions."""
-    training = {module: module.training for module in model.modules()}
     called = Called(on_cpu(model), given)
-    try:
-        called.eval()
+    with evaluated(called):
         try:
             program = traced(called, given.tensors, given.dynamic, nodes)
         except Exception as error:  # torch.export has many
@@ -152,9 +161,6 @@ def _program(
             onnx = translated(program, given.tensors, opset=opset, **names)
         except torch.onnx.errors.OnnxExporterError as error:
             raise _unsupported(model, error, program) from error
-    finally:
-        for module, before in training.items():
-            module.training = before
     _name_sizes(onnx, sizes)
     _name_weights(onnx)
     return onnx
@@ -310,17 +316,26 @@ def _name_weights(onnx: onnx_ir.Model) -> None:
                 value.name = name
 
 
-def _write(program: onnx_ir.Model, path: Path) -> None:
+def save(program: onnx_ir.Model, path: Path) -> None:
+    """As one file, or with large weights in another beside it."""
     import onnx_ir as ir
 
+    weights = [value.const_value for value in program.graph.initializers.values()]
+    size = sum(weight.nbytes for weight in weights if weight is not None)
+    ir.save(program, path, external_data=f"{path.name}.data" if size > SINGLE_FILE_BYTES else None)
+
+
+def move(folder: Path, to: Path) -> None:
+    """The files of `save`, in place of others: the weights before the graph that names them."""
+    for file in sorted(folder.iterdir(), reverse=True):
+        os.replace(file, to / file.name)
+
+
+def _write(program: onnx_ir.Model, path: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            weights = [value.const_value for value in program.graph.initializers.values()]
-            size = sum(weight.nbytes for weight in weights if weight is not None)
-            apart = f"{path.name}.data" if size > SINGLE_FILE_BYTES else None
-            ir.save(program, Path(folder, path.name), external_data=apart)
-            for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the graph that names them
-                os.replace(file, path.parent / file.name)
+            save(program, Path(folder, path.name))
+            move(Path(folder), path.parent)
     except OSError as error:
         raise ValueError(f"path is {str(path)!r}, which cannot be written: {error}") from error
 

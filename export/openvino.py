@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfuse.export.onnx import SINGLE_FILE_BYTES
 from mmfuse.export.require import require
+from mmfuse.export.run import ELEMENTS, TYPES
 from mmfuse.kernels._runtime import UnsupportedError
 
 if TYPE_CHECKING:
     import onnx
 
 # ONNX's element types, as onnxruntime calls them
-_KINDS = {
-    1: "tensor(float)", 2: "tensor(uint8)", 3: "tensor(int8)", 6: "tensor(int32)", 7: "tensor(int64)",
-    9: "tensor(bool)", 10: "tensor(float16)", 11: "tensor(double)", 16: "tensor(bfloat16)",
-}  # fmt: skip
+_KINDS = {ELEMENTS[dtype]: kind for kind, dtype in TYPES.items()}
 
 
 class Compiled:
@@ -70,7 +69,7 @@ def _plain(file: onnx.ModelProto, path: Path, folder: Path) -> Path:
 
     if not file.functions:
         return path
-    large = file.ByteSize() > 1_500_000_000  # protobuf ends at 2 GiB
+    large = file.ByteSize() > SINGLE_FILE_BYTES
     inlined = inliner.inline_local_functions(file)
     onnx.save(inlined, folder / path.name, save_as_external_data=large)
     return folder / path.name

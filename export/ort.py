@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from mmfuse.export.engine_check import relative
+from mmfuse.export.onnx import move, save
 from mmfuse.export.require import require
 from mmfuse.export.run import draw, open_session
 
@@ -88,8 +88,7 @@ def fuse_for_ort(
                 return Fused(False, why, float("inf"), _median([plain], feeds[-1], repeat)[0], float("nan"), {})
             verdict = _judged(plain, made, feeds, expected, repeat, _operators(file))
             if verdict.kept:
-                for part in sorted(Path(folder).iterdir(), reverse=True):  # weights before the graph that names them
-                    os.replace(part, target.parent / part.name)
+                move(Path(folder), target.parent)
             return verdict
     except OSError as error:
         raise ValueError(f"path is {str(target)!r}, which cannot be written: {error}") from error
@@ -97,13 +96,11 @@ def fuse_for_ort(
 
 def _attempt(file: Any, made: Path) -> str | None:
     """Fuse and save; why not, or None."""
-    import onnx_ir as ir
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
     try:
         fuse_for_onnxruntime(file, "cpu")
-        large = sum(v.const_value.nbytes for v in file.graph.initializers.values()) > 1_500_000_000
-        ir.save(file, made, external_data=f"{made.name}.data" if large else None)
+        save(file, made)
     except OSError:
         raise
     except Exception as error:  # a rewriter of others

@@ -27,13 +27,14 @@ PROVIDERS = {
 }
 # all of them install the folder `onnxruntime`
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-rocm")
-_TYPES = {
+# as onnxruntime calls them
+TYPES = {
     "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
     "tensor(bfloat16)": torch.bfloat16, "tensor(int64)": torch.int64, "tensor(int32)": torch.int32,
     "tensor(int8)": torch.int8, "tensor(uint8)": torch.uint8, "tensor(bool)": torch.bool,
 }  # fmt: skip
 # ONNX's element types
-_ELEMENTS = {
+ELEMENTS = {
     torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 6, torch.int64: 7, torch.bool: 9, torch.float16: 10,
     torch.float64: 11, torch.bfloat16: 16,
 }  # fmt: skip
@@ -183,9 +184,9 @@ def draw(signature: Mapping[str, tuple[str, Any]], sizes: Mapping[str, int], see
     inputs = {}
     for name, (kind, dims) in signature.items():
         shape = [n if isinstance(n, int) else sizes.get(n, 2) for n in dims]
-        if kind not in _TYPES:
+        if kind not in TYPES:
             raise ValueError(f"input {name!r} is a {kind}, for which inputs must be given")
-        dtype = _TYPES[kind]
+        dtype = TYPES[kind]
         if dtype.is_floating_point:
             inputs[name] = torch.randn(shape, generator=generator).to(dtype)
         else:
@@ -199,7 +200,7 @@ def _checked(inputs: Mapping[str, Tensor], signature: Mapping[str, tuple[str, An
     for name, t in inputs.items():
         kind, shape = signature[name]
         fits = len(shape) == t.dim() and all(n == m for n, m in zip(shape, t.shape, strict=True) if isinstance(n, int))
-        if not fits or _TYPES.get(kind) != t.dtype:
+        if not fits or TYPES.get(kind) != t.dtype:
             raise ValueError(f"{name} is {t.dtype} {list(t.shape)}, expected {kind} {list(shape)}")
     return dict(inputs)
 
@@ -209,7 +210,7 @@ def _bound(session: Any, inputs: Mapping[str, Tensor], device: str) -> tuple[Any
     held = [t.to(device).contiguous() for t in inputs.values()]
     binding = session.io_binding()
     for name, t in zip(inputs, held, strict=True):
-        binding.bind_input(name, device, t.device.index or 0, _ELEMENTS[t.dtype], tuple(t.shape), t.data_ptr())
+        binding.bind_input(name, device, t.device.index or 0, ELEMENTS[t.dtype], tuple(t.shape), t.data_ptr())
     for output in session.get_outputs():
         binding.bind_output(output.name, device)
     if device == "cuda":

@@ -9,8 +9,7 @@ Parts, one graph each: "vision", "qformer", "projection", "prefill" (the prompt)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mmfuse.export.generation import directory as folder
 from mmfuse.export.generation.graphs import BATCH
 from mmfuse.export.generation.sessions import Sessions
 from mmfuse.export.generation.systems import SYSTEMS, StandIn, System
+from mmfuse.export.nodes import evaluated
 from mmfuse.export.require import require
 
 DTYPES = torch.float32, torch.float16
@@ -56,7 +56,7 @@ def export_for_generation(model: nn.Module, inputs: Mapping[str, Tensor], direct
     if not isinstance(image, Tensor) or image.dim() < 4 or not len(image):
         raise ValueError(f"inputs has {system.image} {type(image).__name__}, expected pixels [B, 3, R, R]")
     sample = system.images(image)[:1].cpu().repeat(BATCH, 1, 1, 1)
-    with folder.appearing(Path(directory)) as new, _evaluated(model):
+    with folder.appearing(Path(directory)) as new, evaluated(model):
         parts = system.parts(model, sample if sample.dtype == torch.uint8 else sample.to(dtype))
         names: dict[int, str] = {}  # a part that serves two purposes is one file
         for name, part in parts.items():
@@ -130,14 +130,3 @@ def _system(model: nn.Module) -> System:
         if (module.partition(".")[0], name) in classes and isinstance(model, system.load()):
             return system
     raise TypeError(f"model is {type(model).__name__}, expected one of {', '.join(SYSTEMS)}")
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
+from mmfuse.export.run import TYPES
 
 
 class Sessions:
@@ -39,12 +39,12 @@ class Sessions:
     def empty_cache(self, rows: int) -> list[Tensor]:
         """Of every layer, a key and a value [rows, heads, 0, d]."""
         past = [i for i in self.sessions["decode"].get_inputs() if i.name.startswith("past.")]
-        return [torch.empty(rows, i.shape[1], 0, i.shape[3], dtype=_TORCH[i.type]) for i in past]
+        return [torch.empty(rows, i.shape[1], 0, i.shape[3], dtype=TYPES[i.type]) for i in past]
 
     def pixels(self, image: Tensor) -> Tensor:
         """An image in the dtype that the vision graph takes."""
         (taken, *_) = self.sessions["vision"].get_inputs()
-        dtype = _TORCH.get(taken.type, torch.uint8)
+        dtype = TYPES[taken.type]
         if image.dtype != dtype and not (image.is_floating_point() and dtype.is_floating_point):
             raise ValueError(f"{taken.name} is {image.dtype}, expected {dtype}, as the sample of the export was")
         return image.to(dtype)

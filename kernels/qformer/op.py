@@ -250,7 +250,8 @@ def few_query_attention(
         probabilities before dropout.
 
     Deterministic without dropout; with it, for a state of the generator. Scores and softmax in float32 (float64 for
-    float64). Differentiable in q, k and v; the gradients of an image's keys and values are sums over its rows.
+    float64). Differentiable in q, k and v, and twice but by "sdpa", which raises; the gradients of an image's keys and
+    values are sums over its rows.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. An index or a length out of range is
