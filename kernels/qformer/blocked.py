@@ -59,9 +59,10 @@ def attend_grads(
         if needs[0] or needs[1]:
             dp = cast(g_rows, acc) @ cast(v, acc).mT
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, acc)
-            ds = cast(ds.mul_(q.shape[-1] ** -0.5), q.dtype)
-            dq[rows] = _unfold(ds @ k, queries)
-            _of(dk, tokens).copy_(ds.mT @ q_rows)
+            # not rounded: where keys are alike, sums of them are differences of large numbers
+            ds = ds.mul_(q.shape[-1] ** -0.5)
+            dq[rows] = _unfold(cast(ds @ cast(k, acc), q.dtype), queries)
+            _of(dk, tokens).copy_(ds.mT @ cast(q_rows, acc))
     return {"q": dq.sum(0, keepdim=True, dtype=acc).to(q.dtype) if one else dq, "k": dk, "v": dv}
 
 
