@@ -50,7 +50,8 @@ class _Results:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             lines = report.longreprtext.strip().splitlines() if report.failed else []
-            self._write(test=report.nodeid, outcome=report.outcome, error=lines[-1] if lines else "")
+            error = lines[-1] if lines else ""
+            self._write(test=report.nodeid, outcome=report.outcome, error=error, seconds=round(report.duration, 2))
 
 
 class _Context:
