@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from mmfuse import models
 from mmfuse.kernels.multiway.routing import Part, Routing
@@ -41,6 +42,18 @@ def test_images_texts_and_pairs_are_one_stream() -> None:
     torch.testing.assert_close(found[1, :3], pairs.text)
     torch.testing.assert_close(found[0, 3:], encoder(image=single).image)
     torch.testing.assert_close(found[1, 3:], encoder(text_ids=text).text)
+
+
+def test_one_graph_for_every_split() -> None:
+    model = tiny(encoder_config=ENCODER | {"encoder_layers": 1}).beit3
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(model.encode, backend=graphs, fullgraph=True, dynamic=True)
+    x = torch.randn(18, 16, dtype=torch.float64, device=DEVICE)
+    for split in (3, 5, 7, 2):
+        routing = Routing.from_split(2, 9, split, device=DEVICE)
+        torch.testing.assert_close(compiled(x, routing), model.encode(x, routing))
+    assert graphs.frame_count == 1
 
 
 def test_padding_is_not_seen() -> None:
