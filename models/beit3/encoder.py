@@ -176,15 +176,8 @@ def official(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     def both(name: str) -> Tensor:
         return torch.stack([left.pop(f"{name.replace('*', copy)}") for copy in "AB"])
 
-    found: dict[str, Any] = {
-        "patch.weight": left.pop("vision_embed.proj.weight"),
-        "patch.bias": left.pop("vision_embed.proj.bias"),
-        "cls_token": left.pop("vision_embed.cls_token").flatten(),
-        "mask_token": left.pop("vision_embed.mask_token").flatten(),
-        "word.weight": left.pop("text_embed.weight"),
-        "image_position.weight": left.pop("encoder.embed_positions.A.weight"),
-        "text_position.weight": left.pop("encoder.embed_positions.B.weight"),
-    }
+    found: dict[str, Any] = {ours: left.pop(theirs) for ours, theirs in _OWN.items()}
+    found |= {name: found[name].flatten() for name in _TOKENS}
     for of in ("weight", "bias"):
         if f"encoder.layer_norm.A.{of}" in left:
             found[f"norm.{of}"] = both(f"encoder.layer_norm.*.{of}")
@@ -197,6 +190,53 @@ def official(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     return found | left
 
 
+def to_official(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """torchscale's state from the encoder's."""
+    left = dict(state)
+    found = {theirs: left.pop(ours) for ours, theirs in _OWN.items()}
+    found |= {_OWN[name]: found[_OWN[name]].view(1, 1, -1) for name in _TOKENS}
+
+    def split(theirs: str, experts: Tensor) -> None:
+        found.update({theirs.replace("*", copy): t for copy, t in zip("AB", experts, strict=True)})
+
+    for of in ("weight", "bias"):
+        if f"norm.{of}" in left:
+            split(f"encoder.layer_norm.*.{of}", left.pop(f"norm.{of}"))
+        for i in range(depth):
+            theirs, ours = f"encoder.layers.{i}.", f"layers.{i}."
+            for name, t in zip("qkv", left.pop(f"{ours}qkv.{of}").chunk(3, 1), strict=True):
+                split(f"{theirs}self_attn.{name}_proj.*.{of}", t)
+            for name, other in _LAYER.items():
+                split(f"{theirs}{other}.{of}", left.pop(f"{ours}{name}.{of}"))
+    return found | left
+
+
+def dense(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The encoder's state, of one expert, from that of torchscale's without `multiway`."""
+    left, found = dict(state), dict[str, Tensor]()
+    for of in ("weight", "bias"):
+        if f"encoder.layer_norm.{of}" in left:
+            found[f"norm.{of}"] = left.pop(f"encoder.layer_norm.{of}")
+        for i in range(depth):
+            theirs, ours = f"encoder.layers.{i}.", f"layers.{i}."
+            found[f"{ours}qkv.{of}"] = torch.cat([left.pop(f"{theirs}self_attn.{name}_proj.{of}") for name in "qkv"])
+            for name, other in _LAYER.items():
+                found[f"{ours}{name}.{of}"] = left.pop(f"{theirs}{other.replace('.*', '')}.{of}")
+    found |= {ours: left.pop(theirs) for ours, theirs in _OWN.items() if theirs in left}
+    return found | {name: found[name].flatten() for name in _TOKENS if name in found} | left
+
+
+# what has no experts
+_OWN = {
+    "patch.weight": "vision_embed.proj.weight",
+    "patch.bias": "vision_embed.proj.bias",
+    "cls_token": "vision_embed.cls_token",
+    "mask_token": "vision_embed.mask_token",
+    "word.weight": "text_embed.weight",
+    "image_position.weight": "encoder.embed_positions.A.weight",
+    "text_position.weight": "encoder.embed_positions.B.weight",
+}
+_TOKENS = ("cls_token", "mask_token")
 _LAYER = {
     "attention_norm": "self_attn_layer_norm.*",
     "inner_norm": "self_attn.inner_attn_ln.*",

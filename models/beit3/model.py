@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.kernels import clip_loss
-from mmfuse.models.beit3.encoder import CAPTIONING, BEiT3, Encoded, official
+from mmfuse.models.beit3.encoder import CAPTIONING, BEiT3, Encoded, dense, official, to_official
 from mmfuse.models.registry import instantiate
 
 TOKENS = {"cls": 0, "pad": 1, "sep": 2, "mask": 64001}
@@ -73,6 +73,8 @@ class BEiT3ForTasks(nn.Module):
         token_ids: of "cls", "pad", "sep" and "mask".
         num_beams, num_max_bpe_tokens, length_penalty: of the search for captions.
     """
+
+    EXPERTS = ("image", "text")
 
     def __init__(
         self,
@@ -188,15 +190,43 @@ class BEiT3ForTasks(nn.Module):
 
     def official_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Its own state from unilm's."""
-        prefix, depth = "beit3.", len(self.beit3.layers)
-        of_encoder = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
-        found = {prefix + k: t for k, t in official(of_encoder, depth).items()}
+        of_encoder, of_heads = _parts(state_dict)
+        found = official(of_encoder, len(self.beit3.layers))
         renamed = {theirs: ours for task in self.tasks for theirs, ours in _HEADS[task].items()}
-        for key, t in state_dict.items():
-            if not key.startswith(prefix):
-                module, _, leaf = key.rpartition(".")
-                found[f"{renamed[module]}.{leaf}" if module in renamed else renamed.get(key, key)] = t
-        return found
+        return _whole(found, _renamed(of_heads, renamed))
+
+    def to_official(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """unilm's state from its own."""
+        of_encoder, of_heads = _parts(state_dict)
+        found = to_official(of_encoder, len(self.beit3.layers))
+        renamed = {ours: theirs for task in self.tasks for theirs, ours in _HEADS[task].items()}
+        return _whole(found, _renamed(of_heads, renamed))
+
+    def dense_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its own state, of one expert, from that of torchscale's encoder without `multiway`."""
+        return _whole(dense(state_dict, len(self.beit3.layers)), {})
+
+
+_ENCODER = "beit3."
+
+
+def _parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder's, and that of the heads."""
+    of_encoder = {k.removeprefix(_ENCODER): t for k, t in state.items() if k.startswith(_ENCODER)}
+    return of_encoder, {k: t for k, t in state.items() if not k.startswith(_ENCODER)}
+
+
+def _whole(of_encoder: Mapping[str, Tensor], of_heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_ENCODER + k: t for k, t in of_encoder.items()} | dict(of_heads)
+
+
+def _renamed(state: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str, Tensor]:
+    """With other names for some modules, or parameters of the model itself."""
+    found = {}
+    for key, t in state.items():
+        module, _, leaf = key.rpartition(".")
+        found[f"{modules[module]}.{leaf}" if module in modules else modules.get(key, key)] = t
+    return found
 
 
 # the heads' modules by their official names

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+import mmfuse
 from mmfuse import models
+from mmfuse._compat import allow_torchvision
 from mmfuse.kernels.multiway.routing import Part, Routing
 from mmfuse.models.beit3 import BEiT3ForTasks, Captioner, generate
 
@@ -98,6 +102,66 @@ def test_a_caption_may_end_early() -> None:
     model.word_head.bias.data[TOKENS["sep"]] = 1e3
     captions = generate(model, inputs()[0])
     assert captions.ids.tolist() == [[TOKENS["cls"], TOKENS["mask"], TOKENS["sep"], 1, 1, 1]] * 2
+
+
+def torchscales(multiway: bool = True) -> torch.nn.Module:
+    """The real encoder at random weights; without `multiway` the layers alone."""
+    allow_torchvision()
+    library = pytest.importorskip("torchscale.model.BEiT3")
+    from torchscale.architecture.config import EncoderConfig
+
+    fixed = {"layernorm_embedding": False, "no_scale_embedding": True, "no_output_layer": True}
+    config = EncoderConfig(**ENCODER, **fixed, multiway=multiway)
+    made = library.BEiT3(config) if multiway else library.Encoder(config)
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return made.to(DEVICE, torch.float64).eval()
+
+
+def test_weights_go_to_torchscale_and_back() -> None:
+    """Saved eager, trained accelerated, loaded here, and back: one model all the way."""
+    eager, fused, again = torchscales(), torchscales(), torchscales()
+    file = io.BytesIO()
+    torch.save(eager.state_dict(), file)
+    file.seek(0)
+    mmfuse.accelerate(fused)
+    fused.load_state_dict(torch.load(file))
+    image, ids = inputs()
+    for model in (eager, fused):
+        adam = torch.optim.AdamW(model.parameters(), 1e-2)
+        model(ids, image)["encoder_out"].square().sum().backward()
+        adam.step()
+    ours = tiny()
+    models.load_official(ours, {f"beit3.{key}": t for key, t in fused.state_dict().items()})
+    given = models.to_official(ours)
+    again.load_state_dict({key.removeprefix("beit3."): t for key, t in given.items()})
+    assert all(torch.equal(t, fused.state_dict()[key]) for key, t in again.state_dict().items())
+    found = ours(image, ids)
+    got = torch.cat(list(found), dim=1)
+    for model in (eager, fused, again):
+        torch.testing.assert_close(got, model(ids, image)["encoder_out"], rtol=1e-5, atol=1e-5)
+
+
+def test_heads_go_back() -> None:
+    tasks = ("retrieval", "nlvr2", "captioning"), ("vqa", "imageclassification")
+    for of in tasks:
+        model, other = tiny(*of), tiny(*of)
+        models.load_official(other, models.to_official(model))
+        assert all(torch.equal(t, other.state_dict()[key]) for key, t in model.state_dict().items())
+
+
+def test_both_experts_begin_as_one() -> None:
+    """torchscale's encoder without `multiway`: whatever the split, the rows are its own."""
+    dense, model = torchscales(multiway=False), tiny()
+    models.load_dense(model, {f"encoder.{key}": t for key, t in dense.state_dict().items()})
+    x = torch.randn(2, 7, 16, dtype=torch.float64, device=DEVICE)
+    want = dense(None, token_embeddings=x)["encoder_out"]
+    for split in (0, 3):
+        routing = Routing.from_split(2, 7, split, device=DEVICE)
+        y = torch.cat([x[:, :split].flatten(0, 1), x[:, split:].flatten(0, 1)])
+        got = model.beit3.encode(y, routing)
+        found = [t.unflatten(0, (2, -1)) for t in got.split([2 * split, 2 * (7 - split)])]
+        torch.testing.assert_close(torch.cat(found, dim=1), want, rtol=1e-5, atol=1e-5)
 
 
 def test_size_is_the_papers() -> None:
