@@ -21,6 +21,15 @@ CAPTIONING = (("all", "none"), ("all", "causal"))
 _FIRST = 2
 
 
+class Batch(NamedTuple):
+    """Images, texts or pairs, as `BEiT3.forward` takes them."""
+
+    image: Tensor | None = None
+    text_ids: Tensor | None = None
+    padding_mask: Tensor | None = None
+    masked: Tensor | None = None
+
+
 class Encoded(NamedTuple):
     image: Tensor | None  # [B, 1 + N, D], the class token first
     text: Tensor | None  # [B, L, D]
@@ -137,21 +146,35 @@ class BEiT3(nn.Module):
             masked: [B, N], nonzero where the mask token stands for a patch.
             sees: what image and text see of each other, such as `CAPTIONING`; by default everything.
         """
-        if image is None and text_ids is None:
-            raise ValueError("image and text_ids are None, expected one of them or both")
-        tokens = self.embed(image, text_ids, padding_mask, masked)
-        experts = [VISION] * (image is not None) + [LANGUAGE] * (text_ids is not None)
-        words = None if padding_mask is None else (padding_mask == 0).sum(1)
-        shapes = [t.shape[:2] for t in tokens]
-        parts = [
-            Part(e, n, length, kept=words if e == LANGUAGE else None)
-            for e, (n, length) in zip(experts, shapes, strict=True)
-        ]
-        routing = Routing.of(parts, 2, device=tokens[0].device)
-        x = self.encode(torch.cat([t.flatten(0, 1) for t in tokens]), routing, sees)
-        runs = x.split([n * length for n, length in shapes])
-        found = {e: run.unflatten(0, s) for e, run, s in zip(experts, runs, shapes, strict=True)}
-        return Encoded(found.get(VISION), found.get(LANGUAGE))
+        return self.together([Batch(image, text_ids, padding_mask, masked)], sees)[0]
+
+    def together(self, batches: Sequence[Batch], sees: tuple[tuple[str, ...], ...] | None = None) -> list[Encoded]:
+        """Each batch encoded, all of them as one stream of rows: that of images, texts and pairs takes one forward.
+
+        `sees` has as many rows as there are pieces: images first, then texts.
+        """
+        pieces, first = list[tuple[int, int, Tensor]](), 0
+        parts: list[Part] = []
+        for i, (image, text_ids, padding_mask, masked) in enumerate(batches):
+            if image is None and text_ids is None:
+                raise ValueError("image and text_ids are None, expected one of them or both")
+            tokens = self.embed(image, text_ids, padding_mask, masked)
+            experts = [VISION] * (image is not None) + [LANGUAGE] * (text_ids is not None)
+            words = None if padding_mask is None else (padding_mask == 0).sum(1)
+            for e, t in zip(experts, tokens, strict=True):
+                count, length, _ = t.shape
+                samples = torch.arange(first, first + count, device=t.device)
+                parts.append(Part(e, count, length, samples, words if e == LANGUAGE else None))
+                pieces.append((e, i, t))
+            first += len(tokens[0])
+        order = sorted(range(len(parts)), key=lambda k: parts[k].expert)  # an expert's rows lie together
+        pieces, parts = [pieces[k] for k in order], [parts[k] for k in order]
+        routing = Routing.of(parts, 2, first, pieces[0][2].device)
+        x = self.encode(torch.cat([t.flatten(0, 1) for _, _, t in pieces]), routing, sees)
+        found: list[dict[int, Tensor]] = [{} for _ in batches]
+        for (e, i, t), rows in zip(pieces, x.split([p.sequences * p.length for p in parts]), strict=True):
+            found[i][e] = rows.unflatten(0, t.shape[:2])
+        return [Encoded(of.get(VISION), of.get(LANGUAGE)) for of in found]
 
     def encode(self, x: Tensor, routing: Routing, sees: tuple[tuple[str, ...], ...] | None = None) -> Tensor:
         """A stream of rows through the layers: [T, D]."""

@@ -65,9 +65,10 @@ class BEiT3ForTasks(nn.Module):
     """BEiT-3 with the heads of some of its tasks.
 
     Args:
-        tasks: of "retrieval", "nlvr2", "vqa", "imageclassification" and "captioning".
+        tasks: of "pretraining", "retrieval", "nlvr2", "vqa", "imageclassification" and "captioning".
         encoder_config: of the encoder, torchscale's names. encoder_config_fixed: what it must be built with.
         nlvr2_num_classes, vqa_num_classes, imageclassification_num_classes: of those heads.
+        codebook_size: visual tokens that masked patches are predicted as.
         imageclassification_label_smoothing, label_smoothing: of the classes, and of the words of a caption.
         drop_worst_ratio, drop_worst_after: from that step on, so large a share of the worst words does not count.
         token_ids: of "cls", "pad", "sep" and "mask".
@@ -92,6 +93,7 @@ class BEiT3ForTasks(nn.Module):
         num_beams: int = 3,
         num_max_bpe_tokens: int = 32,
         length_penalty: float = 0.6,
+        codebook_size: int = 8192,
     ):
         super().__init__()
         fixed = dict(encoder_config_fixed or {})
@@ -119,8 +121,10 @@ class BEiT3ForTasks(nn.Module):
                 self.answer_head = nn.Sequential(*layers)
             elif task == "imageclassification":
                 self.class_norm, self.class_head = nn.LayerNorm(d), nn.Linear(d, imageclassification_num_classes)
-            elif task == "captioning":
+            elif task in ("captioning", "pretraining"):
                 self.word_head = nn.Linear(d, self.beit3.word.num_embeddings)
+                if task == "pretraining":
+                    self.code_head = nn.Linear(d, codebook_size)
             else:
                 raise ValueError(f"tasks has {task!r}, expected some of {', '.join(_HEADS)}")
 
@@ -236,4 +240,5 @@ _HEADS = {
     "vqa": {f"head.{i}": f"answer_head.{i}" for i in (0, 1, 3)},
     "imageclassification": {"fc_norm": "class_norm", "head": "class_head"},
     "captioning": {"mlm_head": "word_head"},
+    "pretraining": {},
 }

@@ -235,6 +235,14 @@ class VLMo(nn.Module):
         """Masked words of texts alone: the stage between the images and the pairs."""
         return self.word_head.loss(self(self.texts(masked_ids, mask)).text, labels)
 
+    @torch.no_grad()
+    def begin_with(self, earlier: VLMo) -> None:
+        """Go on from an earlier stage: all that both have. Experts of pairs, which that of texts lacks, stay."""
+        own = self.state_dict()
+        for key, t in earlier.state_dict().items():
+            if key in own:
+                (own[key] if own[key].shape == t.shape else own[key][: len(t)]).copy_(t)
+
     # --- downstream -------------------------------------------------------------------------------------------------
 
     def retrieval(self, image: Tensor, ids: Tensor, mask: Tensor) -> Contrast:

@@ -6,14 +6,24 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import mmfuse
 from mmfuse import models
 from mmfuse._compat import allow_torchvision
-from mmfuse.kernels.multiway.routing import Part, Routing
-from mmfuse.models.beit3 import BEiT3ForTasks, Captioner, generate
+from mmfuse.kernels.multiway.routing import Routing
+from mmfuse.models.beit3 import (
+    Batch,
+    BEiT3ForTasks,
+    Captioner,
+    Masked,
+    block_mask,
+    generate,
+    mask_words,
+    pretrain,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENCODER = {"img_size": 32, "patch_size": 16, "vocab_size": 40, "encoder_embed_dim": 16, "encoder_layers": 2}
@@ -32,20 +42,52 @@ def inputs(n: int = 2, length: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def test_images_texts_and_pairs_are_one_stream() -> None:
-    """Each of the three kinds comes out as if it had been alone."""
+    """Each of the three kinds comes out as if it had been alone, with its padding and its mask."""
     encoder = tiny().beit3
     image, ids = inputs(3)
-    single, text = inputs(2)
-    (x,), (y,) = encoder.embed(image=torch.cat([image, single])), encoder.embed(text_ids=torch.cat([ids, text]))
-    at = torch.arange(7, device=DEVICE)
-    parts = [Part(0, 5, 5, at[:5]), Part(1, 5, 5, at[[0, 1, 2, 5, 6]])]
-    stream = torch.cat([x.flatten(0, 1), y.flatten(0, 1)])
-    found = encoder.encode(stream, Routing.of(parts, 2, 7, DEVICE)).view(2, 5, 5, -1)
-    pairs = encoder(image, ids)
-    torch.testing.assert_close(found[0, :3], pairs.image)
-    torch.testing.assert_close(found[1, :3], pairs.text)
-    torch.testing.assert_close(found[0, 3:], encoder(image=single).image)
-    torch.testing.assert_close(found[1, 3:], encoder(text_ids=text).text)
+    single, text = inputs(2, length=4)
+    padding = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1]], device=DEVICE)
+    masked = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]], device=DEVICE)
+    batches = [Batch(single, masked=masked), Batch(text_ids=text, padding_mask=padding), Batch(image, ids)]
+    for batch, found in zip(batches, encoder.together(batches), strict=True):
+        for got, want in zip(found, encoder(*batch), strict=True):
+            assert (got is None) == (want is None)
+            if want is not None:
+                torch.testing.assert_close(got, want)
+
+
+def test_the_losses_of_what_is_masked() -> None:
+    model = tiny("pretraining", codebook_size=11)
+    image, ids = inputs()
+    patches = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]], device=DEVICE).bool()
+    codes = torch.randint(11, (2, 4), device=DEVICE)
+    words, labels = mask_words(ids, 0.5, TOKENS["mask"], [], torch.tensor([[0.1, 0.9, 0.9, 0.2, 0.9]] * 2).to(DEVICE))
+    assert labels.tolist() == [[row[0], -100, -100, row[3], -100] for row in ids.tolist()]
+    only_image, only_text, pair = pretrain(
+        model,
+        [
+            Masked(image, patches, codes),
+            Masked(text_ids=words, labels=labels),
+            Masked(image, patches, codes, words, labels),
+        ],
+    )
+    assert only_image.text is None and only_text.image is None
+    found = model.beit3(image, words, masked=patches)
+    want = F.cross_entropy(model.code_head(found.image[:, 1:][patches]), codes[patches])
+    torch.testing.assert_close(pair.image, want)
+    torch.testing.assert_close(pair.text, F.cross_entropy(model.word_head(found.text).mT, labels))
+    found = model.beit3(image, masked=patches)
+    want = F.cross_entropy(model.code_head(found.image[:, 1:][patches]), codes[patches])
+    torch.testing.assert_close(only_image.image, want)
+
+
+@pytest.mark.parametrize(("grid", "smallest"), [(14, 16), (4, 2), (2, 1)])
+def test_masks_are_blocks(grid: int, smallest: int) -> None:
+    for seed in range(20):
+        mask = block_mask(grid, smallest=smallest, generator=torch.Generator().manual_seed(seed)).view(grid, grid)
+        assert int(mask.sum()) == int(0.4 * grid**2)
+        together = (mask[:-1] & mask[1:]).sum() + (mask[:, :-1] & mask[:, 1:]).sum()
+        assert grid < 14 or together > 60  # 78 patches at random have some 60 neighbours
 
 
 def test_one_graph_for_every_split() -> None:
