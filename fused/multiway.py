@@ -1,18 +1,20 @@
 """Layers with an expert for each modality, over a stream of rows in which those of an expert lie together.
 
-VLMo (Bao et al. 2021, arXiv:2111.02358) and BEiT-3 (Wang et al. 2022, arXiv:2208.10442). A `Routing` says which rows
-are whose; it is an argument of every forward, never a state of the module.
+VLMo (Bao et al. 2021, arXiv:2111.02358), BEiT-3 (Wang et al. 2022, arXiv:2208.10442) and Mixture-of-Transformers (Liang
+et al. 2024, arXiv:2411.04996), whose layer BAGEL has. A `Routing` says which rows are whose; it is an argument of every
+forward, never a state of the module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear
+from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear, routed_rms_norm
 from mmfuse.kernels.multiway.attention import packed_attention
 
 
@@ -42,6 +44,21 @@ class MultiwayLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         return routed_layer_norm(x, self.weight, self.bias, routing, self.eps)
+
+
+class MultiwayRMSNorm(nn.Module):
+    """[T, ..., D] over its last dimension, with weight [E, D]; every row of [T] has one expert."""
+
+    def __init__(self, experts: int, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(experts, width)), eps
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        n = x[:1].numel() // x.shape[-1] if len(x) else 1
+        if n > 1:
+            bounds = None if routing.bounds is None else tuple(n * b for b in routing.bounds)
+            routing = dataclasses.replace(routing, offsets=n * routing.offsets, bounds=bounds)
+        return routed_rms_norm(x.flatten(0, -2), self.weight, routing, self.eps).view_as(x)
 
 
 class MultiwayFFN(nn.Module):
@@ -164,6 +181,128 @@ class MoMEBlock(nn.Module):
         x = x + (branch if kept is None else branch * kept[:, None])
         kept = path_scale(x, routing, probability, separately=True)
         return self.mlp(self.norm2(x, routing), routing, x, self.gamma_2, kept)
+
+
+class MoTBlock(nn.Module):
+    """Mixture-of-Transformers' layer, and BAGEL's (Deng et al. 2025, arXiv:2505.14683): all but attention is routed.
+
+    x + out(attention(norm(q), norm(k), v)), then x + down(silu(gate(norm(x))) up(norm(x))); norms are RMSNorms.
+
+    Args:
+        experts: E. width, heads, hidden: of the layer.
+        kv_heads: heads of keys and values, each for heads / kv_heads of the queries; by default as many as heads.
+        qkv_bias: of queries, keys and values. qk_norm: norms over each head's queries and keys.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        width: int,
+        heads: int,
+        hidden: int,
+        kv_heads: int | None = None,
+        qkv_bias: bool = True,
+        qk_norm: bool = True,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.heads, self.kv_heads = _heads_of(width, heads), heads if kv_heads is None else kv_heads
+        if heads % self.kv_heads:
+            raise ValueError(f"kv_heads is {kv_heads}, expected a divisor of the {heads} heads")
+        d = width // heads
+        self.attention_norm, self.ffn_norm = (MultiwayRMSNorm(experts, width, eps) for _ in range(2))
+        self.qkv = MultiwayLinear(experts, width, (heads + 2 * self.kv_heads) * d, qkv_bias)
+        self.q_norm, self.k_norm = (MultiwayRMSNorm(experts, d, eps) if qk_norm else None for _ in "qk")
+        self.out = MultiwayLinear(experts, width, width, bias=False)
+        self.gate_up = MultiwayLinear(experts, width, 2 * hidden, bias=False)
+        self.down = MultiwayLinear(experts, hidden, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        routing: Routing,
+        sees: Sequence[Sequence[str]] | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x [T, D]; sees as in `packed_attention`; rotary: cosine and sine [T, D / heads] of each row's position."""
+        h, groups = self.qkv(self.attention_norm(x, routing), routing), self.heads // self.kv_heads
+        q, k, v = h.unflatten(1, (-1, x.shape[1] // self.heads)).split([self.heads, *[self.kv_heads] * 2], 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, routing), self.k_norm(k, routing)
+        if rotary is not None:
+            q, k = (_rotated(t, *rotary) for t in (q, k))
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        x = self.out(packed_attention(q, k, v, routing, sees), routing, x)
+        normed = self.ffn_norm(x, routing)
+        return routed_ffn(
+            normed, self.gate_up.weight, None, self.down.weight, None, routing, activation="swiglu", residual=x
+        )
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864) of [T, H, d], the halves of d as pairs."""
+    a, b = x.chunk(2, -1)
+    return (x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]).to(x.dtype)
+
+
+def from_bagel(state: Mapping[str, Tensor], experts: int = 2) -> dict[str, Tensor]:
+    """A `MoTBlock`'s state from a layer's of BAGEL: names without `_moe_gen` are expert 0's, those with it expert 1's.
+
+    A layer of Qwen2 or Qwen3 without `_moe_gen` begins all experts with its weights.
+
+    Raises:
+        ValueError: keys are left over, or missing.
+    """
+    left, found = dict(state), dict[str, Tensor]()
+    for ours, theirs in _BAGEL.items():
+        for of in ("weight", "bias"):
+            names = [f"{name}.{of}" for name in theirs]
+            if not any(name in left for name in names):
+                continue
+            if missing := [name for name in names if name not in left]:
+                raise ValueError(f"state has no {', '.join(missing)}")
+            each = [torch.cat([left.pop(name) for name in names])]
+            if any(_generating(name) in left for name in names):
+                each.append(torch.cat([left.pop(_generating(name)) for name in names]))
+            if len(each) > 1 and experts != 2:
+                raise ValueError(f"experts is {experts}, expected 2: state has two of {names[0]}")
+            found[f"{ours}.{of}"] = torch.stack(each if len(each) == experts else each * experts)
+    if left:
+        raise ValueError(f"state has {', '.join(left)}, expected the names of BAGEL's layer")
+    return found
+
+
+def to_bagel(state: Mapping[str, Tensor], heads: int, kv_heads: int) -> dict[str, Tensor]:
+    """The state of BAGEL's layer from that of a `MoTBlock` of two experts with so many heads."""
+    found = {}
+    for key, experts in state.items():
+        module, _, of = key.rpartition(".")
+        names = [f"{name}.{of}" for name in _BAGEL[module]]
+        shares = {"qkv": [heads, kv_heads, kv_heads], "gate_up": [1, 1]}.get(module, [1])
+        unit = experts.shape[1] // sum(shares)
+        for expert, rename in zip(experts, (str, _generating), strict=True):
+            parts = expert.split([n * unit for n in shares])
+            found |= {rename(name): t for name, t in zip(names, parts, strict=True)}
+    return found
+
+
+_BAGEL = {
+    "attention_norm": ["input_layernorm"],
+    "qkv": [f"self_attn.{name}_proj" for name in "qkv"],
+    "q_norm": ["self_attn.q_norm"],
+    "k_norm": ["self_attn.k_norm"],
+    "out": ["self_attn.o_proj"],
+    "ffn_norm": ["post_attention_layernorm"],
+    "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "down": ["mlp.down_proj"],
+}
+
+
+def _generating(name: str) -> str:
+    """The name of the same parameter of the expert that generates images."""
+    module, _, of = name.rpartition(".")
+    outer, dot, inner = module.partition(".")
+    return f"mlp_moe_gen.{inner}.{of}" if outer == "mlp" else f"{outer}{dot}{inner}_moe_gen.{of}"
 
 
 def path_scale(x: Tensor, routing: Routing, probability: float, separately: bool = False) -> Tensor | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+from mmfuse.kernels._runtime import UnsupportedError
 
 Model = TypeVar("Model", bound=nn.Module)
 # mmfuse.models.<name> declares its SYSTEM
@@ -93,6 +95,59 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if problems:
         raise ValueError(f"state_dict does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
     model.load_state_dict(given)
+
+
+def to_official(model: nn.Module) -> dict[str, Tensor]:
+    """`model`'s weights under the official implementation's keys: what `load_official` takes.
+
+    What an official state has beside what is used is 0 here. Tensors may share memory with the model's.
+
+    Raises:
+        UnsupportedError: there is no way back for this system.
+    """
+    back = getattr(model, "to_official", None)
+    if back is None and hasattr(model, "official_state"):
+        raise UnsupportedError(f"{type(model).__name__} takes official weights, and cannot give them back")
+    state = dict(model.state_dict())
+    return state if back is None else back(state)
+
+
+def load_dense(model: nn.Module, state_dict: Mapping[str, Tensor], experts: Sequence[str] | None = None) -> None:
+    """Begin a model of modality experts with a dense one's weights, of which each expert gets a copy.
+
+    What the dense model lacks stays as it is.
+
+    Args:
+        model: VLMo, from the official BEiT (Bao et al. 2021, arXiv:2106.08254), or BEiT-3, from torchscale's encoder
+            without `multiway`.
+        state_dict: the dense model's.
+        experts: some of `model.EXPERTS`; by default all. What has no experts is copied in any case.
+
+    Raises:
+        ValueError: listing every unknown key and shape that differs, or naming an unknown expert; nothing is copied.
+        UnsupportedError: the model has no experts.
+    """
+    if not hasattr(model, "dense_state"):
+        raise UnsupportedError(f"{type(model).__name__} has no experts to begin with a dense model's weights")
+    names: Sequence[str] = model.EXPERTS  # type: ignore[assignment]
+    for name in experts or ():
+        if name not in names:
+            raise ValueError(f"experts has {name!r}, expected some of {', '.join(names)}")
+    chosen = [i for i, name in enumerate(names) if experts is None or name in experts]
+    own, problems, copies = model.state_dict(), [], []
+    for key, t in model.dense_state(state_dict).items():  # type: ignore[operator]
+        if key not in own:
+            problems.append(f"unexpected: {key} {tuple(t.shape)}")
+        elif own[key].shape == t.shape:
+            copies.append((own[key], t))
+        elif own[key].shape[1:] == t.shape:
+            copies += [(own[key][i], t) for i in chosen if i < len(own[key])]
+        else:
+            problems.append(f"{key}: shape {tuple(t.shape)}, expected {tuple(own[key].shape)}, or that of one expert")
+    if problems:
+        raise ValueError(f"state_dict does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
+    for to, t in copies:
+        to.copy_(t)
 
 
 def instantiate(constructor: type[Model], config: Mapping[str, Any]) -> Model:

@@ -217,6 +217,21 @@ RULES = (
         aside=torchscale.few_rows,
     ),
     Rule(
+        op="multiway",
+        target="torchscale.component.multiway_network:MultiwayNetwork",
+        forward="mmfuse.fused.acceleration.torchscale:network_forward",
+        children=torchscale.OF_NETWORK,
+        reason_against=torchscale.against_network,
+        aside=torchscale.on_a_cpu,
+    ),
+    Rule(
+        op="multiway",
+        target="torchscale.component.multiway_network:MutliwayEmbedding",
+        forward="mmfuse.fused.acceleration.torchscale:embedding_forward",
+        children=torchscale.OF_EMBEDDING,
+        reason_against=torchscale.against_embedding,
+    ),
+    Rule(
         op="patch_embed",
         target="timm.layers.patch_embed:PatchEmbed",
         forward="mmfuse.fused.acceleration.stems:timm_patch_embed",

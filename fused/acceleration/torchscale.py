@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear
-from mmfuse.kernels._runtime.arguments import constant
+from mmfuse.kernels._runtime.arguments import autocast_dtype, constant
 from mmfuse.kernels._runtime.dispatch import forced_backend
 
 _PAIR = ("torchscale.component.multiway_network:MultiwayNetwork",)
@@ -22,6 +22,8 @@ _NONE = ("builtins:NoneType",)
 _LINEAR = ("torch.nn.modules.linear:Linear",)
 _NORM = ("torch.nn.modules.normalization:LayerNorm",)
 _DROPOUT = ("torch.nn.modules.dropout:Dropout",)
+_DROPOUTS = ("dropout_module", "activation_dropout_module")
+_FFN = ("torchscale.component.feedforward_network:FeedForwardNetwork",)
 
 
 def _pair(path: str, of: Sequence[str], optional: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
@@ -35,10 +37,10 @@ OF_LAYER = {
     "self_attn.dropout_module": _DROPOUT,
     **_pair("self_attn_layer_norm", _NORM),
     **_pair("final_layer_norm", _NORM),
-    **_pair("ffn", ("torchscale.component.feedforward_network:FeedForwardNetwork",)),
+    **_pair("ffn", _FFN),
     **{f"ffn.*.{name}": _LINEAR for name in ("fc1", "fc2")},
     "ffn.*.ffn_layernorm": (*_NORM, *_NONE),
-    **{f"ffn.*.{name}": _DROPOUT for name in ("dropout_module", "activation_dropout_module")},
+    **{f"ffn.*.{name}": _DROPOUT for name in _DROPOUTS},
     "dropout_module": _DROPOUT,
     "drop_path": (*_NONE, "torchscale.component.droppath:DropPath"),
 }
@@ -50,7 +52,16 @@ OF_ENCODER = {
     **_pair("layernorm_embedding", _NORM, _NONE),
     **_pair("layer_norm", _NORM, _NONE),
 }
+OF_NETWORK = {
+    "*": (*_LINEAR, *_NORM, *_FFN),
+    **{f"*.{name}": (*_LINEAR, *_NONE) for name in ("fc1", "fc2")},
+    "*.ffn_layernorm": (*_NORM, *_NONE),
+    **{f"*.{name}": (*_DROPOUT, *_NONE) for name in _DROPOUTS},
+}
+OF_EMBEDDING = {"*": ("torchscale.component.embedding:PositionalEmbedding",)}
 _ACTIVATIONS = {F.gelu: "gelu", F.silu: "silu"}
+# fairseq's positions begin at 2
+_FIRST = 2
 
 
 class _Stream:
@@ -84,7 +95,17 @@ class _Stream:
 
     def linear(self, pair: Any, x: Tensor, **ending: Tensor | None) -> Tensor:
         of = self.experts(pair)
-        return routed_linear(x, [m.weight for m in of], [m.bias for m in of], self.routing, **ending)
+        biases = None if of[0].bias is None else [m.bias for m in of]
+        return routed_linear(x, [m.weight for m in of], biases, self.routing, **ending)
+
+    def ffn(self, pair: Any, x: Tensor, **ending: Tensor | None) -> Tensor:
+        of = self.experts(pair)
+        norms = [m.ffn_layernorm for m in of]
+        norm = None if norms[0] is None else ([m.weight for m in norms], [m.bias for m in norms], norms[0].eps)
+        return routed_ffn(
+            x, [m.fc1.weight for m in of], [m.fc1.bias for m in of], [m.fc2.weight for m in of],
+            [m.fc2.bias for m in of], self.routing, activation=_ACTIVATIONS[of[0].activation_fn], norm=norm, **ending,
+        )  # fmt: skip
 
 
 def forward(
@@ -159,6 +180,29 @@ def layer_forward(
     return stream.unpack(y).contiguous(), None
 
 
+def network_forward(network: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    """One pair's forward; its own runs for one modality, and where activations are dropped."""
+    split, of = network.split_position, network.A
+    narrow = isinstance(of, nn.LayerNorm) and autocast_dtype(x) is not None  # of which autocast makes float32
+    if kwargs or narrow or x.dim() != 3 or not 0 < split <= x.shape[1] or _any_drops(_dropouts(network)):
+        return type(network).forward(network, x, **kwargs)
+    stream = _Stream(x, split)
+    operation = {nn.Linear: stream.linear, nn.LayerNorm: stream.norm}.get(type(of), stream.ffn)
+    return stream.unpack(operation(network, stream.pack(x))).contiguous()
+
+
+def embedding_forward(embedding: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    """Positions [1, S, D] as rows of the tables; its own forward runs for given ones, and beyond the last."""
+    split, length = embedding.split_position, x.shape[1]
+    counts = {-1: [length, 0], 0: [0, length]}.get(split, [split, length - split])
+    tables = embedding.A.weight, embedding.B.weight
+    fits = all(0 <= n <= len(table) - _FIRST for n, table in zip(counts, tables, strict=True))
+    if not fits or any(given is not None for given in kwargs.values()):
+        return type(embedding).forward(embedding, x, **kwargs)
+    found = [table[_FIRST : _FIRST + n] for n, table in zip(counts, tables, strict=True) if n or split > 0]
+    return torch.cat(found)[None]
+
+
 def _takes(module: Any, x: Tensor, split: Any, attn_mask: Tensor | None) -> bool:
     if not isinstance(split, int) or not -1 <= split <= x.shape[1] or x.dim() != 3:
         return False
@@ -173,8 +217,15 @@ def _drops(*modules: Any) -> bool:
     dropouts = [modules[0].dropout_module]
     for layer in modules:
         if hasattr(layer, "ffn"):
-            dropouts += [layer.dropout_module, layer.self_attn.dropout_module]
-            dropouts += [d for m in (layer.ffn.A, layer.ffn.B) for d in (m.dropout_module, m.activation_dropout_module)]
+            dropouts += [layer.dropout_module, layer.self_attn.dropout_module, *_dropouts(layer.ffn)]
+    return _any_drops(dropouts)
+
+
+def _dropouts(network: Any) -> list[Any]:
+    return [d for m in (network.A, network.B) for d in (getattr(m, name, None) for name in _DROPOUTS) if d is not None]
+
+
+def _any_drops(dropouts: Sequence[Any]) -> bool:
     return any(d.training and d.p > 0 for d in dropouts)
 
 
@@ -202,19 +253,8 @@ def _layer(layer: Any, x: Tensor, stream: _Stream, mask: Tensor | None) -> Tenso
     x = stream.linear(attention.out_proj, h, residual=_scaled(x, layer), row_scale=_kept(layer, x, stream))
     x = x if first else stream.norm(layer.self_attn_layer_norm, x)
     h = stream.norm(layer.final_layer_norm, x) if first else x
-    x = _ffn(layer, h, _scaled(x, layer), stream)
+    x = stream.ffn(layer.ffn, h, residual=_scaled(x, layer), row_scale=_kept(layer, x, stream))
     return x if first else stream.norm(layer.final_layer_norm, x)
-
-
-def _ffn(layer: Any, x: Tensor, residual: Tensor, stream: _Stream) -> Tensor:
-    of = stream.experts(layer.ffn)
-    norms = [m.ffn_layernorm for m in of]
-    norm = None if norms[0] is None else ([m.weight for m in norms], [m.bias for m in norms], norms[0].eps)
-    return routed_ffn(
-        x, [m.fc1.weight for m in of], [m.fc1.bias for m in of], [m.fc2.weight for m in of],
-        [m.fc2.bias for m in of], stream.routing, activation=_ACTIVATIONS[of[0].activation_fn], norm=norm,
-        residual=residual, row_scale=_kept(layer, residual, stream),
-    )  # fmt: skip
 
 
 def _scaled(x: Tensor, layer: Any) -> Tensor:
@@ -257,3 +297,31 @@ def against_encoder(encoder: Any) -> str | None:
     if encoder.relative_position is not None:
         return "it has relative positions"
     return next((why for layer in encoder.layers if (why := against_layer(layer))), None)
+
+
+def on_a_cpu(module: Any, x: Tensor, **kwargs: Any) -> bool:
+    """Whether torchscale's own code is no slower: with copies on either side one module alone gains nothing there."""
+    return x.device.type == "cpu" and forced_backend() is None
+
+
+def against_network(network: Any) -> str | None:
+    """Why a pair of modules has to keep its own forward, or None."""
+    a, b = network.A, network.B
+    if network.dim != 1:
+        return f"it splits dimension {network.dim}, expected 1"
+    if type(a) is not type(b):
+        return f"its experts are {type(a).__name__} and {type(b).__name__}, expected one class"
+    if isinstance(a, nn.LayerNorm) and (a.weight is None or a.bias is None or a.weight.dim() != 1 or a.eps != b.eps):
+        return "its norms are not of the last dimension, have other eps, or no weight or bias"
+    if hasattr(a, "activation_fn") and a.activation_fn not in _ACTIVATIONS:
+        return f"its activation is {a.activation_fn.__name__}, expected gelu or silu"
+    return None
+
+
+def against_embedding(embedding: Any) -> str | None:
+    """Why tables of positions have to keep their own forward, or None."""
+    if embedding.dim != 1:
+        return f"it splits dimension {embedding.dim}, expected 1"
+    if any(m.padding_idx is not None or m.max_norm is not None or m.sparse for m in (embedding.A, embedding.B)):
+        return "its tables have a padding_idx, a max_norm or sparse gradients"
+    return None

@@ -43,9 +43,8 @@ def _why_changed(rule: Rule) -> str | None:
 def functions(rule: Rule) -> dict[str, FunctionType]:
     """The methods that a rule replaces and relies on, those of its children, and what they call in their package."""
     cls, package = loaded(rule.target), _package(rule)
-    children = {name for classes in rule.children.values() for name in classes if name.partition(".")[0] == package}
     waiting = [(cls, method) for method in (rule.method, *rule.relies_on)]
-    waiting += [(child, "forward") for child in map(loaded, sorted(children)) if child is not None]
+    waiting += [(child, "forward") for child in map(loaded, _children(rule)) if child is not None]
     found: dict[str, FunctionType] = {}
     todo = [(owner, inspect.unwrap(getattr(owner, method))) for owner, method in waiting]
     while todo:
@@ -59,6 +58,12 @@ def functions(rule: Rule) -> dict[str, FunctionType]:
             called = (inspect.unwrap(f) for f in _called(owner, function))
             todo += [(owner, f) for f in called if f.__module__.partition(".")[0] == package]
     return found
+
+
+def _children(rule: Rule) -> list[str]:
+    """Classes of the rule's package that its children may have."""
+    names = {name for classes in rule.children.values() for name in classes}
+    return sorted(name for name in names if name.partition(".")[0] == _package(rule))
 
 
 def _called(owner: type, function: FunctionType) -> Iterator[FunctionType]:
@@ -112,8 +117,9 @@ def installed() -> Iterator[tuple[Rule, str, str]]:
     for rule in RULES:
         package = _package(rule)
         if package in distributions:
-            with suppress(ImportError):  # of a module that this release does not have
-                import_module(rule.target.partition(":")[0])
+            for name in (rule.target, *_children(rule)):
+                with suppress(ImportError):  # of a module that this release does not have
+                    import_module(name.partition(":")[0])
             yield rule, package, version(distributions[package][0])
 
 

@@ -1,8 +1,9 @@
 """BEiT-3 (Wang et al. 2022, arXiv:2208.10442): image as a foreign language, an expert for each modality."""
 
 from mmfuse.models.beit3.captioning import Captioner, Captions, generate
-from mmfuse.models.beit3.encoder import BEiT3, Encoded
+from mmfuse.models.beit3.encoder import Batch, BEiT3, Encoded
 from mmfuse.models.beit3.model import BEiT3ForTasks, Retrieval
+from mmfuse.models.beit3.pretraining import Losses, Masked, block_mask, mask_words, pretrain
 from mmfuse.models.registry import System, instantiate
 
 _TASKS = ("retrieval", "nlvr2", "captioning")
@@ -18,4 +19,19 @@ SYSTEM = System(
     paper="arXiv:2208.10442",
 )
 
-__all__ = ["SYSTEM", "BEiT3", "BEiT3ForTasks", "Captioner", "Captions", "Encoded", "Retrieval", "generate"]
+__all__ = [
+    "SYSTEM",
+    "BEiT3",
+    "BEiT3ForTasks",
+    "Batch",
+    "Captioner",
+    "Captions",
+    "Encoded",
+    "Losses",
+    "Masked",
+    "Retrieval",
+    "block_mask",
+    "generate",
+    "mask_words",
+    "pretrain",
+]

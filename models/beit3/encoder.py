@@ -21,6 +21,15 @@ CAPTIONING = (("all", "none"), ("all", "causal"))
 _FIRST = 2
 
 
+class Batch(NamedTuple):
+    """Images, texts or pairs, as `BEiT3.forward` takes them."""
+
+    image: Tensor | None = None
+    text_ids: Tensor | None = None
+    padding_mask: Tensor | None = None
+    masked: Tensor | None = None
+
+
 class Encoded(NamedTuple):
     image: Tensor | None  # [B, 1 + N, D], the class token first
     text: Tensor | None  # [B, L, D]
@@ -137,21 +146,35 @@ class BEiT3(nn.Module):
             masked: [B, N], nonzero where the mask token stands for a patch.
             sees: what image and text see of each other, such as `CAPTIONING`; by default everything.
         """
-        if image is None and text_ids is None:
-            raise ValueError("image and text_ids are None, expected one of them or both")
-        tokens = self.embed(image, text_ids, padding_mask, masked)
-        experts = [VISION] * (image is not None) + [LANGUAGE] * (text_ids is not None)
-        words = None if padding_mask is None else (padding_mask == 0).sum(1)
-        shapes = [t.shape[:2] for t in tokens]
-        parts = [
-            Part(e, n, length, kept=words if e == LANGUAGE else None)
-            for e, (n, length) in zip(experts, shapes, strict=True)
-        ]
-        routing = Routing.of(parts, 2, device=tokens[0].device)
-        x = self.encode(torch.cat([t.flatten(0, 1) for t in tokens]), routing, sees)
-        runs = x.split([n * length for n, length in shapes])
-        found = {e: run.unflatten(0, s) for e, run, s in zip(experts, runs, shapes, strict=True)}
-        return Encoded(found.get(VISION), found.get(LANGUAGE))
+        return self.together([Batch(image, text_ids, padding_mask, masked)], sees)[0]
+
+    def together(self, batches: Sequence[Batch], sees: tuple[tuple[str, ...], ...] | None = None) -> list[Encoded]:
+        """Each batch encoded, all of them as one stream of rows: that of images, texts and pairs takes one forward.
+
+        `sees` has as many rows as there are pieces: images first, then texts.
+        """
+        pieces, first = list[tuple[int, int, Tensor]](), 0
+        parts: list[Part] = []
+        for i, (image, text_ids, padding_mask, masked) in enumerate(batches):
+            if image is None and text_ids is None:
+                raise ValueError("image and text_ids are None, expected one of them or both")
+            tokens = self.embed(image, text_ids, padding_mask, masked)
+            experts = [VISION] * (image is not None) + [LANGUAGE] * (text_ids is not None)
+            words = None if padding_mask is None else (padding_mask == 0).sum(1)
+            for e, t in zip(experts, tokens, strict=True):
+                count, length, _ = t.shape
+                samples = torch.arange(first, first + count, device=t.device)
+                parts.append(Part(e, count, length, samples, words if e == LANGUAGE else None))
+                pieces.append((e, i, t))
+            first += len(tokens[0])
+        order = sorted(range(len(parts)), key=lambda k: parts[k].expert)  # an expert's rows lie together
+        pieces, parts = [pieces[k] for k in order], [parts[k] for k in order]
+        routing = Routing.of(parts, 2, first, pieces[0][2].device)
+        x = self.encode(torch.cat([t.flatten(0, 1) for _, _, t in pieces]), routing, sees)
+        found: list[dict[int, Tensor]] = [{} for _ in batches]
+        for (e, i, t), rows in zip(pieces, x.split([p.sequences * p.length for p in parts]), strict=True):
+            found[i][e] = rows.unflatten(0, t.shape[:2])
+        return [Encoded(of.get(VISION), of.get(LANGUAGE)) for of in found]
 
     def encode(self, x: Tensor, routing: Routing, sees: tuple[tuple[str, ...], ...] | None = None) -> Tensor:
         """A stream of rows through the layers: [T, D]."""
@@ -176,15 +199,8 @@ def official(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     def both(name: str) -> Tensor:
         return torch.stack([left.pop(f"{name.replace('*', copy)}") for copy in "AB"])
 
-    found: dict[str, Any] = {
-        "patch.weight": left.pop("vision_embed.proj.weight"),
-        "patch.bias": left.pop("vision_embed.proj.bias"),
-        "cls_token": left.pop("vision_embed.cls_token").flatten(),
-        "mask_token": left.pop("vision_embed.mask_token").flatten(),
-        "word.weight": left.pop("text_embed.weight"),
-        "image_position.weight": left.pop("encoder.embed_positions.A.weight"),
-        "text_position.weight": left.pop("encoder.embed_positions.B.weight"),
-    }
+    found: dict[str, Any] = {ours: left.pop(theirs) for ours, theirs in _OWN.items()}
+    found |= {name: found[name].flatten() for name in _TOKENS}
     for of in ("weight", "bias"):
         if f"encoder.layer_norm.A.{of}" in left:
             found[f"norm.{of}"] = both(f"encoder.layer_norm.*.{of}")
@@ -197,6 +213,53 @@ def official(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     return found | left
 
 
+def to_official(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """torchscale's state from the encoder's."""
+    left = dict(state)
+    found = {theirs: left.pop(ours) for ours, theirs in _OWN.items()}
+    found |= {_OWN[name]: found[_OWN[name]].view(1, 1, -1) for name in _TOKENS}
+
+    def split(theirs: str, experts: Tensor) -> None:
+        found.update({theirs.replace("*", copy): t for copy, t in zip("AB", experts, strict=True)})
+
+    for of in ("weight", "bias"):
+        if f"norm.{of}" in left:
+            split(f"encoder.layer_norm.*.{of}", left.pop(f"norm.{of}"))
+        for i in range(depth):
+            theirs, ours = f"encoder.layers.{i}.", f"layers.{i}."
+            for name, t in zip("qkv", left.pop(f"{ours}qkv.{of}").chunk(3, 1), strict=True):
+                split(f"{theirs}self_attn.{name}_proj.*.{of}", t)
+            for name, other in _LAYER.items():
+                split(f"{theirs}{other}.{of}", left.pop(f"{ours}{name}.{of}"))
+    return found | left
+
+
+def dense(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The encoder's state, of one expert, from that of torchscale's without `multiway`."""
+    left, found = dict(state), dict[str, Tensor]()
+    for of in ("weight", "bias"):
+        if f"encoder.layer_norm.{of}" in left:
+            found[f"norm.{of}"] = left.pop(f"encoder.layer_norm.{of}")
+        for i in range(depth):
+            theirs, ours = f"encoder.layers.{i}.", f"layers.{i}."
+            found[f"{ours}qkv.{of}"] = torch.cat([left.pop(f"{theirs}self_attn.{name}_proj.{of}") for name in "qkv"])
+            for name, other in _LAYER.items():
+                found[f"{ours}{name}.{of}"] = left.pop(f"{theirs}{other.replace('.*', '')}.{of}")
+    found |= {ours: left.pop(theirs) for ours, theirs in _OWN.items() if theirs in left}
+    return found | {name: found[name].flatten() for name in _TOKENS if name in found} | left
+
+
+# what has no experts
+_OWN = {
+    "patch.weight": "vision_embed.proj.weight",
+    "patch.bias": "vision_embed.proj.bias",
+    "cls_token": "vision_embed.cls_token",
+    "mask_token": "vision_embed.mask_token",
+    "word.weight": "text_embed.weight",
+    "image_position.weight": "encoder.embed_positions.A.weight",
+    "text_position.weight": "encoder.embed_positions.B.weight",
+}
+_TOKENS = ("cls_token", "mask_token")
 _LAYER = {
     "attention_norm": "self_attn_layer_norm.*",
     "inner_norm": "self_attn.inner_attn_ln.*",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.kernels import clip_loss
-from mmfuse.models.beit3.encoder import CAPTIONING, BEiT3, Encoded, official
+from mmfuse.models.beit3.encoder import CAPTIONING, BEiT3, Encoded, dense, official, to_official
 from mmfuse.models.registry import instantiate
 
 TOKENS = {"cls": 0, "pad": 1, "sep": 2, "mask": 64001}
@@ -65,14 +65,17 @@ class BEiT3ForTasks(nn.Module):
     """BEiT-3 with the heads of some of its tasks.
 
     Args:
-        tasks: of "retrieval", "nlvr2", "vqa", "imageclassification" and "captioning".
+        tasks: of "pretraining", "retrieval", "nlvr2", "vqa", "imageclassification" and "captioning".
         encoder_config: of the encoder, torchscale's names. encoder_config_fixed: what it must be built with.
         nlvr2_num_classes, vqa_num_classes, imageclassification_num_classes: of those heads.
+        codebook_size: visual tokens that masked patches are predicted as.
         imageclassification_label_smoothing, label_smoothing: of the classes, and of the words of a caption.
         drop_worst_ratio, drop_worst_after: from that step on, so large a share of the worst words does not count.
         token_ids: of "cls", "pad", "sep" and "mask".
         num_beams, num_max_bpe_tokens, length_penalty: of the search for captions.
     """
+
+    EXPERTS = ("image", "text")
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class BEiT3ForTasks(nn.Module):
         num_beams: int = 3,
         num_max_bpe_tokens: int = 32,
         length_penalty: float = 0.6,
+        codebook_size: int = 8192,
     ):
         super().__init__()
         fixed = dict(encoder_config_fixed or {})
@@ -117,8 +121,10 @@ class BEiT3ForTasks(nn.Module):
                 self.answer_head = nn.Sequential(*layers)
             elif task == "imageclassification":
                 self.class_norm, self.class_head = nn.LayerNorm(d), nn.Linear(d, imageclassification_num_classes)
-            elif task == "captioning":
+            elif task in ("captioning", "pretraining"):
                 self.word_head = nn.Linear(d, self.beit3.word.num_embeddings)
+                if task == "pretraining":
+                    self.code_head = nn.Linear(d, codebook_size)
             else:
                 raise ValueError(f"tasks has {task!r}, expected some of {', '.join(_HEADS)}")
 
@@ -188,15 +194,43 @@ class BEiT3ForTasks(nn.Module):
 
     def official_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Its own state from unilm's."""
-        prefix, depth = "beit3.", len(self.beit3.layers)
-        of_encoder = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
-        found = {prefix + k: t for k, t in official(of_encoder, depth).items()}
+        of_encoder, of_heads = _parts(state_dict)
+        found = official(of_encoder, len(self.beit3.layers))
         renamed = {theirs: ours for task in self.tasks for theirs, ours in _HEADS[task].items()}
-        for key, t in state_dict.items():
-            if not key.startswith(prefix):
-                module, _, leaf = key.rpartition(".")
-                found[f"{renamed[module]}.{leaf}" if module in renamed else renamed.get(key, key)] = t
-        return found
+        return _whole(found, _renamed(of_heads, renamed))
+
+    def to_official(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """unilm's state from its own."""
+        of_encoder, of_heads = _parts(state_dict)
+        found = to_official(of_encoder, len(self.beit3.layers))
+        renamed = {ours: theirs for task in self.tasks for theirs, ours in _HEADS[task].items()}
+        return _whole(found, _renamed(of_heads, renamed))
+
+    def dense_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its own state, of one expert, from that of torchscale's encoder without `multiway`."""
+        return _whole(dense(state_dict, len(self.beit3.layers)), {})
+
+
+_ENCODER = "beit3."
+
+
+def _parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder's, and that of the heads."""
+    of_encoder = {k.removeprefix(_ENCODER): t for k, t in state.items() if k.startswith(_ENCODER)}
+    return of_encoder, {k: t for k, t in state.items() if not k.startswith(_ENCODER)}
+
+
+def _whole(of_encoder: Mapping[str, Tensor], of_heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_ENCODER + k: t for k, t in of_encoder.items()} | dict(of_heads)
+
+
+def _renamed(state: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str, Tensor]:
+    """With other names for some modules, or parameters of the model itself."""
+    found = {}
+    for key, t in state.items():
+        module, _, leaf = key.rpartition(".")
+        found[f"{modules[module]}.{leaf}" if module in modules else modules.get(key, key)] = t
+    return found
 
 
 # the heads' modules by their official names
@@ -206,4 +240,5 @@ _HEADS = {
     "vqa": {f"head.{i}": f"answer_head.{i}" for i in (0, 1, 3)},
     "imageclassification": {"fc_norm": "class_norm", "head": "class_head"},
     "captioning": {"mlm_head": "word_head"},
+    "pretraining": {},
 }

@@ -16,7 +16,7 @@ from mmfuse.fused.multiway import MultiwayLinear
 from mmfuse.kernels import clip_loss
 from mmfuse.kernels.text import embed_text
 from mmfuse.models.registry import check_keys, instantiate
-from mmfuse.models.vlmo.transformer import Batch, Hidden, MultiwayTransformer, official
+from mmfuse.models.vlmo.transformer import Batch, Hidden, MultiwayTransformer, dense, official, to_official
 
 # of the text's embeddings and of the words' head, as BERT has it
 _EPS = 1e-12
@@ -102,6 +102,8 @@ class VLMo(nn.Module):
         config: see `VLMoConfig`.
         arch_call: no effect.
     """
+
+    EXPERTS = ("text", "image", "pair")
 
     def __init__(self, arch: Mapping[str, Any], config: Mapping[str, Any], arch_call: str = ""):
         super().__init__()
@@ -233,6 +235,14 @@ class VLMo(nn.Module):
         """Masked words of texts alone: the stage between the images and the pairs."""
         return self.word_head.loss(self(self.texts(masked_ids, mask)).text, labels)
 
+    @torch.no_grad()
+    def begin_with(self, earlier: VLMo) -> None:
+        """Go on from an earlier stage: all that both have. Experts of pairs, which that of texts lacks, stay."""
+        own = self.state_dict()
+        for key, t in earlier.state_dict().items():
+            if key in own:
+                (own[key] if own[key].shape == t.shape else own[key][: len(t)]).copy_(t)
+
     # --- downstream -------------------------------------------------------------------------------------------------
 
     def retrieval(self, image: Tensor, ids: Tensor, mask: Tensor) -> Contrast:
@@ -256,12 +266,10 @@ class VLMo(nn.Module):
 
     def official_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Its own state from unilm's."""
-        prefix, inner = "transformer.", self.transformer
-        of_transformer = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
-        given = {k: t for k, t in state_dict.items() if not k.startswith(prefix)}
+        of_transformer, given = _parts(state_dict)
         if (table := given.pop("relative_position_bias_table", None)) is not None:
             of_transformer["table"] = table
-        found = {prefix + k: t for k, t in official(of_transformer, inner.start, len(inner.blocks)).items()}
+        found = _within(official(of_transformer, self.transformer.start, len(self.transformer.blocks)))
         given.pop("text_embeddings.position_ids", None)  # a buffer of some releases of transformers
         if self.word_position is None:
             given.pop("text_embeddings.position_embeddings.weight", None)  # kept, and not used
@@ -272,6 +280,46 @@ class VLMo(nn.Module):
             module, _, leaf = key.rpartition(".")
             found[_KEYS.get(key) or f"{_MODULES.get(module, module)}.{leaf}".lstrip(".")] = t
         return found
+
+    def to_official(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """unilm's state from its own."""
+        of_transformer, given = _parts(state_dict)
+        table = of_transformer.pop("table", None)
+        found = _within(to_official(of_transformer, self.transformer.start, len(self.transformer.blocks)))
+        if table is not None:
+            found["relative_position_bias_table"] = table
+        kind = given.pop("word_type")
+        length, width = self.config.max_text_len, len(kind)
+        found["text_embeddings.token_type_embeddings.weight"] = torch.stack([kind, torch.zeros_like(kind)])
+        found["text_embeddings.position_ids"] = torch.arange(length, device=kind.device)[None]
+        if self.word_position is None:
+            found["text_embeddings.position_embeddings.weight"] = kind.new_zeros(length, width)
+        modules, keys = ({ours: theirs for theirs, ours in of.items()} for of in (_MODULES, _KEYS))
+        for key, t in given.items():
+            module, _, leaf = key.rpartition(".")
+            found[keys.get(key) or f"{modules.get(module, module)}.{leaf}".lstrip(".")] = t
+        return found
+
+    def dense_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its own state, of one expert, from BEiT's."""
+        found = dense(state_dict, len(self.transformer.blocks))
+        if (rows := found.get("table")) is not None and (table := self.transformer.table) is not None:
+            # what is between words, and between words and patches, stays
+            found["table"] = torch.cat([rows, table.detach()[len(rows) :].to(rows)])
+        return _within(found)
+
+
+_TRANSFORMER = "transformer."
+
+
+def _parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The transformer's, and what is around it."""
+    inside = {k.removeprefix(_TRANSFORMER): t for k, t in state.items() if k.startswith(_TRANSFORMER)}
+    return inside, {k: t for k, t in state.items() if not k.startswith(_TRANSFORMER)}
+
+
+def _within(of_transformer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_TRANSFORMER + k: t for k, t in of_transformer.items()}
 
 
 def _classifier(width: int, hidden: int, classes: int) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -194,23 +195,58 @@ def _with_first(inner: Tensor, end: int) -> Tensor:
 
 def official(state: Mapping[str, Tensor], start: int, depth: int) -> dict[str, Tensor]:
     """The transformer's state from unilm's, in which every expert is a module."""
-    left = dict(state)
-    found = {
-        "patch.weight": left.pop("patch_embed.proj.weight"),
-        "patch.bias": left.pop("patch_embed.proj.bias"),
-        "cls_token": left.pop("cls_token").flatten(),
-    }
-    if "pos_embed" in left:
-        found["position"] = left.pop("pos_embed")[0]
-    for i in range(depth):
-        block = f"blocks.{i}."
-        experts = ("text", "imag", "vl") if i >= start else ("text", "imag")
-        for theirs, ours in (("norm2", "norm2"), ("mlp_{}.fc1", "mlp.fc1"), ("mlp_{}.fc2", "mlp.fc2")):
-            for of in ("weight", "bias"):
-                pattern = theirs if "{}" in theirs else f"{theirs}_{{}}"
-                found[f"{block}{ours}.{of}"] = torch.stack(
-                    [left.pop(f"{block}{pattern.format(e)}.{of}") for e in experts]
-                )
-        for name in [name for name in left if name.startswith(f"{block}attn.")]:
-            found[block + name.removeprefix(f"{block}attn.")] = left.pop(name)
+    left, found = _shared(state), dict[str, Tensor]()
+    for ours, theirs in _experts(start, depth).items():
+        found[ours] = torch.stack([left.pop(name) for name in theirs])
     return found | left
+
+
+def to_official(state: Mapping[str, Tensor], start: int, depth: int) -> dict[str, Tensor]:
+    """unilm's state from the transformer's."""
+    left, found = dict(state), dict[str, Tensor]()
+    for ours, theirs in _experts(start, depth).items():
+        found |= dict(zip(theirs, left.pop(ours), strict=True))
+    for key, t in left.items():
+        if key == "cls_token":
+            t = t.view(1, 1, -1)
+        elif key == "position":
+            key, t = "pos_embed", t[None]
+        key = re.sub(r"^patch\.", "patch_embed.proj.", key)
+        found[re.sub(r"(blocks\.\d+)\.(qkv|proj|q_bias|v_bias)", r"\1.attn.\2", key)] = t
+    return found
+
+
+def dense(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The transformer's state, of one expert, from BEiT's, without its heads and its last norm.
+
+    Its table of relative positions is that of every block, one after another; the first rows of ours.
+    """
+    heads, tables = ("head", "lm_head", "fc_norm", "norm", "mask_token", "rel_pos_bias"), list[Tensor]()
+    left = {k: t for k, t in state.items() if k.partition(".")[0] not in heads and "relative_position" not in k}
+    for i in range(depth):
+        of_all, own = (f"{of}.relative_position_bias_table" for of in ("rel_pos_bias", f"blocks.{i}.attn"))
+        tables += [state[name] for name in (of_all, own) if name in state]
+    return _shared(left) | ({"table": torch.cat(tables, dim=1)} if tables else {})
+
+
+def _shared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With our names for what has no experts."""
+    found = {}
+    for key, t in state.items():
+        if key == "cls_token":
+            t = t.flatten()
+        elif key == "pos_embed":
+            key, t = "position", t[0]
+        found[key.replace("patch_embed.proj.", "patch.").replace(".attn.", ".")] = t
+    return found
+
+
+def _experts(start: int, depth: int) -> dict[str, list[str]]:
+    """The official names of each parameter that has experts."""
+    found = {}
+    for i in range(depth):
+        experts = ("text", "imag", "vl") if i >= start else ("text", "imag")
+        for theirs, ours in (("norm2_{}", "norm2"), ("mlp_{}.fc1", "mlp.fc1"), ("mlp_{}.fc2", "mlp.fc2")):
+            for of in ("weight", "bias"):
+                found[f"blocks.{i}.{ours}.{of}"] = [f"blocks.{i}.{theirs.format(e)}.{of}" for e in experts]
+    return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,10 @@ allow_torchvision()
 beit3 = pytest.importorskip("torchscale.model.BEiT3")
 from torchscale.architecture.config import EncoderConfig  # noqa: E402
 from torchscale.architecture.encoder import Encoder, EncoderLayer  # noqa: E402
+from torchscale.component.embedding import PositionalEmbedding  # noqa: E402
+from torchscale.component.feedforward_network import FeedForwardNetwork  # noqa: E402
 from torchscale.component.multihead_attention import MultiheadAttention  # noqa: E402
+from torchscale.component.multiway_network import MultiwayNetwork, MutliwayEmbedding  # noqa: E402
 
 SMALL = {
     **{"img_size": 16, "patch_size": 8, "vocab_size": 20, "multiway": True, "no_output_layer": True},
@@ -168,6 +172,101 @@ def test_a_layer_alone(split: int) -> None:
     assert_same(found[1], found[0])
 
 
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(16, 12),
+    "linear without bias": lambda: nn.Linear(16, 12, bias=False),
+    "norm": lambda: nn.LayerNorm(16, eps=1e-3),
+    "network": lambda: FeedForwardNetwork(16, 24, "gelu", 0.0, 0.0, 1e-5, subln=True),
+    "network, silu": lambda: FeedForwardNetwork(16, 24, "swish", 0.5, 0.5, 1e-5),
+}
+
+
+def both(of: nn.Module) -> tuple[nn.Module, nn.Module]:
+    for p in of.parameters():
+        nn.init.normal_(p, std=0.3)
+    eager = of.double().eval()
+    fused = copy.deepcopy(eager)
+    mmfuse.accelerate(fused, strict=True)
+    return eager, fused
+
+
+@contextmanager
+def not_called(expert: nn.Module) -> Iterator[None]:
+    """Within it modules of its class fail."""
+
+    def fail(*args: Any) -> None:
+        raise AssertionError("an expert is called")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(expert), "forward", fail)
+        yield
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_pair_alone(module: str) -> None:
+    eager, fused = both(MultiwayNetwork(MODULES[module]()))
+    for split in (1, 4, 6, -1, 0):
+        found = []
+        for of in (eager, fused):
+            of.split_position = split
+            of.zero_grad()
+            x = torch.linspace(-1, 1, 192, dtype=torch.float64).sin().view(2, 6, 16).requires_grad_()
+            with not_called(of.A) if of is fused and split > 0 else nullcontext():
+                y = of(x)
+            (y * torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y)).sum().backward()
+            grads = {f".{name}": p.grad for name, p in of.named_parameters() if p.grad is not None}
+            found.append({"y": y.detach(), ".x": x.grad, **grads})
+            assert y.is_contiguous()
+        assert_same(found[1], found[0])
+
+
+def test_tables_of_positions_alone() -> None:
+    """[1, S, D]; given positions, and one beyond the tables, are torchscale's."""
+    eager, fused = both(MutliwayEmbedding([PositionalEmbedding(8, 16), PositionalEmbedding(7, 16)]))
+    for split, length in ((3, 7), (6, 6), (-1, 6), (0, 5)):
+        found = []
+        for of in (eager, fused):
+            of.split_position = split
+            of.zero_grad()
+            with not_called(of.A) if of is fused else nullcontext():
+                y = of(torch.zeros(2, length, 16), positions=None)
+            y.square().sum().backward()
+            grads = {f".{name}": p.grad for name, p in of.named_parameters() if p.grad is not None}
+            found.append({"y": y.detach(), **grads})
+        assert_same(found[1], found[0], 0)
+    fused.split_position = eager.split_position = 0
+    given = torch.tensor([[4, 2]])
+    assert torch.equal(fused(torch.zeros(1, 2), positions=given), eager(torch.zeros(1, 2), positions=given))
+    with pytest.raises(IndexError):
+        fused(torch.zeros(1, 6))
+
+
+@pytest.mark.parametrize(
+    ("pair", "why"),
+    [
+        (lambda: MultiwayNetwork(nn.Linear(4, 4), dim=2), "it splits dimension 2, expected 1"),
+        (lambda: MultiwayNetwork(nn.LayerNorm(4, elementwise_affine=False)), "no weight or bias"),
+        (lambda: MultiwayNetwork(nn.Conv1d(4, 4, 1)), "its A is Conv1d"),
+        (lambda: MultiwayNetwork(FeedForwardNetwork(4, 4, "relu", 0, 0, 1e-5)), "its activation is relu"),
+        (lambda: MutliwayEmbedding([PositionalEmbedding(4, 4, padding_idx=2)] * 2), "have a padding_idx"),
+    ],
+)
+def test_a_pair_that_is_left(pair: Callable[[], nn.Module], why: str) -> None:
+    (left,) = mmfuse.accelerate(pair()).left
+    assert why in left.why
+
+
+@pytest.mark.usefixtures("stepping_aside")
+def test_on_a_cpu_a_pair_alone_is_torchscales() -> None:
+    _, fused = both(MultiwayNetwork(nn.Linear(16, 12)))
+    fused.split_position = 3
+    x = torch.zeros(2, 6, 16, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="is called"), not_called(fused.A):
+        fused(x)
+    with not_called(fused.A), mmfuse.use_backend("torch"):
+        fused(x)
+
+
 def test_paths_are_dropped_by_the_same_draws() -> None:
     eager, fused = (m.train() for m in pair(torch.float64, drop_path_rate=0.5))
     found = []
@@ -186,7 +285,7 @@ def test_its_own_code_drops_activations(name: str) -> None:
     for of in (eager, fused):
         torch.manual_seed(3)
         found.append(results(of, CALLS["pair"]))
-    assert_same(found[1], found[0], 0)
+    assert_same(found[1], found[0])
     eager.eval(), fused.eval()
     with no_own_code():
         results(fused, CALLS["pair"])
@@ -284,14 +383,16 @@ def test_autocast() -> None:
 
 
 def test_in_a_graph() -> None:
-    """One graph, for every number of samples."""
+    """One graph, for every number of samples and every split."""
     eager, fused = pair(torch.float64, encoder_layers=1)
     torch.compiler.reset()
-    compiled = torch.compile(fused.encoder, backend="eager", fullgraph=True, dynamic=True)
-    for samples in (2, 3, 5):
+    graphs = CompileCounter()
+    compiled = torch.compile(fused.encoder, backend=graphs, fullgraph=True, dynamic=True)
+    for samples, split in ((2, 3), (3, 3), (5, 4), (2, 2), (3, 5)):
         x = torch.randn(samples, 7, 16, dtype=torch.float64)
-        got, want = (m(None, token_embeddings=x, multiway_split_position=3) for m in (compiled, eager.encoder))
+        got, want = (m(None, token_embeddings=x, multiway_split_position=split) for m in (compiled, eager.encoder))
         torch.testing.assert_close(got["encoder_out"], want["encoder_out"], rtol=2e-6, atol=2e-6)
+    assert graphs.frame_count == 1
 
 
 def moves(layers: int, fused: bool) -> int:
@@ -383,6 +484,6 @@ def test_calls_that_are_not_of_beit3() -> None:
 
 
 def test_every_rule_is_tested_here() -> None:
-    assert {r.target for r in RULES if r.op == "multiway"} == {
-        f"torchscale.architecture.encoder:{name}" for name in ("Encoder", "EncoderLayer")
+    assert {r.target.split(":")[1] for r in RULES if r.op == "multiway"} == {
+        cls.__name__ for cls in (Encoder, EncoderLayer, MultiwayNetwork, MutliwayEmbedding)
     }

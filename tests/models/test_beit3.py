@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
+import mmfuse
 from mmfuse import models
-from mmfuse.kernels.multiway.routing import Part, Routing
-from mmfuse.models.beit3 import BEiT3ForTasks, Captioner, generate
+from mmfuse._compat import allow_torchvision
+from mmfuse.kernels.multiway.routing import Routing
+from mmfuse.models.beit3 import (
+    Batch,
+    BEiT3ForTasks,
+    Captioner,
+    Masked,
+    block_mask,
+    generate,
+    mask_words,
+    pretrain,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENCODER = {"img_size": 32, "patch_size": 16, "vocab_size": 40, "encoder_embed_dim": 16, "encoder_layers": 2}
@@ -27,20 +42,64 @@ def inputs(n: int = 2, length: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def test_images_texts_and_pairs_are_one_stream() -> None:
-    """Each of the three kinds comes out as if it had been alone."""
+    """Each of the three kinds comes out as if it had been alone, with its padding and its mask."""
     encoder = tiny().beit3
     image, ids = inputs(3)
-    single, text = inputs(2)
-    (x,), (y,) = encoder.embed(image=torch.cat([image, single])), encoder.embed(text_ids=torch.cat([ids, text]))
-    at = torch.arange(7, device=DEVICE)
-    parts = [Part(0, 5, 5, at[:5]), Part(1, 5, 5, at[[0, 1, 2, 5, 6]])]
-    stream = torch.cat([x.flatten(0, 1), y.flatten(0, 1)])
-    found = encoder.encode(stream, Routing.of(parts, 2, 7, DEVICE)).view(2, 5, 5, -1)
-    pairs = encoder(image, ids)
-    torch.testing.assert_close(found[0, :3], pairs.image)
-    torch.testing.assert_close(found[1, :3], pairs.text)
-    torch.testing.assert_close(found[0, 3:], encoder(image=single).image)
-    torch.testing.assert_close(found[1, 3:], encoder(text_ids=text).text)
+    single, text = inputs(2, length=4)
+    padding = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1]], device=DEVICE)
+    masked = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]], device=DEVICE)
+    batches = [Batch(single, masked=masked), Batch(text_ids=text, padding_mask=padding), Batch(image, ids)]
+    for batch, found in zip(batches, encoder.together(batches), strict=True):
+        for got, want in zip(found, encoder(*batch), strict=True):
+            assert (got is None) == (want is None)
+            if want is not None:
+                torch.testing.assert_close(got, want)
+
+
+def test_the_losses_of_what_is_masked() -> None:
+    model = tiny("pretraining", codebook_size=11)
+    image, ids = inputs()
+    patches = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]], device=DEVICE).bool()
+    codes = torch.randint(11, (2, 4), device=DEVICE)
+    words, labels = mask_words(ids, 0.5, TOKENS["mask"], [], torch.tensor([[0.1, 0.9, 0.9, 0.2, 0.9]] * 2).to(DEVICE))
+    assert labels.tolist() == [[row[0], -100, -100, row[3], -100] for row in ids.tolist()]
+    only_image, only_text, pair = pretrain(
+        model,
+        [
+            Masked(image, patches, codes),
+            Masked(text_ids=words, labels=labels),
+            Masked(image, patches, codes, words, labels),
+        ],
+    )
+    assert only_image.text is None and only_text.image is None
+    found = model.beit3(image, words, masked=patches)
+    want = F.cross_entropy(model.code_head(found.image[:, 1:][patches]), codes[patches])
+    torch.testing.assert_close(pair.image, want)
+    torch.testing.assert_close(pair.text, F.cross_entropy(model.word_head(found.text).mT, labels))
+    found = model.beit3(image, masked=patches)
+    want = F.cross_entropy(model.code_head(found.image[:, 1:][patches]), codes[patches])
+    torch.testing.assert_close(only_image.image, want)
+
+
+@pytest.mark.parametrize(("grid", "smallest"), [(14, 16), (4, 2), (2, 1)])
+def test_masks_are_blocks(grid: int, smallest: int) -> None:
+    for seed in range(20):
+        mask = block_mask(grid, smallest=smallest, generator=torch.Generator().manual_seed(seed)).view(grid, grid)
+        assert int(mask.sum()) == int(0.4 * grid**2)
+        together = (mask[:-1] & mask[1:]).sum() + (mask[:, :-1] & mask[:, 1:]).sum()
+        assert grid < 14 or together > 60  # 78 patches at random have some 60 neighbours
+
+
+def test_one_graph_for_every_split() -> None:
+    model = tiny(encoder_config=ENCODER | {"encoder_layers": 1}).beit3
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(model.encode, backend=graphs, fullgraph=True, dynamic=True)
+    x = torch.randn(18, 16, dtype=torch.float64, device=DEVICE)
+    for split in (3, 5, 7, 2):
+        routing = Routing.from_split(2, 9, split, device=DEVICE)
+        torch.testing.assert_close(compiled(x, routing), model.encode(x, routing))
+    assert graphs.frame_count == 1
 
 
 def test_padding_is_not_seen() -> None:
@@ -85,6 +144,66 @@ def test_a_caption_may_end_early() -> None:
     model.word_head.bias.data[TOKENS["sep"]] = 1e3
     captions = generate(model, inputs()[0])
     assert captions.ids.tolist() == [[TOKENS["cls"], TOKENS["mask"], TOKENS["sep"], 1, 1, 1]] * 2
+
+
+def torchscales(multiway: bool = True) -> torch.nn.Module:
+    """The real encoder at random weights; without `multiway` the layers alone."""
+    allow_torchvision()
+    library = pytest.importorskip("torchscale.model.BEiT3")
+    from torchscale.architecture.config import EncoderConfig
+
+    fixed = {"layernorm_embedding": False, "no_scale_embedding": True, "no_output_layer": True}
+    config = EncoderConfig(**ENCODER, **fixed, multiway=multiway)
+    made = library.BEiT3(config) if multiway else library.Encoder(config)
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return made.to(DEVICE, torch.float64).eval()
+
+
+def test_weights_go_to_torchscale_and_back() -> None:
+    """Saved eager, trained accelerated, loaded here, and back: one model all the way."""
+    eager, fused, again = torchscales(), torchscales(), torchscales()
+    file = io.BytesIO()
+    torch.save(eager.state_dict(), file)
+    file.seek(0)
+    mmfuse.accelerate(fused)
+    fused.load_state_dict(torch.load(file))
+    image, ids = inputs()
+    for model in (eager, fused):
+        adam = torch.optim.AdamW(model.parameters(), 1e-2)
+        model(ids, image)["encoder_out"].square().sum().backward()
+        adam.step()
+    ours = tiny()
+    models.load_official(ours, {f"beit3.{key}": t for key, t in fused.state_dict().items()})
+    given = models.to_official(ours)
+    again.load_state_dict({key.removeprefix("beit3."): t for key, t in given.items()})
+    assert all(torch.equal(t, fused.state_dict()[key]) for key, t in again.state_dict().items())
+    found = ours(image, ids)
+    got = torch.cat(list(found), dim=1)
+    for model in (eager, fused, again):
+        torch.testing.assert_close(got, model(ids, image)["encoder_out"], rtol=1e-5, atol=1e-5)
+
+
+def test_heads_go_back() -> None:
+    tasks = ("retrieval", "nlvr2", "captioning"), ("vqa", "imageclassification")
+    for of in tasks:
+        model, other = tiny(*of), tiny(*of)
+        models.load_official(other, models.to_official(model))
+        assert all(torch.equal(t, other.state_dict()[key]) for key, t in model.state_dict().items())
+
+
+def test_both_experts_begin_as_one() -> None:
+    """torchscale's encoder without `multiway`: whatever the split, the rows are its own."""
+    dense, model = torchscales(multiway=False), tiny()
+    models.load_dense(model, {f"encoder.{key}": t for key, t in dense.state_dict().items()})
+    x = torch.randn(2, 7, 16, dtype=torch.float64, device=DEVICE)
+    want = dense(None, token_embeddings=x)["encoder_out"]
+    for split in (0, 3):
+        routing = Routing.from_split(2, 7, split, device=DEVICE)
+        y = torch.cat([x[:, :split].flatten(0, 1), x[:, split:].flatten(0, 1)])
+        got = model.beit3.encode(y, routing)
+        found = [t.unflatten(0, (2, -1)) for t in got.split([2 * split, 2 * (7 - split)])]
+        torch.testing.assert_close(torch.cat(found, dim=1), want, rtol=1e-5, atol=1e-5)
 
 
 def test_size_is_the_papers() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse import models
+from mmfuse._compat import allow_torchvision
 from mmfuse.models.vlmo import VLMo
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,6 +95,67 @@ def test_padding_is_not_seen() -> None:
     other = torch.where(mask.bool(), ids, torch.randint_like(ids, 5, 40))
     one, two = (model(model.pairs(words, mask, image)) for words in (ids, other))
     assert torch.equal(one.image, two.image) and torch.equal(one.text[:, :3], two.text[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("losses", "arch"),
+    [
+        (LOSSES, {}),
+        ({"vqa": 1, "nlvr2": 1, "irtr": 1}, {"use_abs_pos_emb": True, "need_relative_position_embed": False}),
+        ({"textmlm": 1}, {"layer_scale_init_values": None}),
+    ],
+)
+def test_weights_go_back(losses: dict[str, int], arch: dict[str, object]) -> None:
+    """The golden cases load official weights; here they are those that are given back."""
+    model, other = tiny(losses, **arch), tiny(losses, **arch)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    given = models.to_official(model)
+    models.load_official(other, given)
+    want = model.state_dict()
+    assert all(torch.equal(t, want[key]) for key, t in other.state_dict().items())
+    assert all(torch.equal(t, given[key]) for key, t in models.to_official(other).items())
+    assert given["transformer.blocks.1.mlp_imag.fc1.weight"].shape == (64, 16)
+
+
+def test_the_images_expert_begins_as_beit() -> None:
+    """timm's BEiT at random weights: the image's rows are its own, and the other experts stay what they were."""
+    allow_torchvision()
+    beit = pytest.importorskip("timm.models.beit").Beit(
+        img_size=32,
+        embed_dim=16,
+        depth=3,
+        num_heads=2,
+        num_classes=5,
+        init_values=0.1,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=True,
+    )
+    for p in beit.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model = tiny()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    models.load_dense(model, beit.state_dict(), experts=("image",))
+    model.kind.weight.data.zero_()
+    image, _, _ = inputs()
+    (found,) = model.transformer([model.images(image)])
+    beit = beit.double().eval().to(DEVICE)
+    beit.norm = torch.nn.Identity()
+    torch.testing.assert_close(found.image, beit.forward_features(image), rtol=1e-6, atol=1e-6)
+    for expert in (0, 2):
+        key = "transformer.blocks.2.mlp.fc1.weight"
+        assert torch.equal(model.state_dict()[key][expert], before[key][expert])
+
+
+def test_what_is_no_dense_model_of_it() -> None:
+    model = tiny()
+    for state, experts, message in (
+        ({"blocks.0.mlp.fc1.weight": torch.zeros(3)}, None, "shape .3,., expected .2, 64, 16., or that of one expert"),
+        ({"blocks.9.mlp.fc1.weight": torch.zeros(3)}, None, "unexpected: transformer.blocks.9"),
+        ({}, ("video",), "experts has 'video', expected some of text, image, pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.load_dense(model, state, experts)
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("base", 175), ("large", 561)])
