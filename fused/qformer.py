@@ -368,6 +368,54 @@ class QFormer(nn.Module):
         return self.encoder(embedded, [self.embeddings(ids) for ids in texts], kept, sees, kv, query_only)
 
 
+class ImageQueries(nn.Module):
+    """Learned queries that look at an image encoder's tokens, under the names of LAVIS.
+
+    Args:
+        queries: Q.
+        eps: of the LayerNorm of the tokens; transformers takes the image encoder's 1e-6.
+    """
+
+    def __init__(self, qformer: QFormerConfig, queries: int, eps: float = 1e-5):
+        super().__init__()
+        self.ln_vision = nn.LayerNorm(qformer.encoder_width, eps=eps)
+        self.Qformer = nn.Module()
+        self.Qformer.bert = QFormer(qformer)
+        self.query_tokens = nn.Parameter(torch.randn(1, queries, qformer.hidden_size) * qformer.initializer_range)
+
+    @property
+    def bert(self) -> QFormer:
+        return self.Qformer.bert  # type: ignore[return-value]
+
+    def see(self, tokens: Tensor) -> QFormerKV:
+        """The Q-Former's keys and values of what an image encoder gives, [B, N, encoder_width]."""
+        # with a frozen encoder the norm learns as a part of the product, without a gradient for the tokens
+        if torch.is_grad_enabled() and self.ln_vision.weight.requires_grad and not tokens.requires_grad:
+            return self.bert.project(tokens, norm=self.ln_vision)
+        return self.bert.project(self.ln_vision(tokens))
+
+
+class _Transform(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(x)))
+
+
+class Predictions(nn.Module):
+    """BERT's language head: a transform, then logits over the vocabulary with the word embeddings as weight."""
+
+    def __init__(self, words: nn.Embedding, eps: float):
+        super().__init__()
+        self.transform = _Transform(words.embedding_dim, eps)
+        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
+        self.decoder = nn.Linear(words.embedding_dim, words.num_embeddings)
+        self.decoder.weight, self.decoder.bias = words.weight, self.bias
+
+
 def from_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The official names of the weights of transformers' `Blip2QFormerModel` or `InstructBlipQFormerModel`."""
     return {_official_name(key): t for key, t in state_dict.items()}

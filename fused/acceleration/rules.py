@@ -399,7 +399,7 @@ RULES = (
     Rule(
         op="few_query_attention",
         target="open_clip.transformer:AttentionalPooler",
-        forward="mmfuse.fused.acceleration.poolers:open_clip_pooler",
+        forward="mmfuse.fused.poolers:AttentionalPooler.forward",
         children=poolers.OPEN_CLIP_CHILDREN,
         reason_against=poolers.against_attention("attn"),
     ),

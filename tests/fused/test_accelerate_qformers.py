@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import mmfuse
 from judge import assert_no_worse, judge
 from mmfuse._compat import allow_torchvision
-from mmfuse.fused.acceleration import poolers, qformers
+from mmfuse.fused import poolers
+from mmfuse.fused.acceleration import qformers
 from mmfuse.kernels.qformer.op import token_attention
 from tiny import HF_QFORMER, HF_VISION
 
