@@ -405,6 +405,21 @@ RULES = (
     ),
     Rule(
         op="few_query_attention",
+        target="transformers.models.aria.modeling_aria:AriaProjector",
+        forward="mmfuse.fused.acceleration.poolers:aria_projector",
+        children=poolers.ARIA_CHILDREN,
+        reason_against=poolers.against_attention("cross_attn.multihead_attn"),
+    ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.kosmos2.modeling_kosmos2:Kosmos2ImageToTextProjection",
+        forward="mmfuse.fused.acceleration.poolers:kosmos2_connector",
+        children=poolers.KOSMOS2_CHILDREN,
+        reason_against=poolers.against_kosmos2,
+        aside=poolers.one_image,
+    ),
+    Rule(
+        op="few_query_attention",
         target="transformers.models.blip.modeling_blip_text:BlipTextEncoder",
         forward="mmfuse.fused.acceleration.qformers:blip_text_encoder",
         children=qformers.blip_text_children(),
