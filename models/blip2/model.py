@@ -44,7 +44,7 @@ class Vision(ImageQueries):
 
     def query(self, image: Tensor) -> Tensor:
         """What the queries find in images [B, 3, R, R], without a text: [B, Q, hidden]."""
-        (query,) = self.bert(self.query_tokens, kv=self.see(self.visual_encoder(image)))
+        (query,) = self.bert(self.query_tokens, kv=self.see(self.visual_encoder(image), once=True))
         return query
 
     def official_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
