@@ -9,11 +9,15 @@ from mmfuse.fused.losses import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from mmfuse.fused.momentum import MomentumQueueITC, momentum_update
 from mmfuse.fused.patch import PatchEmbed, vit_tokens
 from mmfuse.fused.points import OneLLMPointEmbed, P3Embed, PointBertEncoder, PointBertGroup, PointPatchEmbed
+from mmfuse.fused.poolers import AttentionalPooler, PerceiverResampler
+from mmfuse.fused.pretraining import QFormerPretraining
+from mmfuse.fused.qformer import QFormer, QFormerConfig, QFormerEncoder, QFormerKV
 from mmfuse.fused.quantizer import NormEMAVectorQuantizer, VectorQuantizer
 from mmfuse.fused.queries import MaxQueryITC
 from mmfuse.fused.retrieval import HardNegativeSampler, Ranking, rerank
 
 __all__ = [
+    "AttentionalPooler",
     "ClipLoss",
     "CoCaLoss",
     "DistillClipLoss",
@@ -27,9 +31,15 @@ __all__ = [
     "OneLLMPointEmbed",
     "P3Embed",
     "PatchEmbed",
+    "PerceiverResampler",
     "PointBertEncoder",
     "PointBertGroup",
     "PointPatchEmbed",
+    "QFormer",
+    "QFormerConfig",
+    "QFormerEncoder",
+    "QFormerKV",
+    "QFormerPretraining",
     "Ranking",
     "Report",
     "SigLipLoss",

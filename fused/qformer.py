@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmfuse.kernels._runtime.arguments import check, check_range
 from mmfuse.kernels.multiway.attention import packed_attention
 from mmfuse.kernels.multiway.routing import Part, Routing
-from mmfuse.kernels.qformer import few_query_attention, project_kv
+from mmfuse.kernels.qformer import few_query_attention, project_kv, token_attention
 from mmfuse.kernels.text import embed_text
 
 Sees = Sequence[Sequence[str]]
@@ -69,7 +69,8 @@ class QFormerKV:
     """The keys and values of images for every cross-attention layer, computed once for all passes over them.
 
     Attributes:
-        kv: [I, N, layers with cross-attention, 2, heads, head dim].
+        kv: [I, N, layers with cross-attention, 2, heads, head dim]; or the tokens [I, N, encoder_width] themselves, for
+            one pass.
         lengths: int64 [I], the tokens that an image has, which come first; None for all N.
         index: int64 [B], the image of each row of a pass; None for one row per image.
     """
@@ -83,12 +84,19 @@ class QFormerKV:
         """B."""
         return len(self.kv if self.index is None else self.index)
 
+    @property
+    def formed(self) -> bool:
+        """Whether keys and values are there."""
+        return self.kv.dim() == 6
+
     def at(self, index: Tensor) -> QFormerKV:
         """For rows that attend to the images [B] int64 of these: negatives, instructions, beams; nothing is copied.
 
         Raises:
-            ValueError: an image is out of range (checked on a CPU).
+            ValueError: an image is out of range (checked on a CPU), or these are tokens for one pass.
         """
+        if not self.formed:
+            raise ValueError("these are tokens for one pass, expected keys and values: project without once=True")
         check("index", index, ("B",), dtype=torch.int64, like=("kv", self.kv))
         check_range("index", index, self.rows, "the number of rows")
         return dataclasses.replace(self, index=index if self.index is None else self.index[index])
@@ -155,8 +163,11 @@ class CrossAttention(_Attention):
     """Of queries [B, Q, hidden] or [1, Q, hidden] over images: [B, Q, hidden], with residual and LayerNorm."""
 
     def forward(self, x: Tensor, kv: QFormerKV, layer: int) -> Tensor:
-        q = self._heads_of(self.self.query(x))
-        o = few_query_attention(q, *kv.layer(layer), kv.index, kv.lengths, self._dropout()).o
+        q, of_keys, of_values = self._heads_of(self.self.query(x)), self.self.key, self.self.value
+        if kv.formed:
+            o = few_query_attention(q, *kv.layer(layer), kv.index, kv.lengths, self._dropout()).o
+        else:
+            o = token_attention(q, kv.kv, of_keys.weight, of_values.weight, of_values.bias, kv.lengths).o
         return self.output(o.flatten(2), x)
 
 
@@ -211,9 +222,13 @@ class QFormerEncoder(nn.Module):
         config = self.config
         return self.training and config.hidden_dropout_prob + config.attention_probs_dropout_prob > 0
 
-    def project(self, x: Tensor, lengths: Tensor | None = None, norm: nn.LayerNorm | None = None) -> QFormerKV:
+    def project(
+        self, x: Tensor, lengths: Tensor | None = None, norm: nn.LayerNorm | None = None, once: bool = False
+    ) -> QFormerKV:
         """Keys and values of images x [I, N, encoder_width]; arguments as `QFormer.project`'s."""
         check("x", x, ("I", "N", self.config.encoder_width))
+        if once and x.is_cpu and norm is None and not torch.is_grad_enabled() and not self.draws:
+            return QFormerKV(x, lengths)
         of: list[Any] = [layer.crossattention.self for layer in self.layer if layer.crossattention is not None]
         weight = torch.stack([torch.stack([p.key.weight, p.value.weight]) for p in of])
         bias = torch.stack([torch.stack([p.key.bias, p.value.bias]) for p in of])
@@ -310,7 +325,11 @@ class QFormer(nn.Module):
             nn.init.zeros_(module.weight[module.padding_idx])
 
     def project(
-        self, image_embeds: Tensor, lengths: Tensor | None = None, norm: nn.LayerNorm | None = None
+        self,
+        image_embeds: Tensor,
+        lengths: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
+        once: bool = False,
     ) -> QFormerKV:
         """The keys and values of images, for any number of passes.
 
@@ -319,8 +338,10 @@ class QFormer(nn.Module):
             lengths: int64 [I], the tokens that each image has; by default N.
             norm: a LayerNorm before, as a part of the product: of a frozen encoder's tokens it learns without a
                 gradient for them.
+            once: for one pass, of one row per image. On a CPU without gradients and dropout, a layer then attends to
+                the tokens (`token_attention`), which takes fewer products.
         """
-        return self.encoder.project(image_embeds, lengths, norm)
+        return self.encoder.project(image_embeds, lengths, norm, once)
 
     def forward(
         self,
@@ -366,6 +387,54 @@ class QFormer(nn.Module):
             query = query.expand(batch, -1, -1)
         embedded = None if query is None else self.embeddings.query(query)
         return self.encoder(embedded, [self.embeddings(ids) for ids in texts], kept, sees, kv, query_only)
+
+
+class ImageQueries(nn.Module):
+    """Learned queries that look at an image encoder's tokens, under the names of LAVIS.
+
+    Args:
+        queries: Q.
+        eps: of the LayerNorm of the tokens; transformers takes the image encoder's 1e-6.
+    """
+
+    def __init__(self, qformer: QFormerConfig, queries: int, eps: float = 1e-5):
+        super().__init__()
+        self.ln_vision = nn.LayerNorm(qformer.encoder_width, eps=eps)
+        self.Qformer = nn.Module()
+        self.Qformer.bert = QFormer(qformer)
+        self.query_tokens = nn.Parameter(torch.randn(1, queries, qformer.hidden_size) * qformer.initializer_range)
+
+    @property
+    def bert(self) -> QFormer:
+        return self.Qformer.bert  # type: ignore[return-value]
+
+    def see(self, tokens: Tensor, once: bool = False) -> QFormerKV:
+        """The Q-Former's keys and values of what an image encoder gives, [B, N, encoder_width]; once: for one pass."""
+        # with a frozen encoder the norm learns as a part of the product, without a gradient for the tokens
+        if torch.is_grad_enabled() and self.ln_vision.weight.requires_grad and not tokens.requires_grad:
+            return self.bert.project(tokens, norm=self.ln_vision)
+        return self.bert.project(self.ln_vision(tokens), once=once)
+
+
+class _Transform(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(x)))
+
+
+class Predictions(nn.Module):
+    """BERT's language head: a transform, then logits over the vocabulary with the word embeddings as weight."""
+
+    def __init__(self, words: nn.Embedding, eps: float):
+        super().__init__()
+        self.transform = _Transform(words.embedding_dim, eps)
+        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
+        self.decoder = nn.Linear(words.embedding_dim, words.num_embeddings)
+        self.decoder.weight, self.decoder.bias = words.weight, self.bias
 
 
 def from_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import linear_cross_entropy
-from mmfuse.fused.qformer import QFormerConfig
+from mmfuse.fused.qformer import Predictions
 from mmfuse.kernels.text import embed_text
 
 KeysValues = tuple[Tensor, Tensor]  # each [B, heads, K, hidden_size / heads]
@@ -188,31 +188,10 @@ def initialize(module: nn.Module, std: float) -> None:
             nn.init.zeros_(part.weight[part.padding_idx])
 
 
-class Transform(nn.Module):
-    def __init__(self, config: BertConfig | QFormerConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.LayerNorm(F.gelu(self.dense(x)))
-
-
-class Predictions(nn.Module):
-    """The head: a transform, then logits over the vocabulary with the word embeddings as weight."""
-
-    def __init__(self, config: BertConfig | QFormerConfig, words: nn.Embedding):
-        super().__init__()
-        self.transform = Transform(config)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.decoder.weight, self.decoder.bias = words.weight, self.bias
-
-
 class Head(nn.Module):
     def __init__(self, config: BertConfig, words: nn.Embedding):
         super().__init__()
-        self.predictions = Predictions(config, words)
+        self.predictions = Predictions(words, config.layer_norm_eps)
 
 
 class LanguageModel(nn.Module):

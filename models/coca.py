@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmfuse.fused import linear_cross_entropy, vit_tokens
 from mmfuse.fused.captioning import CaptionDecoder, attend, generate, project, residual, visible_keys
+from mmfuse.fused.poolers import AttentionalPooler
 from mmfuse.kernels import clip_loss
 from mmfuse.kernels.text import embed_text
 from mmfuse.models.registry import System, check_keys, instantiate
@@ -127,7 +128,6 @@ class Attention(nn.Module):
         self,
         width: int,
         heads: int,
-        context_width: int | None = None,
         norm: Norm = nn.LayerNorm,
         custom: bool = False,
         qk_norm: bool = False,
@@ -138,16 +138,8 @@ class Attention(nn.Module):
         if heads < 1 or width % heads:
             raise ValueError(f"width is {width} with {heads} attention heads, expected a multiple of the heads")
         self.num_heads = heads
-        context_width = context_width or width
-        self.packed = context_width == width
-        if self.packed:
-            self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        else:
-            self.q_proj_weight = nn.Parameter(torch.empty(width, width))
-            self.k_proj_weight = nn.Parameter(torch.empty(width, context_width))
-            self.v_proj_weight = nn.Parameter(torch.empty(width, context_width))
-        for weight in self.parameters():
-            nn.init.normal_(weight, std=(width // heads) ** -0.5) if custom else nn.init.xavier_uniform_(weight)
+        self.in_proj_weight = weight = nn.Parameter(torch.empty(3 * width, width))
+        nn.init.normal_(weight, std=(width // heads) ** -0.5) if custom else nn.init.xavier_uniform_(weight)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.ln_q, self.ln_k = (norm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
         self.head_scale = nn.Parameter(torch.ones(heads, 1, 1)) if scale_heads else None
@@ -159,17 +151,11 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """x [B, L, width] attends to itself or to context [B, K, context_width]. mask: True where a key is seen."""
+        """x [B, L, width] attends to itself or to context [B, K, width]. mask: True where a key is seen."""
         if context is None:
             q, k, v = project(self, x, 0, 3)
-        elif self.packed:
-            (q,), (k, v) = project(self, x, 0, 1), project(self, context, 1, 3)
         else:
-            weights, biases = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), self.in_proj_bias.chunk(3)
-            q, k, v = (
-                F.linear(t, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-                for t, w, b in zip((x, context, context), weights, biases, strict=True)
-            )
+            (q,), (k, v) = project(self, x, 0, 1), project(self, context, 1, 3)
         return attend(self, q, k, v, mask, causal)
 
 
@@ -199,7 +185,7 @@ class Block(nn.Module):
 
         hidden = int(width * mlp_ratio)
         self.ln_1 = norm(width)
-        self.attn = Attention(width, heads, None, norm, custom, qk_norm, scale_heads, scale_attn_inner)
+        self.attn = Attention(width, heads, norm, custom, qk_norm, scale_heads, scale_attn_inner)
         self.ln_attn = norm(width) if scale_attn else nn.Identity()
         self.ls_1 = scale()
         if cross:
@@ -239,20 +225,6 @@ class Blocks(nn.Module):
 
 
 # --- the image tower -------------------------------------------------------------------------------------------------
-
-
-class AttentionalPooler(nn.Module):
-    """Learned queries attend to x [B, K, context_width]: [B, queries, width]."""
-
-    def __init__(self, width: int, context_width: int, heads: int, queries: int):
-        super().__init__()
-        self.query = nn.Parameter(torch.randn(queries, width))
-        self.attn = Attention(width, heads, context_width)
-        self.ln_q = nn.LayerNorm(width)
-        self.ln_k = nn.LayerNorm(context_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attn(self.ln_q(self.query).expand(x.shape[0], -1, -1), self.ln_k(x))
 
 
 class VisionTransformer(nn.Module):

@@ -224,6 +224,23 @@ def pooling_head(module: str, prefix: str) -> Sample:
     return Sample(make, lambda model, dtype: model(torch.randn(2, 9, 16, dtype=dtype)), "attention", "in_proj_weight")
 
 
+def aria_projector() -> nn.Module:
+    """Three queries over nine tokens."""
+    library = import_module("transformers")
+    config = library.AriaConfig(projector_patch_to_query_dict={9: 3})
+    config.vision_config.hidden_size, config.vision_config.num_attention_heads = 16, 2
+    config.text_config.hidden_size = 10
+    return import_module(f"{HF}aria.modeling_aria").AriaProjector(config)
+
+
+def kosmos2_connector(attention: str = "sdpa") -> nn.Module:
+    """Three queries over the tokens of an image, [B, N, 12]."""
+    text = {"embed_dim": 16, "attention_heads": 2, "attention_dropout": 0.3}
+    config = import_module("transformers").Kosmos2Config(text_config=text, latent_query_num=3)
+    config.vision_config.hidden_size, config.text_config._attn_implementation = 12, attention
+    return import_module(f"{HF}kosmos2.modeling_kosmos2").Kosmos2ImageToTextProjection(config)
+
+
 class EmbeddingEMA(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -376,6 +393,12 @@ SAMPLES |= {
     f"{HF}blip.modeling_blip_text:BlipTextEncoder": blip_text(),
     f"{HF}siglip.modeling_siglip:SiglipMultiheadAttentionPoolingHead": pooling_head("siglip", "Siglip"),
     f"{HF}siglip2.modeling_siglip2:Siglip2MultiheadAttentionPoolingHead": pooling_head("siglip2", "Siglip2"),
+    f"{HF}aria.modeling_aria:AriaProjector": Sample(
+        aria_projector, lambda model, dtype: model(torch.randn(2, 9, 16, dtype=dtype)), "cross_attn.k_proj"
+    ),
+    f"{HF}kosmos2.modeling_kosmos2:Kosmos2ImageToTextProjection": Sample(
+        kosmos2_connector, lambda model, dtype: model(torch.randn(2, 9, 12, dtype=dtype))[0], "x_attn.k_proj"
+    ),
     "open_clip.transformer:AttentionalPooler": Sample(
         lambda: import_module("open_clip.transformer").AttentionalPooler(16, 16, 2, n_queries=3),
         lambda model, dtype: model(torch.randn(2, 9, 16, dtype=dtype)),

@@ -1,8 +1,4 @@
-"""Poolers of a few learned queries, which are the same for every image: they are projected once.
-
-One query, or a few, attend to the tokens themselves, so that neither keys nor values are formed; many, as those of
-CoCa, to keys and values.
-"""
+"""Heads and projectors of a few learned queries, which are the same for every image (`mmfuse.fused.poolers`)."""
 
 from __future__ import annotations
 
@@ -12,17 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.kernels.qformer.reference import absorbed_attention
+from mmfuse.fused.poolers import attention
 
 _ATTENTION = ("torch.nn.modules.activation:MultiheadAttention",)
 _PROJECTION = ("torch.nn.modules.linear:NonDynamicallyQuantizableLinear",)
 CHILDREN = {"attention": _ATTENTION, "attention.out_proj": _PROJECTION}
 OPEN_CLIP_CHILDREN = {"attn": _ATTENTION, "attn.out_proj": _PROJECTION}
+_LINEAR = ("torch.nn.modules.linear:Linear",)
+ARIA_CHILDREN = {
+    "cross_attn": ("transformers.models.aria.modeling_aria:AriaCrossAttention",),
+    "cross_attn.layer_norm": ("torch.nn.modules.normalization:LayerNorm",),
+    "cross_attn.q_proj": _LINEAR,
+    "cross_attn.k_proj": _LINEAR,
+    "cross_attn.v_proj": _LINEAR,
+    "cross_attn.multihead_attn": _ATTENTION,
+    "cross_attn.multihead_attn.out_proj": _PROJECTION,
+}
+KOSMOS2_CHILDREN = {
+    "x_attn": ("transformers.models.kosmos2.modeling_kosmos2:KosmosTextAttention",),
+    # each is given the queries once
+    **{f"x_attn.{name}_proj": _LINEAR for name in "qkv"},
+}
 
 
 def siglip_head(head: Any, hidden_state: Tensor) -> Tensor:
     """SiglipMultiheadAttentionPoolingHead: tokens [B, N, D] to [B, D]."""
-    return _head(head, _pooled(head.attention, head.probe, hidden_state))
+    return _head(head, attention(head.attention, head.probe, hidden_state))
 
 
 def siglip2_head(head: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -39,52 +50,89 @@ def siglip2_head(head: Any, hidden_state: Tensor, attention_mask: Tensor | None 
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         least = torch.finfo(head.probe.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=head.probe.dtype).masked_fill(~attention_mask, least)
-    return _head(head, _pooled(head.attention, head.probe, hidden_state, attention_mask))
+    return _head(head, attention(head.attention, head.probe, hidden_state, attention_mask))
 
 
 def _head(head: Any, x: Tensor) -> Tensor:
     return (x + head.mlp(head.layernorm(x)))[:, 0]
 
 
-def open_clip_pooler(pooler: Any, x: Tensor) -> Tensor:
-    """open_clip's AttentionalPooler: [B, N, E] to [B, n_queries, D]."""
-    return _pooled(pooler.attn, pooler.ln_q(pooler.query)[None], pooler.ln_k(x))
+def aria_projector(projector: Any, key_value_states: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """AriaProjector: tokens [B, N, D] of images to [B, Q, output_dim]; of the mask [B, N] True is not seen.
+
+    The class projects the same queries for every image, runs two products after one another for the keys and two for
+    the values, and forms the probabilities.
+    """
+    x, cross = key_value_states, projector.cross_attn
+    queries = _aria_queries(projector.patch_to_query_dict, x.shape[1])
+    module = cross.multihead_attn
+    of_query, *of_tokens = module.in_proj_weight.chunk(3)
+    bias, *of_biases = module.in_proj_bias.chunk(3)
+    q = F.linear(cross.q_proj(cross.layer_norm(projector.query[:queries])), of_query, bias)
+    x, chains = cross.layer_norm_kv(x), zip((cross.k_proj, cross.v_proj), of_tokens, of_biases, strict=True)
+    q, k, v = (
+        t.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        for t in (q.expand(len(x), -1, -1), *(_chained(x, first.weight, *then) for first, *then in chains))
+    )
+    if attn_mask is not None:
+        attn_mask = (~attn_mask if attn_mask.dtype == torch.bool else attn_mask)[:, None, None]
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
+    o = cross.dropout(cross.linear(module.out_proj(o)))
+    return projector.feed_forward(projector.layer_norm(o))
 
 
-def _pooled(attention: nn.MultiheadAttention, query: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """nn.MultiheadAttention of queries [1, Q, D] over x [B, N, E], with a mask that is added to [B, H, Q, N]."""
-    of_query, of_keys, of_values = _weights(attention)
-    bias_q, bias_k, bias_v = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
-    heads = attention.num_heads
-    q = F.linear(query, of_query, bias_q).unflatten(-1, (heads, -1))
-    if _few(q, x):
-        o = absorbed_attention(q, x, of_keys, of_values, mask).flatten(2)
-        o = o if bias_v is None else o + bias_v
-    else:
-        k, v = (F.linear(x, w, b).unflatten(-1, (heads, -1)) for w, b in ((of_keys, bias_k), (of_values, bias_v)))
-        q, k, v = (t.transpose(1, 2) for t in (q.expand(len(x), -1, -1, -1), k, v))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        o = o.transpose(1, 2).flatten(2)
-    return F.linear(o, attention.out_proj.weight, attention.out_proj.bias)
+def _aria_queries(table: dict[int, int], tokens: int) -> int:
+    # compared, not hashed: the number may be symbolic
+    for n, queries in table.items():
+        if n == tokens:
+            return queries
+    raise KeyError(
+        f"Number of patches {tokens} not found in patch_to_query_dict amongst possible values {table.keys()}."
+    )
 
 
-def _few(q: Tensor, x: Tensor) -> bool:
-    """Whether attention over tokens takes fewer products: for Q < N d / (N + d / 2 - N d / E)."""
-    (_, queries, _, d), (n, e) = q.shape, x.shape[1:]
-    return queries * (2 * n * e + d * e - 2 * n * d) < 2 * n * d * e
+def _chained(x: Tensor, first: Tensor, then: Tensor, bias: Tensor) -> Tensor:
+    """then (first x) + bias: of more rows than the weights have, by the product of the weights."""
+    rows, width = x.shape[:-1].numel(), len(first)
+    return F.linear(x, then @ first, bias) if rows > 1.25 * width else F.linear(F.linear(x, first), then, bias)
 
 
-def _weights(attention: nn.MultiheadAttention) -> tuple[Tensor, ...]:
-    if attention.in_proj_weight is not None:
-        return attention.in_proj_weight.chunk(3)
-    return attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+def kosmos2_connector(projection: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Kosmos2ImageToTextProjection: tokens [B, N, E] to ([B, Q, D], None).
+
+    Queries attend to an image's tokens and to themselves: their projections are the same for every image. The class's
+    own forward runs where it returns the probabilities, and with dropout of them.
+    """
+    attn, latents = projection.x_attn, projection.latent_query
+    if attn.config._attn_implementation != "sdpa" or (attn.training and attn.dropout > 0):
+        return type(projection).forward(projection, features)
+    tokens = projection.dense(features)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (attn.num_heads, -1)).transpose(-3, -2).expand(len(tokens), -1, -1, -1)
+
+    q = heads(attn.q_proj(latents))
+    k, v = (torch.cat([heads(project(x)) for x in (tokens, latents)], dim=2) for project in (attn.k_proj, attn.v_proj))
+    # releases before 5.10 have it causal
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=attn.is_causal)
+    return attn.out_proj(o.transpose(1, 2).flatten(2)), None
+
+
+def one_image(projection: Any, features: Tensor) -> bool:
+    """Whether there is no second image with which projections are shared."""
+    return len(features) == 1
+
+
+def against_kosmos2(projection: Any) -> str | None:
+    """Why Kosmos-2's connector stays, or None."""
+    return "its attention has a LayerNorm inside" if projection.x_attn.inner_attn_ln is not None else None
 
 
 def against_attention(path: str) -> Any:
     """Why a pooler with nn.MultiheadAttention at `path` stays, or None."""
 
     def reason(pooler: Any) -> str | None:
-        attention = getattr(pooler, path)
+        attention: nn.MultiheadAttention = pooler.get_submodule(path)
         if attention.bias_k is not None or attention.add_zero_attn:
             return f"its {path} adds a key"
         if not attention.batch_first or attention.dropout:

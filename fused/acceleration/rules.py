@@ -414,9 +414,24 @@ RULES = (
     Rule(
         op="few_query_attention",
         target="open_clip.transformer:AttentionalPooler",
-        forward="mmfuse.fused.acceleration.poolers:open_clip_pooler",
+        forward="mmfuse.fused.poolers:AttentionalPooler.forward",
         children=poolers.OPEN_CLIP_CHILDREN,
         reason_against=poolers.against_attention("attn"),
+    ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.aria.modeling_aria:AriaProjector",
+        forward="mmfuse.fused.acceleration.poolers:aria_projector",
+        children=poolers.ARIA_CHILDREN,
+        reason_against=poolers.against_attention("cross_attn.multihead_attn"),
+    ),
+    Rule(
+        op="few_query_attention",
+        target="transformers.models.kosmos2.modeling_kosmos2:Kosmos2ImageToTextProjection",
+        forward="mmfuse.fused.acceleration.poolers:kosmos2_connector",
+        children=poolers.KOSMOS2_CHILDREN,
+        reason_against=poolers.against_kosmos2,
+        aside=poolers.one_image,
     ),
     Rule(
         op="few_query_attention",

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from mmfuse.fused.pretraining import Features, Losses
 from mmfuse.fused.qformer import QFormerConfig
 from mmfuse.models.blip2 import language
-from mmfuse.models.blip2.model import OPT, T5, Answer, Features, Losses, Pretraining, Prompt, Vision
+from mmfuse.models.blip2.model import OPT, T5, Answer, Pretraining, Prompt, Vision
 from mmfuse.models.blip2.vit import ClipViT, EvaViT
 from mmfuse.models.registry import System, check_keys
 
@@ -57,8 +58,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     freeze, eps = args.get("freeze_vit", True), config.get("ln_vision_eps", 1e-5)
     queries = args.get("num_query_token", 32)
     if kind == "Blip2Qformer":
-        embed_dim = args.get("embed_dim", 256)
-        return Pretraining(encoder, bert, queries, embed_dim, _TOKENS | dict(tokens.get("bert", {})), freeze, eps)
+        heads = {"embed_dim": args.get("embed_dim", 256), "tokens": _TOKENS | dict(tokens.get("bert", {}))}
+        return Pretraining(encoder, bert, queries, freeze, eps, **heads)
     if kind == "Blip2OPT":
         given = needed(config, "opt")
         pad = tokens.get("opt", {}).get("pad", given.get("pad_token_id", 1))

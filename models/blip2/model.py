@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.fused import MaxQueryITC, linear_cross_entropy
-from mmfuse.fused.gather import gather_rows, gather_rows_with_grad
-from mmfuse.fused.qformer import CAPTION, CONTRAST_AND_CAPTION, QFormer, QFormerConfig, QFormerKV
-from mmfuse.kernels import max_query_similarity
-from mmfuse.models.bert import Predictions
+from mmfuse.fused.pretraining import Features, QFormerPretraining
+from mmfuse.fused.qformer import CAPTION, ImageQueries, QFormerConfig
 from mmfuse.models.blip2.language import nucleus
 from mmfuse.models.blip2.vit import ClipViT, EvaViT
 
 
-class Vision(nn.Module):
+class Vision(ImageQueries):
     """What all of BLIP-2's descendants share: an image encoder, its LayerNorm, queries, and a Q-Former.
 
     Args:
         qformer: None for no Q-Former (MiniGPT-4 without one).
-        predictions: with the Q-Former's language head.
-        eps: of the LayerNorm; transformers takes the image encoder's 1e-6.
     """
-
-    query_tokens: Tensor
 
     def __init__(
         self,
@@ -37,45 +27,24 @@ class Vision(nn.Module):
         qformer: QFormerConfig | None,
         queries: int,
         freeze_vit: bool = True,
-        predictions: bool = False,
         eps: float = 1e-5,
+        **more: Any,
     ):
-        super().__init__()
+        if qformer is None:
+            nn.Module.__init__(self)
+            self.ln_vision = nn.LayerNorm(visual_encoder.num_features, eps=eps)
+        else:
+            super().__init__(qformer, queries, eps=eps, **more)
         self.image_resolution = visual_encoder.image_resolution
         self.visual_encoder = visual_encoder.requires_grad_(not freeze_vit)
-        self.ln_vision = nn.LayerNorm(visual_encoder.num_features, eps=eps)
-        if qformer is None:
-            return
-        self.Qformer = nn.Module()
-        self.Qformer.bert = QFormer(qformer)
-        if predictions:
-            self.Qformer.cls = nn.Module()
-            self.Qformer.cls.predictions = Predictions(qformer, self.bert.embeddings.word_embeddings)
-            self.bert._initialize(self.predictions.transform.dense)
-        self.query_tokens = nn.Parameter(torch.randn(1, queries, qformer.hidden_size) * qformer.initializer_range)
-
-    @property
-    def bert(self) -> QFormer:
-        return self.Qformer.bert  # type: ignore[return-value]
-
-    @property
-    def predictions(self) -> Predictions:
-        return self.Qformer.cls.predictions  # type: ignore[return-value]
 
     def encode_image(self, image: Tensor) -> Tensor:
         """All tokens [B, N, width], normalised, of images [B, 3, R, R]."""
         return self.ln_vision(self.visual_encoder(image))
 
-    def see(self, tokens: Tensor) -> QFormerKV:
-        """The Q-Former's keys and values of what the image encoder gives, [B, N, width]."""
-        # with a frozen encoder the norm learns as a part of the product, without a gradient for the tokens
-        if torch.is_grad_enabled() and self.ln_vision.weight.requires_grad and not tokens.requires_grad:
-            return self.bert.project(tokens, norm=self.ln_vision)
-        return self.bert.project(self.ln_vision(tokens))
-
     def query(self, image: Tensor) -> Tensor:
         """What the queries find in images [B, 3, R, R], without a text: [B, Q, hidden]."""
-        (query,) = self.bert(self.query_tokens, kv=self.see(self.visual_encoder(image)))
+        (query,) = self.bert(self.query_tokens, kv=self.see(self.visual_encoder(image), once=True))
         return query
 
     def official_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,152 +59,11 @@ class Vision(nn.Module):
 # --- the first stage ------------------------------------------------------------------------------------------------
 
 
-class Features(NamedTuple):
-    """Of a batch of pairs, all from one pass."""
-
-    ids: Tensor  # [B, T]
-    kept: Tensor  # [B], tokens of each text
-    tokens: Tensor  # [B, N, width], of the image encoder
-    kv: QFormerKV
-    query: Tensor  # [B, Q, hidden]
-    text: Tensor  # [B, T, hidden], alone
-    caption: Tensor  # [B, T, hidden], after the queries, each token without those behind it
-    image_feats: Tensor  # [B, Q, embed_dim], normalised
-    text_feat: Tensor  # [B, embed_dim], normalised
-
-
-class Losses(NamedTuple):
-    loss_itc: Tensor
-    loss_itm: Tensor
-    loss_lm: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        return self.loss_itc + self.loss_itm + self.loss_lm
-
-
-class Pretraining(Vision):
-    """Image-text contrast (ITC), matching (ITM) and generation (ITG), section 3.2, in two passes of the Q-Former.
-
-    A step projects the keys and values of an image once. Over several processes the features of all are compared, and
-    negatives come from all; their gradients are the official ones (`MaxQueryITC`).
-    """
-
-    def __init__(
-        self,
-        visual_encoder: EvaViT | ClipViT,
-        qformer: QFormerConfig,
-        queries: int,
-        embed_dim: int,
-        tokens: Mapping[str, int],
-        freeze_vit: bool = True,
-        eps: float = 1e-5,
-    ):
-        super().__init__(visual_encoder, qformer, queries, freeze_vit, predictions=True, eps=eps)
-        self.embed_dim, self.tokens = embed_dim, tokens
-        self.vision_proj = nn.Linear(qformer.hidden_size, embed_dim)
-        self.text_proj = nn.Linear(qformer.hidden_size, embed_dim)
-        self.itm_head = nn.Linear(qformer.hidden_size, 2)
-        self.temp = nn.Parameter(torch.tensor(0.07))
-        self.contrast = MaxQueryITC(label_smoothing=0.1)
-
-    def forward(
-        self,
-        image: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        image_id: Tensor | None = None,
-        *,
-        negatives: tuple[Tensor, Tensor] | None = None,
-    ) -> Losses:
-        """The losses of a training step.
-
-        image [B, 3, R, R]; ids and mask [B, T], a row being [CLS] ... [SEP] and padding, where the mask is 0.
-        image_id [B]: pairs of equal id are positives and never negatives. negatives: see `itm`; drawn by default.
-        """
-        f = self.features(image, ids, mask)
-        loss_itc = self.contrast(f.image_feats, f.text_feat, self.temp, image_id)
-        if negatives is None:
-            of_text, of_image = (p.multinomial(1)[:, 0] for p in self.negative_probabilities(f, image_id))
-            negatives = of_text, of_image
-        loss_itm, _ = self.itm(f, negatives)
-        return Losses(loss_itc, loss_itm, self.caption_loss(f))
+class Pretraining(Vision, QFormerPretraining):
+    """The first stage (section 3.2) with its image encoder: forward(image [B, 3, R, R], ids, mask)."""
 
     def features(self, image: Tensor, ids: Tensor, mask: Tensor) -> Features:
-        """Of ITC and ITG, in one pass over queries, texts, and texts that are generated."""
-        tokens, kept = self.visual_encoder(image), mask.sum(1)
-        kv, texts = self.see(tokens), [ids, self.decoder_ids(ids)]
-        query, text, caption = self.bert(self.query_tokens, texts, [kept, kept], CONTRAST_AND_CAPTION, kv)
-        image_feats, text_feat = self.image_feats(query), self.text_feats(text[:, 0])
-        return Features(ids, kept, tokens, kv, query, text, caption, image_feats, text_feat)
-
-    def image_feats(self, query: Tensor) -> Tensor:
-        """[B, Q, hidden] into the common space, normalised."""
-        return F.normalize(self.vision_proj(query), dim=-1)
-
-    def text_feats(self, text: Tensor) -> Tensor:
-        """[..., hidden] into the common space, normalised."""
-        return F.normalize(self.text_proj(text), dim=-1)
-
-    @torch.no_grad()
-    def negative_probabilities(self, f: Features, image_id: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(of an image for each text, of a text for each image), [B, N] over the N pairs of all processes."""
-        rank, batch = _rank(), len(f.ids)
-        images, texts = (_everywhere(t) for t in (f.image_feats, f.text_feat))
-        if image_id is None:
-            own = torch.arange(batch, device=f.ids.device) + rank * batch
-            excluded = own[:, None] == torch.arange(len(texts), device=f.ids.device)
-        else:
-            excluded = image_id.view(-1, 1) == _everywhere(image_id.flatten())
-        of_texts = max_query_similarity(images, f.text_feat).t(), max_query_similarity(f.image_feats, texts)
-        of_text, of_image = ((s / self.temp).masked_fill(excluded, -10000.0).softmax(1) for s in of_texts)
-        return of_text, of_image
-
-    def itm(self, f: Features, negatives: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(loss, logits [3B, 2]): the pairs, each text with its negative image, each image with its negative text.
-
-        negatives: (an image for each text, a text for each image), int64 [B] each, of the pairs of all processes.
-        """
-        image_neg, text_neg = negatives
-        own = torch.arange(len(f.ids), device=f.ids.device)
-        kv, ids, kept = f.kv, _everywhere(f.ids), _everywhere(f.kept)
-        if _world() > 1:
-            # only the chosen images of other processes are projected, with this one's weights
-            chosen = gather_rows_with_grad(self.ln_vision(f.tokens), None)[image_neg]
-            kv = dataclasses.replace(kv, kv=torch.cat([kv.kv, self.bert.project(chosen).kv]))
-            image_neg = own + len(own)
-        kv = kv.at(torch.cat([own, image_neg, own]))
-        logits = self.match(kv, torch.cat([f.ids, f.ids, ids[text_neg]]), torch.cat([f.kept, f.kept, kept[text_neg]]))
-        labels = torch.ones_like(own).repeat(3)
-        labels[len(own) :] = 0
-        return F.cross_entropy(logits, labels), logits
-
-    def match(self, kv: QFormerKV, ids: Tensor, kept: Tensor) -> Tensor:
-        """ITM logits [B, 2] of images and texts [B, T] with `kept` [B] tokens; column 1 is "they match"."""
-        return self.itm_head(self.fuse(kv, ids, kept)).mean(1)
-
-    def fuse(self, kv: QFormerKV, ids: Tensor, kept: Tensor) -> Tensor:
-        """What the queries find in images together with texts: [B, Q, hidden]."""
-        (query,) = self.bert(self.query_tokens, [ids], [kept], kv=kv, query_only=True)
-        return query
-
-    def decoder_ids(self, ids: Tensor) -> Tensor:
-        """Texts that begin with [DEC] in the place of [CLS]."""
-        return torch.cat([torch.full_like(ids[:, :1], self.tokens["bos_DEC"]), ids[:, 1:]], dim=1)
-
-    def caption_labels(self, ids: Tensor) -> Tensor:
-        """-100 at the padding; not shifted."""
-        decoder_ids = self.decoder_ids(ids)
-        return decoder_ids.masked_fill(decoder_ids == self.tokens["pad"], -100)
-
-    def caption_loss(self, f: Features) -> Tensor:
-        hidden, head = self.predictions.transform(f.caption)[:, :-1], self.predictions.decoder
-        labels = self.caption_labels(f.ids)[:, 1:]
-        return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, label_smoothing=0.1)
-
-    def caption_logits(self, caption: Tensor) -> Tensor:
-        """[B, T, vocabulary] of the states of captions."""
-        return self.predictions.decoder(self.predictions.transform(caption))
+        return super().features(self.visual_encoder(image), ids, mask)
 
     @torch.no_grad()
     def generate(self, image: Tensor, max_length: int = 30, min_length: int = 10, top_p: float | None = None) -> Tensor:
@@ -256,19 +84,6 @@ class Pretraining(Vision):
             word = word.masked_fill(ended, self.tokens["pad"])
             ids, ended = torch.cat([ids, word[:, None]], dim=1), ended | (word == self.tokens["sep"])
         return ids
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _world() > 1 else 0
-
-
-def _everywhere(t: Tensor) -> Tensor:
-    """The rows of all processes, without a gradient from the others'."""
-    return gather_rows(t, None) if _world() > 1 else t
 
 
 # --- the second stage -----------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Instructed(Vision):
         frames = image.shape[2] if image.dim() == 5 else 1
         if image.dim() == 5:
             image = image.transpose(1, 2).flatten(0, 1)
-        kv = self.see(self.visual_encoder(image))
+        kv = self.see(self.visual_encoder(image), once=True)
         texts, kept = [], []
         if self.bert.config.text:
             texts, kept = [qformer_ids.repeat_interleave(frames, 0)], [qformer_mask.sum(1).repeat_interleave(frames)]

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import mmfuse
 from judge import assert_no_worse, judge
 from mmfuse._compat import allow_torchvision
-from mmfuse.fused.acceleration import poolers, qformers
+from mmfuse.fused import poolers
+from mmfuse.fused.acceleration import qformers
 from mmfuse.kernels.qformer.op import token_attention
+from rule_samples import aria_projector, kosmos2_connector
 from tiny import HF_QFORMER, HF_VISION
 
 allow_torchvision()
@@ -271,15 +273,19 @@ def test_is_no_further_from_float64(fused: list[int]) -> None:
         for m, dtype in ((twin, torch.float32), (model, torch.float32), (copy.deepcopy(model).double(), torch.float64)):
             output = m(query.to(dtype), encoder_hidden_states=x.to(dtype))[0]
             results.append((output.detach(), gradients(m, output)))
-        # those of all parameters, in units of each; a key's bias has none but of rounding
-        sizes = {n: g.abs().mean().float() for n, g in results[2][1].items() if not n.endswith("key.bias")}
-        return tuple(
-            {"output": output, "gradients": torch.cat([(g[n] / size).flatten() for n, size in sizes.items()])}
-            for output, g in results
-        )
+        return in_units(results)
 
     judge([draw() for _ in range(6)])
     assert len(fused) == 12
+
+
+def in_units(results: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[dict[str, Tensor], ...]:
+    """Outputs, and the gradients of all parameters in units of each; a key's bias has none but of rounding."""
+    sizes = {n: g.abs().mean().float() for n, g in results[2][1].items() if not n.endswith("key.bias")}
+    return tuple(
+        {"output": output, "gradients": torch.cat([(g[n] / size).flatten() for n, size in sizes.items()])}
+        for output, g in results
+    )
 
 
 def granite_speech(package: str) -> Any:
@@ -398,6 +404,53 @@ def test_open_clip_pooler(queries: int, context: int, few: bool) -> None:
     assert poolers._few(torch.empty(1, queries, 2, 8), x) is few
 
 
+@pytest.mark.parametrize("mask", [None, "tokens", "scores"])
+@pytest.mark.parametrize("images", [1, 3])
+def test_aria(images: int, mask: str | None) -> None:
+    """With few tokens, and with so many that the weights of keys and values are multiplied first."""
+    model, twin = pair(random(aria_projector()).double())
+    x = torch.randn(images, 9, 16, dtype=torch.float64, requires_grad=True)
+    hidden = torch.arange(9).expand(images, 9) > 5
+    given = {None: None, "tokens": hidden, "scores": hidden * torch.tensor(-1.5).double()}[mask]
+    assert_same(model, twin, lambda m: m(x, given), x)
+    with pytest.raises(KeyError, match="patch_to_query_dict"):
+        twin(x[:, 1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_aria_is_no_further_from_float64(dtype: torch.dtype) -> None:
+    def draw() -> tuple[dict[str, Tensor], ...]:
+        model, twin = pair(random(aria_projector()).to(dtype))
+        x = torch.randn(3, 9, 16).to(dtype)
+        results = []
+        for m in (twin, model, copy.deepcopy(model).double()):
+            output = m(x.to(m.query.dtype))
+            results.append((output.detach(), gradients(m, output)))
+        return in_units(results)
+
+    judge([draw() for _ in range(6)])
+
+
+def test_kosmos2() -> None:
+    model, twin = pair(random(kosmos2_connector()).double())
+    x = torch.randn(IMAGES, TOKENS, 12, dtype=torch.float64, requires_grad=True)
+    assert_same(model, twin, lambda m: m(x)[0], x)
+    assert_same(model, twin, lambda m: m(x[:1])[0], x)
+    assert twin(x)[1] is None
+    with_map, twin = pair(random(kosmos2_connector("eager")).double())
+    torch.testing.assert_close(twin(x), with_map(x))
+    assert twin(x)[1].shape == (IMAGES, 2, 3, TOKENS + 3)
+
+
+def test_kosmos2_drops_as_it_did() -> None:
+    model, twin = pair(random(kosmos2_connector()).train())
+    results = []
+    for m in (model, twin):
+        torch.manual_seed(3)
+        results.append(m(torch.ones(IMAGES, TOKENS, 12))[0])
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_poolers_that_are_left() -> None:
     pooler = open_clip.transformer.AttentionalPooler(16, 16, 2, 3)
     pooler.attn = nn.MultiheadAttention(16, 2, batch_first=True, add_bias_kv=True)
@@ -406,3 +459,7 @@ def test_poolers_that_are_left() -> None:
     pooler.attn = nn.MultiheadAttention(16, 2, batch_first=True, dropout=0.1)
     (entry,) = mmfuse.accelerate(pooler).left
     assert "dropout" in entry.why
+    connector = kosmos2_connector()
+    connector.x_attn.inner_attn_ln = nn.LayerNorm(16)
+    (entry,) = mmfuse.accelerate(connector).left
+    assert entry.why == "its attention has a LayerNorm inside"

@@ -201,6 +201,23 @@ def test_a_norm_that_is_a_part_of_the_product() -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([9, 4, 1])])
+def test_one_pass_without_keys_and_values(lengths: Tensor | None) -> None:
+    model, (ids, kept) = make(), texts(3)
+    query, tokens = normal(1, QUERIES, 24), normal(3, 9, WIDTH)
+    with torch.no_grad():
+        kv, once = (model.project(tokens, lengths, once=once) for once in (False, True))
+        assert kv.formed and not once.formed and once.kv is tokens
+        for more in ({}, {"texts": [ids], "kept": [kept]}):
+            for got, want in zip(model(query, **more, kv=once), model(query, **more, kv=kv), strict=True):
+                close(got, want)
+        with pytest.raises(ValueError, match="tokens for one pass, expected keys and values"):
+            once.at(torch.tensor([0]))
+        model.train()
+        assert model.project(tokens, once=True).formed
+    assert model.eval().project(tokens, once=True).formed
+
+
 def test_padding_is_not_seen() -> None:
     model = make()
     query, kv, (ids, _) = normal(1, QUERIES, 24), model.project(normal(2, 9, WIDTH)), texts(2)

@@ -263,6 +263,7 @@ READ_IN_EAGER_MODE = (
     SIGLIP2,
     "open_clip.transformer:AttentionalPooler",
     "open_clip.transformer:VisionTransformer",
+    "transformers.models.aria.modeling_aria:AriaProjector",
     "transformers.models.siglip.modeling_siglip:SiglipModel",
     "transformers.models.siglip.modeling_siglip:SiglipMultiheadAttentionPoolingHead",
     "transformers.models.siglip2.modeling_siglip2:Siglip2MultiheadAttentionPoolingHead",
