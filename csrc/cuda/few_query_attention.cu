@@ -7,15 +7,14 @@
 // warp has 16 queries and every `splits`-th chunk of 16 keys, whose sums are added in a fixed order. 16-bit products are of
 // tensor cores, float32 ones of multiply-adds, both in the same places: sums in float32.
 
+#include "../few_queries.h"
 #include "launch.h"
 #include "mma.h"
 
 #include <algorithm>
 #include <climits>
-#include <cmath>
 #include <cstdint>
 #include <limits>
-#include <optional>
 
 #include <cuda_pipeline.h>
 
@@ -28,16 +27,8 @@ constexpr int LANES = 32, MOST_WARPS = 8, ROWS = 16, CHUNK = 16;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-struct Strides {
-    int64_t outer, token, head;
-};
-
-struct Call {
-    const int64_t *index, *lengths, *bounds;  // null where not given
-    Strides q, k, v;
-    int64_t images, tokens;  // those of all images, if packed
-    int heads, queries, longest, d, tiles, splits;
-    float scale;
+struct Call : FewQueries {
+    int tiles, splits;  // of 16 queries; of the keys
 };
 
 constexpr int PER = 16;  // bytes of a vector
@@ -204,10 +195,11 @@ __device__ float of_row(float x, const F& f) {
 // o [B, Q, H, d], row_max and row_sum [B, H, Q]
 template <class T, int D>
 __global__ void __launch_bounds__(LANES * MOST_WARPS)
-    attend_kernel(Call c, T* o_ptr, float* max_ptr, float* sum_ptr, const T* q_ptr, const T* k_ptr, const T* v_ptr) {
+    attend_kernel(Call c, T* o_ptr, const T* q_ptr, const T* k_ptr, const T* v_ptr) {
     extern __shared__ uint4 memory[];
     __shared__ float largest[MOST_WARPS][ROWS];
     __shared__ float sums[MOST_WARPS][ROWS];
+    const int all = int(c.queries), d = int(c.d);
     const int64_t b = blockIdx.x / c.heads, h = blockIdx.x % c.heads;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, tile = warp / c.splits, split = warp % c.splits;
 
@@ -224,13 +216,13 @@ __global__ void __launch_bounds__(LANES * MOST_WARPS)
     const int count = static_cast<int>(max(int64_t(0), n));
 
     constexpr int VECTORS = Row<T, D>::VECTORS;
-    const int room = (c.longest + CHUNK - 1) / CHUNK * CHUNK * VECTORS;
+    const int room = (int(c.longest) + CHUNK - 1) / CHUNK * CHUNK * VECTORS;
     uint4 *keys = memory, *values = memory + room;
-    copy<T, D>(keys, k_ptr + image * c.k.outer + begin * c.k.token + h * c.k.head, c.k.token, count, c.d);
-    copy<T, D>(values, v_ptr + image * c.v.outer + begin * c.v.token + h * c.v.head, c.v.token, count, c.d);
+    copy<T, D>(keys, k_ptr + image * c.of_k.outer + begin * c.of_k.token + h * c.of_k.head, c.of_k.token, count, d);
+    copy<T, D>(values, v_ptr + image * c.of_v.outer + begin * c.of_v.token + h * c.of_v.head, c.of_v.token, count, d);
 
     const int first = (blockIdx.y * c.tiles + tile) * ROWS;
-    const Queries<T, D> queries(q_ptr + b * c.q.outer + first * c.q.token + h * c.q.head, c.q.token, c.queries - first, c.d);
+    const Queries<T, D> queries(q_ptr + b * c.of_q.outer + first * c.of_q.token + h * c.of_q.head, c.of_q.token, all - first, d);
     const auto scores = [&](float (&s)[2][4], int at) {
         queries.scores(s, keys, at);
 #pragma unroll
@@ -302,7 +294,7 @@ __global__ void __launch_bounds__(LANES * MOST_WARPS)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int query = first + lane / 4 + 8 * r;
-        if (query >= c.queries) continue;
+        if (query >= all) continue;
         const float over = !real ? NAN : count > 0 ? 1 / sum[r] : 0.0f;
         T* to = o_ptr + ((b * c.queries + query) * c.heads + h) * c.d;
 #pragma unroll
@@ -311,84 +303,50 @@ __global__ void __launch_bounds__(LANES * MOST_WARPS)
             float x[8];
 #pragma unroll
             for (int f = 0; f < 8; ++f) x[f] = o[i][f % 4][2 * r + f / 4] * over;
-            if (feature < c.d) queries.store(to + feature, x);
+            if (feature < d) queries.store(to + feature, x);
         }
-        const int64_t row = blockIdx.x * int64_t(c.queries) + query;
-        if (lane % 4 == 0) max_ptr[row] = most[r], sum_ptr[row] = sum[r];
+        const int64_t row = blockIdx.x * c.queries + query;
+        if (lane % 4 == 0) c.row_max[row] = most[r], c.row_sum[row] = sum[r];
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 
-// Strides of [outer, token, head, feature], or of [token, head, feature] if packed; 0 where there is one.
-Strides strides_of(const Tensor& t, const char* name, int64_t size) {
-    const int64_t dims = t.dim();
-    const auto stride = [&](int64_t dim) { return dim < 0 || t.size(dim) == 1 ? 0 : t.stride(dim); };
-    const Strides s{stride(dims - 4), stride(dims - 3), stride(dims - 2)};
-    STD_TORCH_CHECK(t.numel() == 0 || t.data_ptr() != nullptr, name, ": expected memory");
-    STD_TORCH_CHECK(t.numel() == 0 || (t.stride(dims - 1) == 1 && (s.outer | s.token | s.head) * size % PER == 0 &&
-                                       reinterpret_cast<uintptr_t>(t.data_ptr()) % PER == 0),
-                    name, ": expected features of unit stride, and rows and memory aligned to ", PER, " bytes");
-    return s;
-}
-
 template <class T, int D>
-void launch(const Call& c, const Tensor& o, float* row_max, float* row_sum, const Tensor& q, const Tensor& k,
-            const Tensor& v, int64_t rows) {
+void launch(const Call& c, const Tensor& o, const Tensor& q, const Tensor& k, const Tensor& v) {
     const auto kernel = attend_kernel<T, D>;
     const int64_t tokens = ceil_div(c.longest, CHUNK) * CHUNK;
     const int64_t bytes = (2 * tokens * int(sizeof(T)) + (c.splits - 1) * c.tiles * ROWS * int(sizeof(float))) * D;
     STD_TORCH_CHECK(bytes <= INT_MAX, "longest: expected keys that shared memory holds, got ", c.longest);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-    const dim3 grid(unsigned(rows * c.heads), unsigned(ceil_div(c.queries, c.tiles * ROWS)));
+    const dim3 grid(unsigned(c.rows * c.heads), unsigned(ceil_div(c.queries, c.tiles * ROWS)));
     kernel<<<grid, LANES * c.tiles * c.splits, bytes, current_stream_of(q)>>>(
-        c, static_cast<T*>(o.data_ptr()), row_max, row_sum, static_cast<const T*>(q.data_ptr()),
-        static_cast<const T*>(k.data_ptr()), static_cast<const T*>(v.data_ptr()));
+        c, static_cast<T*>(o.data_ptr()), static_cast<const T*>(q.data_ptr()), static_cast<const T*>(k.data_ptr()),
+        static_cast<const T*>(v.data_ptr()));
     check(cudaGetLastError());
 }
 
 void few_query_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& kv_index,
                          const std::optional<Tensor>& lengths, const std::optional<Tensor>& cu_seqlens, int64_t longest,
                          Tensor o, Tensor row_max, Tensor row_sum) {
-    check_sizes(q, "q", {FREE, FREE, FREE, FREE});
-    const int64_t queries = q.size(1), heads = q.size(2), d = q.size(3);
-    if (cu_seqlens)
-        check_sizes(k, "k", {FREE, heads, d}), check_sizes(*cu_seqlens, "cu_seqlens", {FREE});
-    else
-        check_sizes(k, "k", {FREE, FREE, heads, d});
-    STD_TORCH_CHECK(k.dim() == v.dim(), "v: expected the sizes of k");
-    for (int64_t i = 0; i < k.dim(); ++i) STD_TORCH_CHECK(k.size(i) == v.size(i), "v: expected the sizes of k");
-    const int64_t images = cu_seqlens ? cu_seqlens->size(0) - 1 : k.size(0), rows = kv_index ? kv_index->numel() : images;
-    STD_TORCH_CHECK(images >= 0, "cu_seqlens: expected at least one number");
-    STD_TORCH_CHECK(longest >= 0 && longest <= INT_MAX / 256 && (cu_seqlens || longest == k.size(1)),
-                    "longest: expected the most tokens of an image, got ", longest);
-    STD_TORCH_CHECK(q.size(0) == rows || q.size(0) == 1, "q: expected ", rows, " rows or one, got ", q.size(0));
-    STD_TORCH_CHECK(d > 0 && d <= 128 && d % 8 == 0, "q: expected a head of a multiple of 8 features up to 128, got ", d);
-    STD_TORCH_CHECK(queries <= 1 << 19 && heads > 0 && heads <= INT_MAX && rows <= INT_MAX / heads,
+    Call c{{q, k, v, kv_index, lengths, cu_seqlens, longest, o, row_max, row_sum}, 1, 1};
+    STD_TORCH_CHECK(c.d <= 128 && c.d % 8 == 0, "q: expected a head of a multiple of 8 features up to 128, got ", c.d);
+    STD_TORCH_CHECK(c.queries <= 1 << 19 && c.heads <= INT_MAX && c.rows <= INT_MAX / c.heads,
                     "q: expected at most 2^19 queries and less than 2^31 heads of all rows");
-    for (const Tensor& t : {k, v, o})
-        STD_TORCH_CHECK(t.scalar_type() == q.scalar_type() && same_device(t, q),
-                        "k, v, o: expected the type and the device of q");
-    const auto numbers = [&](const std::optional<Tensor>& t, const char* name, int64_t count) -> const int64_t* {
-        return t ? data<int64_t>(*t, name, q, ScalarType::Long, count) : nullptr;
-    };
-    data<char>(o, "o", q, q.scalar_type(), rows * queries * heads * d);
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(o.data_ptr()) % PER == 0, "o: expected memory aligned to ", PER, " bytes");
-    float* most = floats(row_max, "row_max", q, rows * heads * queries);
-    float* sums = floats(row_sum, "row_sum", q, rows * heads * queries);
     const int64_t size = q.scalar_type() == ScalarType::Float ? 4 : 2;
-    Call c{numbers(kv_index, "kv_index", rows), numbers(lengths, "lengths", images),
-           numbers(cu_seqlens, "cu_seqlens", images + 1), strides_of(q, "q", size), strides_of(k, "k", size),
-           strides_of(v, "v", size), images, k.size(0), int(heads), int(queries), int(longest), int(d), 0, 0,
-           float(1 / std::sqrt(double(d)))};
-    if (rows * queries == 0) return;
-    c.tiles = int(std::min<int64_t>(4, ceil_div(queries, ROWS)));
+    const auto vectors = [&](const Tensor& t, const FewQueries::Strides& s, const char* name) {
+        STD_TORCH_CHECK((s.outer | s.token | s.head) * size % PER == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % PER == 0,
+                        name, ": expected rows and memory aligned to ", PER, " bytes");
+    };
+    vectors(q, c.of_q, "q"), vectors(k, c.of_k, "k"), vectors(v, c.of_v, "v"), vectors(o, {}, "o");
+    if (c.rows * c.queries == 0) return;
+    c.tiles = int(std::min<int64_t>(4, ceil_div(c.queries, ROWS)));
     c.splits = int(std::max<int64_t>(1, std::min<int64_t>(c.tiles == 1 ? 4 : 2, ceil_div(longest, CHUNK))));
 
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     const auto run = [&]<class T>(T*) {
-        const auto launched = d <= 32 ? launch<T, 32> : d <= 64 ? launch<T, 64> : d <= 96 ? launch<T, 96> : launch<T, 128>;
-        launched(c, o, most, sums, q, k, v, rows);
+        const auto of = c.d <= 32 ? launch<T, 32> : c.d <= 64 ? launch<T, 64> : c.d <= 96 ? launch<T, 96> : launch<T, 128>;
+        of(c, o, q, k, v);
     };
     switch (q.scalar_type()) {
         case ScalarType::Half: return run(static_cast<__half*>(nullptr));

@@ -1,4 +1,4 @@
-"""The compiled part's attention on a GPU: a forward alone, for the backward of others rounds scores otherwise."""
+"""The compiled part's attention: a forward alone, for the backward of others rounds scores otherwise."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from mmfuse.kernels.qformer.arguments import Keys, Outputs, outputs_of
 _VECTOR = 16  # bytes
 
 
-def attend(q: Tensor, keys: Keys, wants_lse: bool, seed: Tensor | None, dropout: float) -> Outputs:
-    found = outputs_of(q, keys.rows)
-    torch.ops.mmfuse_cuda.few_query_attention(
-        *map(_aligned, (q, keys.k, keys.v)), keys.kv_index, keys.lengths, keys.cu_seqlens, keys.longest, *found
-    )
-    return found
+class _Attention:
+    def __init__(self, kind: str):
+        self._part = getattr(torch.ops, f"mmfuse_{kind}")
+
+    def attend(self, q: Tensor, keys: Keys, wants_lse: bool, seed: Tensor | None, dropout: float) -> Outputs:
+        found = outputs_of(q, keys.rows)
+        q, k, v = map(_aligned, (q, keys.k, keys.v))
+        of = (keys.kv_index, keys.lengths, keys.cu_seqlens)
+        self._part.few_query_attention(q, k, v, *(t if t is None else t.contiguous() for t in of), keys.longest, *found)
+        return found
+
+
+CUDA, CPU = _Attention("cuda"), _Attention("cpu")
 
 
 def _aligned(t: Tensor) -> Tensor:

@@ -156,6 +156,22 @@ def _many_keys(q: Tensor, keys: Keys) -> str | None:
     return f"{n} keys and values need {wanted} bytes of shared memory, this GPU has {has}" if wanted > has else None
 
 
+_FEWEST = 4  # queries, up to which a product by itself for each is faster than one of all, measured
+
+
+def _several_queries(q: Tensor) -> str | None:
+    n = q.shape[1]
+    return f"{n} queries: it is faster up to {_FEWEST}, by which keys and values are read once" if n > _FEWEST else None
+
+
+def _shared(keys: Keys) -> str | None:
+    return "kv_index is given: rows that share an image are one product" if keys.kv_index is not None else None
+
+
+def _not_float32(q: Tensor) -> str | None:
+    return f"dtype is {q.dtype}, it is of float32" if q.dtype != torch.float32 else None
+
+
 def _gradient_asked(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -193,8 +209,13 @@ FEW_QUERY = Operator(
     fake=_attend_fake,
     differentiable=("q", "k", "v"),
     implementations=[
-        Implementation("cuda", passes=compiled, against=[_too_wide, _no_vectors, _drops, _no_backward, _many_keys]),
+        Implementation(
+            "cuda", passes=compiled.CUDA, against=[_too_wide, _no_vectors, _drops, _no_backward, _many_keys]
+        ),
         Implementation("triton", passes=Deferred("mmfuse.kernels.qformer.kernel"), against=[_too_wide], traceable=True),
+        Implementation(
+            "cpu", passes=compiled.CPU, against=[_not_float32, _drops, _no_backward, _several_queries, _shared]
+        ),
         Implementation("chunked", passes=blocked, against=[_on_gpu, _drops]),
         Implementation("sdpa", function=reference.sdpa, against=[_wants_lse]),
         Implementation("torch", function=reference.of_keys),
@@ -268,7 +289,7 @@ def few_query_attention(
         longest: the most tokens of a packed image.
         return_lse: whether the result has lse; else it is None.
         return_map: return the probabilities, too, in plain torch, which differentiates o with respect to them.
-        backend: "cuda", "triton", "chunked", "sdpa" or "torch"; by default the first that accepts the arguments.
+        backend: "cuda", "triton", "cpu", "chunked", "sdpa" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         (o, lse) or (o, lse, map): o [B, Q, H, d] in q's dtype or that of autocast; lse [B, H, Q], the log of the sum of

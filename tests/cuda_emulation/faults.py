@@ -72,12 +72,12 @@ FAULTS = {
         "few_query_attention.cu", "few_query_attention", "real = row < n &&", "real = (FAULT || row < n) &&", BOUNDS
     ),
     "few queries: no last query": Fault(
-        "few_query_attention.cu", "few_query_attention", "if (query >= c.queries) continue;",
-        "if (!FAULT && query >= c.queries) continue;", EITHER,
+        "few_query_attention.cu", "few_query_attention", "if (query >= all) continue;",
+        "if (!FAULT && query >= all) continue;", EITHER,
     ),
     "few queries: no last feature": Fault(
-        "few_query_attention.cu", "few_query_attention", "if (feature < c.d) queries", "if (FAULT || feature < c.d) queries",
-        EITHER,
+        "few_query_attention.cu", "few_query_attention", "if (feature < d) queries",
+        "if (FAULT || feature < d) queries", EITHER,
     ),
     "block_sum: no barrier before": Fault(
         "head.cu", "head_normalized", "__syncthreads();  // the parts", "if (!FAULT) __syncthreads();  // the parts",
