@@ -194,7 +194,7 @@ __device__ float of_row(float x, const F& f) {
 
 // o [B, Q, H, d], row_max and row_sum [B, H, Q]
 template <class T, int D>
-__global__ void __launch_bounds__(LANES * MOST_WARPS)
+__global__ void __launch_bounds__(LANES * MOST_WARPS, 1)
     attend_kernel(Call c, T* o_ptr, const T* q_ptr, const T* k_ptr, const T* v_ptr) {
     extern __shared__ uint4 memory[];
     __shared__ float largest[MOST_WARPS][ROWS];

@@ -106,6 +106,15 @@ def test_large_scores(name: str, backend: str) -> None:
     judged(compared(runner(few_query_attention, **of), draw, backend, torch.float32, draws=16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_an_image_in_several_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "chunked" not in OURS:
+        pytest.skip("blocks are of a CPU")
+    monkeypatch.setattr("mmfuse.kernels.qformer.blocked._BLOCK_BYTES", 2 * 4 * 7 * 3)
+    draw, of = case("shared")
+    judged(compared(runner(few_query_attention, **of), draw, "chunked", dtype))
+
+
 @pytest.mark.parametrize("backend", [*OURS, "sdpa"])
 def test_any_strides(backend: str) -> None:
     """Keys and values of one buffer of all layers, queries and gradients of any layout."""
