@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+
 
 class Attended(NamedTuple):
     o: Tensor  # [B, Q, H, d]
@@ -20,6 +22,13 @@ class Outputs(NamedTuple):
     o: Tensor  # [B, Q, H, d]
     row_max: Tensor  # [B, H, Q] of the scores
     row_sum: Tensor  # [B, H, Q] of exp(score - row_max); apart, both are exact to a rounding
+
+
+def outputs_of(q: Tensor, rows: int) -> Outputs:
+    """Without their numbers."""
+    _, queries, heads, d = q.shape
+    stats = (q.new_empty(rows, heads, queries, dtype=accumulation_dtype(q.dtype)) for _ in range(2))
+    return Outputs(q.new_empty(rows, queries, heads, d), *stats)
 
 
 class Mapped(NamedTuple):

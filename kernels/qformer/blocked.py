@@ -3,7 +3,7 @@
     P = softmax(q K^T / sqrt(d)),  o = P V
     dV = P^T g,   dS = P (dP - <dP, P>) / sqrt(d),  dP = g V^T,   dq = dS K,   dK = dS^T q
 
-Rows that share an image are one product with its keys and values, which are read once and never repeated.
+Rows that share an image are products with its keys and values, which are never repeated.
 """
 
 from __future__ import annotations
@@ -48,22 +48,24 @@ def attend_grads(
 ) -> dict[str, Tensor]:
     """Of q, k and v, those that are needed; the others have any number in them."""
     one, queries, acc = len(q) == 1 != keys.rows, q.shape[1], accumulation_dtype(q.dtype)
-    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (g, keys.k, keys.v))
+    dq = torch.zeros_like(g, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros(t.shape, dtype=acc, device=t.device) for t in (keys.k, keys.v))
     q = q.expand(keys.rows, -1, -1, -1)
     for rows, tokens in _blocks(q, keys):
         k, v = _of(keys.k, tokens), _of(keys.v, tokens)
         q_rows, g_rows = _fold(q[rows], len(k)), _fold(g[rows], len(k))
         p = _scores(q_rows, k).softmax(-1)
         if needs[2]:
-            _of(dv, tokens).copy_(cast(p, v.dtype).mT @ g_rows)
+            _of(dv, tokens).add_(cast(p, v.dtype).mT @ g_rows)
         if needs[0] or needs[1]:
             dp = cast(g_rows, acc) @ cast(v, acc).mT
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, acc)
             # not rounded: where keys are alike, sums of them are differences of large numbers
             ds = ds.mul_(q.shape[-1] ** -0.5)
             dq[rows] = _unfold(cast(ds @ cast(k, acc), q.dtype), queries)
-            _of(dk, tokens).copy_(ds.mT @ cast(q_rows, acc))
-    return {"q": dq.sum(0, keepdim=True, dtype=acc).to(q.dtype) if one else dq, "k": dk, "v": dv}
+            _of(dk, tokens).add_(ds.mT @ cast(q_rows, acc))
+    dq = dq.sum(0, keepdim=True, dtype=acc).to(q.dtype) if one else dq
+    return {"q": dq, "k": cast(dk, keys.k.dtype), "v": cast(dv, keys.v.dtype)}
 
 
 def _blocks(q: Tensor, keys: Keys) -> Iterator[tuple[Rows, Tokens]]:
@@ -77,15 +79,16 @@ def _blocks(q: Tensor, keys: Keys) -> Iterator[tuple[Rows, Tokens]]:
         for first in range(0, len(k) if n else 0, step):
             yield slice(first, first + step), (slice(first, first + step), slice(None))
         return
+    step = max(1, _BLOCK_BYTES // max(1, 4 * keys.longest * q.shape[1] * q.shape[2]))
     index = torch.arange(keys.images) if keys.kv_index is None else keys.kv_index
     of, order = index.sort(stable=True)
     ends = torch.searchsorted(of, torch.arange(keys.images + 1)).tolist()
     begin, end = (t.tolist() for t in keys.bounds())
     for i in range(keys.images):
         n = end[i] - begin[i]
-        if n and ends[i] < ends[i + 1]:
-            tokens = (slice(i, i + 1), slice(n)) if keys.cu_seqlens is None else (slice(begin[i], end[i]),)
-            yield order[ends[i] : ends[i + 1]], tokens
+        tokens = (slice(i, i + 1), slice(n)) if keys.cu_seqlens is None else (slice(begin[i], end[i]),)
+        for first in range(ends[i], ends[i + 1] if n else 0, step):
+            yield order[first : min(first + step, ends[i + 1])], tokens
 
 
 def _of(t: Tensor, tokens: Tokens) -> Tensor:

@@ -20,10 +20,11 @@ from mmfuse.kernels._runtime.arguments import (
     real,
     require_integer,
 )
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype, dtype_name
-from mmfuse.kernels.qformer import absorbed, blocked, reference
+from mmfuse.kernels._runtime.device import shared_memory
+from mmfuse.kernels._runtime.dtypes import dtype_name
+from mmfuse.kernels.qformer import absorbed, blocked, compiled, reference
 from mmfuse.kernels.qformer.absorbed import Tokens
-from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs
+from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs, outputs_of
 
 Norm = tuple[Tensor, Tensor, float]
 
@@ -107,13 +108,7 @@ def _attend(passes: Any, q: Tensor, keys: Keys, seed: Tensor | None, dropout: fl
 
 
 def _attend_fake(q: Tensor, keys: Keys) -> Outputs:
-    return _outputs(q, keys.rows)
-
-
-def _outputs(q: Tensor, rows: int) -> Outputs:
-    _, queries, heads, d = q.shape
-    stats = (q.new_empty(rows, heads, queries, dtype=accumulation_dtype(q.dtype)) for _ in range(2))
-    return Outputs(q.new_empty(rows, queries, heads, d), *stats)
+    return outputs_of(q, keys.rows)
 
 
 def _attend_grads(
@@ -139,8 +134,54 @@ def _too_wide(q: Tensor) -> str | None:
     return f"the head dim is {d}, a program holds at most {_WIDEST}" if d > _WIDEST else None
 
 
+def _no_vectors(q: Tensor) -> str | None:
+    return f"the head dim is {q.shape[3]}, no multiple of 8" if q.shape[3] % 8 else None
+
+
+def shared_bytes(queries: int, longest: int, d: int, itemsize: int) -> int:
+    """Of the compiled kernel: a head's keys and values, and what warps that share the keys of a query add up."""
+    tiles, chunks = min(4, -(-queries // 16)), -(-longest // 16)
+    splits = max(1, min(4 if tiles == 1 else 2, chunks))
+    return (2 * 16 * chunks * itemsize + (splits - 1) * tiles * 16 * 4) * (-(-d // 32) * 32)
+
+
+STATIC_BYTES = 1024  # of shared memory, beside them
+
+
+def _many_keys(q: Tensor, keys: Keys) -> str | None:
+    n = keys.longest
+    if not q.is_cuda:
+        return None
+    wanted, has = shared_bytes(q.shape[1], n, q.shape[3], q.itemsize) + STATIC_BYTES, shared_memory(q.device)
+    return f"{n} keys and values need {wanted} bytes of shared memory, this GPU has {has}" if wanted > has else None
+
+
+_FEWEST = 4  # queries, up to which a product by itself for each is faster than one of all, measured
+
+
+def _several_queries(q: Tensor) -> str | None:
+    n = q.shape[1]
+    return f"{n} queries: it is faster up to {_FEWEST}, by which keys and values are read once" if n > _FEWEST else None
+
+
+def _shared(keys: Keys) -> str | None:
+    return "kv_index is given: rows that share an image are one product" if keys.kv_index is not None else None
+
+
+def _not_float32(q: Tensor) -> str | None:
+    return f"dtype is {q.dtype}, it is of float32" if q.dtype != torch.float32 else None
+
+
+def _gradient_asked(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _no_backward(q: Tensor, keys: Keys) -> str | None:
+    return "a gradient is asked for" if _gradient_asked(q, keys.k, keys.v) else None
+
+
 def _drops(dropout: float) -> str | None:
-    return "probabilities are dropped, by torch's generator" if dropout else None
+    return "probabilities are dropped" if dropout else None
 
 
 def _on_gpu(q: Tensor) -> str | None:
@@ -168,7 +209,13 @@ FEW_QUERY = Operator(
     fake=_attend_fake,
     differentiable=("q", "k", "v"),
     implementations=[
+        Implementation(
+            "cuda", passes=compiled.CUDA, against=[_too_wide, _no_vectors, _drops, _no_backward, _many_keys]
+        ),
         Implementation("triton", passes=Deferred("mmfuse.kernels.qformer.kernel"), against=[_too_wide], traceable=True),
+        Implementation(
+            "cpu", passes=compiled.CPU, against=[_not_float32, _drops, _no_backward, _several_queries, _shared]
+        ),
         Implementation("chunked", passes=blocked, against=[_on_gpu, _drops]),
         Implementation("sdpa", function=reference.sdpa, against=[_wants_lse]),
         Implementation("torch", function=reference.of_keys),
@@ -242,7 +289,7 @@ def few_query_attention(
         longest: the most tokens of a packed image.
         return_lse: whether the result has lse; else it is None.
         return_map: return the probabilities, too, in plain torch, which differentiates o with respect to them.
-        backend: "triton", "chunked", "sdpa" or "torch"; by default the first that accepts the arguments.
+        backend: "cuda", "triton", "cpu", "chunked", "sdpa" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         (o, lse) or (o, lse, map): o [B, Q, H, d] in q's dtype or that of autocast; lse [B, H, Q], the log of the sum of
@@ -290,7 +337,7 @@ def _tokens(passes: Any, q: Tensor, tokens: Tokens, wants_lse: bool) -> Outputs:
 
 
 def _tokens_fake(q: Tensor, tokens: Tokens) -> Outputs:
-    return _outputs(q, tokens.x.shape[0])
+    return outputs_of(q, tokens.x.shape[0])
 
 
 def _tokens_grads(
@@ -310,8 +357,7 @@ def _formed(name: str) -> Callable[..., Outputs]:
 
 def _saved(q: Tensor, tokens: Tokens) -> int | None:
     """Products of an image; none where a gradient is asked for, which needs the keys and values."""
-    asked = (q, tokens.x, tokens.key_weight, tokens.value_weight, tokens.value_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked):
+    if _gradient_asked(q, tokens.x, tokens.key_weight, tokens.value_weight, tokens.value_bias):
         return 0
     return max(0, absorbed.products_saved(q, tokens))
 

@@ -106,6 +106,15 @@ VALID: dict[str, list[Callable[..., list[Any]]]] = {
         ],
         lambda n=3, d=5: [F(n, d), F(n, d), *(none(),) * 4, F(n, d), none(), none(), none(), True, False],
     ],
+    "few_query_attention": [
+        lambda b=2, q=3, n=9, h=2, d=16: [
+            F(1, q, h, d), F(b, n, h, d), F(b, n, h, d), ints(b), ints(b), None, n,
+            F(b, q, h, d), F(b, h, q), F(b, h, q),
+        ],
+        lambda b=2, q=3, n=9, h=2, d=5: [
+            F(b, q, h, d), F(n, h, d), F(n, h, d), None, None, ints(b + 1), n, F(b, q, h, d), F(b, h, q), F(b, h, q)
+        ],
+    ],
     "query_max": [lambda m=2, q=3, n=20: [F(m, q, n), F(m, n), ints(m, n, dtype=torch.uint8)]],
     "query_grad": [
         lambda m=2, q=3, n=20, d=5: [

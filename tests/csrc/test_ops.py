@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -449,6 +450,52 @@ def test_rejects_wrong_tensors(part: str) -> None:
         logit_grad(part, u, 1.0, vectors[0], vectors[1][:3], *vectors[2:], shift=0.0, diagonal=0)
     with pytest.raises(RuntimeError, match="g: expected"):
         logit_grad(part, u, 1.0, *vectors, shift=0.0, diagonal=0, g=torch.empty_like(u, dtype=torch.float64))
+
+
+# --- few queries ----------------------------------------------------------------------------------------------------
+
+
+def few_queries(**other: Any) -> list[Tensor]:
+    """(o, row_max, row_sum) of 3 rows, with other arguments than those of a valid call."""
+    if reason := load("cuda"):
+        pytest.skip(reason)
+    shapes = {"q": (3, 5, 2, 16), "k": (2, 20, 2, 16), "v": (2, 20, 2, 16)}
+    given = {name: torch.randn(s).half() for name, s in shapes.items()}
+    given |= {"kv_index": torch.tensor([1, 0, 1]), "lengths": None, "bounds": None, "longest": 20}
+    given |= {"o": torch.empty(3, 5, 2, 16).half(), "row_max": torch.empty(3, 2, 5), "row_sum": torch.empty(3, 2, 5)}
+    args = [t.to(ON["cuda"]) if isinstance(t, Tensor) else t for t in (given | other).values()]
+    torch.ops.mmfuse_cuda.few_query_attention(*args)
+    return [t.cpu() for t in args[-3:]]
+
+
+def test_few_queries_on_cuda_of_images_that_are_not_there() -> None:
+    for index in (-1, 2, 2**62, -(2**63)):
+        o, _, _ = few_queries(kv_index=torch.tensor([0, index, 1]))
+        assert o[1].isnan().all() and o[::2].isfinite().all()
+    for length in (-5, -(2**63), 0):
+        o, row_max, row_sum = few_queries(lengths=torch.tensor([length, 2**62]))
+        assert not o[1].any() and row_max[1].eq(-math.inf).all() and not row_sum[1].any() and o[::2].all()
+    packed = torch.randn(20, 2, 16).half()
+    for bounds in ([0, 2**62, -7], [-(2**63), 30, 2**63 - 1], [40, 5, 0]):
+        o, *_ = few_queries(k=packed, v=packed, bounds=torch.tensor(bounds))
+        assert o.isfinite().all()
+
+
+def test_few_queries_on_cuda_reject_what_does_not_fit() -> None:
+    wrong = {
+        "q": (torch.randn(3, 5, 2, 12).half(), torch.randn(2, 5, 2, 16).half(), torch.randn(3, 5, 16).half()),
+        "k": (torch.randn(2, 20, 3, 16).half(), torch.randn(2, 20, 2, 16), torch.randn(2, 20, 2, 32).half()[..., ::2]),
+        "v": (torch.randn(2, 19, 2, 16).half(), torch.randn(2, 20, 2, 17).half()[..., 1:]),
+        "kv_index": (torch.tensor([1, 0]), torch.tensor([1, 0, 1], dtype=torch.int32)),
+        "lengths": (torch.tensor([1, 0, 1]), torch.tensor([1.0, 0.0])),
+        "longest": (19, -1, 2**62),
+        "o": (torch.empty(3, 5, 2, 8).half(), torch.empty(3, 5, 2, 16)),
+        "row_sum": (torch.empty(3, 2, 4), torch.empty(3, 2, 5).double()),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(RuntimeError, match="expected"):
+                few_queries(**{name: value})
 
 
 @pytest.mark.gpu

@@ -49,9 +49,11 @@ Sources = dict[str, str]
 
 def build(namespace: str = "mmfuse_cuda", edit: Callable[[Sources], Sources] = lambda sources: sources) -> Path:
     """The library, whose operators are those of csrc/cuda as `torch.ops.<namespace>`."""
-    cuda = edit({f.name: f.read_text() for f in sorted((ROOT / "csrc" / "cuda").iterdir())})
+    # a header that is of instructions has its like in the emulator
+    files = (f for f in sorted((ROOT / "csrc" / "cuda").iterdir()) if not (EMULATOR / f.name).exists())
+    cuda = edit({f.name: f.read_text() for f in files})
     sources = {f"cuda/{name}": text for name, text in cuda.items()}
-    sources["tensor.h"] = (ROOT / "csrc" / "tensor.h").read_text()
+    sources |= {f.name: f.read_text() for f in (ROOT / "csrc").glob("*.h")}
     sources = {name: translated(text, namespace) for name, text in sources.items()}
     emulator = [f.read_text() for f in sorted(EMULATOR.iterdir())]
     made_of = [sources, emulator, FLAGS, SEEN, torch.__version__, compiler()]

@@ -45,6 +45,40 @@ FAULTS = {
     "sums: no last thread": Fault(
         "contrastive.cu", "sigmoid_grad", "if (i >= c) return;", "if (!FAULT && i >= c) return;", EITHER
     ),
+    "few queries: no barrier before scores": Fault(
+        "few_query_attention.cu", "few_query_attention", "__syncthreads();  // keys",
+        "if (!FAULT) __syncthreads();  // keys", ORDER,
+    ),
+    "few queries: no barrier before probabilities": Fault(
+        "few_query_attention.cu", "few_query_attention", "__syncthreads();  // values",
+        "if (!FAULT) __syncthreads();  // values", ORDER,
+    ),
+    "few queries: no barrier before the end": Fault(
+        "few_query_attention.cu", "few_query_attention", "__syncthreads();  // the sums",
+        "if (!FAULT) __syncthreads();  // the sums", ORDER,
+    ),
+    "few queries: keys are not waited for": Fault(
+        "few_query_attention.cu", "few_query_attention", "__pipeline_wait_prior(1)", "__pipeline_wait_prior(1 + FAULT)",
+        ORDER,
+    ),
+    "few queries: values are not waited for": Fault(
+        "few_query_attention.cu", "few_query_attention", "__pipeline_wait_prior(0)", "__pipeline_wait_prior(FAULT)",
+        ORDER,
+    ),
+    "few queries: too little shared memory": Fault(
+        "few_query_attention.cu", "few_query_attention", "c.splits, bytes,", "c.splits, bytes - 16 * FAULT,", BOUNDS
+    ),
+    "few queries: no last key": Fault(
+        "few_query_attention.cu", "few_query_attention", "real = row < n &&", "real = (FAULT || row < n) &&", BOUNDS
+    ),
+    "few queries: no last query": Fault(
+        "few_query_attention.cu", "few_query_attention", "if (query >= all) continue;",
+        "if (!FAULT && query >= all) continue;", EITHER,
+    ),
+    "few queries: no last feature": Fault(
+        "few_query_attention.cu", "few_query_attention", "if (feature < d) queries",
+        "if (FAULT || feature < d) queries", EITHER,
+    ),
     "block_sum: no barrier before": Fault(
         "head.cu", "head_normalized", "__syncthreads();  // the parts", "if (!FAULT) __syncthreads();  // the parts",
         ORDER,
@@ -125,6 +159,10 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
         F(70, 301), F(()), F(70), F(70), F(301), F(301), F(70), 0.1, 0, F(0), F(70, 301), F(70),
     ],
     "sigmoid_grad": lambda: [F(70, 301), F(()), F(()), 0, False, F(70, 301), F(3, 70).double()],
+    "few_query_attention": lambda: [
+        *(F(2, n, 2, 40).half() for n in (19, 35, 35)), None, None, None, 35, F(2, 19, 2, 40).half(), F(2, 2, 19),
+        F(2, 2, 19),
+    ],
     "head_normalized": lambda: [F(3, 200), F(3, 200), F(3), F(3), F(3, 5, 200), ints(3), F(200), None, 1e-5],
     "head_unit": lambda: [F(2, 200), F(6), F(6, 200), F(()), True, 3],
     "head_unit_grad": lambda: [F(6, 200), F(6), F(2, 200), F(6, 200), F(6), None, True, 3],

@@ -11,6 +11,8 @@ from cuda_emulation.plugin import EMULATOR
 from mmfuse.kernels._runtime import library
 from mmfuse.kernels.points import farthest_points
 from mmfuse.kernels.points.op import _MOST_COORDINATES, _SHARED_BYTES
+from mmfuse.kernels.qformer import few_query_attention
+from mmfuse.kernels.qformer.op import STATIC_BYTES, shared_bytes
 
 SMALL, LARGE = torch.rand(1, 300, 3), torch.rand(1, _MOST_COORDINATES + 1, 3)
 
@@ -32,6 +34,16 @@ def test_the_shared_memory_of_many_points() -> None:
     card(_SHARED_BYTES - 1)
     with pytest.raises(RuntimeError, match="shared memory"):
         farthest_points(LARGE, 2, backend="cuda")
+
+
+def test_the_shared_memory_of_many_keys() -> None:
+    q, kv = torch.rand(1, 33, 1, 64).half(), torch.rand(1, 130, 1, 64).half()
+    wanted = shared_bytes(33, 130, 64, 2) + STATIC_BYTES
+    card(wanted)
+    few_query_attention(q, kv, kv, backend="cuda")
+    card(wanted - 1)
+    with pytest.raises(RuntimeError, match="shared memory"):
+        few_query_attention(q, kv, kv, backend="cuda")
 
 
 def test_a_card_without_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 # every test that names the `cuda` implementation of an operator
 PARITY = [
     "csrc/test_ops.py",
-    *(f"kernels/test_{name}.py" for name in ("contrastive", "grouped", "patch", "points", "select_head")),
+    *(f"kernels/test_{name}.py" for name in ("contrastive", "few_query", "grouped", "patch", "points", "select_head")),
 ]
 
 pytestmark = [

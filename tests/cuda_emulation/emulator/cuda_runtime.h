@@ -22,6 +22,12 @@ struct alignas(8) int2 {
 struct alignas(8) float2 {
     float x, y;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -107,6 +113,11 @@ inline unsigned ballot(unsigned mask, bool vote, Place place) {
     return bits;
 }
 
+// A thread's copies of 16 bytes, of zeros without `from`; those before its last `left` commits are waited for.
+void copy_later(void* to, const void* from);
+void commit();
+void wait(size_t left);
+
 // The block's own array that is declared at this place; without a place that of the launch.
 void* shared_memory(size_t bytes, Place place);
 void* dynamic_memory();
@@ -178,6 +189,12 @@ inline float __fdividef(float a, float b) { return b > 0x1p126f ? 0.0f : a / b; 
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t bytes = uint64_t(y) << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return result;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 template <class Kernel>

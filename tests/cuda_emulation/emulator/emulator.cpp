@@ -43,6 +43,7 @@ struct Fiber {
     enum { READY, AT_WARP, AT_BARRIER, DONE } state;
     Place place;
     uint64_t word;
+    std::vector<std::vector<std::pair<void*, const void*>>> copies = {{}};  // that have not been waited for, by commits
 };
 
 std::vector<Fiber> fibers;
@@ -254,6 +255,20 @@ const uint64_t* exchange(unsigned mask, uint64_t word, Place place) {
     running->word = word;
     leave(Fiber::AT_WARP, place);
     return &words[(running - fibers.data()) / WARP * WARP];
+}
+
+void copy_later(void* to, const void* from) { running->copies.back().emplace_back(to, from); }
+
+void commit() { running->copies.emplace_back(); }
+
+void wait(size_t left) {
+    auto& copies = running->copies;
+    for (; copies.size() > left + 1; copies.erase(copies.begin()))
+        for (const auto& [to, from] : copies.front()) {
+            if (from) see(const_cast<void*>(from), 16, false, true);
+            see(to, 16, true, true);
+            from ? memcpy(to, from, 16) : memset(to, 0, 16);
+        }
 }
 
 void* shared_memory(size_t bytes, Place place) {
