@@ -59,6 +59,8 @@ def check_onnx(
     path = Path(path)
     file, size = _read(path)
     facts = {p.key.removeprefix("mmfuse."): p.value for p in file.metadata_props if p.key.startswith("mmfuse.")}
+    if "version" in facts and "weights_sha256" not in facts:
+        raise ValueError(f"path is {str(path)!r}, a graph without weights: there is nothing to compare")
     if "weights_sha256" not in facts:
         raise ValueError(f"path is {str(path)!r}, which has no record of an export by mmfuse")
     part = SERVED.get(facts.get("model", ""))

@@ -18,9 +18,7 @@ from torch import nn
 from mmfuse.export.aoti import export_aoti
 from mmfuse.export.build_cli import add_engine_arguments, engine, said, sizes_of
 from mmfuse.export.onnx import MODES, OPSETS, export_onnx
-from mmfuse.export.ort import fuse_for_ort
 from mmfuse.export.served import DTYPES, SERVED, build, export_served
-from mmfuse.kernels._runtime import UnsupportedError
 
 # action: (module with add_arguments(parser) and run(args) -> exit code, one line of help); the module is imported when
 # the action is chosen
@@ -85,6 +83,7 @@ def _export_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", metavar="FILE", help="official state dict: safetensors, .pt, or OpenAI's archive")
     source.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
+    source.add_argument("--no-weights", action="store_true", help="the graph alone: its weights are inputs")
 
 
 def _export(what: str, args: argparse.Namespace) -> int:
@@ -94,7 +93,7 @@ def _export(what: str, args: argparse.Namespace) -> int:
     if args.generation is not None:
         return _export_generation(what, args)
     options: dict[str, Any] = {"target": args.target, "mode": args.mode}
-    remarks: list[str] = []
+    remark = None
     with Console(stderr=True).status(f"exporting {what} to {args.onnx}"):
         if ":" in what:
             model, inputs, dynamic = made(what)
@@ -106,13 +105,12 @@ def _export(what: str, args: argparse.Namespace) -> int:
         else:
             config = _config(args)
             seed = None if args.weights else args.seed
-            export_served(what, args.onnx, config, seed=seed, weights=args.weights, dtype=args.dtype, **options)
-        if args.target == "ort":
-            remarks.append(f"{args.onnx} for onnxruntime: {_fused(args.onnx)}")
+            source = {"seed": seed, "weights": args.weights, "no_weights": args.no_weights}
+            export_served(what, args.onnx, config, **source, dtype=args.dtype, **options)
         if args.engine is not None:
-            remarks.append(said(engine(args.onnx, args.engine, args.runtime, sizes_of(args.size), {}, {})))
+            remark = said(engine(args.onnx, args.engine, args.runtime, sizes_of(args.size), {}, {}))
     print(f"wrote {args.onnx} in {time.perf_counter() - start:.0f} s; next: mmfuse export check {args.onnx}")
-    for remark in remarks:
+    if remark is not None:
         print(remark)
     return 0
 
@@ -140,13 +138,6 @@ def _export_generation(what: str, args: argparse.Namespace) -> int:
     took = time.perf_counter() - start
     print(f"wrote {args.generation} in {took:.0f} s; next: mmfuse.export.load({str(args.generation)!r}).generate(...)")
     return 0
-
-
-def _fused(file: Path) -> str:
-    try:
-        return str(fuse_for_ort(file))
-    except UnsupportedError as error:
-        return f"the plain file: {error}"
 
 
 def _config(args: argparse.Namespace) -> Any:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
@@ -206,7 +207,7 @@ def attach(model: onnx_ir.Model, nodes: Nodes, opset: int) -> None:
         try:
             function = _function(call, opset)
         except Exception as error:  # torch has many
-            raise NoFunction(call.operator.name, first_line(error)) from error
+            raise NoFunction(call.operator.name, reason(error)) from error
         model.functions[function.identifier()] = function
 
 
@@ -290,7 +291,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def first_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The reason at the bottom of a chain of exceptions, which torch wraps in many lines of its own."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
@@ -337,11 +338,33 @@ def placeholders(program: torch.export.ExportedProgram) -> list[Any]:
 def translated(
     program: torch.export.ExportedProgram, inputs: Sequence[Any], *, opset: int, **names: Any
 ) -> onnx_ir.Model:
+    how = {"dynamo": True, "opset_version": opset, "verbose": False, **names}
     with _quiet(), exporting(formula):
-        done = torch.onnx.export(program, tuple(inputs), dynamo=True, opset_version=opset, verbose=False, **names)
+        if any(isinstance(t, FakeTensor) for t in program.state_dict.values()):
+            done = torch.onnx.export(program, tuple(inputs), optimize=False, **how)
+            assert done is not None
+            _weights_as_inputs(done.model.graph)
+            done.optimize()
+        else:
+            done = torch.onnx.export(program, tuple(inputs), **how)
     assert done is not None
     for node in done.model.graph.all_nodes():
         # names of this machine's folders, and what torch alone knows
         for key in [key for key in node.metadata_props if key.startswith("pkg.")]:
             del node.metadata_props[key]
     return done.model
+
+
+def _weights_as_inputs(graph: onnx_ir.Graph) -> None:
+    """Of weights without numbers, which no optimiser can read and no file hold; shared ones are one."""
+    first: dict[int, Any] = {}
+    for name, value in list(graph.initializers.items()):
+        raw = getattr(value.const_value, "raw", None)
+        if not isinstance(raw, FakeTensor):
+            continue
+        del graph.initializers[name]
+        if (same := first.setdefault(id(raw), value)) is not value:
+            value.replace_all_uses_with(same)
+            continue
+        value.const_value = None
+        graph.inputs.append(value)

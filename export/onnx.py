@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import json
+import logging
 import os
 import re
 import tempfile
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 import mmfuse
@@ -26,9 +29,9 @@ from mmfuse.export.nodes import (
     NoFunction,
     attach,
     evaluated,
-    first_line,
     is_free,
     placeholders,
+    reason,
     traced,
     translated,
 )
@@ -40,6 +43,8 @@ from mmfuse.kernels._runtime.dtypes import dtype_name
 
 if TYPE_CHECKING:
     import onnx_ir
+
+logger = logging.getLogger("mmfuse")
 
 Target = Literal["portable", "ort", "trt", "trt-rtx"]
 Mode = Literal["functions", "decomposed", "custom"]
@@ -72,7 +77,8 @@ def export_onnx(
     Any module: ours, those of other libraries, before or after `mmfuse.accelerate`. Each fused operator is a node
     `mmfuse::Mmfuse...` with its plugin's name among the attributes and a function of standard operators in the file,
     which a runtime without our kernel puts in its place. Weights above 2 GB go to `path` + ".data" beside it; shared
-    ones are stored once. What is written appears complete or not at all.
+    ones are stored once. Of weights on the meta device the file has no numbers: they are inputs, behind the others.
+    What is written appears complete or not at all.
 
     Args:
         inputs: of forward, by name or in order: tensors, or lists, tuples and dicts of them, which become inputs
@@ -80,7 +86,8 @@ def export_onnx(
             free should be at least 2 and differ, and the values do not matter.
         dynamic: for an input's name, the dimensions that are free, each with a name: {"image": {0: "batch"}}. Equal
             names are one size. For a container, the dimensions of each of its tensors. By default none is.
-        target: "portable" (opset 18), "ort", "trt" or "trt-rtx" (opset 23 in 16 bits).
+        target: "portable" (opset 18); "ort": fused by `fuse_for_ort` where that is right and not slower, and else the
+            portable file, with a warning in the log; "trt" or "trt-rtx" (opset 23 in 16 bits).
         mode: "functions"; "decomposed": standard operators alone; "custom": nodes without functions, for a runtime
             that has our kernels.
         opset: in place of the target's.
@@ -113,10 +120,19 @@ def export_onnx(
     versions = {"version": mmfuse.__version__, "torch": torch.__version__}
     what = {"target": target, "mode": mode, "opset": opset, "dtype": dtype_name(dtype), "dynamic": given.said}
     ours = Counter(node.op_type for node in program.graph.all_nodes() if node.domain == DOMAIN)
-    holds = {"weights_sha256": fingerprint(model), "operators": json.dumps(ours), "apart": apart}
+    sha256 = None if any(t.is_meta for t in model.state_dict().values()) else fingerprint(model)
+    holds = {"weights_sha256": sha256, "operators": json.dumps(ours), "apart": apart}
     found = versions | what | holds | dict(facts or {})
     program.metadata_props.update({f"mmfuse.{key}": str(fact) for key, fact in found.items() if fact is not None})
     _write(program, path)
+    if target == "ort":
+        from mmfuse.export.ort import fuse_for_ort  # which saves as this module does
+
+        try:
+            fused = fuse_for_ort(path)
+            logger.log(logging.INFO if fused.kept else logging.WARNING, "%s: %s", path, fused)
+        except (UnsupportedError, ValueError) as error:
+            logger.warning("%s: the plain file: %s", path, error)
     return path
 
 
@@ -149,7 +165,7 @@ def _program(
     model: nn.Module, given: Given, opset: int, nodes: Nodes | None, outputs: Sequence[str] | None
 ) -> onnx_ir.Model:
     """The graph of a model, without functions."""
-    called = Called(on_cpu(model), given)
+    called = Called(on_cpu(_without_numbers(model)), given)
     with evaluated(called):
         try:
             program = traced(called, given.tensors, given.dynamic, nodes)
@@ -162,7 +178,7 @@ def _program(
         except torch.onnx.errors.OnnxExporterError as error:
             raise _unsupported(model, error, program) from error
     _name_sizes(onnx, sizes)
-    _name_weights(onnx)
+    _name_weights(onnx, given.names)
     return onnx
 
 
@@ -273,6 +289,17 @@ def on_cpu(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu() if elsewhere else model
 
 
+def _without_numbers(model: nn.Module) -> nn.Module:
+    """The model, or where weights are on the meta device a copy that has torch's fake ones of the CPU instead."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_meta]
+    if not tensors:
+        return model
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        fake = [torch.empty_like(t, device="cpu") for t in tensors]
+    pairs = zip(tensors, fake, strict=True)
+    return copy.deepcopy(model, {id(t): nn.Parameter(f) if isinstance(t, nn.Parameter) else f for t, f in pairs})
+
+
 def fingerprint(model: nn.Module) -> str:
     """The SHA-256 of a model's state dict: names and bytes."""
     digest = hashlib.sha256()
@@ -297,8 +324,10 @@ def _name_sizes(onnx: onnx_ir.Model, names: Mapping[str, str]) -> None:
             value.shape = ir.Shape([named(n) for n in value.shape])
 
 
-def _name_weights(onnx: onnx_ir.Model) -> None:
+def _name_weights(onnx: onnx_ir.Model, inputs: Sequence[str]) -> None:
     """Weights by their names in the model, and those that are shared once."""
+    for value in onnx.graph.inputs[len(inputs) :]:
+        value.name = str(value.name).removeprefix("model.")
     weights = onnx.graph.initializers
     first: dict[Any, Any] = {}
     for own, value in list(weights.items()):
@@ -356,4 +385,4 @@ def _unsupported(
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             where = f" in {stack[-1][0].removeprefix('model.') or 'the model'}: {node.target}" if stack else ""
             break
-    return UnsupportedError(f"{type(model).__name__} cannot be exported{where}: {first_line(error)}")
+    return UnsupportedError(f"{type(model).__name__} cannot be exported{where}: {reason(error)}")

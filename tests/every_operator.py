@@ -70,7 +70,7 @@ class Everything(nn.Module):
             "projected": projected,
             "queried": few_query_attention(self.queries, projected[..., 0, 0, :, :], projected[..., 0, 1, :, :])[0],
             "seen": token_attention(
-                self.queries, tokens, self.key_weight, self.value_weight, lengths=ids.sum(1).clamp(1, S)
+                self.queries, tokens, self.key_weight, self.value_weight, lengths=ids.sum(1).clamp(max=S)
             )[0],
             "points": mini_pointnet(tokens[..., :3], layers),
         }
@@ -78,9 +78,11 @@ class Everything(nn.Module):
 
 def inputs(batch: int = B, length: int = L, rows: int = 6, seed: int = 0) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, S, (batch, length), generator=draw)
+    ids[0] = 0  # of an image with no token to see
     return {
         "pixels": torch.randint(0, 256, (batch, 3, 16, 16), generator=draw, dtype=torch.uint8),
         "tokens": torch.randn(batch, S, D, generator=draw),
-        "ids": torch.randint(0, S, (batch, length), generator=draw),
+        "ids": ids,
         "rows": torch.randn(rows, D, generator=draw),
     }

@@ -21,6 +21,18 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 Sizes = Mapping[str, int]
 
 
+Samples = Callable[[Any, Sizes, torch.Generator], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Writes:
+    """How a model writes words: a small configuration, samples of its `generate`'s inputs, and its other options."""
+
+    tiny: Mapping[str, Any]
+    samples: Samples
+    options: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Served:
     """A part of a reference model that leaves as one file.
@@ -33,15 +45,17 @@ class Served:
         samples: (model, sizes, generator) to inputs; `sizes` has a number for each name of a free dimension.
         sizes: what a check runs.
         tiny: a small configuration in which the part has something to do.
+        writes: of a model that generates.
     """
 
     name: str
     outputs: tuple[str, ...]
     dynamic: Mapping[str, Mapping[int, str]]
     module: Callable[[Any], nn.Module]
-    samples: Callable[[Any, Sizes, torch.Generator], dict[str, Tensor]]
+    samples: Samples
     sizes: Sequence[Sizes]
     tiny: Mapping[str, Any]
+    writes: Writes | None = None
 
     def configuration(self, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
         """The arguments of a preset, of "tiny", or as they are given."""
@@ -89,6 +103,7 @@ def export_served(
     *,
     seed: int | None = 0,
     weights: str | Path | None = None,
+    no_weights: bool = False,
     dtype: str = "float32",
     **options: Any,
 ) -> Path:
@@ -97,13 +112,20 @@ def export_served(
     Args:
         config: a preset, "tiny", or the constructor's arguments.
         seed, weights: of `build`.
+        no_weights: the graph alone, in little memory whatever the model's size; its weights are inputs.
         options: of `export_onnx`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     part = served(name)
     config = part.configuration(config)
-    model = build(name, config, seed=seed or 0, weights=weights).to(DTYPES[dtype]).eval()
+    if no_weights:
+        seed = weights = None
+        with torch.device("meta"):
+            model = create(name.partition("/")[0], config)
+    else:
+        model = build(name, config, seed=seed or 0, weights=weights)
+    model = model.to(DTYPES[dtype]).eval()
     facts = {"config": json.dumps(config), "seed": None if weights else seed, "weights": weights}
     return part.export(model, path, facts=facts, **options)
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfuse.export.served import SERVED, Served, Sizes
+from mmfuse.export.served import SERVED, Samples, Served, Sizes, Writes
 from mmfuse.export.served.tiny import TINY
 from mmfuse.models.imagebind.model import MODALITIES
+from mmfuse.models.minigpt4 import IMAGE
 
 
 class Task(nn.Module):
@@ -26,7 +27,6 @@ class Task(nn.Module):
         return self._call(self.model, **inputs)
 
 
-Samples = Callable[[Any, Sizes, torch.Generator], dict[str, Tensor]]
 _BATCH = {"batch": 1}, {"batch": 3}, {"batch": 8}
 # a batch, and how long its texts are
 _TEXTS = tuple({"batch": b, "length": n} for b, n in ((1, 5), (3, 7), (8, 4)))
@@ -40,9 +40,10 @@ def _declare(
     samples: Samples,
     sizes: Sequence[Sizes] = _BATCH,
     tiny: Mapping[str, Any] | None = None,
+    writes: Writes | None = None,
 ) -> None:
     tiny = TINY[name.partition("/")[0]] if tiny is None else tiny
-    SERVED[name] = Served(name, tuple(outputs), dynamic, lambda model: Task(model, call), samples, sizes, tiny)
+    SERVED[name] = Served(name, tuple(outputs), dynamic, lambda model: Task(model, call), samples, sizes, tiny, writes)
 
 
 def _image(model: Any, sizes: Sizes, generator: torch.Generator) -> Tensor:
@@ -80,6 +81,13 @@ def _images(model: Any, sizes: Sizes, generator: torch.Generator) -> dict[str, T
     return {"image": _image(model, sizes, generator)}
 
 
+def _prompts(words: int, sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
+    """Texts before new words."""
+    ids = torch.randint(10, words, (sizes["batch"], sizes["length"]), generator=generator)
+    return {"ids": ids, "mask": torch.ones_like(ids)}
+
+
+_FEW = {"max_new_tokens": 6}
 _ONE, _TWO = {0: "batch"}, {0: "batch", 1: "length"}
 _PAIR = {"image": _ONE, "ids": _TWO, "mask": _TWO}
 
@@ -154,8 +162,12 @@ def _bert_words(model: Any) -> int:
     return model.text_encoder.embeddings.word_embeddings.num_embeddings
 
 
-for _name, _call in (("albef", _albef), ("blip", _blip)):
-    _declare(_name, _call, ("image_feat", "text_feat", "match_logits"), _PAIR, _pairs(_bert_words), _TEXTS)
+_CAPTIONER = TINY["blip"] | {"variant": "caption", "config": {"image_size": TINY["blip"]["config"]["image_size"]}}
+_CAPTIONS = Writes(_CAPTIONER, _images, {"num_beams": 1, "max_length": 12})
+for _name, _call, _writes in (("albef", _albef, None), ("blip", _blip, _CAPTIONS)):
+    _declare(
+        _name, _call, ("image_feat", "text_feat", "match_logits"), _PAIR, _pairs(_bert_words), _TEXTS, writes=_writes
+    )
 
 
 def _vlmo(vlmo: Any, image: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -215,21 +227,34 @@ _declare(
     {"image": _ONE},
     _images,
     tiny=TINY["blip2/opt"],
+    writes=Writes(TINY["blip2/opt"], lambda m, s, g: _images(m, s, g) | _prompts(50, s, g), _FEW),
 )
-_declare("minigpt4", _prompt, ("image_prompt",), {"image": _ONE}, _images)
+
+
+def _chats(model: Any, sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
+    ids = _prompts(50, sizes, generator)["ids"]
+    ids[:, 1] = IMAGE
+    return {"image": _image(model, sizes, generator)[:, None], "prompt_ids": ids}
+
+
+_declare(
+    "minigpt4", _prompt, ("image_prompt",), {"image": _ONE}, _images, writes=Writes(TINY["minigpt4"], _chats, _FEW)
+)
 
 
 def _instructed(model: Any, image: Tensor, qformer_ids: Tensor, qformer_mask: Tensor) -> Tensor:
     return model.image_prompt(image, qformer_ids, qformer_mask)
 
 
+_instructions = _pairs(_qformer_words, ("qformer_ids", "qformer_mask"))
 _declare(
     "instructblip",
     _instructed,
     ("image_prompt",),
     {"image": _ONE, "qformer_ids": _TWO, "qformer_mask": _TWO},
-    _pairs(_qformer_words, ("qformer_ids", "qformer_mask")),
+    _instructions,
     _TEXTS,
+    writes=Writes(TINY["instructblip"], lambda m, s, g: _instructions(m, s, g) | _prompts(50, s, g), _FEW),
 )
 
 

@@ -158,16 +158,19 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     x, weight = _rows_and_codes(x, weight, ("x", "weight"))
     if bias is not None:
         check("bias", bias, weight.shape[:1], ", one for each row of weight", like=("x", x))
-    if bias is not None and exported_by() is None:
-        bias = bias.double().contiguous()
+        bias = bias.to(_score_dtype(weight)).contiguous()
     return NEAREST(x, weight, None, bias, None, True, backend=backend)
+
+
+def _score_dtype(codebook: Tensor) -> torch.dtype:
+    """What scores are made in: float64, but in an exported graph, which has to run where there is none."""
+    return torch.float64 if exported_by() is None else accumulation_dtype(codebook.dtype)
 
 
 def _score(codebook: Tensor, metric: str) -> tuple[Tensor | None, Tensor | None]:
     """(scale, bias) [K] in float64 of the score scale_k <z, e_k> + bias_k."""
     one_of("metric", metric, get_args(Metric))
-    # what is exported has to run where there is no float64
-    dtype = torch.float64 if exported_by() is None else accumulation_dtype(codebook.dtype)
+    dtype = _score_dtype(codebook)
     if metric == "euclidean":
         return None, codebook.to(dtype).square().sum(1).mul_(-0.5)
     norm = torch.linalg.vector_norm(codebook, dim=1, dtype=dtype)

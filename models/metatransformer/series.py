@@ -48,11 +48,12 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, c_in: int, d_model: int):
         super().__init__()
-        self.tokenConv = nn.Conv1d(c_in, d_model, 3, padding=1, padding_mode="circular", bias=False)
+        self.tokenConv = nn.Conv1d(c_in, d_model, 3, bias=False)
         nn.init.kaiming_normal_(self.tokenConv.weight, nonlinearity="leaky_relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tokenConv(x.mT).mT
+        # not padding_mode="circular", which ONNX has from opset 19 on and OpenVINO not at all
+        return self.tokenConv(torch.cat([x[:, -1:], x, x[:, :1]], 1).mT).mT
 
 
 class FixedEmbedding(nn.Module):

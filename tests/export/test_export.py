@@ -16,6 +16,7 @@ from torch import nn
 import mmfuse
 from mmfuse.cli import main
 from mmfuse.export import check_onnx, export_onnx, export_served
+from mmfuse.export.lint import lint
 from mmfuse.export.onnx import fingerprint
 from mmfuse.export.served import build, read_weights, served
 from mmfuse.models.clip import CLIP, SYSTEM
@@ -231,6 +232,36 @@ def test_containers_names_and_shared_weights(tmp_path: Path) -> None:
     assert session.run(["hidden"], {"x": x[:0].numpy()})[0].shape == (0, 128)
 
 
+def test_a_graph_without_weights(tmp_path: Path) -> None:
+    model = Small()
+    with torch.device("meta"):
+        without = Small()
+    path = export_onnx(without, SMALL, tmp_path / "graph.onnx", dynamic=ROWS)
+    session = onnxruntime.InferenceSession(path)
+    names = [i.name for i in session.get_inputs()]
+    assert names[0] == "x" and len(names) == 4  # the weight is shared
+    weights = {name: t.numpy() for name, t in model.state_dict().items() if name in names}
+    x = torch.randn(4, 128)
+    hidden, (out, total) = model(x).values()
+    for got, expected in zip(session.run(None, {"x": x.numpy(), **weights}), (hidden, out, total), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), expected.detach(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="a graph without weights: there is nothing to compare"):
+        check_onnx(path, model, [SMALL])
+
+
+def test_a_published_size_without_weights(tmp_path: Path) -> None:
+    """A part of a model of 1.2 billion parameters."""
+    path = tmp_path / "imu.onnx"
+    assert main(["export", "imagebind/imu", "--preset", "huge", "--no-weights", "--onnx", str(path)]) == 0
+    file = onnx.load(path)
+    onnx.checker.check_model(file, full_check=True)
+    assert lint(file, {"target": "portable", "dtype": "float32"}) == [] and {f.name for f in file.functions}
+    assert path.stat().st_size < 1e6
+    shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in file.graph.input}
+    assert shapes["imu"] == ["batch", 6, 2000]
+    assert shapes["model.modality_trunks.imu.blocks.5.mlp.fc1.weight"] == [2048, 512]
+
+
 def test_weights_above_the_limit_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmfuse.export.onnx.SINGLE_FILE_BYTES", 0)
     model = nn.Sequential(nn.Linear(128, 20), nn.Linear(20, 6))
@@ -242,6 +273,14 @@ def test_weights_above_the_limit_lie_beside(tmp_path: Path, monkeypatch: pytest.
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
     assert not check_onnx(path, model, [{"input": SMALL["x"]}])["ok"]
+    # no way out of the folder
+    data.write_bytes(whole)
+    (tmp_path / "in").mkdir()
+    outside, file = tmp_path / "in" / path.name, onnx.load(path, load_external_data=False)
+    for entry in (e for t in file.graph.initializer for e in t.external_data if e.key == "location"):
+        entry.value = f"../{data.name}"
+    outside.write_bytes(file.SerializeToString())
+    assert not check_onnx(outside, model, [{"input": SMALL["x"]}])["ok"]
     data.unlink()
     with pytest.raises(ValueError, match=r"large\.onnx.*not a readable ONNX file"):
         check_onnx(path, model, [{"input": SMALL["x"]}])

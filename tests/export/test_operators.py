@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import mmfuse
 from every_operator import DYNAMIC, Everything, inputs
 from mmfuse import fused
 from mmfuse.export import export_onnx
 from mmfuse.export.lint import lint
 from mmfuse.kernels._runtime import operators
+from mmfuse.kernels.text import embed_pair
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -76,12 +79,22 @@ def facts(file: Any) -> dict[str, str]:
     return {p.key.removeprefix("mmfuse."): p.value for p in file.metadata_props}
 
 
+def judge(name: str, got: torch.Tensor, own: torch.Tensor, true: torch.Tensor) -> None:
+    assert got.shape == own.shape and got.dtype == own.dtype, name
+    if not got.is_floating_point():
+        assert torch.equal(got, own), name
+        return
+    error, allowed = ((t.double() - true).abs().max() for t in (got, own))
+    ulp = torch.finfo(torch.float32).eps * true.abs().max()
+    assert error <= 2 * allowed + 4 * ulp, f"{name}: {error} against {allowed}"
+
+
 def test_functions_compute_what_the_operators_do(model: Everything, path: Path) -> None:
     file = onnx.load(path)
     onnx.checker.check_model(file, full_check=True)
     present = {next(a.s.decode() for a in n.attribute if a.name == "operator") for n in file.graph.node if n.domain}
     declared = {op.name for op in operators().values() if op.export is not None}
-    # these have tests of their own
+    # as these have: test_nodes_of_any_length
     assert declared - present == {"embed_pair", "patch_embed_packed"}
     assert lint(file, facts(file)) == []
     exact = copy.deepcopy(model).double()
@@ -92,20 +105,81 @@ def test_functions_compute_what_the_operators_do(model: Everything, path: Path) 
             eager = model(**given)
             true = exact(**{n: t.double() if t.is_floating_point() else t for n, t in given.items()})
         for name, own in eager.items():
-            got, of = found[name], true[name]
-            assert got.shape == own.shape and got.dtype == own.dtype, name
-            if not got.is_floating_point():
-                assert torch.equal(got, own), name
-                continue
-            error, allowed = ((t.double() - of).abs().max() for t in (got, own))
-            ulp = torch.finfo(torch.float32).eps * of.abs().max()
-            assert error <= 2 * allowed + 4 * ulp, f"{name}: {error} against {allowed}"
+            judge(name, found[name], own, true[name])
 
 
 def test_a_function_in_line_is_the_formula(path: Path) -> None:
     file = inliner.inline_local_functions(onnx.load(path))
     assert not file.functions and {n.domain for n in file.graph.node} == {""}
     assert [f.rule for f in lint(file, facts(file))] and {f.rule for f in lint(file, facts(file))} == {"kept_nodes"}
+
+
+class Pair(nn.Module):
+    """An image's and a text's tokens by one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        shapes = {"weight": (16, 3, 8, 8), "bias": (16,), "cls_token": (16,), "position": (7, 16), "table": (40, 16)}
+        shapes["text_position"] = (12, 16)
+        self.given = nn.ParameterDict({name: torch.randn(s, generator=draw) for name, s in shapes.items()})
+
+    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"tokens": embed_pair(pixels, ids, mean=(0.4, 0.5, 0.6), std=0.25, **self.given)}
+
+
+class Packed(nn.Module):
+    """Patches of images of any sizes, whose positions are resampled to each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        shapes = {"weight": (16, 12), "bias": (16,), "table": (4, 4, 16)}
+        self.given = nn.ParameterDict({name: torch.randn(s, generator=draw) for name, s in shapes.items()})
+
+    def forward(self, patches: torch.Tensor, grids: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = mmfuse.patch_embed_packed(patches, grids, mean=0.5, std=0.5, **self.given)
+        return {"tokens": found.tokens, "cu_seqlens": found.cu_seqlens, "ids": found.ids}
+
+
+def pairs(batch: int, length: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(batch)
+    pixels = torch.randint(0, 256, (batch, 3, 16, 16), generator=draw, dtype=torch.uint8)
+    return {"pixels": pixels, "ids": torch.randint(0, 40, (batch, length), generator=draw)}
+
+
+def packed(*grids: tuple[int, int]) -> dict[str, torch.Tensor]:
+    rows = sum(h * w for h, w in grids)
+    return {
+        "patches": torch.randn(rows, 12, generator=torch.Generator().manual_seed(rows)),
+        "grids": torch.tensor(grids),
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "samples", "dynamic"),
+    [
+        (Pair, [pairs(3, 5), pairs(1, 10), pairs(4, 2)], {"pixels": {0: "batch"}, "ids": {0: "batch", 1: "length"}}),
+        (
+            Packed,
+            [packed((2, 3), (4, 5)), packed((1, 1)), packed((6, 2), (3, 3), (1, 4))],
+            {"patches": {0: "rows"}, "grids": {0: "images"}},
+        ),
+    ],
+)
+def test_nodes_of_any_length(make: Any, samples: Any, dynamic: Any, tmp_path: Path) -> None:
+    model = make().eval()
+    path = export_onnx(model, samples[0], tmp_path / "node.onnx", dynamic=dynamic)
+    file, exact = onnx.load(path), copy.deepcopy(model).double()
+    assert [n.op_type for n in file.graph.node if n.domain] == [f.name for f in file.functions] and file.functions
+    assert lint(file, facts(file)) == []
+    for given in samples:
+        found = run(path, given)
+        with torch.no_grad():
+            eager = model(**given)
+            true = exact(**{n: t.double() if t.is_floating_point() else t for n, t in given.items()})
+        for name, own in eager.items():
+            judge(name, found[name], own, true[name])
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------

@@ -233,6 +233,29 @@ def test_the_gate_measures_both_files(file: Path, tmp_path: Path) -> None:
     assert made.kept == (made.fused <= made.plain) == (tmp_path / "fused.onnx").exists()
 
 
+@transformers
+def test_the_target_passes_both_gates(
+    model: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = [{"x": torch.randn(batch, 5, 16)} for batch in (3, 1)]
+
+    def exported(**options: Any) -> list[str]:
+        path = export_onnx(
+            model, inputs[0], tmp_path / "head.onnx", target="ort", dynamic={"x": {0: "batch"}}, **options
+        )
+        assert check_onnx(path, model, inputs)["ok"]
+        return [n.op_type for n in onnx.load(path).graph.node if n.domain]
+
+    monkeypatch.setattr(ort, "_median", lambda sessions, *_: [2.0, 1.0][: len(sessions)])
+    assert (names := exported()) and not any(name.startswith("Mmfuse") for name in names)
+    assert not [r for r in caplog.records if r.name == "mmfuse"]
+    monkeypatch.setattr(ort, "_median", lambda *_: [1.0, 2.0])
+    assert all(name.startswith("Mmfuse") for name in exported())
+    assert "the plain file, as the fused one: it takes 2.00 ms" in caplog.text
+    monkeypatch.setattr(ort, "fuse_for_ort", lambda _: (_ for _ in ()).throw(UnsupportedError("no transformers")))
+    assert exported() and "the plain file: no transformers" in caplog.text
+
+
 # --- the command line, and the check --------------------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dispatch import exported_by
+
 
 class Layout(NamedTuple):
     cu_seqlens: Tensor  # [B + 1] int32
@@ -61,7 +63,7 @@ def layout(
     cu_seqlens, source = begin, None
     if ids_keep is not None:
         row = source = ids_keep
-        image = torch.searchsorted(begin[1:], row, right=True)
+        image = _image(begin, row)
         kept = torch.zeros_like(begin).scatter_add_(0, image, torch.ones_like(image))
         cu_seqlens = F.pad(kept[:b].cumsum(0), (1, 0))
     elif padded_out is not None:
@@ -69,7 +71,7 @@ def layout(
         source = row = torch.where(at < count[image], begin[image] + at, -1)
     else:
         row = torch.arange(patches, device=device)
-        image = torch.searchsorted(begin[1:], row, right=True) if padded_in is None else row // padded_in
+        image = _image(begin, row) if padded_in is None else row // padded_in
     first = torch.cat([start, begin[-1:]])
     within = (torch.where(row < 0, patches, row) if padded_out else row) - first[image]
     inside = within < count[image]
@@ -91,6 +93,13 @@ def layout(
     height = torch.where(count[image] > 0 if pad_first else inside, height, 0)
     place = torch.stack([y, x, height, width], 1).to(torch.int32)
     return Layout(cu_seqlens.to(torch.int32), ids, place, source, start)
+
+
+def _image(begin: Tensor, row: Tensor) -> Tensor:
+    """The image that each row is of."""
+    if exported_by() is None:
+        return torch.searchsorted(begin[1:], row, right=True)
+    return (begin[1:, None] <= row).sum(0)  # ONNX has no search
 
 
 def _both(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -51,16 +51,16 @@ def positions(table: Tensor, place: Tensor, shape: tuple[int, int], mode: str, f
 
 
 def dense(place: Tensor, shape: tuple[int, int], mode: str, factored: bool, acc: torch.dtype) -> list[Tensor]:
-    """The weights of every row of the table, [rows, S] for each block of tokens."""
+    """The weights of every row of the table, [rows, S] for each block of tokens; a graph of any size has one block."""
     blocks = []
-    for i in range(0, max(1, place.shape[0]), _ROWS):
-        at, size = place[i : i + _ROWS].split(2, 1)  # both axes [rows, 2]
-        some = (size[:, :1] > 0)[..., None]
+    for some in place.split(_ROWS) if isinstance(place.shape[0], int) else [place]:
+        at, size = some.split(2, 1)  # both axes [rows, 2]
+        real = (size[:, :1] > 0)[..., None]
         if shape[0] == shape[1]:
-            y, x = torch.where(some, axis_weights(mode, at, size.clamp(min=1), shape[0], acc), 0).unbind(1)
+            y, x = torch.where(real, axis_weights(mode, at, size.clamp(min=1), shape[0], acc), 0).unbind(1)
         else:
             y, x = (
-                torch.where(some[:, 0], axis_weights(mode, at[:, axis], size[:, axis].clamp(min=1), n, acc), 0)
+                torch.where(real[:, 0], axis_weights(mode, at[:, axis], size[:, axis].clamp(min=1), n, acc), 0)
                 for axis, n in enumerate(shape)
             )
         blocks.append(torch.cat([y, x], 1) if factored else (y[:, :, None] * x[:, None]).flatten(1))
