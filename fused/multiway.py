@@ -274,15 +274,14 @@ def from_bagel(state: Mapping[str, Tensor], experts: int = 2) -> dict[str, Tenso
 
 def to_bagel(state: Mapping[str, Tensor], heads: int, kv_heads: int) -> dict[str, Tensor]:
     """The state of BAGEL's layer from that of a `MoTBlock` of two experts with so many heads."""
-    found = {}
+    found = dict[str, Tensor]()
     for key, experts in state.items():
         module, _, of = key.rpartition(".")
         names = [f"{name}.{of}" for name in _BAGEL[module]]
         shares = {"qkv": [heads, kv_heads, kv_heads], "gate_up": [1, 1]}.get(module, [1])
         unit = experts.shape[1] // sum(shares)
-        for expert, rename in zip(experts, (str, _generating), strict=True):
-            parts = expert.split([n * unit for n in shares])
-            found |= {rename(name): t for name, t in zip(names, parts, strict=True)}
+        for expert, of_expert in zip(experts, (names, list(map(_generating, names))), strict=True):
+            found |= dict(zip(of_expert, expert.split([n * unit for n in shares]), strict=True))
     return found
 
 

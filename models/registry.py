@@ -20,6 +20,7 @@ NAMES = (
     "vlmo",
     "coca",
     "beit3",
+    "vqkd",
     "imagebind",
     "metatransformer",
     "blip",

@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """image [B, 3, R, R] -> tokens [B, 1 + (R / patch_size)^2, embed_dim], the class token first, all normalised."""
+    """image [B, C, R, R] -> tokens [B, 1 + (R / patch_size)^2, embed_dim], the class token first, all normalised."""
 
     def __init__(
         self,
@@ -64,14 +64,15 @@ class VisionTransformer(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4,
         drop_path_rate: float = 0.0,
+        in_chans: int = 3,
     ):
         super().__init__()
         if image_res % patch_size:
             raise ValueError(f"image_res is {image_res}, expected a multiple of patch_size {patch_size}")
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim is {embed_dim}, expected a multiple of num_heads {num_heads}")
-        self.image_res = image_res
-        self.patch_embed = PatchEmbed(image_res, patch_size, embed_dim=embed_dim)
+        self.image_res, self.in_chans = image_res, in_chans
+        self.patch_embed = PatchEmbed(image_res, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_res // patch_size) ** 2 + 1, embed_dim))
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
@@ -84,7 +85,7 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        expected = (3, self.image_res, self.image_res)
+        expected = (self.in_chans, self.image_res, self.image_res)
         if image.shape[1:] != expected:
             raise ValueError(f"image has shape {tuple(image.shape)}, expected [B, {', '.join(map(str, expected))}]")
         image = image.to(self.pos_embed.dtype)

@@ -408,6 +408,23 @@ SAMPLES |= {
 }
 
 
+def _ernie() -> nn.Module:
+    module = f"{HF}ernie4_5_vl_moe"
+    config = import_module(f"{module}.configuration_ernie4_5_vl_moe").Ernie4_5_VLMoeTextConfig(
+        hidden_size=16, moe_intermediate_size=[12, 8], moe_num_experts=4, moe_k=2, moe_num_shared_experts=1
+    )
+    return import_module(f"{module}.modeling_ernie4_5_vl_moe").Ernie4_5_VLMoeMoeBlock(config)
+
+
+def ernie_run(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    return model(torch.randn(2, 7, 16, dtype=dtype), torch.tensor([[0, 0, 1, 1, 0, 2, 0], [1, 0, 1, 1, 0, 0, 1]]))[0]
+
+
+SAMPLES[f"{HF}ernie4_5_vl_moe.modeling_ernie4_5_vl_moe:Ernie4_5_VLMoeMoeBlock"] = Sample(
+    _ernie, ernie_run, "shared_experts.gate_proj"
+)
+
+
 def _qwen3() -> nn.Module:
     module = f"{HF}qwen3_vl"
     config = import_module(f"{module}.configuration_qwen3_vl").Qwen3VLVisionConfig(patch_size=4, hidden_size=16)

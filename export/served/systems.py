@@ -199,6 +199,15 @@ _declare(
 )
 
 
+_declare(
+    "vqkd",
+    lambda vqkd, image: vqkd.encode(image),
+    ("codes",),
+    {"image": _ONE},
+    lambda model, sizes, generator: {"image": _image(model, sizes, generator)},
+)
+
+
 # --- Q-Formers ------------------------------------------------------------------------------------------------------
 
 

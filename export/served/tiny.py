@@ -441,6 +441,18 @@ TINY: dict[str, dict[str, Any]] = {
             "sd": {"bos": 97, "eos": 98, "pad": 0, "empty_ids": [97, 98], "max_length": 77},
         },
     },
+    "vqkd": {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "decoder_depth": 1,
+        "decoder_out_dim": 16,
+        "n_code": 24,
+        "code_dim": 8,
+        "quantize_kmeans_init": False,
+    },
     "imagebind": {
         "constructor": {
             "video_frames": 2,

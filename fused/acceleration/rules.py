@@ -232,6 +232,11 @@ RULES = (
         reason_against=torchscale.against_embedding,
     ),
     Rule(
+        op="multiway",
+        target="transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe:Ernie4_5_VLMoeMoeBlock",
+        forward="mmfuse.fused.acceleration.ernie:forward",
+    ),
+    Rule(
         op="patch_embed",
         target="timm.layers.patch_embed:PatchEmbed",
         forward="mmfuse.fused.acceleration.stems:timm_patch_embed",
