@@ -264,8 +264,8 @@ def _text_flops(mode: str, R: int, **size: int) -> float:
 
 
 def _step_flops(mode: str, B: int, T: int, **size: int) -> float:
-    images, texts = partial(_pass_flops, **size), size | {"Q": 0}
-    once = images(B, B) + 2 * _pass_flops(B, 0, T=T, **texts) + images(3 * B, 0, T=T)
+    pairs = _pass_flops(3 * B, 0, T=T, **size)
+    once = _pass_flops(B, B, **size) + 2 * _pass_flops(B, 0, T=T, **(size | {"Q": 0})) + pairs
     return (1 if mode == "fwd" else 3) * once
 
 
