@@ -7,6 +7,7 @@ that neither keys nor values are formed; many, as those of CoCa, to keys and val
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +140,7 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.frame_embs = None if max_num_frames is None else nn.Parameter(torch.randn(max_num_frames, dim))
         self.media_time_embs = None if max_num_media is None else nn.Parameter(torch.randn(max_num_media, 1, dim))
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             nn.ModuleList([_PerceiverAttention(dim, dim_head, heads), _feed_forward(dim, ff_mult * dim)])
             for _ in range(depth)
         )

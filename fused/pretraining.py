@@ -85,7 +85,7 @@ class QFormerPretraining(ImageQueries):
 
     @property
     def predictions(self) -> Predictions:
-        return self.Qformer.cls.predictions  # type: ignore[union-attr, return-value]
+        return self.Qformer.cls.predictions  # type: ignore[return-value]
 
     def forward(
         self,

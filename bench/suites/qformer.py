@@ -6,7 +6,7 @@ by torch.compile, and in float32, as transformers keeps BLIP-2's Q-Former when t
 `pooling_head` is the same of SigLIP's one query.
 `few_query` is the attention alone, over keys and values that are there; `few_query_windows` that of thousands of
 windows with few keys and the same queries; `few_query_shared` has R rows for one image, as re-ranking and beams do,
-where eager repeats its keys and values.
+where eager repeats its keys and values. Whole Q-Formers are in `bench/qformer_models.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.bench import inputs
+from mmfuse.bench import inputs, qformer_models
 from mmfuse.bench.cases import Case, Check
 from mmfuse.bench.inputs import differentiated, of_case, ramp
 from mmfuse.bench.providers import Only, copy, eager, formula, gpu, products, then
@@ -228,6 +228,7 @@ CASES = [
         **_KEYS,
         **_COPY,
     ),
+    *qformer_models.CASES,
 ]
 
 

@@ -160,7 +160,8 @@ def test_opt_learns_the_words_after_the_prompt() -> None:
     model(image, ids, mask).loss.backward()
     language_model_is_frozen(model, "opt_model.")
     how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    assert model.generate(image, ids[:, :2], mask[:, :2], **how).shape == (4, 4)
+    for beams in (1, 2):
+        assert model.generate(image, ids[:, :2], mask[:, :2], num_beams=beams, **how).shape == (4, 4)
 
 
 def test_t5_answers() -> None:
@@ -169,7 +170,8 @@ def test_t5_answers() -> None:
     model(image, ids, mask, ids.roll(1, 1), mask).loss.backward()
     language_model_is_frozen(model, "t5_model.")
     how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    assert model.generate(image, ids, mask, **how).shape == (4, 5)
+    for beams in (1, 2):
+        assert model.generate(image, ids, mask, num_beams=beams, **how).shape == (4, 5)
 
 
 # --- names of transformers ------------------------------------------------------------------------------------------
