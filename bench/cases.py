@@ -100,7 +100,8 @@ class Case:
 
     def _load(self, backend: str | None, **option: str) -> Load:
         def load(device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-            self.chosen(self.inputs(device, dtype, **self.small), backend)  # raises where it cannot run
+            with torch.no_grad():  # some are a forward alone
+                self.chosen(self.inputs(device, dtype, **self.small), backend)  # raises where it cannot run
             return partial(self.ours, backend=backend, **option)
 
         return load

@@ -73,7 +73,8 @@ class Row:
             found: Record = {"status": "ok"}
             if is_ours(name):
                 bound = options(fn)
-                chosen = self.case.chosen(self.inputs, bound.get("backend"))
+                with torch.set_grad_enabled(self.mode != "fwd"):
+                    chosen = self.case.chosen(self.inputs, bound.get("backend"))
                 found |= {"options": bound | {"backend": chosen}, **(self._judge(fn) if self.case.judged else {})}
             if found["status"] != "ok":
                 return found

@@ -35,7 +35,7 @@ def check(call: Call, backends: Sequence[str]) -> None:
     memory += [(t, _bytes(t).clone()) for t in gradients.values()]
     exact = run(call, in_float64(given), "torch", gradients)
     try:
-        operator, args, _ = reached(lambda: public(call.name)(**given))
+        operator, args, _ = reached(lambda: public(call.name)(**_differentiated(call, given)[0]))
     except ValueError:  # the public function has returned before it came to its operator
         return
     ordinary = all(map(_ordinary, (*tree_leaves(given), *gradients.values(), *eager.values())))
@@ -51,8 +51,8 @@ def check(call: Call, backends: Sequence[str]) -> None:
             judge(call, given, terms, excuses, f"{backend}: {name}", name, got[name], eager[name], exact[name])
 
 
-def run(call: Call, given: dict[str, Any], backend: str, gradients: dict[str, Tensor]) -> Results:
-    """Outputs and gradients by name; `gradients` are the incoming ones, made by the first run."""
+def _differentiated(call: Call, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments with leaves in them, of which some ask for a gradient, and these by name."""
     leaves: dict[str, Tensor] = {}
     paths, tree = tree_flatten_with_path(given)
     flat = []
@@ -61,7 +61,13 @@ def run(call: Call, given: dict[str, Any], backend: str, gradients: dict[str, Te
             asks = call.asked >> (len(leaves) % 31) & 1
             t = leaves[keystr(path)] = t.detach().requires_grad_(bool(asks))
         flat.append(t)
-    found = public(call.name)(**tree.unflatten(flat), backend=backend)
+    return tree.unflatten(flat), leaves
+
+
+def run(call: Call, given: dict[str, Any], backend: str, gradients: dict[str, Tensor]) -> Results:
+    """Outputs and gradients by name; `gradients` are the incoming ones, made by the first run."""
+    arguments, leaves = _differentiated(call, given)
+    found = public(call.name)(**arguments, backend=backend)
     outputs = {f"out {i}": t for i, t in enumerate(tree_leaves(found)) if isinstance(t, Tensor)}
     results: Results = {name: t.detach() for name, t in outputs.items()}
     asking = {name: t for name, t in leaves.items() if t.requires_grad}

@@ -64,6 +64,15 @@ def test_project_kv_is_a_product_for_each_layer(normalised: str) -> None:
         close(kv[:, :, i, 1].flatten(2), v)
 
 
+def test_a_norm_may_come_after_the_product() -> None:
+    """As statistics of a row of x at the product with weights alone: (x - mean) rstd W = rstd (x W - mean sum(W))."""
+    x, weight, gamma, beta = 3 * normal(5, WIDTH) + 1, normal(1, 2, D, WIDTH), normal(WIDTH), normal(WIDTH)
+    folded = weight[0, 1] * gamma
+    mean, rstd = x.mean(1, keepdim=True), (x.var(1, correction=0, keepdim=True) + 1e-5).rsqrt()
+    want = rstd * (x @ folded.T - mean * folded.sum(1)) + weight[0, 1] @ beta
+    close(project_kv(x, weight, None, HEADS, (gamma, beta, 1e-5))[:, 0, 1].flatten(1), want)
+
+
 def test_the_bias_of_a_key_changes_nothing_and_has_no_gradient() -> None:
     x, weight, bias = normal(2, 5, WIDTH), normal(1, 2, D, WIDTH), normal(1, 2, D).requires_grad_()
     q = normal(2, 3, HEADS, HEAD_DIM)

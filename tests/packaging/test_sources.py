@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import mmfuse
+import mmfuse.fused.language
+from mmfuse.kernels._runtime import operators
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("mmfuse", "bench", "export", "models", "fused", "kernels", "csrc", "tests", "docs", "examples", ".ci")
@@ -72,6 +74,11 @@ def test_environment_variables_are_documented() -> None:
     used = {v for f in code for v in re.findall(r"\bMMFUSE_[A-Z_]+\b", f.read_text())}
     documented = set(re.findall(r"^\| `(MMFUSE_[A-Z_]+)`", (ROOT / "ENVIRONMENT.md").read_text(), re.MULTILINE))
     assert used == documented
+
+
+def test_the_names_of_all_implementations_are_documented() -> None:
+    (row,) = re.findall(r"^\| `MMFUSE_BACKEND` \|(.*?)\|", (ROOT / "ENVIRONMENT.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", row)) == {i for op in operators().values() for i in op.implementations}
 
 
 def test_the_version_has_a_changelog_entry() -> None:
