@@ -154,7 +154,7 @@ def _generation(part: Served, folder: Path) -> str:
         return "-"
     from mmfuse.export.generation import export_for_generation, load
 
-    model = build(part.name, part.writes.tiny).eval()
+    model: Any = build(part.name, part.writes.tiny).eval()
     draw = torch.Generator().manual_seed(0)
     for p in model.parameters():  # each prompt then has words of its own
         p.data.add_(torch.randn(p.shape, generator=draw), alpha=0.2)

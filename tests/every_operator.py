@@ -9,7 +9,7 @@ import mmfuse
 from mmfuse.kernels.head import select_head
 from mmfuse.kernels.multiway.op import routed_ffn, routed_layer_norm, routed_linear, routed_rms_norm
 from mmfuse.kernels.multiway.routing import Routing
-from mmfuse.kernels.points import mini_pointnet
+from mmfuse.kernels.points import mini_pointnet, nearest_neighbors
 from mmfuse.kernels.qformer import few_query_attention, project_kv, token_attention
 from mmfuse.kernels.text import embed_text
 
@@ -73,6 +73,7 @@ class Everything(nn.Module):
                 self.queries, tokens, self.key_weight, self.value_weight, lengths=ids.sum(1).clamp(max=S)
             )[0],
             "points": mini_pointnet(tokens[..., :3], layers),
+            "neighbors": nearest_neighbors(tokens[:, :4, :3].round(), tokens[..., :3].round(), 5),  # with ties
         }
 
 

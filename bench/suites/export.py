@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     return int(any(not of["difference"] <= ALLOWED["float32"] for of in found.values()))
 
 
-def _measured(model: nn.Module, given: Mapping[str, Tensor], output: str) -> dict[str, Any]:
+def _measured(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Any]:
     from mmfuse.export import export_onnx
 
     several = {name: torch.cat([t, t]) for name, t in given.items()}
@@ -56,9 +56,9 @@ def _measured(model: nn.Module, given: Mapping[str, Tensor], output: str) -> dic
         assert done is not None
         done.save(plain)
         runs = {
-            "eager": lambda: getattr(model(**given), output),
-            "torch.onnx": _session(plain, given, output),
-            "mmfuse": _session(ours, given, output),
+            "eager": lambda: model(**given)[0],
+            "torch.onnx": _session(plain, given),
+            "mmfuse": _session(ours, given),
         }
         expected = runs["eager"]().numpy()
         differences = [relative(runs[who]().numpy(), expected) for who in ("torch.onnx", "mmfuse")]
@@ -71,31 +71,33 @@ def _measured(model: nn.Module, given: Mapping[str, Tensor], output: str) -> dic
     return {"milliseconds": least, "seconds": seconds, "difference": max(differences)}
 
 
-def _session(path: Path, given: Mapping[str, Tensor], output: str) -> Callable[[], Tensor]:
+def _session(path: Path, given: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    """The first output."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {name: t.numpy() for name, t in given.items()}
-    return lambda: torch.from_numpy(session.run([output], feed)[0])
+    first = session.get_outputs()[0].name
+    return lambda: torch.from_numpy(session.run([first], feed)[0])
 
 
-def _clip() -> tuple[nn.Module, dict[str, Tensor], str]:
+def _clip() -> tuple[nn.Module, dict[str, Tensor]]:
     import transformers
 
     torch.manual_seed(0)
     model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(patch_size=16)).eval()
-    return model, {"pixel_values": torch.randn(1, 3, 224, 224)}, "image_embeds"
+    return model, {"pixel_values": torch.randn(1, 3, 224, 224)}
 
 
-def _qformer() -> tuple[nn.Module, dict[str, Tensor], str]:
+def _qformer() -> tuple[nn.Module, dict[str, Tensor]]:
     import transformers
 
     torch.manual_seed(0)
     model = transformers.Blip2QFormerModel(transformers.Blip2QFormerConfig()).eval()
     given = {"query_embeds": torch.randn(1, 32, 768), "encoder_hidden_states": torch.randn(1, 257, 1408)}
-    return model, given, "last_hidden_state"
+    return model, given
 
 
 MODELS = {"CLIP ViT-B/16": _clip, "Q-Former": _qformer}

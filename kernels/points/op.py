@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import check, check_range, require_integer
 from mmfuse.kernels._runtime.device import shared_memory
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
@@ -111,6 +111,13 @@ def _many_neighbours(k: int) -> str | None:
     return f"k is {k}: a list of at most {_MOST_NEIGHBOURS} is kept in registers" if k > _MOST_NEIGHBOURS else None
 
 
+def _in_onnx(query: Tensor, points: Tensor, k: int) -> Tensor:
+    """ONNX has no stable sort, but its TopK, too, has equal distances in the order of the points."""
+    acc = accumulation_dtype(points.dtype)
+    d = reference.squared_distances(query.to(acc)[:, :, None], points.to(acc)[:, None])
+    return torch.where(d.isnan(), torch.inf, d).topk(k, dim=2, largest=False).indices
+
+
 # a grid's blocks in its second dimension
 _MOST_CLOUDS = 65535
 
@@ -138,6 +145,7 @@ NEAREST = Operator(
     ],
     size=_DISTANCES,
     example=lambda x, **how: nearest_neighbors(x[None, :, :3], x[None, :, :3], 1, **how),  # type: ignore[has-type]
+    export=OpSpec("MmfuseNearestNeighbors", _in_onnx),
 )
 
 

@@ -40,7 +40,6 @@ WITHOUT = {
     "vector_quantize": "its codes come from nearest_code; what follows is the loss and a gather",
     "mini_pointnet_training": "statistics of a batch in training",
     "farthest_points": "a loop as long as the result, which ONNX would have unrolled",
-    "nearest_neighbors": "a TopK of distances and nothing else",
     "ball_query": "a comparison and a TopK",
     "group_points": "a gather",
     "packed_attention": "it takes the routing's tables as they are; its formula leaves, operation by operation",

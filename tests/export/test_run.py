@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
@@ -254,6 +255,26 @@ def test_the_target_passes_both_gates(
     assert "the plain file, as the fused one: it takes 2.00 ms" in caplog.text
     monkeypatch.setattr(ort, "fuse_for_ort", lambda _: (_ for _ in ()).throw(UnsupportedError("no transformers")))
     assert exported() and "the plain file: no transformers" in caplog.text
+
+
+@transformers
+def test_the_bench_compares_outputs_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from mmfuse.bench.suites import export as suite
+
+    def tiny() -> Any:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        config = CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=16, **sizes)
+        return CLIPVisionModelWithProjection(config).eval(), {"pixel_values": torch.randn(1, 3, 32, 32)}
+
+    monkeypatch.setattr(suite, "MODELS", {"tiny": tiny})
+    monkeypatch.setattr(suite, "_TURNS", 1)
+    assert suite.run(argparse.Namespace(json=True)) == 0
+    found = json.loads(capsys.readouterr().out)["tiny"]
+    assert set(found["milliseconds"]) == {"eager", "torch.onnx", "mmfuse"} and found["difference"] < 1e-5
+    monkeypatch.setattr(suite, "_measured", lambda *_: found | {"difference": 0.1})
+    assert suite.run(argparse.Namespace(json=False)) == 1 and "largest difference 1e-01" in capsys.readouterr().out
 
 
 # --- the command line, and the check --------------------------------------------------------------------------------
