@@ -28,18 +28,23 @@ class Part(NamedTuple):
     place: int = 0  # of the first row in a table of relative positions
 
 
-class Reading(NamedTuple):
-    """The rows of B samples in reading order, in S places of each."""
+@dataclass(frozen=True)
+class Reading:
+    """The rows of B samples of K segments in reading order, in S places of each."""
 
     row: Tensor  # int64 [B, S]: of the stream; 0 behind the last
     place: Tensor  # int64 [T]: b S + s of each row of the stream
     segment: Tensor  # int64 [B, S]: which of the K it is of
     within: Tensor  # int64 [B, S]: its number there; 0 behind the last
     attended: Tensor  # bool [B, S]
+    first: Tensor  # int64 [B, K]: the stream's row that a segment begins with
+    lengths: Tensor  # int64 [B, K]: its rows
+    kept: Tensor  # int64 [B, K]: those of them that are attended to, which come first
     full: bool  # every place is a row that is attended to, as the host knows
 
     @staticmethod
     def of(first: Tensor, lengths: Tensor, kept: Tensor, rows: int, longest: int, full: bool) -> Reading:
+        first, lengths, kept = first.contiguous(), lengths.contiguous(), kept.minimum(lengths).contiguous()
         at, ends = torch.arange(longest, device=first.device), lengths.cumsum(1)
         segment = (at[None, :, None] >= ends[:, None, :]).sum(2)  # K behind the last row
         real = segment < ends.shape[1]
@@ -50,7 +55,8 @@ class Reading(NamedTuple):
         place = at.new_zeros(rows + 1).scatter_(
             0, row.where(real, rows).flatten(), torch.arange(row.numel(), device=at.device)
         )[:-1]
-        return Reading(row.where(real, 0), place, segment, within, real & (within < kept.gather(1, segment)), full)
+        attended = real & (within < kept.gather(1, segment))
+        return Reading(row.where(real, 0), place, segment, within, attended, first, lengths, kept, full)
 
 
 _none = partial(torch.zeros, dtype=torch.int64)
