@@ -40,7 +40,6 @@ WITHOUT = {
     "nearest_neighbors": "a TopK of distances and nothing else",
     "ball_query": "a comparison and a TopK",
     "group_points": "a gather",
-    "packed_attention": "it takes the routing's tables as they are; its formula leaves, operation by operation",
 }  # fmt: skip
 
 
