@@ -384,7 +384,8 @@ def packed_attention(
         routing: which rows are a sample's, segment by segment, and which of them are padding that nobody attends to.
         sees: K x K of "all", "causal" or "none": what a segment's rows see of another's, "causal" the rows of the same
             number and those before. By default all.
-        bias: [H, P, P], of the places of a query and of a key, as the routing's `places` number them.
+        bias: [H, P, P], of the places of a query and of a key, as the routing's `places` number them; P is at least
+            the routing's `span`.
         dropout: the probability of a probability to be 0.
         backend: "flash_attn" or "varlen" (torch's), both without a bias, on a GPU and in 16 bits; "triton", without
             dropout; or "torch". By default the first of these that accepts the arguments. By name alone: "xformers",
@@ -417,7 +418,10 @@ def packed_attention(
             raise ValueError(f"sees is {sees}, expected {segments} x {segments} of {', '.join(KINDS)}")
         kinds = [KINDS.index(kind) for of in sees for kind in of]
     if bias is not None:
-        check("bias", bias, (q.shape[1], "P", "P"), like=("q", q))
+        p = bias.shape[1] if isinstance(bias, Tensor) and bias.dim() == 3 else "P"
+        check("bias", bias, (q.shape[1], p, p), like=("q", q))
+        if bias.shape[1] < routing.span:
+            raise ValueError(f"bias has {bias.shape[1]} places, expected at least {routing.span} as routing")
     if not 0 <= real("dropout", dropout) <= 1:
         raise ValueError(f"dropout is {dropout}, expected a probability")
     return PACKED_ATTENTION(q, k, v, reading, routing.places, kinds, bias, dropout, backend=backend)[0]

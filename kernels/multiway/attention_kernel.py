@@ -345,7 +345,7 @@ def _packed_key_grad_kernel(
 
 
 @triton.jit
-def _bias_grad_kernel(
+def _packed_bias_grad_kernel(
     dbias_ptr,  # out [H, P, P]
     g_ptr,  # [T, H, D]
     delta_ptr,  # [H, T]
@@ -519,7 +519,7 @@ def attend_grads(
         )  # fmt: skip
         if bias is not None and needs.bias:
             grid = heads, *(triton.cdiv(bias.shape[1], tile[block]) for block in ("BLOCK_M", "BLOCK_N"))
-            launch(_bias_grad_kernel, grid, q, dbias_ptr=dbias, B=samples, **stats, **options, **tile)
+            launch(_packed_bias_grad_kernel, grid, q, dbias_ptr=dbias, B=samples, **stats, **options, **tile)
         tile = _for_keys(tile, q.dtype.itemsize, bias is not None)
         tiles = _tiles(longest, runs, tile["BLOCK_N"])
         if needs.k or needs.v:
@@ -544,8 +544,8 @@ def aot_specs() -> Iterator[Spec]:
         yield _spec(kernel, "bf16 D 88", base | {"H": 16, "D": 88}, "half")
         yield _spec(kernel, "bf16 short", base | {"S": 32}, None)
         yield _spec(kernel, "tf32", base, "tf32", torch.float32, bias_ptr="*fp32")
-    yield _spec(_bias_grad_kernel, "bf16", base, "half", bias_ptr="*fp32")
-    yield _spec(_bias_grad_kernel, "tf32", base, "tf32", torch.float32, bias_ptr="*fp32")
+    yield _spec(_packed_bias_grad_kernel, "bf16", base, "half", bias_ptr="*fp32")
+    yield _spec(_packed_bias_grad_kernel, "tf32", base, "tf32", torch.float32, bias_ptr="*fp32")
 
 
 def _spec(
@@ -583,7 +583,7 @@ def _work(kernel: Any, sizes: dict[str, int], tile: dict[str, int], itemsize: in
     """Of samples that are one run."""
     b, h, s, d = (sizes[n] for n in "BHSD")
     # a program of the bias' gradient goes round once for each sample, and the products are in a branch
-    if kernel is _bias_grad_kernel:
+    if kernel is _packed_bias_grad_kernel:
         return None
     products, reads, block = {
         _packed_attend_kernel: (2, 4, "BLOCK_M"),

@@ -81,6 +81,7 @@ class Routing:
         places: of each segment's first row in a table of relative positions.
         sample: int64 [T]: the sample of each row.
         longest: rows that a sample has at most.
+        span: places that a table of relative positions has at least.
         reading: the same row by row, None where samples are not known.
     """
 
@@ -96,6 +97,7 @@ class Routing:
     places: tuple[int, ...] = ()
     sample: Tensor = field(default_factory=lambda: _none(0))
     longest: int = 0
+    span: int = 0
     reading: Reading | None = None
 
     @staticmethod
@@ -136,6 +138,7 @@ class Routing:
         return Routing(
             experts, runs, torch.tensor(bounds, device=device), tuple(bounds),
             first=first, lengths=lengths, kept=kept, places=places, sample=torch.cat(sample), longest=longest,
+            span=max(p.place + p.length for p in parts),
             reading=Reading.of(first, lengths, kept, bounds[-1], longest, full),
         )  # fmt: skip
 
@@ -190,7 +193,8 @@ class Routing:
         return Routing(
             2, (0, 1), offsets, bounds, order, inverse.flatten(),
             first=first.t(), lengths=lengths.t(), kept=attended.t(), places=(0, 0), sample=order // max(1, length),
-            longest=length, reading=Reading.of(first.t(), lengths.t(), attended.t(), len(order), length, kept is None),
+            longest=length, span=length,
+            reading=Reading.of(first.t(), lengths.t(), attended.t(), len(order), length, kept is None),
         )  # fmt: skip
 
     @staticmethod

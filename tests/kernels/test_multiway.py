@@ -189,6 +189,12 @@ def test_errors_of_attention() -> None:
         (lambda: packed_attention(q, q, q, None), TypeError, "routing is NoneType, expected a Routing"),
         (lambda: packed_attention(q, q, q, routing, [["all"]]), ValueError, "expected 2 x 2 of none, causal, all"),
         (lambda: packed_attention(q, q, q, routing, bias=q), ValueError, "bias has shape"),
+        (
+            lambda: packed_attention(q, q, q, routing, bias=normal(2, 3, 3)),
+            ValueError,
+            "bias has 3 places, expected at least 4 as routing",
+        ),
+        (lambda: packed_attention(q, q, q, routing, bias=normal(2, 7, 8)), ValueError, "bias has shape"),
         (lambda: packed_attention(q, q, q, routing, dropout=2), ValueError, "dropout is 2, expected a probability"),
     ):
         with pytest.raises(error, match=message):

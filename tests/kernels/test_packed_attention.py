@@ -112,7 +112,7 @@ def test_only_the_gradients_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) 
     )
     for asked, kernels in (
         ("q", {"_packed_query_grad_kernel"}),
-        ("bias", {"_packed_query_grad_kernel", "_bias_grad_kernel"}),
+        ("bias", {"_packed_query_grad_kernel", "_packed_bias_grad_kernel"}),
     ):
         given = {n: torch.randn(28, 1, 4, device=DEVICE) for n in "qkv"} | {"bias": torch.randn(1, 7, 7, device=DEVICE)}
         given[asked].requires_grad_()
