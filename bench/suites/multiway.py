@@ -153,11 +153,11 @@ def _attention_inputs(device: torch.device, dtype: torch.dtype, B: int, S: int, 
 def padded(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, kept: Tensor) -> Tensor:
     b, s, length = _sizes(sizes)
     mask = torch.arange(s + length, device=q.device) < s + kept[:, None]
-    of_samples = (
+    q, k, v = (
         torch.cat([part.unflatten(0, (b, -1)) for part in t.split([b * s, b * length])], 1).transpose(1, 2)
         for t in (q, k, v)
     )
-    y = F.scaled_dot_product_attention(*of_samples, attn_mask=mask[:, None, None])
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
     return torch.cat([part.flatten(0, 1) for part in y.transpose(1, 2).flatten(2).split([s, length], 1)])
 
 

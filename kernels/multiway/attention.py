@@ -240,9 +240,9 @@ def _flex(
         return score + bias[h, place[i], place[j]]  # type: ignore[index]
 
     mask = create_block_mask(visible, None, None, t, t, device=q.device)
-    attend = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    attend: Any = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     given = (x.transpose(0, 1)[None] for x in (q, k, v))
-    y: Any = attend(*given, score_mod=None if bias is None else biased, block_mask=mask)
+    y = attend(*given, score_mod=None if bias is None else biased, block_mask=mask)
     return (y[0].transpose(0, 1).flatten(1),)
 
 
