@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import mmfuse
 from mmfuse.kernels.head import select_head
+from mmfuse.kernels.multiway.attention import packed_attention
 from mmfuse.kernels.multiway.op import routed_ffn, routed_layer_norm, routed_linear, routed_rms_norm
 from mmfuse.kernels.multiway.routing import Routing
 from mmfuse.kernels.points import mini_pointnet, nearest_neighbors
@@ -38,6 +39,7 @@ class Everything(nn.Module):
         self.table, self.queries = parameter(3, 3, D), parameter(1, 4, 2, D // 2)
         self.kv, self.key_weight, self.value_weight = parameter(1, 2, D, D), parameter(D, D), parameter(D, D)
         self.layers = nn.ParameterList(parameter(*s) for s in ((8, 3), (8,), (8, 8), (8,), (8, 16), (8,), (6, 8), (6,)))
+        self.relative = parameter(2, S, S)
 
     def forward(self, pixels: Tensor, tokens: Tensor, ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
         """pixels uint8 [batch, 3, 16, 16]; tokens [batch, S, D]; ids [batch, length]; rows [rows, D]."""
@@ -47,6 +49,7 @@ class Everything(nn.Module):
             x, list(self.w1), list(self.b1), list(self.w2), list(self.b2), routing,
             norm=(list(self.wide), list(self.wide), 1e-5), residual=x,
         )  # fmt: skip
+        heads = x.unflatten(1, (2, -1))
         projected = project_kv(tokens, self.kv, None, 2, (self.gamma, self.beta, 1e-5))
         values, indices = mmfuse.similarity_topk(rows, self.gallery, 3)
         layers = [(self.layers[2 * i], self.layers[2 * i + 1]) for i in range(4)]
@@ -60,6 +63,9 @@ class Everything(nn.Module):
             "ffn": ffn,
             "normed": routed_layer_norm(x, self.gammas, self.betas, routing),
             "rms": routed_rms_norm(x, self.gammas, routing),
+            "attended": packed_attention(
+                heads, heads.flip(1), heads + 1, routing, (("all", "none"), ("all", "causal")), self.relative
+            ),
             "nearest": mmfuse.nearest_code(rows, self.codes),
             "cosine": mmfuse.nearest_code(rows, self.codes, metric="cosine"),
             "values": values,

@@ -4,6 +4,9 @@
 expert's modules on its slice, and puts the rows together. `multiway_layer` is the whole layer, `multiway_encoder` four
 of them; there eager is torchscale's, which splits and concatenates the rows [B, S + L, D] at every module. All are
 bound by their products. A routing is made once, as it serves a batch for all layers.
+
+`packed_attention` is the attention alone, of pairs whose texts have padding: eager puts the rows together sample by
+sample and has a mask of the keys, as users do; `flex` is torch's flex_attention over the stream.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 from mmfuse.bench import inputs
 from mmfuse.bench.cases import Case, Check
 from mmfuse.bench.inputs import differentiated, of_case, ramp
-from mmfuse.bench.providers import eager, formula, products, then
+from mmfuse.bench.providers import eager, formula, gpu, products, then
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear
 from mmfuse.kernels.multiway.attention import packed_attention
 
@@ -138,6 +141,37 @@ def _layers(x: Tensor, sizes: Tensor, *weights: Tensor, depth: int = 1, **how: A
     return x
 
 
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def _attention_inputs(device: torch.device, dtype: torch.dtype, B: int, S: int, L: int, H: int) -> tuple[Tensor, ...]:
+    q, k, v = (inputs.leaf(device, dtype, B * (S + L), H, _HEAD) for _ in range(3))
+    kept = 1 + 7 * torch.arange(B, device=device) % L
+    return q, k, v, torch.empty(B, S, L, 0, dtype=torch.int64, device=device), kept
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, kept: Tensor) -> Tensor:
+    b, s, length = _sizes(sizes)
+    mask = torch.arange(s + length, device=q.device) < s + kept[:, None]
+    q, k, v = (
+        torch.cat([part.unflatten(0, (b, -1)) for part in t.split([b * s, b * length])], 1).transpose(1, 2)
+        for t in (q, k, v)
+    )
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    return torch.cat([part.flatten(0, 1) for part in y.transpose(1, 2).flatten(2).split([s, length], 1)])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, kept: Tensor, **how: Any) -> Tensor:
+    b, s, length = _sizes(sizes)
+    return packed_attention(q, k, v, _padded_once(b, s, length, kept.device), **how)
+
+
+@cache
+def _padded_once(b: int, s: int, length: int, device: torch.device) -> Routing:
+    kept = 1 + 7 * torch.arange(b, device=device) % length
+    return Routing.from_split(b, s + length, s, kept, device)
+
+
 # --- cost -----------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +197,14 @@ def _products(x: Tensor, sizes: Tensor, *weights: Tensor) -> list[Any]:
 
 def _products_flops(B: int, S: int, L: int, D: int) -> float:
     return 8 * B * (S + L) * D * D
+
+
+def _attention_flops(mode: str, B: int, S: int, L: int, H: int) -> float:
+    return (2 if mode == "fwd" else 7) * 2 * B * H * (S + L) ** 2 * _HEAD
+
+
+def _attention_bytes(mode: str, size: int, B: int, S: int, L: int, H: int) -> float:
+    return (4 if mode == "fwd" else 12) * B * (S + L) * H * _HEAD * size
 
 
 _GRADS = ["d x", *(f"d {name}" for name in _NAMES.split()[2:])]
@@ -206,6 +248,27 @@ CASES = [
         bytes=partial(_bytes, weights=12, depth=_DEPTH),
         **_SHARED,
     ),
+    Case(
+        name="packed_attention",
+        op="packed_attention",
+        ours=then(ramp, _attention),
+        peers={
+            **formula(then(ramp, padded)),
+            "flex": gpu(lambda: then(ramp, partial(_attention, backend="flex_attention"))),
+        },
+        inputs=_attention_inputs,
+        outputs=("loss", "d q", "d k", "d v"),
+        growth="B",
+        cpu=[{"B": b, "S": 197, "L": 64, "H": 12} for b in (1, 8)],
+        cuda=[{"B": b, "S": 197, "L": 64, "H": 12} for b in (8, 64, 256)],
+        small={"B": 2, "S": 5, "L": 3, "H": 2},
+        flops=_attention_flops,
+        bytes=_attention_bytes,
+        anchors=products(
+            lambda q, k, v, sizes, kept: [(q.flatten(1), k.flatten(1)[: sizes.shape[1]], 1)],
+            lambda B, S, L, H: 2 * B * (S + L) * S * H * _HEAD,
+        ),
+    ),
 ]
 
 
@@ -234,5 +297,13 @@ CHECKS = [
                 ("routed_layer_norm", "x sizes g1 c1", _norms),
             )
         ),
+    )
+]
+CHECKS += [
+    Check(
+        "packed_attention",
+        "B=2 S=5 L=3 H=2",
+        of_case(_attention_inputs, "q k v sizes kept", B=2, S=5, L=3, H=2),
+        differentiated(then(ramp, _attention)),
     )
 ]

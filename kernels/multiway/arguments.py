@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -76,6 +77,14 @@ class Norm:
         gamma, beta = by_expert(self.gammas, 1), by_expert(self.betas, 1)
         for e, rows in runs.slices():
             yield e, rows, gamma[e] if gamma else None, beta[e] if beta else None
+
+
+class Attended(NamedTuple):
+    """What attention computes of H heads."""
+
+    out: Tensor  # [T, H d]
+    row_max: Tensor  # [H, T] of the scores
+    row_sum: Tensor  # [H, T] of exp(score - row_max); apart, both are exact to a rounding
 
 
 def by_expert(parameters: Sequence[Tensor], dim: int) -> Sequence[Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from importlib import import_module
 from inspect import signature
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec
 from mmfuse.kernels._runtime.arguments import check, constant, real
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.multiway import reference
+from mmfuse.kernels.multiway.arguments import Attended
+from mmfuse.kernels.multiway.reference import KINDS
 from mmfuse.kernels.multiway.routing import Reading, Routing
 
-Sees = tuple[tuple[str, ...], ...]
-
+_NONE, _CAUSAL, _ALL = range(3)  # of `reference.KINDS`
 
 # --- implementations that know sequences of rows one after another ----------------------------------------------------
 
@@ -63,9 +67,9 @@ def _by_sequences(
     k: Tensor,
     v: Tensor,
     reading: Reading,
-    sees: Sees | None,
+    sees: Sequence[int],
     dropout: float,
-) -> Tensor:
+) -> tuple[Tensor]:
     """A call for all rows, or one for those of each segment: it sees some segments, and of itself what came before."""
     places = torch.arange(reading.row.numel(), device=q.device).view_as(reading.row)
     rows = reading.place[reading.row] == places
@@ -76,25 +80,36 @@ def _by_sequences(
         given = _Take.apply(q, from_), _Take.apply(k, to), _Take.apply(v, to), from_.bounds, to.bounds
         y = attend(*given, longest, longest, causal, dropout)
         out = torch.where(from_.among, y.index_select(0, from_.at), out)
-    return out.flatten(1)
+    return (out.flatten(1),)
 
 
-def _calls(sees: Sees | None, segment: Tensor) -> list[tuple[Any, Any, bool]]:
-    if sees is None:
+def _calls(sees: Sequence[int], segment: Tensor) -> list[tuple[Any, Any, bool]]:
+    if not sees:
         return [(True, True, False)]
     found = []
-    for i, of in enumerate(sees):
-        seen = [j for j, kind in enumerate(of) if kind != "none"]
-        found.append((segment == i, torch.isin(segment, constant(seen, segment.device).long()), of[i] == "causal"))
+    for i, of in enumerate(_by_segment(sees)):
+        seen = [j for j, kind in enumerate(of) if kind != _NONE]
+        found.append((segment == i, torch.isin(segment, constant(seen, segment.device).long()), of[i] == _CAUSAL))
     return found
+
+
+def _by_segment(sees: Sequence[int]) -> list[Sequence[int]]:
+    """What each segment sees of each."""
+    k = isqrt(len(sees))
+    return [sees[i : i + k] for i in range(0, k * k, k or 1)]
 
 
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, from_: Tensor, to: Tensor, m: int, n: int, causal: bool, dropout: float
 ) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(q, k, v, from_, to, m, n, dropout_p=dropout, causal=causal, deterministic=True)
+    attend, _ = _flash_function()
+    options = {"dropout_p": dropout} if dropout else {}
+    found: Any = attend(  # type: ignore[misc]
+        q, k, v, cu_seqlens_q=from_, cu_seqlens_k=to, max_seqlen_q=m, max_seqlen_k=n, causal=causal, deterministic=True,
+        **options,
+    )  # fmt: skip
+    # version 4 has the logs of the sums beside it
+    return found[0] if isinstance(found, tuple) else found
 
 
 def _torch_varlen(
@@ -105,26 +120,66 @@ def _torch_varlen(
     return found
 
 
+def _xformers(
+    q: Tensor, k: Tensor, v: Tensor, from_: Tensor, to: Tensor, m: int, n: int, causal: bool, dropout: float
+) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    queries, keys = (bounds.diff().tolist() for bounds in (from_, to))
+    mask = BlockDiagonalMask.from_seqlens(queries, keys, device=q.device)
+    mask = mask.make_causal_from_bottomright() if causal else mask
+    rows, of_keys = sum(queries), sum(keys)
+    y = memory_efficient_attention(q[None, :rows], k[None, :of_keys], v[None, :of_keys], attn_bias=mask, p=dropout)
+    return F.pad(y[0], (0, 0, 0, 0, 0, len(q) - rows))
+
+
 @cache
-def _flash_is_missing() -> str | None:
+def _flash_function() -> tuple[Callable[..., Any] | None, str]:
+    """flash_attn's second version, else its fourth; or None, and why."""
+    why = []
+    for module in ("flash_attn", "flash_attn.cute"):
+        try:
+            attend = import_module(module).flash_attn_varlen_func
+        except Exception as error:  # noqa: BLE001  one that was built for another torch raises anything
+            why.append(f"{module} is not there: {type(error).__name__}")
+            continue
+        if {"max_seqlen_q", "deterministic"} <= signature(attend).parameters.keys():
+            return attend, ""
+        why.append(f"this {module} has no deterministic gradients")
+    return None, ", ".join(why)
+
+
+def _no_flash(dropout: float) -> str | None:
+    if torch.compiler.is_compiling():
+        return "it is not for graphs"
+    attend, why = _flash_function()
+    if attend is None:
+        return why
+    undropped = dropout and "dropout_p" not in signature(attend).parameters
+    return f"dropout is {dropout}, this version has none" if undropped else None
+
+
+def _no_xformers(q: Tensor) -> str | None:
+    if torch.compiler.is_compiling() or q.device.type != "cuda":
+        return "it is not for graphs" if q.device.type == "cuda" else f"device is {q.device.type}"
+    return _xformers_is_missing()
+
+
+@cache
+def _xformers_is_missing() -> str | None:
     try:
-        from flash_attn import flash_attn_varlen_func
-    except Exception as error:  # one that was built for another torch raises anything
-        return f"flash_attn is not there: {type(error).__name__}"
-    found = signature(flash_attn_varlen_func).parameters
-    return None if "deterministic" in found else "this flash_attn has no deterministic gradients"
-
-
-def _no_flash() -> str | None:
-    return "it is not for graphs" if torch.compiler.is_compiling() else _flash_is_missing()
+        import_module("xformers.ops")
+    except Exception as error:  # noqa: BLE001  as above
+        return f"xformers is not there: {type(error).__name__}"
+    return None
 
 
 _HAS_WINDOW = "window_size" in signature(varlen_attn).parameters
 
 
-def _no_varlen(sees: Sees | None) -> str | None:
-    causal = any("causal" in of for of in sees or ())
-    return "this torch's has no window, so nothing causal" if causal and not _HAS_WINDOW else None
+def _no_varlen(sees: Sequence[int]) -> str | None:
+    return "this torch's has no window, so nothing causal" if _CAUSAL in sees and not _HAS_WINDOW else None
 
 
 def _not_half(q: Tensor) -> str | None:
@@ -146,10 +201,10 @@ def _dropped(dropout: float) -> str | None:
     return f"dropout is {dropout}" if dropout else None
 
 
-def _not_by_segments(sees: Sees | None, reading: Reading) -> str | None:
-    for i, of in enumerate(sees or ()):
-        causal = [j for j, kind in enumerate(of) if kind == "causal"]
-        last = max((j for j, kind in enumerate(of) if kind != "none"), default=i)
+def _not_by_segments(sees: Sequence[int], reading: Reading) -> str | None:
+    for i, of in enumerate(_by_segment(sees)):
+        causal = [j for j, kind in enumerate(of) if kind == _CAUSAL]
+        last = max((j for j, kind in enumerate(of) if kind != _NONE), default=i)
         if causal and (causal != [i] or last != i):
             return f"segment {i} sees what comes before in another one, or something behind itself"
         if causal and not reading.full:
@@ -157,18 +212,151 @@ def _not_by_segments(sees: Sees | None, reading: Reading) -> str | None:
     return None
 
 
+# --- torch's flex_attention -------------------------------------------------------------------------------------------
+
+
+def _flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reading: Reading,
+    places: Sequence[int],
+    sees: Sequence[int],
+    bias: Tensor | None,
+) -> tuple[Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    t, at = len(q), reading.place
+    sample, segment, within = at // reading.row.shape[1], *(x.flatten()[at] for x in (reading.segment, reading.within))
+    attended, place = reading.attended.flatten()[at], constant(places, q.device).long()[segment] + within
+    kinds = constant(sees or [_ALL] * len(places) ** 2, q.device).view(len(places), -1)
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        kind = kinds[segment[i], segment[j]]
+        seen = (kind == _ALL) | ((kind == _CAUSAL) & (within[j] <= within[i]))
+        return (sample[i] == sample[j]) & attended[j] & seen
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + bias[h, place[i], place[j]]  # type: ignore[index]
+
+    mask = create_block_mask(visible, None, None, t, t, device=q.device)
+    attend: Any = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    given = (x.transpose(0, 1)[None] for x in (q, k, v))
+    y = attend(*given, score_mod=None if bias is None else biased, block_mask=mask)
+    return (y[0].transpose(0, 1).flatten(1),)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _no_flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
+    if not q.numel():
+        return "there are no rows"
+    asks = torch.is_grad_enabled() and [x is not None and x.requires_grad for x in (q, k, v, bias)]
+    if asks and asks[3]:
+        return "it adds up the bias' gradient in any order"
+    return "it has no gradients on a CPU" if asks and any(asks) and not q.is_cuda else None
+
+
+# --- the declaration --------------------------------------------------------------------------------------------------
+
+
+def _attend(
+    passes: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reading: Reading,
+    places: Sequence[int],
+    sees: Sequence[int],
+    bias: Tensor | None,
+    dropout: float,
+) -> Attended:
+    return passes.attend(q, k, v, reading, places, sees, bias)
+
+
+def _attend_fake(q: Tensor) -> Attended:
+    t, heads, d = q.shape
+    stats = (q.new_empty(heads, t, dtype=accumulation_dtype(q.dtype)) for _ in range(2))
+    return Attended(q.new_empty(t, heads * d), *stats)
+
+
+def _attend_grads(
+    passes: Any,
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reading: Reading,
+    places: Sequence[int],
+    sees: Sequence[int],
+    bias: Tensor | None,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    needs: Any,
+) -> dict[str, Any]:
+    return passes.attend_grads(g, q, k, v, reading, places, sees, bias, Attended(out, row_max, row_sum), needs)
+
+
+def _formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reading: Reading,
+    places: Sequence[int],
+    sees: Sequence[int],
+    bias: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor]:
+    return (reference.packed_attention(q, k, v, reading, places, sees, bias, dropout),)
+
+
+_MOST_SEGMENTS, _WIDEST = 4, 128  # what a segment sees is a few bits, and a program holds a head
+
+
+def _many_segments(places: Sequence[int]) -> str | None:
+    n = len(places)
+    return f"a sample has {n} segments, the kernel knows {_MOST_SEGMENTS} at most" if n > _MOST_SEGMENTS else None
+
+
+def _too_wide(q: Tensor) -> str | None:
+    d = q.shape[2]
+    return None if 0 < d <= _WIDEST else f"d is {d}, a program holds 1 to {_WIDEST}"
+
+
 _SEQUENCES: list[Any] = [_not_half, _head, _biased, _not_by_segments]
 PACKED_ATTENTION = Operator(
     "packed_attention",
-    forward=reference.packed_attention,
+    forward=_attend,
+    backward=_attend_grads,
+    fake=_attend_fake,
     differentiable=("q", "k", "v", "bias"),
     implementations=[
         Implementation("flash_attn", function=partial(_by_sequences, _flash), against=[_no_flash, *_SEQUENCES]),
         Implementation(
             "varlen", function=partial(_by_sequences, _torch_varlen), against=[_no_varlen, *_SEQUENCES, _dropped]
         ),
-        Implementation("torch", function=reference.packed_attention),
+        Implementation(
+            "triton",
+            passes=Deferred("mmfuse.kernels.multiway.attention_kernel"),
+            against=[_many_segments, _too_wide, _dropped],
+            traceable=True,
+        ),
+        Implementation("torch", function=_formula),
+        # no one's first choice: the one waits for lengths on the host, the other makes its mask anew for each call
+        Implementation(
+            "xformers",
+            function=partial(_by_sequences, _xformers),
+            against=[_no_xformers, _head, _biased, _not_by_segments],
+        ),
+        Implementation("flex_attention", function=_flex, against=[_no_flex, _dropped]),
     ],
+    export=OpSpec("MmfusePackedAttention"),
     example=lambda x, **how: packed_attention(
         x[:, None],
         x[:, None].tanh(),
@@ -196,16 +384,18 @@ def packed_attention(
         routing: which rows are a sample's, segment by segment, and which of them are padding that nobody attends to.
         sees: K x K of "all", "causal" or "none": what a segment's rows see of another's, "causal" the rows of the same
             number and those before. By default all.
-        bias: [H, P, P], of the places of a query and of a key, as the routing's `places` number them.
+        bias: [H, P, P], of the places of a query and of a key, as the routing's `places` number them; P is at least
+            the routing's `span`.
         dropout: the probability of a probability to be 0.
-        backend: "flash_attn" or "varlen" (torch's), both without a bias, on a GPU and in 16 bits; or "torch". By
-            default the first that accepts the arguments.
+        backend: "flash_attn" or "varlen" (torch's), both without a bias, on a GPU and in 16 bits; "triton", without
+            dropout; or "torch". By default the first of these that accepts the arguments. By name alone: "xformers",
+            which has dropout and float32 but no bias, and "flex_attention", without dropout or a bias' gradient.
 
     Returns:
         [T, H d] in q's dtype.
 
-    Deterministic without dropout, but for torch's own variable-length attention, whose gradients are only with
-    `torch.use_deterministic_algorithms`. Differentiable in q, k, v and bias.
+    Deterministic without dropout, but for gradients of "varlen" and "xformers", which are only with
+    `torch.use_deterministic_algorithms`, and for those of "flex_attention". Differentiable in q, k, v and bias.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -222,14 +412,16 @@ def packed_attention(
     for name, t in (("k", k), ("v", v)):
         check(name, t, q.shape, ", as q", dtype=q.dtype, like=("q", q))
     segments = len(routing.places)
+    kinds: list[int] = []
     if sees is not None:
-        sees = tuple(map(tuple, sees))
-        if [len(of) for of in sees] != [segments] * segments or not all(
-            kind in reference.KINDS for of in sees for kind in of
-        ):
-            raise ValueError(f"sees is {sees}, expected {segments} x {segments} of {', '.join(reference.KINDS)}")
+        if [len(of) for of in sees] != [segments] * segments or not all(kind in KINDS for of in sees for kind in of):
+            raise ValueError(f"sees is {sees}, expected {segments} x {segments} of {', '.join(KINDS)}")
+        kinds = [KINDS.index(kind) for of in sees for kind in of]
     if bias is not None:
-        check("bias", bias, (q.shape[1], "P", "P"), like=("q", q))
+        p = bias.shape[1] if isinstance(bias, Tensor) and bias.dim() == 3 else "P"
+        check("bias", bias, (q.shape[1], p, p), like=("q", q))
+        if bias.shape[1] < routing.span:
+            raise ValueError(f"bias has {bias.shape[1]} places, expected at least {routing.span} as routing")
     if not 0 <= real("dropout", dropout) <= 1:
         raise ValueError(f"dropout is {dropout}, expected a probability")
-    return PACKED_ATTENTION(q, k, v, reading, routing.places, sees, bias, dropout, backend=backend)
+    return PACKED_ATTENTION(q, k, v, reading, routing.places, kinds, bias, dropout, backend=backend)[0]

@@ -89,6 +89,7 @@ def routed_ffn(ffn: FFN, runs: Runs, ending: Ending) -> Tensor:
     return ended(product(h, ffn.weights_out, ffn.biases_out, runs), ending)
 
 
+# what a segment sees of another
 KINDS = ("none", "causal", "all")
 
 
@@ -98,16 +99,19 @@ def packed_attention(
     v: Tensor,
     reading: Reading,
     places: Sequence[int],
-    sees: Sequence[Sequence[str]] | None,
+    sees: Sequence[int],
     bias: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """[T, H, d] each: softmax(q k^T / sqrt(d) + bias) v among the rows of a sample; [T, H d]."""
-    row, place_of_row, segment, within, attended, full = reading
-    device, mask = q.device, None if full else attended[:, None, None, :]  # [B, 1, 1, S]
-    if sees is not None:
-        kinds = constant([KINDS.index(kind) for of in sees for kind in of], device)
-        kind = kinds.view(len(sees), -1)[segment[:, :, None], segment[:, None, :]]  # [B, S, S]
+    """[T, H, d] each: softmax(q k^T / sqrt(d) + bias) v among the rows of a sample; [T, H d].
+
+    sees: K x K numbers of `KINDS`, or none: all see all.
+    """
+    row, segment, within = reading.row, reading.segment, reading.within
+    device, mask = q.device, None if reading.full else reading.attended[:, None, None, :]  # [B, 1, 1, S]
+    if sees:
+        kinds = constant(sees, device).view(len(places), -1)
+        kind = kinds[segment[:, :, None], segment[:, None, :]]  # [B, S, S]
         seen = ((kind == 2) | ((kind == 1) & (within[:, None, :] <= within[:, :, None])))[:, None]
         mask = seen if mask is None else mask & seen
     if bias is not None:
@@ -116,11 +120,11 @@ def packed_attention(
         mask = of_pairs if mask is None else of_pairs.masked_fill(~mask, float("-inf"))
     # [B, H, S, d]; a place behind the last row has no gradient
     q_of, k_of, v_of = (
-        taken(t, row.flatten(), place_of_row).unflatten(0, row.shape).transpose(1, 2) for t in (q, k, v)
+        taken(t, row.flatten(), reading.place).unflatten(0, row.shape).transpose(1, 2) for t in (q, k, v)
     )
     # the fused ones have no forward mode
     with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
         y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout)
     y = y.transpose(1, 2).flatten(0, 1)
-    y = taken(y, place_of_row, row.flatten()) if full else y.index_select(0, place_of_row)
+    y = taken(y, reading.place, row.flatten()) if reading.full else y.index_select(0, reading.place)
     return y.flatten(1)

@@ -28,18 +28,23 @@ class Part(NamedTuple):
     place: int = 0  # of the first row in a table of relative positions
 
 
-class Reading(NamedTuple):
-    """The rows of B samples in reading order, in S places of each."""
+@dataclass(frozen=True)
+class Reading:
+    """The rows of B samples of K segments in reading order, in S places of each."""
 
     row: Tensor  # int64 [B, S]: of the stream; 0 behind the last
     place: Tensor  # int64 [T]: b S + s of each row of the stream
     segment: Tensor  # int64 [B, S]: which of the K it is of
     within: Tensor  # int64 [B, S]: its number there; 0 behind the last
     attended: Tensor  # bool [B, S]
+    first: Tensor  # int64 [B, K]: the stream's row that a segment begins with
+    lengths: Tensor  # int64 [B, K]: its rows
+    kept: Tensor  # int64 [B, K]: those of them that are attended to, which come first
     full: bool  # every place is a row that is attended to, as the host knows
 
     @staticmethod
     def of(first: Tensor, lengths: Tensor, kept: Tensor, rows: int, longest: int, full: bool) -> Reading:
+        first, lengths, kept = first.contiguous(), lengths.contiguous(), kept.minimum(lengths).contiguous()
         at, ends = torch.arange(longest, device=first.device), lengths.cumsum(1)
         segment = (at[None, :, None] >= ends[:, None, :]).sum(2)  # K behind the last row
         real = segment < ends.shape[1]
@@ -50,7 +55,8 @@ class Reading(NamedTuple):
         place = at.new_zeros(rows + 1).scatter_(
             0, row.where(real, rows).flatten(), torch.arange(row.numel(), device=at.device)
         )[:-1]
-        return Reading(row.where(real, 0), place, segment, within, real & (within < kept.gather(1, segment)), full)
+        attended = real & (within < kept.gather(1, segment))
+        return Reading(row.where(real, 0), place, segment, within, attended, first, lengths, kept, full)
 
 
 _none = partial(torch.zeros, dtype=torch.int64)
@@ -75,6 +81,7 @@ class Routing:
         places: of each segment's first row in a table of relative positions.
         sample: int64 [T]: the sample of each row.
         longest: rows that a sample has at most.
+        span: places that a table of relative positions has at least.
         reading: the same row by row, None where samples are not known.
     """
 
@@ -90,6 +97,7 @@ class Routing:
     places: tuple[int, ...] = ()
     sample: Tensor = field(default_factory=lambda: _none(0))
     longest: int = 0
+    span: int = 0
     reading: Reading | None = None
 
     @staticmethod
@@ -130,6 +138,7 @@ class Routing:
         return Routing(
             experts, runs, torch.tensor(bounds, device=device), tuple(bounds),
             first=first, lengths=lengths, kept=kept, places=places, sample=torch.cat(sample), longest=longest,
+            span=max(p.place + p.length for p in parts),
             reading=Reading.of(first, lengths, kept, bounds[-1], longest, full),
         )  # fmt: skip
 
@@ -184,7 +193,8 @@ class Routing:
         return Routing(
             2, (0, 1), offsets, bounds, order, inverse.flatten(),
             first=first.t(), lengths=lengths.t(), kept=attended.t(), places=(0, 0), sample=order // max(1, length),
-            longest=length, reading=Reading.of(first.t(), lengths.t(), attended.t(), len(order), length, kept is None),
+            longest=length, span=length,
+            reading=Reading.of(first.t(), lengths.t(), attended.t(), len(order), length, kept is None),
         )  # fmt: skip
 
     @staticmethod

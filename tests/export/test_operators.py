@@ -42,7 +42,6 @@ WITHOUT = {
     "farthest_points": "a loop as long as the result, which ONNX would have unrolled",
     "ball_query": "a comparison and a TopK",
     "group_points": "a gather",
-    "packed_attention": "it takes the routing's tables as they are; its formula leaves, operation by operation",
 }  # fmt: skip
 
 

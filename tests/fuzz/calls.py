@@ -660,14 +660,14 @@ def routed_rms_norm(d: Draw) -> Arguments:
 
 @takes
 def packed_attention(d: Draw) -> Arguments:
-    samples, segments = d.size(1), d.one(1, 2, 3)
+    samples, segments = d.one(1, 2), d.one(1, 2, 3)
     lengths = [d.size(1) for _ in range(segments)]
     kept = [[d.up_to(n, 1) for _ in range(samples)] if d.flag() else None for n in lengths]
     parts = [
         Part(0, samples, n, kept=None if of is None else torch.tensor(of, device=DEVICE))
         for n, of in zip(lengths, kept, strict=True)
     ]
-    routing, heads, width = Routing.of(parts, 1, device=DEVICE), d.size(1), d.size(1)
+    routing, heads, width = Routing.of(parts, 1, device=DEVICE), d.one(1, 2), d.size(1)
     places = max(lengths)
     return {
         **{name: d.floats(routing.rows, heads, width) for name in "qkv"},

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmfuse.fused.multiway import MoMEBlock, MultiwayBlock, MultiwayLayerNorm, MultiwayLinear, path_scale
 from mmfuse.kernels.multiway import attention
 from mmfuse.kernels.multiway.attention import packed_attention
+from mmfuse.kernels.multiway.reference import KINDS
 from mmfuse.kernels.multiway.routing import Part, Routing
 from registered import reasons
 
@@ -131,7 +132,8 @@ def test_sequences_one_after_another(sees: Any, kept: bool) -> None:
     routing = Routing.from_splits(splits, 7, n if kept else None)
     q, k, v = (normal(routing.rows, 2, 8).requires_grad_() for _ in range(3))
     want = packed_attention(q, k, v, routing, sees)
-    got = attention._by_sequences(one_after_another, q, k, v, routing.reading, sees, 0.0)
+    kinds = [KINDS.index(kind) for of in sees or () for kind in of]
+    (got,) = attention._by_sequences(one_after_another, q, k, v, routing.reading, kinds, 0.0)
     torch.testing.assert_close(got, want)
     grads = [torch.autograd.grad((y * y.detach().cos()).sum(), (q, k, v)) for y in (got, want)]
     torch.testing.assert_close(*grads)
@@ -187,6 +189,12 @@ def test_errors_of_attention() -> None:
         (lambda: packed_attention(q, q, q, None), TypeError, "routing is NoneType, expected a Routing"),
         (lambda: packed_attention(q, q, q, routing, [["all"]]), ValueError, "expected 2 x 2 of none, causal, all"),
         (lambda: packed_attention(q, q, q, routing, bias=q), ValueError, "bias has shape"),
+        (
+            lambda: packed_attention(q, q, q, routing, bias=normal(2, 3, 3)),
+            ValueError,
+            "bias has 3 places, expected at least 4 as routing",
+        ),
+        (lambda: packed_attention(q, q, q, routing, bias=normal(2, 7, 8)), ValueError, "bias has shape"),
         (lambda: packed_attention(q, q, q, routing, dropout=2), ValueError, "dropout is 2, expected a probability"),
     ):
         with pytest.raises(error, match=message):

@@ -1,0 +1,220 @@
+"""Attention among the rows of each sample in Triton, and what attentions of other libraries get."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from judge import Results, compared, judge
+from mmfuse.kernels.multiway import attention
+from mmfuse.kernels.multiway.attention import packed_attention
+from mmfuse.kernels.multiway.routing import Part, Routing
+from registered import opcheck, reasons
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytest.importorskip("triton")
+
+
+def splits(kept: bool = True) -> Routing:
+    """Samples of two segments, one of them without the first."""
+    n = torch.tensor([1, 2, 6, 3], device=DEVICE) if kept else None
+    return Routing.from_splits(torch.tensor([3, 5, 0, 4], device=DEVICE), 7, n)
+
+
+def mixed() -> Routing:
+    """Pairs, an image alone and a text alone; texts have padding, and one of two places in a table."""
+    of = torch.tensor
+    parts = [
+        Part(0, 3, 5, of([0, 1, 2], device=DEVICE), place=3),
+        Part(1, 2, 3, of([0, 1], device=DEVICE), of([3, 1], device=DEVICE)),
+        Part(1, 1, 3, of([3], device=DEVICE), of([2], device=DEVICE)),
+    ]
+    return Routing.of(parts, 2, samples=4, device=DEVICE)
+
+
+CAPTIONS = (("all", "none"), ("all", "causal"))
+# routing, what segments see, heads, their width, whether there is a bias
+CASES = {
+    "splits": (splits, None, 2, 5, False),
+    "splits, bias": (splits, None, 1, 8, True),
+    "captions": (splits, CAPTIONS, 1, 8, False),
+    "causal over another": (splits, (("causal", "causal"), ("none", "all")), 1, 8, True),
+    "parts": (mixed, None, 1, 8, True),
+    "several tiles": (lambda: Routing.from_split(1, 150, 70, device=DEVICE), CAPTIONS, 1, 8, True),
+    "one row": (lambda: Routing.from_split(3, 1, 1, device=DEVICE), None, 1, 8, False),
+}
+
+
+def run(given: dict[str, Any], backend: str) -> Results:
+    leaves = {n: given[n].detach().requires_grad_() for n in ("q", "k", "v", "bias") if given[n] is not None}
+    y = packed_attention(
+        *(leaves[n] for n in "qkv"), given["routing"], given["sees"], leaves.get("bias"), backend=backend
+    )
+    found = torch.autograd.grad(y, list(leaves.values()), given["g"])
+    return {"out": y.detach()} | {f"d {n}": t for n, t in zip(leaves, found, strict=True)}
+
+
+@pytest.mark.usefixtures("equal_products")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_against_float64(name: str, dtype: torch.dtype) -> None:
+    make, sees, heads, d, biased = CASES[name]
+    routing = make()
+
+    def draw() -> dict[str, Any]:
+        t, p = routing.rows, max(8, routing.longest)
+        q, k, v = (torch.randn(t, heads, d, device=DEVICE) for _ in range(3))
+        bias = torch.randn(heads, p, p, device=DEVICE) if biased else None
+        g = torch.randn(t, heads * d, device=DEVICE)
+        return {"q": q, "k": k, "v": v, "bias": bias, "g": g, "routing": routing, "sees": sees}
+
+    judge(compared(run, draw, "triton", dtype, 2 if name == "several tiles" else 4))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
+def test_gradients_of_numbers() -> None:
+    routing, normal = Routing.from_split(1, 4, 2), partial(torch.randn, dtype=torch.float64, requires_grad=True)
+    given = *(normal(4, 1, 2) for _ in "qkv"), normal(1, 4, 4)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return packed_attention(q, k, v, routing, CAPTIONS, bias, backend="triton")
+
+    assert torch.autograd.gradcheck(attend, given, fast_mode=True)
+
+
+def test_any_strides_and_two_runs_are_equal() -> None:
+    qkv = torch.randn(28, 3, 2, 8, device=DEVICE).requires_grad_()
+    bias, g = torch.randn(2, 7, 9, device=DEVICE)[:, :, :7], torch.randn(28, 1, device=DEVICE).expand(28, 16)
+    results = []
+    for given in (qkv, qkv.detach().clone().requires_grad_()):
+        y = packed_attention(*given.unbind(1), splits(), CAPTIONS, bias, backend="triton")
+        results += [(y, *torch.autograd.grad(y, given, g))]
+    y = packed_attention(*qkv.unbind(1), splits(), CAPTIONS, bias, backend="torch")
+    want = y, *torch.autograd.grad(y, qkv, g)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    torch.testing.assert_close(results[0], want)
+
+
+def test_only_the_gradients_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmfuse.kernels.multiway import attention_kernel
+
+    launched, own = [], attention_kernel.launch
+    monkeypatch.setattr(
+        attention_kernel, "launch", lambda kernel, *a, **k: launched.append(kernel.__name__) or own(kernel, *a, **k)
+    )
+    for asked, kernels in (
+        ("q", {"_packed_query_grad_kernel"}),
+        ("bias", {"_packed_query_grad_kernel", "_packed_bias_grad_kernel"}),
+    ):
+        given = {n: torch.randn(28, 1, 4, device=DEVICE) for n in "qkv"} | {"bias": torch.randn(1, 7, 7, device=DEVICE)}
+        given[asked].requires_grad_()
+        y = packed_attention(**given, routing=splits(), backend="triton")
+        launched.clear()
+        y.sum().backward()
+        assert set(launched) == kernels and given[asked].grad is not None
+
+
+def test_no_rows() -> None:
+    q, routing = torch.empty(0, 2, 8, device=DEVICE).requires_grad_(), Routing.from_split(0, 6, 3, device=DEVICE)
+    bias = torch.randn(2, 6, 6, device=DEVICE).requires_grad_()
+    y = packed_attention(q, q, q, routing, bias=bias, backend="triton")
+    y.sum().backward()
+    assert y.shape == (0, 16) and not bias.grad.any()
+
+
+def test_registered() -> None:
+    routing = Routing.from_split(1, 4, 2, device=DEVICE)
+    q, k, v, bias = (torch.randn(shape, device=DEVICE).requires_grad_() for shape in (*[(4, 1, 4)] * 3, (1, 4, 4)))
+    opcheck(lambda: packed_attention(q, k, v, routing, CAPTIONS, bias, backend="triton"))
+
+
+# --- other libraries ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Puts a module in the place of one that is not installed."""
+
+    def put(name: str, **members: Any) -> None:
+        parent = ModuleType("flash_attn")
+        for of in ("flash_attn", name):
+            module = parent if of == "flash_attn" else ModuleType(of)
+            monkeypatch.setitem(sys.modules, of, module)
+        for member, value in members.items():
+            setattr(sys.modules[name], member, value)
+        attention._flash_function.cache_clear()
+
+    yield put
+    attention._flash_function.cache_clear()
+
+
+def one_by_one(q, k, v, from_, to, m, n, causal, deterministic):  # type: ignore[no-untyped-def]
+    """Each sample by torch's attention."""
+    assert deterministic and not causal and from_.dtype == torch.int32
+    pieces = []
+    for a, b, c, e in zip(from_, from_[1:], to, to[1:], strict=False):
+        assert b - a <= m and e - c <= n
+        given = (t.transpose(0, 1) for t in (q[a:b], k[c:e], v[c:e]))
+        pieces.append(F.scaled_dot_product_attention(*given).transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def of_version_2(  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, causal=False, deterministic=False
+):
+    return one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, deterministic)
+
+
+def of_version_4(  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False,
+    deterministic=False,
+):  # fmt: skip
+    return one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, deterministic), None
+
+
+@pytest.mark.parametrize(("module", "function"), [("flash_attn", of_version_2), ("flash_attn.cute", of_version_4)])
+def test_what_a_flash_attention_gets(library: Any, module: str, function: Any) -> None:
+    library(module, flash_attn_varlen_func=function)
+    q, k, v = (torch.randn(28, 2, 8, device=DEVICE) for _ in range(3))
+    (got,) = attention._by_sequences(attention._flash, q, k, v, splits().reading, [], 0.0)
+    torch.testing.assert_close(got, packed_attention(q, k, v, splits(), backend="torch"))
+    assert attention._no_flash(0.0) is None
+    assert attention._no_flash(0.5) == (None if module == "flash_attn" else "dropout is 0.5, this version has none")
+
+
+def test_why_there_is_no_flash_attention(library: Any) -> None:
+    library("flash_attn", flash_attn_varlen_func=lambda q, k, v: q)
+    assert attention._no_flash(0.0) == (
+        "this flash_attn has no deterministic gradients, flash_attn.cute is not there: ModuleNotFoundError"
+    )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles it")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("name", ["splits", "causal over another", "parts"])
+def test_flex_attention(name: str) -> None:
+    make, sees, heads, d, biased = CASES[name]
+    routing, bias = make(), torch.randn(heads, 8, 8) if biased else None
+    q, k, v = (torch.randn(routing.rows, heads, d) for _ in range(3))
+    got, want = (packed_attention(q, k, v, routing, sees, bias, backend=b) for b in ("flex_attention", "torch"))
+    torch.testing.assert_close(got, want)
+
+
+def test_reasons() -> None:
+    q = torch.randn(14, 1, 132, device=DEVICE).requires_grad_()
+    told = reasons(lambda: packed_attention(q, q, q, Routing.from_split(2, 7, 4, device=DEVICE), dropout=0.5))
+    assert told["triton"][-2:] == ["d is 132, a program holds 1 to 128", "dropout is 0.5"] and told["torch"] == []
+    assert "dropout is 0.5" in told["flex_attention"]
+    five = Routing.of([Part(0, 2, 1) for _ in range(5)], 1, device=DEVICE)
+    told = reasons(lambda: packed_attention(*(torch.randn(10, 1, 4, device=DEVICE) for _ in "qkv"), five))
+    assert "a sample has 5 segments, the kernel knows 4 at most" in told["triton"]
+    if DEVICE == "cpu":
+        assert "device is cpu" in told["xformers"]
