@@ -98,7 +98,8 @@ class Nodes:
         # an integer is an input like others
         given = [t if isinstance(t, Tensor) else torch.scalar_tensor(t, dtype=torch.int64) for t in _inputs(leaves)]
         domain_and_name, attributes = f"{DOMAIN}::{call.name}", call.attributes()
-        shapes, dtypes = [t.shape for t in outputs], [t.dtype for t in outputs]
+        sizes, dtypes = _sizes(leaves), [t.dtype for t in outputs]
+        shapes = [[sizes.get(str(n), n) for n in t.shape] for t in outputs]
         if len(outputs) == 1:
             one = torch.onnx.ops.symbolic
             found = [one(domain_and_name, given, attributes, dtype=dtypes[0], shape=shapes[0], version=1)]
@@ -121,6 +122,13 @@ class Nodes:
             number = self.taken[name]
             self.calls[key] = Call(operator, spec, leaves, name if number == 1 else f"{name}_{number}")
         return self.calls[key]
+
+
+def _sizes(leaves: Iterable[Any]) -> dict[str, Any]:
+    """The inputs' sizes that are formulas of others, asked of them: torch's tracer forms no product of three sizes."""
+    every = [(t, i, n) for t in leaves if isinstance(t, Tensor) for i, n in enumerate(t.shape)]
+    formulas = {str(n): (t, i) for t, i, n in every if isinstance(n, torch.SymInt) and n.node.expr.args}
+    return {n: torch.ops.aten.sym_size.int(*where) for n, where in formulas.items()}
 
 
 def _inputs(leaves: Iterable[Any]) -> list[Any]:

@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     known = known if known.get("packages") == packages else {"packages": packages, "rows": {}}
     rows = {}
     for name, row in zip(names, rows_of(track(names, transient=True), args.also), strict=True):
-        rows[name] = known["rows"][name] = known["rows"].get(name, {}) | row
+        before = known["rows"].get(name, {})
+        # what was run of a graph of other nodes says nothing of this one
+        rows[name] = known["rows"][name] = (before if before.get("ours") == row.get("ours") else {}) | row
         if args.out is not None:
             args.out.with_suffix(".json").write_text(json.dumps(known, indent=1) + "\n")
             args.out.write_text(page(known))

@@ -133,7 +133,7 @@ class Routing:
             kept[at, k] = part.length if part.kept is None else part.kept
             bounds.append(bounds[-1] + part.sequences * part.length)
         longest = sum(p.length for p in parts)
-        full = bounds[-1] == count * longest and all(p.kept is None for p in parts)
+        full = all(p.kept is None for p in parts) and bool(bounds[-1] == count * longest)
         runs, places = tuple(p.expert for p in parts), tuple(p.place for p in parts)
         return Routing(
             experts, runs, torch.tensor(bounds, device=device), tuple(bounds),
