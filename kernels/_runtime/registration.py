@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from mmfuse.kernels._runtime.device import INTERPRET
@@ -250,7 +251,8 @@ def gradients_with_graph(
 ) -> Sequence[Tensor | None]:
     """Of `function(*leaves)`, given those of its outputs; as far as grad mode is on, functions of the leaves."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), without_autocast(leaves[0].device.type):
+    # torch's fused attention has one derivative
+    with torch.enable_grad(), without_autocast(leaves[0].device.type), sdpa_kernel(SDPBackend.MATH):
         # a leaf that is given twice is two
         leaves = [t.view_as(t) for t in leaves]
         pairs = [(out, g) for out, g in zip(function(*leaves), grads, strict=False) if g is not None]

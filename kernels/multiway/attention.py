@@ -395,7 +395,8 @@ def packed_attention(
         [T, H d] in q's dtype.
 
     Deterministic without dropout, but for gradients of "varlen" and "xformers", which are only with
-    `torch.use_deterministic_algorithms`, and for those of "flex_attention". Differentiable in q, k, v and bias.
+    `torch.use_deterministic_algorithms`, and for those of "flex_attention". Differentiable in q, k, v and bias; by
+    "triton" twice.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
