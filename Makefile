@@ -77,11 +77,12 @@ demo: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/mmfuse bench
 
-# with the oldest Triton that is supported, too
+# with the oldest Triton that is supported, too; COMPILE_REPORT=--plainest compiles every variant for sm_90 with the newest alone
 OLDEST_TRITON := 3.6
+COMPILE_REPORT ?=
 
 compile-report: $(VENV)/ready build/triton-$(OLDEST_TRITON)
-	$(BIN)/mmfuse compile-report --also build/triton-$(OLDEST_TRITON)
+	$(BIN)/mmfuse compile-report --also build/triton-$(OLDEST_TRITON) $(COMPILE_REPORT)
 
 build/triton-$(OLDEST_TRITON):
 	$(PIP) --no-deps --target $@.new 'triton==$(OLDEST_TRITON).*' && mv $@.new $@

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -70,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", default="", help="only kernels whose name or variant contains this")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--also", type=Path, metavar="DIR", help="a folder with another Triton: sm_90 with it, too")
+    parser.add_argument(
+        "--plainest",
+        action="store_true",
+        help="every variant of a kernel for sm_90 with this Triton alone, elsewhere the plainest",
+    )
     parser.add_argument("--tighten", action="store_true", help="with --also: lower every ledger.json to what was found")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of sm_90 on a page of the docs")
 
@@ -88,9 +93,14 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         absent.append(f"Triton's kernels: {missing}")
     else:
-        rows += _triton_rows(args.arch, args.kernel, console, args.json)
+        specs = list(triton_specs(args.kernel))
+        plainest = _plainest(specs) if args.plainest else specs
+        jobs = [
+            (s, arch) for s in specs for arch in args.arch if arch in s.archs and (arch == BOUNDED or s in plainest)
+        ]
+        rows += _triton_rows(jobs, console, args.json)
     if args.also:
-        rows += _rows_with(args.also, args.kernel)
+        rows += _rows_with(args.also, args.kernel, args.plainest)
     # nvcc is a process of its own: a thread for each core keeps it busy
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         reports = pool.map(partial(_csrc_rows, name=args.kernel), args.arch)
@@ -122,28 +132,40 @@ def triton_specs(name: str = "") -> Iterator[Spec]:
                 yield spec
 
 
-def _triton_rows(archs: list[int], name: str, console: Console | None = None, quiet: bool = True) -> list[Row]:
-    jobs = [(spec, arch) for spec in triton_specs(name) for arch in spec.archs if arch in archs]
+def _plainest(specs: Iterable[Spec]) -> list[Spec]:
+    """Of each kernel the variant with the least to say of it."""
+    found: dict[str, Spec] = {}
+    for spec in sorted(specs, key=lambda s: len(s.variant)):
+        found.setdefault(spec.kernel, spec)
+    return list(found.values())
+
+
+def _triton_rows(jobs: list[tuple[Spec, int]], console: Console | None = None, quiet: bool = True) -> list[Row]:
     done = track(compile_all(jobs), "compiling Triton's kernels", len(jobs), console=console, disable=quiet)
     return [_triton_row(*result) for result in done]
 
 
-_PROGRAM = f"import sys, {__name__} as report; report.print_rows(sys.argv[1])"
+_PROGRAM = f"import sys, {__name__} as report; report.print_rows(sys.argv[1], sys.argv[2] == 'plainest')"
 
 
-def _rows_with(folder: Path, name: str) -> list[Row]:
+def _rows_with(folder: Path, name: str, plainest: bool) -> list[Row]:
     """The rows of sm_90 with the Triton of a folder, in a process that finds it first."""
     path = os.pathsep.join([str(folder.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, name], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _PROGRAM, name, "plainest" if plainest else "every"],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if done.returncode:
         raise RuntimeError(f"the report with the Triton in {folder} failed, see above")
     return [Row(**row) for row in json.loads(done.stdout)]
 
 
-def print_rows(name: str) -> None:
-    print(json.dumps([asdict(row) for row in _triton_rows([BOUNDED], name)]))
+def print_rows(name: str, plainest: bool) -> None:
+    specs = _plainest(triton_specs(name)) if plainest else triton_specs(name)
+    jobs = [(spec, BOUNDED) for spec in specs if BOUNDED in spec.archs]
+    print(json.dumps([asdict(row) for row in _triton_rows(jobs)]))
 
 
 def _triton_row(spec: Spec, arch: int, facts: Facts | str) -> Row:

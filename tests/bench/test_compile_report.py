@@ -157,7 +157,7 @@ def test_every_operator_with_a_triton_implementation_ships_kernels():
         assert kernels and all(list(import_module(module).aot_specs()) for module in kernels), name
 
 
-DEFAULTS = {"arch": [90], "kernel": "", "json": False, "also": None, "tighten": False, "write": None}
+DEFAULTS = {"arch": [90], "kernel": "", "json": False, "also": None, "tighten": False, "write": None, "plainest": False}
 
 
 @pytest.fixture
@@ -190,6 +190,31 @@ def test_exit_code_and_text(pretend, capsys):
     usage = {"kernel": "logit_stats", "registers": 40, "spills": 8, "smem": 0}
     assert pretend(clean, csrc=[usage]) == 1
     assert pretend(clean, csrc=[usage | {"spills": 0}], json=True) == 0
+
+
+def test_the_plainest_of_each_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    specs = [Spec(f"m:{k}", variant, {}, {}) for k, variant in (("a", "bf16 ids"), ("a", "bf16"), ("b", ""))]
+    clean, compiled = Facts(registers=32, spills=0, shared=0, f64=0), []
+
+    def compile_all(jobs):
+        for spec, arch in jobs:
+            compiled.append((spec.kernel, spec.variant, arch))
+            yield spec, arch, clean
+
+    for module in (aot, compile_report):
+        monkeypatch.setattr(module, "ledger_path", lambda spec: tmp_path / "ledger.json")
+    aot._read_ledger.cache_clear()
+    monkeypatch.setattr(compile_report, "INTERPRET", False)
+    monkeypatch.setattr(compile_report, "triton_specs", lambda name: iter(specs))
+    monkeypatch.setattr(compile_report, "compile_all", compile_all)
+    monkeypatch.setattr(csrc_report, "resource_usage", lambda arch: "nvcc is not on PATH")
+    assert compile_report.run(Namespace(**DEFAULTS | {"arch": [80, 90], "plainest": True})) == 0
+    assert sorted(compiled) == [
+        ("m:a", "bf16", 80), ("m:a", "bf16", 90), ("m:a", "bf16 ids", 90), ("m:b", "", 80), ("m:b", "", 90)
+    ]  # fmt: skip
+    compiled.clear()
+    compile_report.print_rows("", plainest=True)
+    assert sorted(compiled) == [("m:a", "bf16", 90), ("m:b", "", 90)]
 
 
 def test_csrc_is_compiled_by_the_nvcc_of_the_build_for_plain_architectures(monkeypatch, tmp_path):
