@@ -99,7 +99,7 @@ docs: $(VENV)/ready build/typing
 # ends the process. LD_PRELOAD: Python itself is built without them, and exceptions are thrown to a libtorch that is.
 SANITIZED := build/sanitized/_C_cpu.so
 SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-SANITIZED_TESTS := tests/csrc $(addprefix tests/kernels/test_,codebook.py max_query.py negatives.py patch.py points.py topk.py)
+SANITIZED_TESTS := tests/csrc $(addprefix tests/kernels/test_,codebook.py few_query.py max_query.py negatives.py patch.py points.py topk.py)
 CPU_FLAGS := -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-trapping-math -DTORCH_TARGET_VERSION=0x020b000000000000
 TORCH_DIR = $(shell $(BIN)/python -c "from importlib.util import find_spec as f; print(*f('torch').submodule_search_locations)")
 
