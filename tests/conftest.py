@@ -72,7 +72,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         file.write_text(json.dumps(reliability.record(terminalreporter.stats)))
 
 
+# each takes a minute: they come first, so that no process is left with one when the others are done
+_LONG = ("test_demo.py", "test_emulation.py", "test_examples.py", "test_gpu_report.py", "test_recipe.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONG)
     if not GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
