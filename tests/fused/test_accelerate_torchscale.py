@@ -281,11 +281,14 @@ def test_paths_are_dropped_by_the_same_draws() -> None:
 @pytest.mark.parametrize("name", ["dropout", "attention_dropout", "activation_dropout"])
 def test_its_own_code_drops_activations(name: str) -> None:
     eager, fused = (m.train() for m in pair(**{name: 0.5}))
+    for module in fused.modules():
+        if type(module).__name__ == "MultiwayNetwork":  # which are fused by themselves
+            mmfuse.decelerate(module)
     found = []
     for of in (eager, fused):
         torch.manual_seed(3)
         found.append(results(of, CALLS["pair"]))
-    assert_same(found[1], found[0])
+    assert_same(found[1], found[0], 0)
     eager.eval(), fused.eval()
     with no_own_code():
         results(fused, CALLS["pair"])
