@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Implementation, Operator
+from mmfuse.kernels._runtime import Implementation, Operator, products
 from mmfuse.kernels._runtime.arguments import autocast, check, one_of, real, require_integer
 from mmfuse.kernels._runtime.dispatch import forced_backend
 from mmfuse.kernels._runtime.dtypes import autocast_is_on
@@ -248,12 +248,12 @@ def _product(left: Tensor, right: Tensor, acc: torch.dtype) -> Tensor:
     if left.dtype != acc and left.is_cuda:
         return torch.mm(left, right, out_dtype=acc)
     # a CPU's product of 16-bit operands is rounded to 16 bits, as eager's
-    return (left @ right).to(acc)
+    return products.mm(left, right).to(acc)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        products.add_mm_(total, left, right)
     elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
@@ -262,7 +262,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
     if hidden.dtype == acc or not hidden.is_cuda:
-        return F.linear(hidden, weight, _like(hidden, bias)).to(acc)
+        return products.linear(hidden, weight, _like(hidden, bias)).to(acc)
     z = _product(hidden, weight.t(), acc)
     return z if bias is None else z.add_(bias)
 

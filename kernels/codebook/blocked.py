@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.codebook.reference import first_of_largest, in_float64, masked, rotation
 
@@ -41,7 +42,7 @@ def _scores(z: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[sl
     memory = torch.empty(height, k, dtype=z.dtype, device=z.device)
     for i in range(0, n, height):
         block = z[i : i + height]
-        yield slice(i, i + height), torch.addmm(offset, block, weight.t(), out=memory[: len(block)])
+        yield slice(i, i + height), products.mm(block, weight.t(), memory[: len(block)]).add_(offset)
 
 
 def _largest(z: Tensor, weight: Tensor, tie: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 # rows per block: large enough for the matrix products' full speed, and a block of logits that stays near the cache
@@ -213,12 +214,12 @@ class Blocks:
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         """left @ right in the accumulation dtype."""
         if left.dtype == self.acc:
-            return torch.mm(left, right, out=out)
+            return products.mm(left, right, out)
         return torch.mm(left, right, out_dtype=self.acc, out=out)
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         if left.dtype == self.acc:
-            total.addmm_(left, right)
+            products.add_mm_(total, left, right)
         else:
             torch.addmm(total, left, right, out_dtype=self.acc, out=total)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 # the smallest length that a vector is divided by (torch.nn.functional.normalize)
@@ -166,5 +167,5 @@ def backward(
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b; of 16-bit operands on a CPU in float32."""
     if a.device.type == "cpu" and a.dtype.itemsize == 2:
-        return (a.float() @ b.float()).to(a.dtype)
-    return a @ b
+        return products.mm(a.float(), b.float()).to(a.dtype)
+    return products.mm(a, b)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.multiway.arguments import FFN, GATED, Ending, Linear, Norm, Runs, by_expert, flags_by_expert
 from mmfuse.kernels.multiway.reference import activate, ended
@@ -40,13 +41,8 @@ def product(x: Tensor, weights: Parameters, biases: Parameters, runs: Runs, resi
     w, b = by_expert(weights, 2), by_expert(biases, 1)
     out = x.new_empty(x.shape[0], w[0].shape[0])
     for e, rows in runs.slices():
-        y, w_t = out[rows], w[e].t()
-        if residual is None:
-            torch.addmm(b[e], x[rows], w_t, out=y) if b else torch.mm(x[rows], w_t, out=y)
-        elif b:
-            torch.add(residual[rows], b[e], out=y).addmm_(x[rows], w_t)
-        else:
-            torch.addmm(residual[rows], x[rows], w_t, out=y)
+        add = None if residual is None else residual[rows]
+        products.linear(x[rows], w[e], b[e] if b else None, add, out[rows])
     return out
 
 
@@ -54,7 +50,7 @@ def product_grad(dz: Tensor, weights: Parameters, runs: Runs, out: Tensor) -> Te
     """The gradient of x, into `out`."""
     w = by_expert(weights, 2)
     for e, rows in runs.slices():
-        torch.mm(dz[rows], w[e], out=out[rows])
+        products.mm(dz[rows], w[e], out[rows])
     return out
 
 
@@ -79,7 +75,7 @@ def parameter_grads(
             continue
         if w_wanted[e]:
             dz_t = dz[rows].t()
-            torch.mm(dz_t, x[rows], out=dw_of[e]) if e in fresh else dw_of[e].addmm_(dz_t, x[rows])
+            products.mm(dz_t, x[rows], dw_of[e]) if e in fresh else products.add_mm_(dw_of[e], dz_t, x[rows])
             fresh.discard(e)
         if b_wanted and b_wanted[e]:
             db_of[e].add_(dz[rows].sum(0, dtype=acc))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels.patch.arguments import check_ids
 from mmfuse.kernels.patch.geometry import fold as fold_patches
 from mmfuse.kernels.patch.geometry import pad, unfold, unview
@@ -196,10 +197,10 @@ def forward_into(tile: Any, out: Tensor, offset: int, stem: Stem) -> None:
         if joined:
             tile.patch_rows(block.x, f, None, scratch[: j - i, r:])
             flat = rows.view(-1, d)
-            torch.addmm(flat, scratch[: j - i].view(-1, k), f.weight.t(), out=flat)
+            products.add_mm_(flat, scratch[: j - i].view(-1, k), f.weight.t())
         else:
             a = block.patches(tile, scratch)
-            product = a @ f.weight.t() if plain else product_of(a, f)
+            product = products.linear(a, f.weight) if plain else product_of(a, f)
             if stem.stem_weight is not None:
                 product = norm(product, stem.stem_weight, stem.stem_bias, stem.stem_eps)[0]
             block.add(rows[:, r:], product)
@@ -243,7 +244,7 @@ def backward_from(
         g = grad[i:j].to(acc)
         if joined:
             tile.patch_rows(block.x, f, None, scratch[: j - i, r:])
-            product.addmm_(g.reshape(-1, d).t(), scratch[: j - i].view(-1, k))
+            products.add_mm_(product, g.reshape(-1, d).t(), scratch[: j - i].view(-1, k))
         a = block.patches(tile, scratch) if gather and not joined else scratch
         if normed:
             z = y = product_of(a, f)
@@ -272,7 +273,7 @@ def backward_from(
             sums["bias"] += dy.sum(0)
         if need["weight"] and not joined:
             if operand == acc:
-                product.addmm_(dy.t(), a)
+                products.add_mm_(product, dy.t(), a)
             else:
                 product += matmul(dy.to(operand).t(), a)
         if need["pixels"]:
@@ -297,8 +298,8 @@ def gradients(grads: dict[str, Tensor], stem: Stem, wanted: Collection[str]) -> 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b, in float32 for operands of 16 bits."""
     if a.dtype.itemsize >= 4:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+        return products.mm(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else products.mm(a.float(), b.float())
 
 
 def product_of(a: Tensor, f: Folded) -> Tensor:

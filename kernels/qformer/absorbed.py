@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.qformer import blocked
 from mmfuse.kernels.qformer.arguments import Keys, Outputs
@@ -36,8 +36,9 @@ class Tokens:
 
     def keys(self, heads: int) -> Keys:
         """As they are formed."""
-        k = F.linear(self.x, self.key_weight).unflatten(-1, (heads, -1))
-        v = F.linear(self.x, self.value_weight, self.value_bias).unflatten(-1, (heads, -1))
+        rows = self.x.flatten(0, 1)
+        k = products.linear(rows, self.key_weight).view(*self.x.shape[:2], heads, -1)
+        v = products.linear(rows, self.value_weight, self.value_bias).view_as(k)
         return Keys(k, v, None, self.lengths, None, self.x.shape[1])
 
 
@@ -70,12 +71,12 @@ def attend(q: Tensor, tokens: Tokens, wants_lse: bool) -> Outputs:
                 continue
             x_i = x[i, : lengths[i]]
             s, p_i = (t[: heads * queries * lengths[i]].view(-1, lengths[i]) for t in (scores, p))
-            torch.mm(moved[0 if one else i - first], x_i.t(), out=s)
+            products.mm(moved[0 if one else i - first], x_i.t(), s)
             s = cast(s, acc).mul_(d**-0.5)
             if wants_lse:
                 lse[i] = s.logsumexp(1)
             torch.softmax(s, 1, out=p_i)
-            torch.mm(cast(p_i, q.dtype), x_i, out=context[i - first])
+            products.mm(cast(p_i, q.dtype), x_i, context[i - first])
         c = context[: several.stop - first].unflatten(1, (heads, queries)).transpose(0, 1).flatten(1, 2)
         y = c @ of_values.mT  # [H, m Q, d]
         o[several] = y.unflatten(1, (-1, queries)).permute(1, 2, 0, 3)
@@ -100,8 +101,8 @@ def attend_grads(g: Tensor, q: Tensor, tokens: Tokens, outputs: Outputs, needs: 
     dk, dv, rows = (t.flatten(2).flatten(0, 1) for t in (found["k"], found["v"], x[:, :, None]))
     return {
         "q": found["q"],
-        "x": (dk @ tokens.key_weight).addmm_(dv, tokens.value_weight).view_as(x) if needs.x else x,
-        "key_weight": dk.t() @ rows if needs.key_weight else x,
-        "value_weight": dv.t() @ rows if needs.value_weight else x,
+        "x": products.add_mm_(products.mm(dk, tokens.key_weight), dv, tokens.value_weight).view_as(x) if needs.x else x,
+        "key_weight": products.mm(dk.t(), rows) if needs.key_weight else x,
+        "value_weight": products.mm(dv.t(), rows) if needs.value_weight else x,
         "value_bias": dv.sum(0, dtype=acc).to(x.dtype) if needs.value_bias else x,
     }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 # a block of products stays in the cache between the matrix product and the maximum
@@ -43,9 +44,9 @@ class TorchTile:
         # each text's gradient, in the row of the query that it goes to: both sums are matrix products
         a = g.new_zeros(m, queries, len(t)).scatter_(1, k.long()[:, None], g[:, None]).flatten(0, 1)
         if dq.numel():
-            torch.mm(a, t, out=dq.view(-1, d))
+            products.mm(a, t, dq.view(-1, d))
         if dt.numel():
-            dt.addmm_(a.t(), q.reshape(-1, d))
+            products.add_mm_(dt, a.t(), q.reshape(-1, d))
 
 
 def compiled_tile(namespace: Any) -> SimpleNamespace:
@@ -71,13 +72,13 @@ def maximum(tile: Any, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     k = torch.empty(b, n, dtype=index_dtype(queries), device=image.device)
     # products of 16-bit operands: in float32 out of CUDA's, but rounded to 16 bits out of a CPU's
     low = image.is_cuda and image.dtype != acc
-    wide = {"out_dtype": acc} if low else {}
     t = text.t() if low else text.to(acc).t()
     spans = _spans(image, n) if n else []
     block = torch.empty(max((j - i for i, j in spans), default=0) * queries, n, dtype=acc, device=image.device)
     for i, j in spans:
         q = image[i:j].reshape(-1, d)
-        s = torch.mm(q if low else q.to(acc), t, **wide, out=block[: len(q)])
+        s = block[: len(q)]
+        torch.mm(q, t, out_dtype=acc, out=s) if low else products.mm(q.to(acc), t, s)
         tile.query_max(s.view(j - i, queries, n), u[i:j], k[i:j])
     return u, k
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.negatives.noise import gumbel
 
@@ -172,13 +173,13 @@ def hard_negatives(tile: Any, given: Candidates) -> tuple[Tensor, Tensor]:
     rows = Draw(len(query), given.k, given.seed, acc, dim=1, **options)
     columns = Draw(len(keys) if both else 0, given.k, given.seed, acc, dim=0, **options)
     x, y = (query, keys) if query.is_cuda else (query.to(acc), keys.to(acc))
-    wide = {} if x.dtype == acc else {"out_dtype": acc}
     kind = "cuda" if x.is_cuda else "chunked" if tile is TorchTile else "cpu"
     step = max(16, _BLOCK_BYTES[kind] // max(1, len(y) * acc.itemsize))
     logits = torch.empty(min(step, len(x)), len(y), dtype=acc, device=x.device)
     for i in range(0, len(x), step):
         block = slice(i, i + step)
-        u = torch.mm(x[block], y.t(), out=logits[: len(x) - i], **wide)
+        u = logits[: len(x) - i]
+        products.mm(x[block], y.t(), u) if x.dtype == acc else torch.mm(x[block], y.t(), out_dtype=acc, out=u)
         for draw in (rows, columns)[: 1 + both]:
             draw.add(u, given.scale, given.ids[block], given.key_ids, row=i)
     return rows.result(), columns.result()

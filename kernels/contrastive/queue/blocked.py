@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.blocked import finite
 from mmfuse.kernels.contrastive.negatives.draw import Candidates, Draw
@@ -112,7 +113,7 @@ def _scan(
         # keys first: a tall product is so much faster than a wide one that it pays for the transposition
         tall = torch.empty(min(_KEYS, n), len(both), **new)
         for at, k in _blocks(keys, queue, x.dtype, acc):
-            u[:, at : at + len(k)] = torch.mm(k, both.t(), out=tall[: len(k)]).t()
+            u[:, at : at + len(k)] = products.mm(k, both.t(), tall[: len(k)]).t()
         s, teacher = u[: len(both) // len(queries)], u[len(both) // len(queries) :]
         if see is not None:
             see(way, s, i)
@@ -122,7 +123,7 @@ def _scan(
             hard = None if ids is None or all_ids is None else ids[span, None] == all_ids
             row[span] = _rows(s[j : j + step], teacher[j : j + step], alpha, hard, first, paired, need)
         for at, k in _blocks(keys, queue, x.dtype, acc) if need else ():
-            g[i : i + height].addmm_(s[:, at : at + len(k)], k)
+            products.add_mm_(g[i : i + height], s[:, at : at + len(k)], k)
     return row, g
 
 

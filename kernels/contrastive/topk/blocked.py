@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.topk.reference import numbers
 
@@ -47,7 +48,6 @@ def similarity_topk(tile: Any, queries: Tensor, gallery: Tensor, k: int) -> tupl
     value = torch.full((b, k), -torch.inf, dtype=acc, device=device)
     index = torch.full((b, k), -1, device=device)
     x, y = (queries, gallery) if queries.is_cuda else (queries.to(acc), gallery.to(acc))
-    wide = {} if x.dtype == acc else {"out_dtype": acc}
     rows = max(1, min(b, _ROWS))
     cols = min(n, max(1024, _BLOCK_BYTES[device.type] // (rows * acc.itemsize)))
     memory = torch.empty(rows * cols, dtype=acc, device=device)
@@ -57,5 +57,6 @@ def similarity_topk(tile: Any, queries: Tensor, gallery: Tensor, k: int) -> tupl
             block = slice(i, i + rows)
             left = x[block]
             s = memory[: len(left) * keys.shape[1]].view(len(left), keys.shape[1])
-            tile.top_scores(torch.mm(left, keys, out=s, **wide), j, value[block], index[block])
+            u = products.mm(left, keys, s) if x.dtype == acc else torch.mm(left, keys, out_dtype=acc, out=s)
+            tile.top_scores(u, j, value[block], index[block])
     return value, index

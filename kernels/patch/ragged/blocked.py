@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.patch.positions.axes import axis_matrix
 from mmfuse.kernels.patch.positions.reference import resample, resample_adjoint
@@ -98,7 +99,7 @@ def forward(x: Tensor, f: Folded, table: Tensor | None, places: Places, dtype: t
         a = x[block] if source is None else at_source(x, source[block])
         a = a if f.subtract is None else a.to(acc) - f.subtract
         if v.dtype == acc:
-            torch.addmm(out[block], a.to(acc), v, out=out[block])
+            products.add_mm_(out[block], a.to(acc), v)
         else:
             out[block] += a.to(v.dtype) @ v
     if source is not None:
@@ -136,7 +137,7 @@ def backward(
             elif compute == torch.bfloat16:
                 product += dy.t().to(compute) @ a.to(compute)
             else:
-                product.addmm_(dy.t().to(acc), a.to(acc))
+                products.add_mm_(product, dy.t().to(acc), a.to(acc))
     return product, total
 
 

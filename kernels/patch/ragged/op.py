@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
+from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size, products
 from mmfuse.kernels._runtime.arguments import PIXELS, autocast_dtype, check, constant, one_of, require_integer
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels.patch.arguments import check_dtype, vector
@@ -66,7 +66,7 @@ def _backward(
         grads["bias"] = total.to(weight.dtype if bias is None else bias.dtype)
     if needs.x:
         dy = g.to(compute) if source is None else blocked.of_patches(g.to(compute), source, len(x))
-        dx = dy @ weight.to(compute)
+        dx = products.mm(dy, weight.to(compute))
         grads["x"] = (dx if f.scale is None else dx * f.scale).to(x.dtype)
     if needs.table and table is not None:
         grads["table"] = passes.table_grad(g, len(x), places, f.bias.dtype).to(table.dtype)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 
 # what a block of groups holds of the third layer: on a CPU it stays in the cache between the products
@@ -65,20 +66,20 @@ def _blocks(x: Tensor, layers: Layers, b3: Tensor | None) -> Iterator[tuple[slic
     for i in range(0, m, size):
         block = slice(i, min(i + size, m))
         rows = x[block].to(w1.dtype).reshape(-1, x.shape[2])
-        a = torch.addmm(b1, rows, w1.t()).relu_()
-        f = torch.addmm(b2, a, w2.t())
+        a = products.linear(rows, w1, b1).relu_()
+        f = products.linear(a, w2, b2)
         g, peak = f.view(-1, k, c2).max(1)
-        of_group = g @ w3[:, :c2].t()
+        of_group = products.linear(g, w3[:, :c2])
         if b3 is not None:
             of_group += b3
         third = of_group.repeat_interleave(k, 0)
-        third.addmm_(f, w3[:, c2:].t())
+        products.add_mm_(third, f, w3[:, c2:].t())
         yield block, _Block(rows, a, f, g, peak, third)
 
 
 def _product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
     """a b in the accumulation dtype, which sums over blocks are kept in."""
-    return torch.mm(a, b) if a.dtype == acc else torch.mm(a, b, out_dtype=acc)
+    return products.mm(a, b) if a.dtype == acc else torch.mm(a, b, out_dtype=acc)
 
 
 class Norm(NamedTuple):
@@ -141,14 +142,14 @@ class _Gradients:
         sums.w3[:, :c2] += _product(of_group.t(), s.g, acc)
         sums.w3[:, c2:] += _product(d.t(), s.f, acc)
         sums.b3.add_(of_group.sum(0, dtype=acc))
-        df = d @ w3[:, c2:]
-        df.view(-1, k, c2).scatter_add_(1, s.peak[:, None], (of_group @ w3[:, :c2])[:, None])
+        df = products.mm(d, w3[:, c2:])
+        df.view(-1, k, c2).scatter_add_(1, s.peak[:, None], products.mm(of_group, w3[:, :c2])[:, None])
         sums.w2.add_(_product(df.t(), s.a, acc))
         sums.b2.add_(df.sum(0, dtype=acc))
-        da = torch.ops.aten.threshold_backward(df @ w2, s.a, 0)
+        da = torch.ops.aten.threshold_backward(products.mm(df, w2), s.a, 0)
         sums.w1.add_(_product(da.t(), s.x, acc))
         sums.b1.add_(da.sum(0, dtype=acc))
-        self.x[block] = (da @ w1).view(-1, k, w1.shape[1])
+        self.x[block] = products.mm(da, w1).view(-1, k, w1.shape[1])
 
     def named(self, layers: Layers, **others: Tensor) -> dict[str, Tensor]:
         """Those of x and of the layers, `others` in their place, in the dtypes of what they belong to."""
