@@ -29,7 +29,7 @@ from mmfuse.bench.cli import progress
 from mmfuse.bench.row import Row, first_line
 from mmfuse.kernels._runtime import configs, operators
 from mmfuse.kernels._runtime.aot import SHARED_LIMIT, Spec, compile_all, violations
-from mmfuse.kernels._runtime.device import INTERPRET, device_name, vector_bits
+from mmfuse.kernels._runtime.device import INTERPRET, device_name, vectors
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels._runtime.operator import reached
 
@@ -287,7 +287,7 @@ def facts_of(device: torch.device) -> configs.Table:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return {"arch": 10 * major + minor}
-    return {"threads": torch.get_num_threads(), "bits": vector_bits()}
+    return {"threads": torch.get_num_threads(), "vectors": vectors()}
 
 
 def _show(found: Sequence[Found], facts: dict[str, Any]) -> None:

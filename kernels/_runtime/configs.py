@@ -1,7 +1,7 @@
 """What was measured on a device: one table for each operator family and device.
 
     {
-      "arch": 90,                                       a GPU's, or of a CPU "threads" and the "bits" of a vector
+      "arch": 90,                                       a GPU's, or a CPU's "threads" and "vectors"
       "configs": {"stats/bfloat16/1024": {"BLOCK_M": 128, ..., "num_warps": 8, "num_stages": 3}},
       "least": {"clip_loss/cpu/float32": 147456, "select_head/chunked": null, "clip_loss/cpu/bfloat16/256": 67108864}
     }
@@ -14,8 +14,8 @@ it: of every kind) and the fewest columns that it holds for. What these are, an 
 is a dtype as a rule. Without an entry an implementation is taken at any size.
 
 Tables ship as `kernels/<family>/configs/<device>.json`. The user's own, of `mmfuse tune`, lie below another folder in
-the same places; their entries come first. A CPU without a table takes that of another, with sizes in proportion to
-threads x bits: what a call costs beside its arithmetic is the same on both.
+the same places; their entries come first. A CPU without a table takes that of another, with the same instructions if
+there is one, and sizes in proportion to threads x bits: what a call costs beside its arithmetic is the same on both.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from typing import Any
 
 import torch
 
-from mmfuse.kernels._runtime.device import device_name, slug, vector_bits
+from mmfuse.kernels._runtime.device import device_name, slug, vectors
 
 SHIPPED = Path(__file__).resolve().parents[1]
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+_BITS = {"avx512_bf16": 512, "avx512": 512, "avx2": 256, "default": 128}
 
 Table = dict[str, Any]
 Steps = tuple[tuple[int, int | None], ...]  # (columns, size from which on it is taken), from the most columns down
@@ -137,9 +139,11 @@ def _entries(family: str, kind: str, device: torch.device) -> dict[str, Any]:
 
 
 def _model(shipped: Mapping[str, Table]) -> Table | None:
-    """The table of the CPU whose speed is nearest to this one's, in proportion."""
-    here = torch.get_num_threads() * vector_bits()
-    factors = {name: here / (t["threads"] * t["bits"]) for name, t in shipped.items() if "threads" in t}
+    """The table of the CPU with these vectors, or any, whose speed is nearest to this one's, in proportion."""
+    here, kind = torch.get_num_threads(), vectors()
+    cpus = {name: t for name, t in shipped.items() if "threads" in t}
+    alike = {name: t for name, t in cpus.items() if t["vectors"] == kind} or cpus
+    factors = {name: here * _BITS[kind] / (t["threads"] * _BITS[t["vectors"]]) for name, t in alike.items()}
     if not factors:
         return None
     name = min(factors, key=lambda n: abs(math.log(factors[n])))
@@ -220,4 +224,9 @@ def _from_size(path: Path, name: str, value: Any) -> None:
     raise ValueError(f"{path}: {name!r}: {what}, expected operator/implementation[/kind][/columns]")
 
 
-_CHECKS = {"arch": _number, "threads": _number, "bits": _number, "configs": _settings, "least": _from_size}
+def _vectors(path: Path, name: str, value: Any) -> None:
+    if value not in _BITS:
+        raise ValueError(f"{path}: {name!r} is {value!r}, expected one of {', '.join(_BITS)}")
+
+
+_CHECKS = {"arch": _number, "threads": _number, "vectors": _vectors, "configs": _settings, "least": _from_size}

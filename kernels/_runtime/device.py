@@ -40,25 +40,31 @@ def triton_missing() -> str | None:
 
 @once
 def device_name(device: torch.device) -> str:
-    """What a measurement on this device holds for, e.g. `NVIDIA H200` or `AMD EPYC, 2 threads`."""
+    """What a measurement on this device holds for, e.g. `NVIDIA H200` or `AMD EPYC, 2 threads, avx512_bf16`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{cpu('model name') or platform.machine()}, {torch.get_num_threads()} threads, {vectors()}"
+
+
+@once
+def cpu(fact: str) -> str:
+    """What Linux says of this CPU; empty elsewhere."""
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        found = re.search(rf"{fact}\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    name = found[1].strip() if found else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+        return ""
+    return found[1].strip() if found else ""
+
+
+def vectors() -> str:
+    """The instructions that torch has for this CPU's vectors: avx512_bf16, avx512, avx2 or default."""
+    used = torch.backends.cpu.get_cpu_capability().lower()
+    return "avx512_bf16" if used == "avx512" and "avx512_bf16" in cpu("flags").split() else used
 
 
 def slug(device: str) -> str:
     """A device's name as a file's, e.g. `NVIDIA_H200`."""
     return re.sub(r"\W+", "_", device).strip("_")
-
-
-def vector_bits() -> int:
-    """Of this CPU's vectors, as torch uses them."""
-    return {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability(), 128)
 
 
 @once

@@ -6,14 +6,11 @@ bits with, has it for every CPU: on AMD's it takes half of MKL's time. Both sum 
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime.device import once, vector_bits
+from mmfuse.kernels._runtime.device import cpu, once, vectors
 
 LEAST = 1 << 21  # multiplications, from which on choosing costs nothing
 
@@ -21,14 +18,8 @@ LEAST = 1 << 21  # multiplications, from which on choosing costs nothing
 @once
 def onednn_is_faster() -> bool:
     """Whether MKL leaves this CPU's widest vectors alone."""
-    try:
-        vendor = re.search(r"vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        return False
-    theirs = vendor is not None and vendor[1] != "GenuineIntel"
-    return (
-        theirs and vector_bits() == 512 and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    )
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return both and vectors().startswith("avx512") and cpu("vendor_id") not in ("", "GenuineIntel")
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

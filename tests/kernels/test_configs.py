@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import torch
 
 import mmfuse
 from mmfuse.kernels._runtime import chosen, configs, operators
-from mmfuse.kernels._runtime.device import device_name, slug, vector_bits
+from mmfuse.kernels._runtime.device import device_name, slug, vectors
 
 CPU = torch.device("cpu")
-REFERENCE = "AMD EPYC, 2 threads"
+REFERENCE = "AMD EPYC, 2 threads, avx512"
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,9 @@ def runs(n: int, dtype: torch.dtype = torch.float32, columns: int = 8, **options
 def test_the_users_table_comes_before_what_ships(write) -> None:  # type: ignore[no-untyped-def]
     fused = runs(400)
     assert fused in ("cpu", "chunked") and runs(100) == "torch"
-    write({"threads": 2, "bits": 512, "least": {f"clip_loss/{name}/float32": 100 for name in ("cpu", "chunked")}})
+    write(
+        {"threads": 2, "vectors": "avx512", "least": {f"clip_loss/{name}/float32": 100 for name in ("cpu", "chunked")}}
+    )
     assert runs(10) == fused and runs(9) == "torch"
     # what it does not have is what ships
     assert runs(100, torch.float64) == "torch" and runs(400, torch.float64) == "chunked"
@@ -89,10 +92,10 @@ def test_another_cpu_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = configs.tables("contrastive")[slug(REFERENCE)]
     (step,) = configs.least("contrastive", "siglip_loss", "cpu", CPU, "float32")
     monkeypatch.setattr(configs, "device_name", lambda device: "Another CPU")
-    monkeypatch.setattr(configs, "vector_bits", lambda: 256)
+    monkeypatch.setattr(configs, "vectors", lambda: "avx2")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     configs.forget()
-    factor = 16 * 256 / (shipped["threads"] * shipped["bits"])
+    factor = 16 * 256 / (shipped["threads"] * 512)
     assert configs.least("contrastive", "siglip_loss", "cpu", CPU, "float32") == ((0, round(factor * step[1])),)
     assert configs.least("contrastive", "moco_loss", "chunked", CPU, "bfloat16") == ((0, None),)
     assert configs.least("contrastive", "siglip_loss", "cpu", torch.device("meta"), "float32") == ()
@@ -100,7 +103,7 @@ def test_another_cpu_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_choose_alike(write, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     write({"least": {"distributed_clip_loss/cpu/float32": 7, "clip_loss/cpu/float32": 7}})
-    monkeypatch.setattr(configs, "vector_bits", lambda: 128)
+    monkeypatch.setattr(configs, "vectors", lambda: "default")
     for name in (REFERENCE, "Another CPU"):
         monkeypatch.setattr(configs, "device_name", lambda device, name=name: name)
         configs.forget()
@@ -122,7 +125,7 @@ def test_what_ships_is_read() -> None:
     ("content", "message"),
     [
         ("{", "is no JSON"),
-        ([], "holds list, expected a table with arch, threads, bits, configs, least"),
+        ([], "holds list, expected a table with arch, threads, vectors, configs, least"),
         ({"lest": {}}, "'lest' is not known, expected some of arch, threads"),
         ({"least": []}, r"'least' is \[\], expected entries by key"),
         ({"threads": "two"}, "'threads' is 'two', expected an integer >= 0"),
@@ -134,6 +137,7 @@ def test_what_ships_is_read() -> None:
         ({"least": {"clip_loss/cpu/float32/2/3": 1}}, "'2/3' is neither"),
         ({"least": {"clip_loss/cpu/float32": -1}}, "'clip_loss/cpu/float32' is -1, expected an integer >= 0 or null"),
         ({"least": {"clip_loss/cpu/float32": 1.5}}, "is 1.5, expected an integer"),
+        ({"vectors": "avx3"}, "'vectors' is 'avx3', expected one of avx512_bf16, avx512, avx2, default"),
         ({"configs": {"stats/bfloat16/1024": {"BLOCK_M": "128"}}}, "'stats/bfloat16/1024' is .*, expected launch"),
     ],
 )
@@ -145,8 +149,8 @@ def test_a_table_that_is_none(content: object, message: str, write) -> None:  # 
 
 
 def test_the_names_of_devices() -> None:
-    assert slug("NVIDIA H200") == "NVIDIA_H200" and slug(device_name(CPU)).endswith("_threads")
-    assert vector_bits() in (128, 256, 512)
+    assert slug("NVIDIA H200") == "NVIDIA_H200" and re.search(r"_\d+_threads_[a-z0-9_]+$", slug(device_name(CPU)))
+    assert vectors() in ("avx512_bf16", "avx512", "avx2", "default")
 
 
 def test_where_the_users_tables_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
