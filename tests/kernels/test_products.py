@@ -21,7 +21,9 @@ def laid_out(rows, columns, layout):
 
 
 @pytest.mark.parametrize("layouts", ["rows rows", "transposed rows", "rows transposed", "a_part a_part"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 7), (64, 77, 130), (0, 3, 2), (2, 0, 3), (3, 2, 0)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (5, 33, 7), (64, 77, 130), (130, 600, 9), (0, 3, 2), (2, 0, 3), (3, 2, 0)]
+)
 def test_products(library, shape, layouts):
     torch.manual_seed(0)
     m, k, n = shape
@@ -30,7 +32,7 @@ def test_products(library, shape, layouts):
     exact = a.double() @ b.double()
     for got, plain, wanted in [
         (products.mm(a, b), a @ b, exact),
-        (products.mm(a, b, torch.full((m, n), torch.nan)), a @ b, exact),
+        (products.mm(a, products.repeated(b, m), torch.full((m, n), torch.nan)), a @ b, exact),
         (products.mm(a, b, torch.full((m, n + 2), torch.nan)[:, 1:-1]), a @ b, exact),
         (products.add_mm_(c.clone(), a, b), c + a @ b, exact + c),
         (products.linear(a, b.t()), a @ b, exact),
@@ -44,6 +46,19 @@ def test_products(library, shape, layouts):
         assert error <= bound
 
 
+def test_long_sums_round_as_mkls(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    a, b = torch.randn(256, 4096), torch.randn(4096, 256)
+    exact = a.double() @ b.double()
+    one_go = products._onednn(a, b, None, 1)
+    error, eager, in_one_go = (
+        (y - exact).square().mean() for y in (products.mm(a, b), a @ b, products._onednn(a, b, None, 1))
+    )
+    assert error < 1.5**2 * eager
+    assert error < in_one_go
+
+
 def test_results_are_written_into_out(library):
     a, b, out = torch.randn(4, 5), torch.randn(5, 6), torch.zeros(4, 6)
     for got in (products.mm(a, b, out), products.linear(a, b.t(), out=out), products.add_mm_(out, a, b)):
@@ -54,7 +69,7 @@ def test_results_are_written_into_out(library):
 def test_which_library(monkeypatch):
     called = []
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "_onednn", lambda x, weight, bias: called.append(x) or x @ weight.t())
+    monkeypatch.setattr(products, "_onednn", lambda a, b, bias, parts: called.append(parts) or a @ b)
     a = torch.randn(128, 128)
     products.mm(a, a)
     assert len(called) == 1
