@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,21 @@ def test_another_cpu_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert configs.least("contrastive", "siglip_loss", "cpu", CPU, "float32") == ((0, round(factor * step[1])),)
     assert configs.least("contrastive", "moco_loss", "chunked", CPU, "bfloat16") == ((0, None),)
     assert configs.least("contrastive", "siglip_loss", "cpu", torch.device("meta"), "float32") == ()
+
+
+def test_a_model_has_the_same_vectors_if_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"threads": 2, "least": {"clip_loss/cpu": 100}}
+    shipped = {
+        "a": table | {"vectors": "avx512"},
+        "b": table | {"vectors": "avx512_bf16", "least": {"clip_loss/cpu": 7}},
+    }
+    monkeypatch.setattr(configs, "tables", cache(lambda family: shipped))
+    monkeypatch.setattr(configs, "device_name", lambda device: "Another CPU")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for vectors, least in (("avx512_bf16", 14), ("avx512", 200), ("avx2", 100)):
+        monkeypatch.setattr(configs, "vectors", lambda vectors=vectors: vectors)
+        configs.forget()
+        assert configs.least("contrastive", "clip_loss", "cpu", CPU, "float32") == ((0, least),)
 
 
 def test_ranks_choose_alike(write, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
