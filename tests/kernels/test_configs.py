@@ -111,8 +111,8 @@ def test_a_model_has_the_same_vectors_if_one_has(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(configs, "tables", cache(lambda family: shipped))
     monkeypatch.setattr(configs, "device_name", lambda device: "Another CPU")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    for vectors, least in (("avx512_bf16", 14), ("avx512", 200), ("avx2", 100)):
-        monkeypatch.setattr(configs, "vectors", lambda vectors=vectors: vectors)
+    for kind, least in (("avx512_bf16", 14), ("avx512", 200), ("avx2", 100)):
+        monkeypatch.setattr(configs, "vectors", lambda kind=kind: kind)
         configs.forget()
         assert configs.least("contrastive", "clip_loss", "cpu", CPU, "float32") == ((0, least),)
 
