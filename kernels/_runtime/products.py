@@ -14,7 +14,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime.device import cpu, once, vectors
 
 LEAST = 1 << 21  # multiplications, from which on choosing costs nothing
-_PART, _LONG = 256, 1024  # of K: what is added up in one go, and what may be where parts would cost too much
+_PART = 256  # of K, which is added up in one go
 _ROWS = 128  # of A, from which on it pays to lay out B for them
 
 
@@ -69,10 +69,8 @@ def _parts(a: Tensor, b: Tensor) -> int:
     """In how many parts of K oneDNN is to multiply; 0: MKL is."""
     if len(a) * b.numel() < LEAST or not _may_be(b):
         return 0
-    k = len(b)
-    if k <= _PART or (len(a) < _ROWS and k <= _LONG and not b.is_contiguous()):
-        return 1
-    return -(-k // _PART) if len(a) >= _ROWS or b.is_contiguous() else 0
+    parts = -(-len(b) // _PART)
+    return parts if parts == 1 or len(a) >= _ROWS or b.is_contiguous() else 0
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None, parts: int) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime import products
@@ -36,9 +37,8 @@ class Tokens:
 
     def keys(self, heads: int) -> Keys:
         """As they are formed."""
-        rows = self.x.flatten(0, 1)
-        k = products.linear(rows, self.key_weight).view(*self.x.shape[:2], heads, -1)
-        v = products.linear(rows, self.value_weight, self.value_bias).view_as(k)
+        k = F.linear(self.x, self.key_weight).unflatten(-1, (heads, -1))
+        v = F.linear(self.x, self.value_weight, self.value_bias).unflatten(-1, (heads, -1))
         return Keys(k, v, None, self.lengths, None, self.x.shape[1])
 
 
