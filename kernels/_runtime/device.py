@@ -43,12 +43,16 @@ def device_name(device: torch.device) -> str:
     """What a measurement on this device holds for, e.g. `NVIDIA H200` or `AMD EPYC, 2 threads`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{_of_cpu('model name') or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _of_cpu(field: str) -> str | None:
+    """What Linux says of this CPU."""
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        found = re.search(rf"{field}\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    name = found[1].strip() if found else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+        return None
+    return found[1].strip() if found else None
 
 
 def slug(device: str) -> str:
@@ -59,6 +63,12 @@ def slug(device: str) -> str:
 def vector_bits() -> int:
     """Of this CPU's vectors, as torch uses them."""
     return {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability(), 128)
+
+
+@once
+def half_vectors() -> bool:
+    """Whether torch multiplies float32 by vectors of half the width that this CPU has, as MKL does on AMD's."""
+    return vector_bits() == 512 and torch.backends.mkl.is_available() and _of_cpu("vendor_id") == "AuthenticAMD"
 
 
 @once
