@@ -123,6 +123,7 @@ class Case:
 class Check:
     """One operator on one kind of input: `run(inputs, backend)` gives its outputs and gradients by name.
 
+    In no_grad mode it gives the outputs alone: so an implementation is judged that has no backward.
     `inputs(device)` are in float32; those of one dimension or more are rounded to the dtype that is verified.
     """
 

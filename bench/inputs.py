@@ -119,13 +119,15 @@ def differentiated(
 ) -> Run:
     """A check's `run` for a function of its inputs: its results by name, and the gradients of the first one's loss.
 
-    Every floating-point input has one, but for the `constants`.
+    Every floating-point input has one, but for the `constants`; none has in no_grad mode.
     """
 
     def run(inputs: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
         given = {k: v.detach() for k, v in inputs.items()}
         leaves = {k: v.requires_grad_() for k, v in given.items() if v.is_floating_point() and k not in constants}
         results = fn(*given.values(), backend=backend)
+        if not torch.is_grad_enabled():
+            return by_name(names, results)
         first = results if isinstance(results, Tensor) else results[0]
         grads = torch.autograd.grad(loss(first), list(leaves.values()))
         return by_name(names, results) | {f"d {k}": g for k, g in zip(leaves, grads, strict=True)}

@@ -73,20 +73,29 @@ def plain(model: Any, query: Tensor | None, ids: Tensor | None, x: Tensor | None
         query, text = h[:, :queries], h[:, queries:]
         if layer.crossattention is not None and x is not None:
             query = _attend(layer.crossattention, query, x)
-        parts = [layer.output_query(layer.intermediate_query(query), query)] if queries else []
-        parts += [layer.output(layer.intermediate(text), text)] if ids is not None else []
+        parts = [_feed_forward(layer.intermediate_query, layer.output_query, query)] if queries else []
+        parts += [_feed_forward(layer.intermediate, layer.output, text)] if ids is not None else []
         h = torch.cat(parts, dim=1)
     return h
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    """As nn.Linear does it."""
+    return F.linear(x, module.weight, module.bias)
+
+
+def _feed_forward(into: Any, out: Any, x: Tensor) -> Tensor:
+    return out.LayerNorm(x + _linear(out.dense, F.gelu(_linear(into.dense, x))))
 
 
 def _attend(block: Any, h: Tensor, x: Tensor, sees: Tensor | None = None) -> Tensor:
     of = block.self
     q, k, v = (
-        project(t).unflatten(-1, (block.heads, -1)).transpose(1, 2)
+        _linear(project, t).unflatten(-1, (block.heads, -1)).transpose(1, 2)
         for project, t in ((of.query, h), (of.key, x), (of.value, x))
     )
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
-    return block.output(o.transpose(1, 2).flatten(2), h)
+    return block.output.LayerNorm(h + _linear(block.output.dense, o.transpose(1, 2).flatten(2)))
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

@@ -68,11 +68,10 @@ def verify(op: str | None = None, device: str = "cpu", seed: int = 0) -> Iterato
 
 def _rows(check: Check, dtype: torch.dtype, device: str, seed: int) -> Iterator[Row]:
     drawn = _rounded(check, dtype, device)
-    operator, args, _ = reached(lambda: check.run(drawn, None), operators()[check.op].name)
-    # another package's implementation is not ours to verify
-    backends = [n for n in operator.available(args) if n in BACKENDS and n != "torch"]
-    if INTERPRET and dtype == torch.bfloat16 and "triton" in backends:  # it truncates where a GPU rounds
-        backends.remove("triton")
+    differentiable = _backends(check, drawn, dtype)
+    with torch.no_grad():
+        forward = [n for n in _backends(check, drawn, dtype) if n not in differentiable]
+    backends = differentiable + forward
     results: dict[str, list[dict[str, Tensor]]] = {n: [] for n in ("exact", "torch", *backends)}
     for draw in range(_DRAWS):
         torch.manual_seed(seed + draw)
@@ -80,12 +79,21 @@ def _rows(check: Check, dtype: torch.dtype, device: str, seed: int) -> Iterator[
         exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
         results["exact"].append(check.run(exact, "torch"))
         for name in ("torch", *backends):
-            results[name].append(check.run(inputs, name))
+            with torch.set_grad_enabled(name not in forward):
+                results[name].append(check.run(inputs, name))
     stacked = {n: {q: torch.stack([r[q] for r in rs]) for q in rs[0]} for n, rs in results.items()}
     for backend in backends:
-        for quantity, truth in stacked["exact"].items():
-            error, allowed, eager = error_and_bound(stacked[backend][quantity], stacked["torch"][quantity], truth)
+        for quantity, result in stacked[backend].items():
+            error, allowed, eager = error_and_bound(result, stacked["torch"][quantity], stacked["exact"][quantity])
             yield Row(check.op, check.name, str(dtype)[6:], backend, quantity, error, eager, allowed)
+
+
+def _backends(check: Check, inputs: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
+    """The implementations of ours that run; without gradient mode, those that are a forward alone, too."""
+    operator, args, _ = reached(lambda: check.run(inputs, None), operators()[check.op].name)
+    truncates = INTERPRET and dtype == torch.bfloat16  # where a GPU rounds
+    available = operator.available(args)
+    return [n for n in available if n in BACKENDS and n != "torch" and not (n == "triton" and truncates)]
 
 
 def _rounded(check: Check, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

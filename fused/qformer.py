@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.kernels._runtime.arguments import check, check_range
+from mmfuse.kernels._runtime.products import linear
+from mmfuse.kernels._runtime.registration import is_plain
 from mmfuse.kernels.multiway.attention import packed_attention
 from mmfuse.kernels.multiway.routing import Part, Routing
 from mmfuse.kernels.qformer import few_query_attention, project_kv, token_attention
@@ -107,12 +109,19 @@ class QFormerKV:
         return k, v
 
 
+class Linear(nn.Linear):
+    """nn.Linear by the faster of torch's libraries."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class _Projections(nn.Module):
     def __init__(self, config: QFormerConfig, key_width: int):
         super().__init__()
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(key_width, config.hidden_size)
-        self.value = nn.Linear(key_width, config.hidden_size)
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(key_width, config.hidden_size)
+        self.value = Linear(key_width, config.hidden_size)
 
 
 class _Output(nn.Module):
@@ -120,7 +129,7 @@ class _Output(nn.Module):
 
     def __init__(self, config: QFormerConfig, width: int):
         super().__init__()
-        self.dense = nn.Linear(width, config.hidden_size)
+        self.dense = Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -131,7 +140,7 @@ class _Output(nn.Module):
 class _Intermediate(nn.Module):
     def __init__(self, config: QFormerConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.dense(x))
@@ -230,10 +239,15 @@ class QFormerEncoder(nn.Module):
         if once and x.is_cpu and norm is None and not torch.is_grad_enabled() and not self.draws:
             return QFormerKV(x, lengths)
         of: list[Any] = [layer.crossattention.self for layer in self.layer if layer.crossattention is not None]
+        heads = self.config.num_attention_heads
+        if x.is_cpu and norm is None and not torch.is_grad_enabled() and is_plain([x]):
+            # product by product: no weight is copied; a key's bias changes nothing
+            each = [y for p in of for y in (linear(x, p.key.weight), p.value(x))]
+            return QFormerKV(torch.stack(each, 2).unflatten(-1, (heads, -1)).unflatten(2, (-1, 2)), lengths)
         weight = torch.stack([torch.stack([p.key.weight, p.value.weight]) for p in of])
         bias = torch.stack([torch.stack([p.key.bias, p.value.bias]) for p in of])
         affine = None if norm is None else (norm.weight, norm.bias, norm.eps)
-        return QFormerKV(project_kv(x, weight, bias, self.config.num_attention_heads, affine), lengths)
+        return QFormerKV(project_kv(x, weight, bias, heads, affine), lengths)
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmfuse.bench import inputs, qformer_models
 from mmfuse.bench.cases import Case, Check
-from mmfuse.bench.inputs import differentiated, of_case, ramp
+from mmfuse.bench.inputs import differentiated, of_case, ramp, weighted
 from mmfuse.bench.providers import Only, copy, eager, formula, gpu, products, then
 from mmfuse.kernels import few_query_attention, token_attention
 
@@ -234,11 +234,11 @@ CASES = [
 
 CHECKS = [
     Check("few_query_attention", "B=2 Q=3 N=7 H=2 d=24", of_case(_inputs, "q k v", B=2, Q=3, N=7, H=2, d=24),
-          differentiated(then(scalar, _ours))),
+          differentiated(_ours, ("o",), weighted)),
     Check("few_query_attention", "one query of 3 images", of_case(_window_inputs, "q k v", B=3, Q=1, N=70, H=1, d=16),
-          differentiated(then(scalar, _ours))),
+          differentiated(_ours, ("o",), weighted)),
     Check("few_query_attention", "4 rows of an image", of_case(_shared_inputs, "q k v of", R=4, Q=2, N=7, H=2, d=16),
-          differentiated(then(scalar, _ours))),
+          differentiated(_ours, ("o",), weighted)),
     Check("token_attention", "B=2 Q=3 N=7 E=48", of_case(_layer_inputs, "q x key_weight value_weight value_bias",
-          B=2, Q=3, N=7, E=48, H=2, d=16), differentiated(then(scalar, _layer))),
+          B=2, Q=3, N=7, E=48, H=2, d=16), differentiated(_layer, ("o",), weighted)),
 ]  # fmt: skip

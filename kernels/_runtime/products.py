@@ -1,8 +1,13 @@
-"""Matrix products of float32 on a CPU, by the faster of the two libraries that torch brings along.
+"""Matrix products of float32 on a CPU of whose vectors torch uses half.
 
-torch gives them to MKL, whose AVX-512 code is for Intel's CPUs alone. oneDNN, which torch convolves and multiplies 16
-bits with, has it for every CPU: on AMD's it takes half of MKL's time. It adds up all of K in one go, which rounds more
-(2.2 times MKL's error at K = 2048), so K comes in parts (1.2 times). Nothing here has a gradient.
+torch gives them to MKL, whose AVX-512 code is for Intel's CPUs alone. On AMD's with AVX-512 they take half the time
+
+- in the compiled part where the features of B lie together, as those of a weight [N, K] do: it reads B as it lies, and
+  its sums are more exact;
+- in oneDNN, which torch brings along for convolutions, where the columns of B do. It adds up all of K in one go, which
+  rounds 2.2 times as much as MKL at K = 2048: so K comes in parts, with 1.2 times.
+
+With a gradient, a transform, autocast or a graph a product is torch's own. Results are deterministic.
 """
 
 from __future__ import annotations
@@ -12,40 +17,58 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.device import cpu, once, vectors
+from mmfuse.kernels._runtime.dtypes import autocast_is_on
+from mmfuse.kernels._runtime.library import load
+from mmfuse.kernels._runtime.registration import is_plain
 
-LEAST = 1 << 21  # multiplications, from which on choosing costs nothing
-_PART = 256  # of K, which is added up in one go
-_ROWS = 128  # of A, from which on it pays to lay out B for them
+LEAST = 1 << 20  # multiplications, from which on choosing costs nothing
+_PART = 256  # of K, what oneDNN adds up in one go
 
 
 @once
-def onednn_is_faster() -> bool:
-    """Whether MKL leaves this CPU's widest vectors alone."""
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return both and vectors().startswith("avx512") and cpu("vendor_id") not in ("", "GenuineIntel")
+def half_vectors() -> bool:
+    """Whether MKL multiplies by vectors of half the width that this CPU has."""
+    return torch.backends.mkl.is_available() and vectors().startswith("avx512") and cpu("vendor_id") == "AuthenticAMD"
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, of [M, K] and [K, N]."""
-    if parts := _parts(a, b):
-        return _into(out, _onednn(a, b, None, parts))
-    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    """a b, of [M, K] and [K, N] or of H of them."""
+    if _is_torchs(a, b):
+        return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+    y = a.new_empty(*a.shape[:-1], b.shape[-1]) if out is None else out
+    if _features_lie_together(b):
+        return _compiled(a, b.mT, y)
+    if a.dim() == 2:
+        return _onednn(a, b, None) if out is None else out.copy_(_onednn(a, b, None))
+    for a_h, b_h, y_h in zip(a, b, y, strict=True):
+        y_h.copy_(_onednn(a_h, b_h, None))
+    return y
 
 
 def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total [M, N] += a b."""
-    parts = _parts(a, b)
-    return total.add_(_onednn(a, b, None, parts)) if parts else total.addmm_(a, b)
+    if _is_torchs(a, b, total):
+        return total.addmm_(a, b)
+    return _compiled(a, b.t(), total, adds=True) if _features_lie_together(b) else total.add_(_onednn(a, b, None))
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """x weight^T + bias + add, of x [M, K], weight [N, K], bias [N] and add [M, N]."""
+    """x weight^T + bias + add, of x [..., K], weight [N, K] and bias [N]; with add or out [M, N], of x [M, K]."""
+    if _is_torchs(x, weight.t(), bias, add):
+        return _by_torch(x, weight, bias, add, out)
+    rows, w_t = x.reshape(-1, x.shape[-1]), weight.t()
+    y = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
+    if _features_lie_together(w_t):
+        _compiled(rows, weight, y.view(len(rows), -1), bias)
+    else:
+        y.copy_(_onednn(rows, w_t, bias).view_as(y))
+    return y if add is None else y.add_(add)
+
+
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, out: Tensor | None) -> Tensor:
     w_t = weight.t()
-    if parts := _parts(x, w_t):
-        y = _onednn(x, w_t, bias, parts)
-        return _into(out, y) if add is None else torch.add(y, add, out=y if out is None else out)
     if add is not None and bias is not None:
         y = torch.add(add, bias) if out is None else torch.add(add, bias, out=out)
         return y.addmm_(x, w_t)
@@ -55,34 +78,40 @@ def linear(
     return torch.mm(x, w_t, out=out) if first is None else torch.addmm(first, x, w_t, out=out)
 
 
-def repeated(b: Tensor, rows: int) -> Tensor:
-    """b [K, N] as it suits products with that many rows, together."""
-    return b.contiguous() if len(b) > _PART and rows * b.numel() >= LEAST and _may_be(b) else b
+def _is_torchs(a: Tensor, b: Tensor, *others: Tensor | None) -> bool:
+    if a.dtype != torch.float32 or a.device.type != "cpu" or a.numel() * b.shape[-1] < LEAST or not half_vectors():
+        return True
+    given = [a, b, *(t for t in others if t is not None)]
+    return not (
+        is_plain(given)
+        and all(t.is_cpu and t.dtype == torch.float32 for t in given)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+        and not autocast_is_on("cpu")
+        and load("cpu") is None
+        and torch._C._get_mkldnn_enabled()  # type: ignore[attr-defined]
+    )
 
 
-def _may_be(b: Tensor) -> bool:
-    enabled = torch._C._get_mkldnn_enabled  # type: ignore[attr-defined]
-    return b.dtype == torch.float32 and b.device.type == "cpu" and onednn_is_faster() and enabled()
+def _features_lie_together(b: Tensor) -> bool:
+    return b.stride(-2) == 1 or b.shape[-2] == 1
 
 
-def _parts(a: Tensor, b: Tensor) -> int:
-    """In how many parts of K oneDNN is to multiply; 0: MKL is."""
-    if len(a) * b.numel() < LEAST or not _may_be(b):
-        return 0
-    parts = -(-len(b) // _PART)
-    return parts if parts == 1 or len(a) >= _ROWS or b.is_contiguous() else 0
+def _unit(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _onednn(a: Tensor, b: Tensor, bias: Tensor | None, parts: int) -> Tensor:
-    if parts > 1 or not b.t().is_contiguous():  # other strides have no fast code
-        b = b.contiguous()
-    multiply = torch.ops.mkldnn._linear_pointwise.default
+def _compiled(a: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, adds: bool = False) -> Tensor:
+    into, bias = _unit(out), None if bias is None else _unit(bias)
+    a, weight, to = (t if t.dim() == 3 else t[None] for t in (_unit(a), weight, into))
+    torch.ops.mmfuse_cpu.products.default(a, weight, bias, to, adds)
+    return out if into is out else out.copy_(into)
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    multiply, parts = torch.ops.mkldnn._linear_pointwise.default, -(-len(b) // _PART)
+    b = b.contiguous()  # other strides have no fast code
     first, *more = zip(a.chunk(parts, 1), b.chunk(parts), strict=True)
     y = multiply(first[0], first[1].t(), bias, "none", [], "")
     for a_i, b_i in more:
         y += multiply(a_i, b_i.t(), None, "none", [], "")
     return y
-
-
-def _into(out: Tensor | None, y: Tensor) -> Tensor:
-    return y if out is None else out.copy_(y)

@@ -39,11 +39,10 @@ def _scores(z: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[sl
     (n, _), k = z.shape, len(weight)
     offset = weight.new_zeros(()) if bias is None else bias.to(weight.dtype)
     height = max(1, min(n, _BLOCK_BYTES[z.device.type] // (k * z.dtype.itemsize)))
-    right = products.repeated(weight.t(), n)
     memory = torch.empty(height, k, dtype=z.dtype, device=z.device)
     for i in range(0, n, height):
         block = z[i : i + height]
-        yield slice(i, i + height), products.mm(block, right, memory[: len(block)]).add_(offset)
+        yield slice(i, i + height), products.mm(block, weight.t(), memory[: len(block)]).add_(offset)
 
 
 def _largest(z: Tensor, weight: Tensor, tie: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,6 @@ No b x N matrix is held unless the caller asks for the logits to be kept. The pa
 
 from __future__ import annotations
 
-from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,15 +205,11 @@ class Blocks:
         self.rows = max(64, min(_MAX_ROWS if x.device.type == "cpu" else 4096, rows))
         self.spans = [(i, min(i + self.rows, b)) for i in range(0, b, self.rows)]
 
-    @cached_property
-    def y_t(self) -> Tensor:
-        return products.repeated(self.y.t(), len(self.x))
-
     def block(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(min(self.rows, len(self.x)), len(self.y), dtype=dtype, device=self.x.device)
 
     def logits(self, i: int, j: int, out: Tensor) -> Tensor:
-        return self.product(self.x[i:j], self.y_t, out)
+        return self.product(self.x[i:j], self.y.t(), out)
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         """left @ right in the accumulation dtype."""

@@ -185,7 +185,6 @@ def forward_into(tile: Any, out: Tensor, offset: int, stem: Stem) -> None:
     spans = list(blocks(stem, f, acc.itemsize))
     most = max(j - i for i, j in spans)
     k, new = f.weight.shape[1], partial(torch.empty, dtype=acc, device=out.device)
-    w_t = products.repeated(f.weight.t(), b * n)
     # one product for the rows of all images in a row, with zeros under the prefix
     joined = plain and whole(stem, r, n)
     scratch = new(most, r + n, k).zero_() if joined else new(most * n, k)
@@ -198,10 +197,10 @@ def forward_into(tile: Any, out: Tensor, offset: int, stem: Stem) -> None:
         if joined:
             tile.patch_rows(block.x, f, None, scratch[: j - i, r:])
             flat = rows.view(-1, d)
-            products.add_mm_(flat, scratch[: j - i].view(-1, k), w_t)
+            products.add_mm_(flat, scratch[: j - i].view(-1, k), f.weight.t())
         else:
             a = block.patches(tile, scratch)
-            product = products.mm(a, w_t) if plain else product_of(a, f)
+            product = products.mm(a, f.weight.t()) if plain else product_of(a, f)
             if stem.stem_weight is not None:
                 product = norm(product, stem.stem_weight, stem.stem_bias, stem.stem_eps)[0]
             block.add(rows[:, r:], product)

@@ -52,34 +52,25 @@ def products_saved(q: Tensor, tokens: Tokens) -> int:
 
 def attend(q: Tensor, tokens: Tokens, wants_lse: bool) -> Outputs:
     (_, queries, heads, d), (images, n, e) = q.shape, tokens.x.shape
-    acc, x, one = accumulation_dtype(q.dtype), tokens.x, q.shape[0] == 1
+    acc, x = accumulation_dtype(q.dtype), tokens.x
     of_keys, of_values = (w.unflatten(0, (heads, d)) for w in (tokens.key_weight, tokens.value_weight))  # [H, d, E]
-    o = q.new_zeros(images, queries, heads, d)
-    lse = q.new_full((images, heads * queries), -torch.inf, dtype=acc)
+    o = q.new_empty(images, queries, heads, d)
+    lse = q.new_empty(images, heads * queries, dtype=acc)
     lengths = [n] * images if tokens.lengths is None else tokens.lengths.tolist()
     # weights are read once for a group
-    group = min(images, max(1, _GROUP_BYTES // max(1, heads * queries * e * q.itemsize)))
-    scores, p = q.new_empty(heads * queries * n), q.new_empty(heads * queries * n, dtype=acc)
-    context = q.new_zeros(group, heads * queries, e)
-    moved = _moved(q, of_keys) if one and queries else q.new_empty(0)  # [m, H Q, E]
-    for first in range(0, images if queries else 0, max(1, group)):
-        several = slice(first, min(first + group, images))
-        if not one:
-            moved = _moved(q[several], of_keys)
-        for i in range(several.start, several.stop):
-            if not lengths[i]:
-                continue
+    group = max(1, _GROUP_BYTES // max(1, heads * queries * e * q.itemsize))
+    same = _moved(q, of_keys) if len(q) == 1 else None
+    for first in range(0, images, group):
+        several = range(first, min(first + group, images))
+        moved = _moved(q[first : first + group], of_keys) if same is None else same.expand(len(several), -1, -1)
+        context = []
+        for i, a in zip(several, moved, strict=True):
             x_i = x[i, : lengths[i]]
-            s, p_i = (t[: heads * queries * lengths[i]].view(-1, lengths[i]) for t in (scores, p))
-            products.mm(moved[0 if one else i - first], x_i.t(), s)
-            s = cast(s, acc).mul_(d**-0.5)
-            if wants_lse:
-                lse[i] = s.logsumexp(1)
-            torch.softmax(s, 1, out=p_i)
-            products.mm(cast(p_i, q.dtype), x_i, context[i - first])
-        c = context[: several.stop - first].unflatten(1, (heads, queries)).transpose(0, 1).flatten(1, 2)
-        y = c @ of_values.mT  # [H, m Q, d]
-        o[several] = y.unflatten(1, (-1, queries)).permute(1, 2, 0, 3)
+            s = cast(products.mm(a, x_i.t()), acc).mul_(d**-0.5)
+            lse[i] = s.logsumexp(1) if wants_lse else 0
+            context.append(products.mm(cast(s.softmax(1), q.dtype), x_i).unflatten(0, (heads, queries)))
+        y = products.mm(torch.cat(context, 1) if len(context) > 1 else context[0], of_values.mT)  # [H, m Q, d]
+        o[first : first + group] = y.unflatten(1, (-1, queries)).permute(1, 2, 0, 3)
     if tokens.value_bias is not None:
         o += tokens.value_bias.view(heads, d)
     if not all(lengths):
@@ -89,7 +80,7 @@ def attend(q: Tensor, tokens: Tokens, wants_lse: bool) -> Outputs:
 
 def _moved(q: Tensor, of_keys: Tensor) -> Tensor:
     """q W_k, [m, H Q, E]."""
-    rows = q.permute(2, 0, 1, 3).flatten(1, 2) @ of_keys  # [H, m Q, E]
+    rows = products.mm(q.permute(2, 0, 1, 3).flatten(1, 2), of_keys)  # [H, m Q, E]
     return rows.unflatten(1, (len(q), -1)).transpose(0, 1).flatten(1, 2)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from mmfuse.bench import verify
 from mmfuse.bench.cases import Check
 from mmfuse.cli import main
 from mmfuse.kernels._runtime import operators
+from mmfuse.kernels.qformer.arguments import Outputs
+from mmfuse.kernels.qformer.compiled import CPU
 
 
 def test_every_operator_is_verified() -> None:
@@ -47,6 +50,34 @@ def test_a_wrong_gradient_is_reported(capsys: pytest.CaptureFixture[str], monkey
     assert main(["verify", "--device", "cpu"]) == 1
     bad = [line for line in capsys.readouterr().out.splitlines() if line.endswith("WORSE")]
     assert bad and all("d text" in line for line in bad)
+
+
+def test_every_implementation_for_a_cpu_is_verified() -> None:
+    """Those that are a forward alone, too."""
+    verified: set[tuple[str, str]] = set()
+    with torch.no_grad():
+        for check in verify.checks():
+            inputs = check.inputs(torch.device("cpu"))
+            verified |= {(check.op, name) for name in verify._backends(check, inputs, torch.float32)}
+    for name, operator in operators().items():
+        left = {i for i in operator.implementations if i in ("cpu", "slices", "chunked") and (name, i) not in verified}
+        assert not left, f"{name}: no check runs {left}"
+
+
+def test_a_wrong_forward_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an implementation that has no backward, so that no gradient may be asked of it."""
+    attend = CPU.attend
+
+    def wrong(*given: Any) -> Outputs:
+        found = attend(*given)
+        found.o[0, -1] *= 1.01
+        return found
+
+    monkeypatch.setattr(CPU, "attend", wrong)
+    monkeypatch.setattr(verify, "DTYPES", {"float32": torch.float32})
+    rows = list(verify.verify("few_query_attention"))
+    assert {row.quantity for row in rows if row.backend == "cpu"} == {"o"}
+    assert {row.backend for row in rows if not row.holds} == {"cpu"}
 
 
 def test_without_a_check_it_is_the_example(monkeypatch: pytest.MonkeyPatch) -> None:

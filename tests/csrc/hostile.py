@@ -115,6 +115,10 @@ VALID: dict[str, list[Callable[..., list[Any]]]] = {
             F(b, q, h, d), F(n, h, d), F(n, h, d), None, None, ints(b + 1), n, F(b, q, h, d), F(b, h, q), F(b, h, q)
         ],
     ],
+    "products": [
+        lambda h=2, m=9, k=20, n=70: [F(h, m, k), F(h, n, k), F(n), F(h, m, n), False],
+        lambda h=2, m=9, k=20, n=70: [F(h, m, k), F(h, n, k), None, F(h, m, n), True],
+    ],
     "query_max": [lambda m=2, q=3, n=20: [F(m, q, n), F(m, n), ints(m, n, dtype=torch.uint8)]],
     "query_grad": [
         lambda m=2, q=3, n=20, d=5: [

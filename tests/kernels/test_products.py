@@ -1,81 +1,183 @@
+"""Products that are not MKL's: against float64 and torch, and never where something else looks on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from judge import Results, assert_no_worse, judge
+from mmfuse.fused.qformer import QFormer, QFormerConfig
 from mmfuse.kernels._runtime import products
-from mmfuse.kernels._runtime.numerics import error_and_bound
+from mmfuse.kernels._runtime.library import load
+
+pytestmark = pytest.mark.skipif(load("cpu") is not None, reason=f"{load('cpu')}")
 
 
-@pytest.fixture(params=["mkl", "onednn"])
-def library(request, monkeypatch):
+@pytest.fixture(autouse=True)
+def _faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the CPUs that it is for, at any size."""
+    monkeypatch.setattr(products, "half_vectors", lambda: True)
     monkeypatch.setattr(products, "LEAST", 1)
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param == "onednn")
-    return request.param
 
 
-def laid_out(rows, columns, layout):
+def fast(call: Callable[[], object]) -> int:
+    """How many products are not MKL's."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        call()
+    return sum(e.count for e in seen.key_averages() if e.key in ("mmfuse_cpu::products", "mkldnn::_linear_pointwise"))
+
+
+# rows, features and columns at the edges of tiles, and of what is summed at a time
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 16, 6), (9, 40, 70), (19, 801, 197), (3, 1540, 20)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(sizes: tuple[int, int, int], bias: bool) -> None:
+    m, k, n = sizes
+
+    def draw(strided: bool) -> dict[str, Tensor | None]:
+        x, w = torch.randn(m, k + 3), torch.randn(n, 2, k)
+        x, w = (x[:, :k], w[:, 1]) if strided else (x[:, 3:].t().contiguous().t(), w[:, 0].contiguous())
+        return {"x": x, "weight": w, "bias": torch.randn(n) if bias else None}
+
+    def run(of: Callable[..., Tensor], given: dict[str, Tensor | None], double: bool = False) -> Results:
+        return {"y": of(*(t.double() if double and t is not None else t for t in given.values()))}
+
+    draws = [draw(i % 2 == 0) for i in range(8)]
+    assert fast(lambda: products.linear(**draws[0])) == 1  # type: ignore[arg-type]
+    judge((run(products.linear, d), run(F.linear, d), run(F.linear, d, True)) for d in draws)
+    given = draws[0]
+    assert torch.equal(products.linear(**given), products.linear(**given))  # type: ignore[arg-type]
+
+
+def laid_out(rows: int, columns: int, layout: str) -> Tensor:
     if layout == "transposed":
         return torch.randn(columns, rows).t()
-    if layout == "a part":
-        return torch.randn(rows, columns + 3)[:, 1 : columns + 1]
-    return torch.randn(rows, columns)
+    return torch.randn(rows, columns + 3)[:, 1 : columns + 1] if layout == "part" else torch.randn(rows, columns)
 
 
-@pytest.mark.parametrize("layouts", ["rows rows", "transposed rows", "rows transposed", "a_part a_part"])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (5, 33, 7), (64, 77, 130), (130, 600, 9), (0, 3, 2), (2, 0, 3), (3, 2, 0)]
-)
-def test_products(library, shape, layouts):
+@pytest.mark.parametrize("layouts", ["rows rows", "transposed rows", "rows transposed", "part part", "part transposed"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 7), (64, 77, 130), (30, 600, 9), (0, 3, 2), (3, 2, 0)], ids=str)
+def test_mm(shape: tuple[int, int, int], layouts: str) -> None:
+    (m, k, n), (left, right) = shape, layouts.split()
+
+    def draw() -> list[Tensor]:
+        return [laid_out(m, k, left), laid_out(k, n, right), torch.randn(m, n), torch.randn(n)]
+
+    def ours(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Results:
+        empty = partial(torch.full, (m, n), torch.nan)
+        return {
+            "a b": products.mm(a, b),
+            "out": products.mm(a, b, empty()),
+            "part of out": products.mm(a, b, torch.full((m, n + 2), torch.nan)[:, 1:-1]),
+            "added": products.add_mm_(c.clone(), a, b),
+            "added to a transposed one": products.add_mm_(c.t().clone(memory_format=torch.contiguous_format).t(), a, b),
+            "linear": products.linear(a, b.t(), d, c),
+            "linear out": products.linear(a, b.t(), d, c, empty()),
+            "linear without a bias": products.linear(a, b.t(), None, c, empty()),
+        }
+
+    def torchs(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Results:
+        y = a @ b
+        plain = dict.fromkeys(("a b", "out", "part of out"), y)
+        added = dict.fromkeys(("added", "added to a transposed one", "linear without a bias"), y + c)
+        return plain | added | dict.fromkeys(("linear", "linear out"), y + c + d)
+
+    draws = [draw() for _ in range(4)]
+    judge((ours(*d), torchs(*d), torchs(*(t.double() for t in d))) for d in draws)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_several_at_once(transposed: bool) -> None:
+    a, b = torch.randn(3, 13, 30), torch.randn(3, 149, 30).mT if transposed else torch.randn(3, 30, 149)
+    assert fast(lambda: products.mm(a, b)) == (1 if transposed else 3)
+    assert torch.equal(products.mm(a, b)[1], products.mm(a[1], b[1]))
+    assert_no_worse(products.mm(a, b), a @ b, a.double() @ b.double())
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_long_sums_round_as_mkls(transposed: bool) -> None:
     torch.manual_seed(0)
-    m, k, n = shape
-    left, right = (word.replace("_", " ") for word in layouts.split())
-    a, b, c, d = laid_out(m, k, left), laid_out(k, n, right), torch.randn(m, n), torch.randn(n)
+    a, b = torch.randn(256, 4096), torch.randn(256, 4096).t() if transposed else torch.randn(4096, 256)
     exact = a.double() @ b.double()
-    for got, plain, wanted in [
-        (products.mm(a, b), a @ b, exact),
-        (products.mm(a, products.repeated(b, m), torch.full((m, n), torch.nan)), a @ b, exact),
-        (products.mm(a, b, torch.full((m, n + 2), torch.nan)[:, 1:-1]), a @ b, exact),
-        (products.add_mm_(c.clone(), a, b), c + a @ b, exact + c),
-        (products.linear(a, b.t()), a @ b, exact),
-        (products.linear(a, b.t(), d), a @ b + d, exact + d),
-        (products.linear(a, b.t(), None, c), a @ b + c, exact + c),
-        (products.linear(a, b.t(), d, c), a @ b + c + d, exact + c + d),
-        (products.linear(a, b.t(), d, c, torch.full((m, n), torch.nan)), a @ b + c + d, exact + c + d),
-    ]:
-        assert got.shape == (m, n)
-        error, bound, _ = error_and_bound(got, plain, wanted)
-        assert error <= bound
-
-
-def test_long_sums_round_as_mkls(monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    a, b = torch.randn(256, 4096), torch.randn(4096, 256)
-    exact = a.double() @ b.double()
-    one_go = products._onednn(a, b, None, 1)
-    error, eager, in_one_go = ((y - exact).square().mean() for y in (products.mm(a, b), a @ b, one_go))
+    error, eager = ((y - exact).square().mean() for y in (products.mm(a, b), a @ b))
     assert error < 1.5**2 * eager
-    assert error < in_one_go
 
 
-def test_results_are_written_into_out(library):
+def test_results_are_written_where_they_belong() -> None:
     a, b, out = torch.randn(4, 5), torch.randn(5, 6), torch.zeros(4, 6)
-    for got in (products.mm(a, b, out), products.linear(a, b.t(), out=out), products.add_mm_(out, a, b)):
-        assert got.data_ptr() == out.data_ptr()
-    torch.testing.assert_close(out, 2 * (a @ b))
+    for b_ in (b, b.t().contiguous().t()):
+        for got in (products.mm(a, b_, out), products.linear(a, b_.t(), out=out), products.add_mm_(out, a, b_)):
+            assert got.data_ptr() == out.data_ptr()
+        torch.testing.assert_close(out, 2 * (a @ b))
 
 
-def test_which_library(monkeypatch):
-    called = []
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "_onednn", lambda a, b, bias, parts: called.append(parts) or a @ b)
-    a = torch.randn(128, 128)
-    products.mm(a, a)
-    assert len(called) == 1
-    products.mm(a[:2], a)  # too small
-    products.mm(a.double(), a.double())
-    products.mm(a.bfloat16(), a.bfloat16())
-    with torch.backends.mkldnn.flags(enabled=False):
-        products.mm(a, a)
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
-    products.mm(a, a)
-    assert len(called) == 1
+def test_threads_change_nothing() -> None:
+    x, w, before = torch.randn(33, 900), torch.randn(500, 900), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(products.linear(x, w))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+def test_not_a_number_stays_in_its_row() -> None:
+    x, w = torch.ones(9, 40), torch.ones(30, 40)
+    x[3, 7], w[5, 2] = torch.nan, torch.inf
+    y = products.linear(x, w)
+    assert torch.equal(y.isnan(), F.linear(x, w).isnan()) and torch.equal(y.isinf(), F.linear(x, w).isinf())
+
+
+def test_what_looks_on() -> None:
+    """Gradients, transforms, autocast, a graph and other dtypes have torch's own product."""
+    x, w = torch.randn(4, 8), torch.nn.Parameter(torch.randn(6, 8))
+    assert products.linear(x, w).requires_grad and not fast(lambda: products.linear(x, w))
+    with torch.no_grad():
+        assert fast(lambda: products.linear(x, w)) == 1
+        assert not fast(lambda: torch.func.vmap(products.linear, (0, None))(x, w))
+        assert not fast(lambda: torch.func.jvp(lambda x: products.linear(x, w), (x,), (x,)))
+        assert products.linear(x.double(), w.double()).dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert products.linear(x, w).dtype == torch.bfloat16
+        exported = torch.export.export(Wrapped(w), (x,))
+        assert "mmfuse" not in str(exported.graph)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, w: torch.nn.Parameter):
+        super().__init__()
+        self.w = w
+
+    def forward(self, x: Tensor) -> Tensor:
+        return products.linear(x, self.w)
+
+
+def test_small_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(products, "half_vectors", lambda: True)
+    x, w = torch.randn(32, 256), torch.randn(256, 256)
+    assert fast(lambda: products.linear(x, w)) == 1 and not fast(lambda: products.linear(x[:8], w))
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_q_former(once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = QFormerConfig(20, 32, 2, 2, 64, vocab_size=30, max_position_embeddings=6)
+    model = QFormer(config).eval().requires_grad_(False)
+    query, x, ids = torch.randn(1, 3, 32), torch.randn(2, 5, 20), torch.randint(30, (2, 4))
+
+    def run(dtype: torch.dtype) -> Tensor:
+        of = model.to(dtype)
+        kv = of.project(x.to(dtype), torch.tensor([5, 2]), once=once)
+        return torch.cat(of(query.to(dtype), [ids], kv=kv), 1)
+
+    with torch.no_grad():
+        assert fast(lambda: run(torch.float32)) > 10
+        got = run(torch.float32)
+        monkeypatch.undo()
+        assert_no_worse(got, run(torch.float32), run(torch.float64))

@@ -72,7 +72,7 @@ def maximum(tile: Any, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     k = torch.empty(b, n, dtype=index_dtype(queries), device=image.device)
     # products of 16-bit operands: in float32 out of CUDA's, but rounded to 16 bits out of a CPU's
     low = image.is_cuda and image.dtype != acc
-    t = text.t() if low else products.repeated(text.to(acc).t(), b * queries)
+    t = text.t() if low else text.to(acc).t()
     spans = _spans(image, n) if n else []
     block = torch.empty(max((j - i for i, j in spans), default=0) * queries, n, dtype=acc, device=image.device)
     for i, j in spans:

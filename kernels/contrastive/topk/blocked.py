@@ -52,7 +52,7 @@ def similarity_topk(tile: Any, queries: Tensor, gallery: Tensor, k: int) -> tupl
     cols = min(n, max(1024, _BLOCK_BYTES[device.type] // (rows * acc.itemsize)))
     memory = torch.empty(rows * cols, dtype=acc, device=device)
     for j in range(0, n, max(1, cols)):
-        keys = products.repeated(y[j : j + cols].t(), b)
+        keys = y[j : j + cols].t()
         for i in range(0, b, rows):
             block = slice(i, i + rows)
             left = x[block]

@@ -1,0 +1,150 @@
+// Products of float32 matrices on a CPU with vectors of 512 bits, read as they lie: nothing is packed or padded.
+//
+//     out[h] = a[h] b[h]^T + bias,   or added to out[h];   features are of unit stride
+//
+// A tile of out stays in registers. Sums are of at most DEPTH numbers, in 16 parts; blocks of them are added up in order.
+// No number of threads changes a bit.
+
+#include "../tensor.h"
+#include "simd.h"
+
+#include <algorithm>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+namespace mmfuse {
+namespace {
+
+constexpr int64_t LANES = 16;
+constexpr int64_t DEPTH = 768;
+constexpr int64_t ROWS = 8;  // of a, that deep in the first-level cache beside a tile's of b
+
+typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Half __attribute__((vector_size(32)));
+typedef float Quarter __attribute__((vector_size(16)));
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // of vectors as results: everything is inlined
+
+MMFUSE_INLINE Half half(const Vector& x) {
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+MMFUSE_INLINE Half quarters(const Half& x, const Half& y) {
+    return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// the sums of four vectors
+MMFUSE_INLINE Quarter sums(const Vector& a, const Vector& b, const Vector& c, const Vector& d) {
+    const Half ab = quarters(half(a), half(b)), cd = quarters(half(c), half(d));
+    const Half pairs = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+                       __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);  // a a c c b b d d
+    return __builtin_shufflevector(pairs, pairs, 0, 4, 2, 6) + __builtin_shufflevector(pairs, pairs, 1, 5, 3, 7);
+}
+
+struct Matrix {
+    float* at;
+    int64_t stride;  // of rows
+};
+
+// c [R, S] = or += a [R, k] b^T [k, S], R <= 4, features of unit stride
+template <int R, int S>
+MMFUSE_INLINE void dots(Matrix c, Matrix a, Matrix b, int64_t k, const float* bias, bool adds) {
+    Vector sum[R][S] = {};
+    int64_t e = 0;
+    for (; e + LANES <= k; e += LANES) {
+        Vector x[R];
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) x[i] = *reinterpret_cast<const Vector*>(a.at + i * a.stride + e);
+#pragma GCC unroll 8
+        for (int j = 0; j < S; ++j) {
+            const Vector y = *reinterpret_cast<const Vector*>(b.at + j * b.stride + e);
+#pragma GCC unroll 8
+            for (int i = 0; i < R; ++i) sum[i][j] += x[i] * y;
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < S; ++j) {
+        Quarter s = sums(sum[0][j], sum[R > 1][j], sum[R > 2 ? 2 : 0][j], sum[R > 3 ? 3 : 0][j]);
+        for (int64_t l = e; l < k; ++l)
+            for (int i = 0; i < R; ++i) s[i] += a.at[i * a.stride + l] * b.at[j * b.stride + l];
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+            float& to = c.at[i * c.stride + j];
+            to = adds ? to + s[i] : bias ? bias[j] + s[i] : s[i];
+        }
+    }
+}
+
+MMFUSE_INLINE Matrix part(Matrix m, int64_t row, int64_t column) { return {m.at + row * m.stride + column, m.stride}; }
+
+template <int R, int S>
+MMFUSE_INLINE void rows_of_dots(Matrix c, Matrix a, Matrix b, int64_t rows, int64_t k, const float* bias, bool adds) {
+    int64_t i = 0;
+    for (; i + R <= rows; i += R) dots<R, S>(part(c, i, 0), part(a, i, 0), b, k, bias, adds);
+    for (; i < rows; ++i) dots<1, S>(part(c, i, 0), part(a, i, 0), b, k, bias, adds);
+}
+
+template <int R, int S>
+MMFUSE_INLINE void all_dots(Matrix c, Matrix a, Matrix b, int64_t rows, int64_t n, int64_t k, const float* bias,
+                            bool adds) {
+    int64_t j = 0;
+    for (; j + S <= n; j += S)
+        rows_of_dots<R, S>(part(c, 0, j), a, part(b, j, 0), rows, k, bias ? bias + j : nullptr, adds);
+    for (; j < n; ++j) rows_of_dots<R, 1>(part(c, 0, j), a, part(b, j, 0), rows, k, bias ? bias + j : nullptr, adds);
+}
+
+// c [rows, n] of one matrix
+MMFUSE_CLONES
+void multiply(Matrix c, Matrix a, Matrix b, int64_t rows, int64_t n, int64_t k, const float* bias, bool adds) {
+    for (int64_t e = 0; e < std::max<int64_t>(k, 1); e += DEPTH)
+        for (int64_t i = 0; i < rows; i += ROWS)
+            all_dots<4, 6>(part(c, i, 0), part(a, i, e), part(b, 0, e), std::min(ROWS, rows - i), n,
+                           std::min(DEPTH, k - e), bias, adds || e > 0);
+}
+
+float* floats_of(const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && !t.is_cuda(), name, ": expected float32 on a CPU");
+    STD_TORCH_CHECK(t.numel() == 0 || t.data_ptr() != nullptr, name, ": expected memory, got none");
+    return static_cast<float*>(t.data_ptr());
+}
+
+// a [H, M, K], b [H, N, K], bias [N], out [H, M, N]; `adds` to out, without a bias
+void products(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, Tensor out, bool adds) {
+    check_sizes(a, "a", {FREE, FREE, FREE});
+    const int64_t heads = a.size(0), rows = a.size(1), k = a.size(2);
+    check_sizes(b, "b", {heads, FREE, k});
+    const int64_t n = b.size(1);
+    check_sizes(out, "out", {heads, rows, n});
+    const auto unit = [](const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; };
+    STD_TORCH_CHECK(unit(a) && unit(b) && unit(out), "a, b, out: expected a unit stride of the last dimension");
+    if (bias) check_sizes(*bias, "bias", {n});
+    STD_TORCH_CHECK(!bias || (unit(*bias) && !adds), "bias: expected a unit stride, and none beside what is added to");
+    const Matrix from{floats_of(a, "a"), a.stride(1)}, to{floats_of(out, "out"), out.stride(1)};
+    const Matrix of{floats_of(b, "b"), b.stride(1)};
+    const float* add = bias ? floats_of(*bias, "bias") : nullptr;
+    // columns of a matrix that a thread takes at least, of whole tiles
+    constexpr int64_t TILE = 192;
+    const int64_t tiles = ceil_div(n, TILE);
+    if (heads * rows * n == 0) return;
+    const int64_t grain = ceil_div(1 << 19, rows * (k + 1) * TILE);
+    torch::stable::parallel_for(0, heads * tiles, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            const int64_t h = t / tiles, j = t % tiles * TILE;
+            const Matrix c{to.at + h * out.stride(0) + j, to.stride}, x{from.at + h * a.stride(0), from.stride};
+            const Matrix y{of.at + h * b.stride(0) + j * of.stride, of.stride};
+            multiply(c, x, y, rows, std::min(TILE, n - j), k, add ? add + j : nullptr, adds);
+        }
+    });
+}
+
+}  // namespace
+}  // namespace mmfuse
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mmfuse_cpu, m) {
+    m.def("products(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool adds) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmfuse_cpu, CPU, m) { m.impl("products", TORCH_BOX(&mmfuse::products)); }
