@@ -141,7 +141,9 @@ def _routed_linear(node: Node) -> Launch:
     from mmfuse.kernels.multiway import kernel
     from mmfuse.kernels.multiway.arguments import GATED
 
-    _one_tensor(node, "weights", "biases")
+    _one_tensor(node, "weights", "biases", "gammas")
+    if "gammas" in node.inputs:
+        raise UnsupportedError(f"{node.name} has a norm before its product, which is a launch of its own")
     _floats(node, "x", "weights", "biases", "residual", "scale", "row_scale")
     routing, k = _routing(node), _fixed(node, "weights", 2)
     activation, half = node.attributes["activation"], node.inputs["x"][0] != 1

@@ -28,10 +28,18 @@ class MultiwayLinear(nn.Module):
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers])) if bias else None
 
     def forward(
-        self, x: Tensor, routing: Routing, residual: Tensor | None = None, row_scale: Tensor | None = None
+        self,
+        x: Tensor,
+        routing: Routing,
+        residual: Tensor | None = None,
+        row_scale: Tensor | None = None,
+        norm: MultiwayLayerNorm | None = None,
     ) -> Tensor:
-        """residual [T, N] and row_scale [T] as in `routed_linear`."""
-        return routed_linear(x, self.weight, self.bias, routing, residual=residual, row_scale=row_scale)
+        """residual [T, N] and row_scale [T] as in `routed_linear`; norm: of x, before the product."""
+        return routed_linear(
+            x, self.weight, self.bias, routing,
+            input_norm=_given(norm), residual=residual, row_scale=row_scale,
+        )  # fmt: skip
 
 
 class MultiwayLayerNorm(nn.Module):
@@ -44,6 +52,10 @@ class MultiwayLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         return routed_layer_norm(x, self.weight, self.bias, routing, self.eps)
+
+
+def _given(norm: MultiwayLayerNorm | None) -> tuple[Tensor, Tensor, float] | None:
+    return None if norm is None else (norm.weight, norm.bias, norm.eps)
 
 
 class MultiwayRMSNorm(nn.Module):
@@ -77,12 +89,13 @@ class MultiwayFFN(nn.Module):
         residual: Tensor | None = None,
         scale: Tensor | None = None,
         row_scale: Tensor | None = None,
+        norm: MultiwayLayerNorm | None = None,
     ) -> Tensor:
-        """residual [T, N], scale [N] and row_scale [T] as in `routed_ffn`."""
-        fc1, fc2, norm = self.fc1, self.fc2, self.norm
+        """residual [T, N], scale [N] and row_scale [T] as in `routed_ffn`; norm: of x, before the first product."""
+        fc1, fc2 = self.fc1, self.fc2
         return routed_ffn(
             x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, routing,
-            norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
+            norm=_given(self.norm), input_norm=_given(norm),
             residual=residual, scale=scale, row_scale=row_scale,
         )  # fmt: skip
 
@@ -121,17 +134,15 @@ class MultiwayBlock(nn.Module):
 
     def project(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [T, heads, width / heads]."""
-        q, k, v = self.qkv(self.attention_norm(x, routing), routing).unflatten(1, (3, self.heads, -1)).unbind(1)
+        qkv = self.qkv(x, routing, norm=self.attention_norm)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
         return q, k, v
 
     def finish(self, x: Tensor, attended: Tensor, routing: Routing) -> Tensor:
         """The layer's output, from its input and what its heads found, both [T, width]."""
-        if self.inner_norm is not None:
-            attended = self.inner_norm(attended, routing)
         probability = self.drop_path if self.training else 0.0
-        x = self.out(attended, routing, x, path_scale(x, routing, probability))
-        normed = self.ffn_norm(x, routing)
-        return self.ffn(normed, routing, x, row_scale=path_scale(x, routing, probability))
+        x = self.out(attended, routing, x, path_scale(x, routing, probability), self.inner_norm)
+        return self.ffn(x, routing, x, row_scale=path_scale(x, routing, probability), norm=self.ffn_norm)
 
 
 class MoMEBlock(nn.Module):
@@ -180,7 +191,7 @@ class MoMEBlock(nn.Module):
         kept = path_scale(x, routing, probability)
         x = x + (branch if kept is None else branch * kept[:, None])
         kept = path_scale(x, routing, probability, separately=True)
-        return self.mlp(self.norm2(x, routing), routing, x, self.gamma_2, kept)
+        return self.mlp(x, routing, x, self.gamma_2, kept, self.norm2)
 
 
 class MoTBlock(nn.Module):

@@ -22,6 +22,7 @@ _PACKAGES = (
     "open_clip_torch",
     "timm",
     "torchscale",
+    "diffusers",
     "onnx",
     "onnxruntime",
     "onnxscript",

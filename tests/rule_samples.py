@@ -425,6 +425,19 @@ SAMPLES[f"{HF}ernie4_5_vl_moe.modeling_ernie4_5_vl_moe:Ernie4_5_VLMoeMoeBlock"] 
 )
 
 
+COSMOS = "diffusers.models.transformers.transformer_cosmos3:DomainAwareLinear"
+
+
+def _domains() -> nn.Module:
+    module, _, cls = COSMOS.partition(":")
+    return getattr(import_module(module), cls)(6, 5, 4)
+
+
+SAMPLES[COSMOS] = Sample(
+    _domains, lambda model, dtype: model(torch.randn(7, 6, dtype=dtype), torch.tensor([2, 0, 3, 2, 2, 0, 3])), "fc"
+)
+
+
 def _qwen3() -> nn.Module:
     module = f"{HF}qwen3_vl"
     config = import_module(f"{module}.configuration_qwen3_vl").Qwen3VLVisionConfig(patch_size=4, hidden_size=16)

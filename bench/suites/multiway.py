@@ -132,12 +132,11 @@ def _layers(x: Tensor, sizes: Tensor, *weights: Tensor, depth: int = 1, **how: A
     routing = _routing(sizes)
     g1, c1, wqkv, bqkv, gi, ci, wo, bo, g2, c2, w1, b1, gf, cf, w2, b2 = weights
     for _ in range(depth):
-        h = routed_linear(routed_layer_norm(x, g1, c1, routing, _EPS), wqkv, bqkv, routing)
+        h = routed_linear(x, wqkv, bqkv, routing, input_norm=(g1, c1, _EPS))
         q, k, v = h.unflatten(1, (3, -1, _head(x.shape[1]))).unbind(1)
-        h = routed_layer_norm(packed_attention(q, k, v, routing), gi, ci, routing, _EPS)
-        x = routed_linear(h, wo, bo, routing, residual=x)
-        h = routed_layer_norm(x, g2, c2, routing, _EPS)
-        x = routed_ffn(h, w1, b1, w2, b2, routing, norm=(gf, cf, _EPS), residual=x, **how)
+        h = packed_attention(q, k, v, routing)
+        x = routed_linear(h, wo, bo, routing, input_norm=(gi, ci, _EPS), residual=x)
+        x = routed_ffn(x, w1, b1, w2, b2, routing, norm=(gf, cf, _EPS), input_norm=(g2, c2, _EPS), residual=x, **how)
     return x
 
 

@@ -6,6 +6,8 @@
 //
 // The mean is 0 where rows are not centred, and mean(a) is left out. Sums over rows are of blocks, then of the blocks: the
 // number of threads does not change a bit. Operands are float32 or bfloat16, everything else is float32.
+//
+// And which rows of a stream are whose: a stable counting sort of the experts of its rows.
 
 #include "../tensor.h"
 #include "simd.h"
@@ -266,6 +268,28 @@ void expert_rows_grad(Tensor g, Tensor x, Tensor gamma, Tensor beta, Tensor mean
         backward<Bfloat16>(g, x, ScalarType::BFloat16, norm, mean, rstd, dx, y, dgamma, dbeta, gelu);
 }
 
+// ids [T] -> offsets [experts + 1]; order [T], the row that each place has; inverse [T], each row's place
+void route(Tensor offsets, Tensor order, Tensor inverse, Tensor ids, int64_t experts) {
+    check_sizes(ids, "ids", {FREE});
+    const int64_t rows = ids.size(0);
+    STD_TORCH_CHECK(experts > 0 && experts < INT64_MAX, "experts: expected at least 1, got ", experts);
+    const int64_t* of = data<int64_t>(ids, "ids", ids, ScalarType::Long, rows);
+    int64_t* starts = data<int64_t>(offsets, "offsets", ids, ScalarType::Long, experts + 1);
+    int64_t* places = data<int64_t>(order, "order", ids, ScalarType::Long, rows);
+    int64_t* back = data<int64_t>(inverse, "inverse", ids, ScalarType::Long, rows);
+    std::vector<int64_t> next(experts + 1);
+    for (int64_t row = 0; row < rows; ++row) {
+        STD_TORCH_CHECK(of[row] >= 0 && of[row] < experts, "ids: expected 0 <= id < ", experts, ", got ", of[row]);
+        ++next[of[row] + 1];
+    }
+    for (int64_t e = 0; e < experts; ++e) next[e + 1] += next[e];
+    std::copy(next.begin(), next.end(), starts);
+    for (int64_t row = 0; row < rows; ++row) {
+        back[row] = next[of[row]]++;
+        places[back[row]] = row;
+    }
+}
+
 }  // namespace
 }  // namespace mmfuse
 
@@ -276,9 +300,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmfuse_cpu, m) {
     m.def(
         "expert_rows_grad(Tensor g, Tensor x, Tensor gamma, Tensor beta, Tensor mean, Tensor rstd, Tensor(a!) dx, "
         "Tensor(b!) y, Tensor(c!) dgamma, Tensor(d!) dbeta, bool gelu, bool centred) -> ()");
+    m.def("route(Tensor(a!) offsets, Tensor(b!) order, Tensor(c!) inverse, Tensor ids, int experts) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfuse_cpu, CPU, m) {
     m.impl("expert_rows", TORCH_BOX(&mmfuse::expert_rows));
     m.impl("expert_rows_grad", TORCH_BOX(&mmfuse::expert_rows_grad));
+    m.impl("route", TORCH_BOX(&mmfuse::route));
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mmfuse.fused.acceleration import coca, poolers, qformers, stems, torchscale, vector_quantize
+from mmfuse.fused.acceleration import coca, cosmos, poolers, qformers, stems, torchscale, vector_quantize
 from mmfuse.fused.acceleration.plain import Children, why_not_plain
 from mmfuse.fused.losses import unsupported
 
@@ -235,6 +235,14 @@ RULES = (
         op="multiway",
         target="transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe:Ernie4_5_VLMoeMoeBlock",
         forward="mmfuse.fused.acceleration.ernie:forward",
+    ),
+    Rule(
+        op="multiway",
+        target="diffusers.models.transformers.transformer_cosmos3:DomainAwareLinear",
+        forward="mmfuse.fused.acceleration.cosmos:forward",
+        children={"fc": _EMBEDDING, "bias": _EMBEDDING},
+        reason_against=cosmos.reason_against,
+        aside=cosmos.few_gathered,
     ),
     Rule(
         op="patch_embed",

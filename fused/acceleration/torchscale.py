@@ -90,22 +90,27 @@ class _Stream:
         return [getattr(pair, name) for name in self.names]
 
     def norm(self, pair: Any, x: Tensor) -> Tensor:
-        of = self.experts(pair)
-        return routed_layer_norm(x, [m.weight for m in of], [m.bias for m in of], self.routing, of[0].eps)
+        weights, biases, eps = _norm_of(self.experts(pair))
+        return routed_layer_norm(x, weights, biases, self.routing, eps)
 
-    def linear(self, pair: Any, x: Tensor, **ending: Tensor | None) -> Tensor:
-        of = self.experts(pair)
+    def linear(self, pair: Any, x: Tensor, norm: Any = None, **ending: Tensor | None) -> Tensor:
+        """`norm`: a pair of them in front, or None."""
+        of, before = self.experts(pair), None if norm is None else _norm_of(self.experts(norm))
         biases = None if of[0].bias is None else [m.bias for m in of]
-        return routed_linear(x, [m.weight for m in of], biases, self.routing, **ending)
+        return routed_linear(x, [m.weight for m in of], biases, self.routing, input_norm=before, **ending)
 
-    def ffn(self, pair: Any, x: Tensor, **ending: Tensor | None) -> Tensor:
-        of = self.experts(pair)
+    def ffn(self, pair: Any, x: Tensor, norm: Any = None, **ending: Tensor | None) -> Tensor:
+        of, before = self.experts(pair), None if norm is None else _norm_of(self.experts(norm))
         norms = [m.ffn_layernorm for m in of]
-        norm = None if norms[0] is None else ([m.weight for m in norms], [m.bias for m in norms], norms[0].eps)
         return routed_ffn(
             x, [m.fc1.weight for m in of], [m.fc1.bias for m in of], [m.fc2.weight for m in of],
-            [m.fc2.bias for m in of], self.routing, activation=_ACTIVATIONS[of[0].activation_fn], norm=norm, **ending,
+            [m.fc2.bias for m in of], self.routing, activation=_ACTIVATIONS[of[0].activation_fn],
+            norm=None if norms[0] is None else _norm_of(norms), input_norm=before, **ending,
         )  # fmt: skip
+
+
+def _norm_of(experts: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], float]:
+    return [m.weight for m in experts], [m.bias for m in experts], experts[0].eps
 
 
 def forward(
@@ -248,12 +253,11 @@ def _layer(layer: Any, x: Tensor, stream: _Stream, mask: Tensor | None) -> Tenso
     )
     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
     h = stream.pack(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
-    if attention.inner_attn_ln is not None:
-        h = stream.norm(attention.inner_attn_ln, h)
-    x = stream.linear(attention.out_proj, h, residual=_scaled(x, layer), row_scale=_kept(layer, x, stream))
+    ending = {"residual": _scaled(x, layer), "row_scale": _kept(layer, x, stream)}
+    x = stream.linear(attention.out_proj, h, attention.inner_attn_ln, **ending)
     x = x if first else stream.norm(layer.self_attn_layer_norm, x)
-    h = stream.norm(layer.final_layer_norm, x) if first else x
-    x = stream.ffn(layer.ffn, h, residual=_scaled(x, layer), row_scale=_kept(layer, x, stream))
+    ending = {"residual": _scaled(x, layer), "row_scale": _kept(layer, x, stream)}
+    x = stream.ffn(layer.ffn, x, layer.final_layer_norm if first else None, **ending)
     return x if first else stream.norm(layer.final_layer_norm, x)
 
 

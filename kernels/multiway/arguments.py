@@ -46,12 +46,12 @@ class FFN:
     x: Tensor  # [T, K]
     weights_in: Sequence[Tensor]  # [F, K], or [2 F, K] where the activation is gated
     biases_in: Sequence[Tensor]
-    gammas: Sequence[Tensor]  # [F]; none: no norm
-    betas: Sequence[Tensor]
+    inner_gammas: Sequence[Tensor]  # [F]; none: no norm
+    inner_betas: Sequence[Tensor]
     weights_out: Sequence[Tensor]  # [N, F]
     biases_out: Sequence[Tensor]
     activation: str
-    eps: float
+    inner_eps: float
 
 
 @dataclass(frozen=True)

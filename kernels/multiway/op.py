@@ -42,8 +42,8 @@ def _unknown_bounds(runs: Runs) -> str | None:
 def _passes(by: Any, rows: Any) -> Any:
     """What computes an operator, from products by expert and what is between them."""
     return SimpleNamespace(
-        linear=partial(sliced.linear, by),
-        linear_grads=partial(sliced.linear_grads, by),
+        linear=partial(sliced.linear, by, rows),
+        linear_grads=partial(sliced.linear_grads, by, rows),
         ffn=partial(sliced.ffn, by, rows),
         ffn_grads=partial(sliced.ffn_grads, by, rows),
         norm=rows.forward,
@@ -91,7 +91,7 @@ def _norm_lists(norm: Norm) -> str | None:
 
 def _ffn_lists(ffn: FFN) -> str | None:
     return _lists(ffn.weights_in, ffn.weights_out, dims=2) or _lists(
-        ffn.biases_in, ffn.biases_out, ffn.gammas, ffn.betas, dims=1
+        ffn.biases_in, ffn.biases_out, ffn.inner_gammas, ffn.inner_betas, dims=1
     )
 
 
@@ -99,9 +99,13 @@ def _gated(ffn: FFN) -> str | None:
     return f"activation is {ffn.activation}, the kernels' rows are not gated" if ffn.activation in GATED else None
 
 
-def _too_wide(x: Tensor) -> str | None:
-    d = x.shape[1]
-    return f"D is {d}: a program holds rows of at most {_WIDEST}" if d > _WIDEST else None
+def _too_wide(norm: Norm) -> str | None:
+    d = norm.gammas[0].shape[-1] if norm.gammas else 0
+    return f"rows have {d} numbers: a program of the norm holds at most {_WIDEST}" if d > _WIDEST else None
+
+
+def _no_norm(norm: Norm) -> str | None:
+    return None if norm.gammas else "there is no norm, of which alone the compiled part has the rows"
 
 
 _FEW = [_many_runs, _many_experts]
@@ -127,21 +131,38 @@ _SLICES, _CPU = (_passes(sliced, rows) for rows in (TorchRows, CompiledRows))
 # --- one product ----------------------------------------------------------------------------------------------------
 
 
-def _linear(passes: Any, linear: Linear, runs: Runs, ending: Ending, needs: Any) -> LinearOut:
-    return passes.linear(linear, runs, ending, needs)
+def _linear(passes: Any, linear: Linear, norm: Norm, runs: Runs, ending: Ending, needs: Any) -> LinearOut:
+    return passes.linear(linear, norm, runs, ending, needs)
 
 
-def _linear_fake(linear: Linear, ending: Ending, needs: Any) -> LinearOut:
-    x, wide = linear.x, by_expert(linear.weights, 2)[0].shape[0]
+def _statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of the norm of a product's operand, without their numbers."""
+    row = x.new_empty(x.shape[0] if norm.gammas else 0, dtype=accumulation_dtype(x.dtype))
+    return row, torch.empty_like(row)
+
+
+def _linear_fake(linear: Linear, norm: Norm, ending: Ending, needs: Any) -> LinearOut:
+    x, w = linear.x, by_expert(linear.weights, 2)[0]
+    t, wide = x.shape[0], w.shape[0]
     n = wide // 2 if linear.activation in GATED else wide
-    out = x.new_empty(x.shape[0], n, dtype=x.dtype if ending.residual is None else ending.residual.dtype)
-    return LinearOut(out, x.new_empty((x.shape[0], wide) if needs and keeps_product(linear, needs) else 0))
+    out = w.new_empty(t, n, dtype=w.dtype if ending.residual is None else ending.residual.dtype)
+    z = w.new_empty((t, wide) if needs and keeps_product(linear, needs) else 0)
+    return LinearOut(out, z, *_statistics(x, norm))
 
 
 def _linear_backward(
-    passes: Any, g: Tensor, linear: Linear, runs: Runs, ending: Ending, z: Tensor, needs: Any
+    passes: Any,
+    g: Tensor,
+    linear: Linear,
+    norm: Norm,
+    runs: Runs,
+    ending: Ending,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Any,
 ) -> dict[str, Any]:
-    return passes.linear_grads(g, z, linear, runs, ending, needs)
+    return passes.linear_grads(g, LinearOut(g, z, mean, rstd), linear, norm, runs, ending, needs)
 
 
 def _halves(x: Tensor) -> Routing:
@@ -153,12 +174,16 @@ ROUTED_LINEAR = Operator(
     forward=_linear,
     backward=_linear_backward,
     fake=_linear_fake,
-    differentiable=("x", "weights", "biases", "residual", "scale"),
+    differentiable=("x", "weights", "biases", "gammas", "betas", "residual", "scale"),
     on=lambda linear: linear.x,
     implementations=[
-        Implementation("triton", against=[*_FEW, _linear_lists], **_TRITON),
+        Implementation("triton", against=[*_FEW, _linear_lists, _norm_lists, _too_wide], **_TRITON),
+        Implementation("cpu", passes=_CPU, against=[_unknown_bounds, _no_norm, lambda linear: _no_half(linear.x)]),
         Implementation("slices", passes=_SLICES, against=[_unknown_bounds]),
-        Implementation("torch", function=lambda linear, runs, ending: (reference.routed_linear(linear, runs, ending),)),
+        Implementation(
+            "torch",
+            function=lambda linear, norm, runs, ending: (reference.routed_linear(linear, norm, runs, ending),),
+        ),
     ],
     example=lambda x, **how: routed_linear(x, x.new_ones(2, 4, x.shape[1]), None, _halves(x), **how),
     size=Size("products", _linear_products),
@@ -173,12 +198,13 @@ def routed_linear(
     routing: Routing,
     *,
     activation: Activation = "none",
+    input_norm: tuple[Parameters, Parameters, float] | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     row_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Each row through its expert's linear layer: residual + row_scale scale act(W_e x + b_e).
+    """Each row through its expert's linear layer: residual + row_scale scale act(W_e LN_e(x) + b_e).
 
     Args:
         x: [T, K], float16, bfloat16, float32 or float64, any strides; rows in the order of `routing`.
@@ -188,16 +214,18 @@ def routed_linear(
         routing: which rows are whose.
         activation: "none", "gelu" (by erf), "gelu_tanh", "quick_gelu" (z sigmoid(1.702 z)), "silu", or gated:
             "swiglu" (silu(gate) up), "geglu" (gelu(gate) up).
+        input_norm: (weight [E, K], bias [E, K], eps) of a LayerNorm before the product, each of one tensor or a list;
+            None: there is none. What it gives is not kept for the backward, which computes it again.
         residual: [T, N], added at the end; the result has its dtype.
         scale: [N], of all experts: LayerScale (Touvron et al. 2021, arXiv:2103.17239).
         row_scale: [T], a factor of each row's branch without a gradient: stochastic depth.
-        backend: "triton", "slices" or "torch"; by default the first that accepts the arguments.
+        backend: "triton", "cpu" (with a norm), "slices" or "torch"; by default the first that accepts the arguments.
 
     Returns:
         [T, N], in x's dtype or that of autocast without a residual.
 
-    Deterministic where torch's matrix product is. Differentiable in x, weight, bias, residual and scale. The gradient
-    of an expert without rows is 0.
+    Deterministic where torch's matrix product is. Differentiable in all but row_scale. The gradient of an expert
+    without rows is 0.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -206,40 +234,47 @@ def routed_linear(
     one_of("activation", activation, ACTIVATIONS)
     runs = _rows_of(x, routing)
     weights, biases, n = _product("weight", weight, "bias", bias, x.shape[1], activation, routing, x)
+    before = _before("input_norm", input_norm, x.shape[1], routing, x)
     ending = _ending(residual, scale, row_scale, x, n)
-    x, *parameters = autocast(x, *weights, *biases)
+    rounded, *parameters = autocast(x, *weights, *biases)
+    x = x if before.gammas else rounded  # autocast leaves a norm's rows alone
     linear = Linear(x, parameters[: len(weights)], parameters[len(weights) :], activation)
-    return ROUTED_LINEAR(linear, runs, ending, backend=backend)[0]
+    return ROUTED_LINEAR(linear, before, runs, ending, backend=backend)[0]
 
 
 # --- two products ---------------------------------------------------------------------------------------------------
 
 
-def _ffn(passes: Any, ffn: FFN, runs: Runs, ending: Ending, needs: Any) -> FFNOut:
-    return passes.ffn(ffn, runs, ending, needs)
+def _ffn(passes: Any, ffn: FFN, norm: Norm, runs: Runs, ending: Ending, needs: Any) -> FFNOut:
+    return passes.ffn(ffn, norm, runs, ending, needs)
 
 
-def _ffn_fake(ffn: FFN, ending: Ending, needs: Any) -> FFNOut:
-    x, wide, n = ffn.x, by_expert(ffn.weights_in, 2)[0].shape[0], by_expert(ffn.weights_out, 2)[0].shape[0]
-    t = x.shape[0]
-    out = x.new_empty(t, n, dtype=x.dtype if ending.residual is None else ending.residual.dtype)
-    mean, rstd = (x.new_empty(t if ffn.gammas else 0, dtype=accumulation_dtype(x.dtype)) for _ in range(2))
-    return FFNOut(out, x.new_empty(t, wide), mean, rstd, x.new_empty((t, n) if needs and needs.scale else 0))
+def _ffn_fake(ffn: FFN, norm: Norm, ending: Ending, needs: Any) -> FFNOut:
+    w1, w2 = (by_expert(of, 2)[0] for of in (ffn.weights_in, ffn.weights_out))
+    t, wide, n = ffn.x.shape[0], w1.shape[0], w2.shape[0]
+    out = w2.new_empty(t, n, dtype=w2.dtype if ending.residual is None else ending.residual.dtype)
+    z, y = w1.new_empty(t, wide), w2.new_empty((t, n) if needs and needs.scale else 0)
+    inner_mean, inner_rstd = _statistics(z, Norm(ffn.inner_gammas, ffn.inner_betas, True, ffn.inner_eps))
+    return FFNOut(out, z, inner_mean, inner_rstd, y, *_statistics(ffn.x, norm))
 
 
 def _ffn_backward(
     passes: Any,
     g: Tensor,
     ffn: FFN,
+    norm: Norm,
     runs: Runs,
     ending: Ending,
     z: Tensor,
+    inner_mean: Tensor,
+    inner_rstd: Tensor,
+    y: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    y: Tensor,
     needs: Any,
 ) -> dict[str, Any]:
-    return passes.ffn_grads(g, FFNOut(g, z, mean, rstd, y), ffn, runs, ending, needs)
+    saved = FFNOut(g, z, inner_mean, inner_rstd, y, mean, rstd)
+    return passes.ffn_grads(g, saved, ffn, norm, runs, ending, needs)
 
 
 def _not_gelu(ffn: FFN) -> str | None:
@@ -259,23 +294,27 @@ ROUTED_FFN = Operator(
         "x",
         "weights_in",
         "biases_in",
-        "gammas",
-        "betas",
+        "inner_gammas",
+        "inner_betas",
         "weights_out",
         "biases_out",
+        "gammas",
+        "betas",
         "residual",
         "scale",
     ),
     on=lambda ffn: ffn.x,
     implementations=[
-        Implementation("triton", against=[*_FEW, _ffn_lists, _gated], **_TRITON),
+        Implementation("triton", against=[*_FEW, _ffn_lists, _gated, _norm_lists, _too_wide], **_TRITON),
         Implementation(
             "cpu",
             passes=_CPU,
             against=[_unknown_bounds, _not_gelu, lambda ffn: _no_half(ffn.x)],
         ),
         Implementation("slices", passes=_SLICES, against=[_unknown_bounds]),
-        Implementation("torch", function=lambda ffn, runs, ending: (reference.routed_ffn(ffn, runs, ending),)),
+        Implementation(
+            "torch", function=lambda ffn, norm, runs, ending: (reference.routed_ffn(ffn, norm, runs, ending),)
+        ),
     ],
     example=lambda x, **how: routed_ffn(
         x, x.new_ones(2, 4, x.shape[1]), None, x.new_ones(2, 3, 4), None, _halves(x), **how
@@ -295,6 +334,7 @@ def routed_ffn(
     *,
     activation: Activation = "gelu",
     norm: tuple[Parameters, Parameters, float] | None = None,
+    input_norm: tuple[Parameters, Parameters, float] | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     row_scale: Tensor | None = None,
@@ -311,6 +351,7 @@ def routed_ffn(
         routing: which rows are whose.
         activation: as in `routed_linear`.
         norm: (weight [E, F], bias [E, F], eps) of a LayerNorm before the second product (Magneto, arXiv:2210.06423).
+        input_norm: (weight [E, K], bias [E, K], eps) of one before the first.
         residual, scale, row_scale: as in `routed_linear`.
         backend: "triton", "cpu", "slices" or "torch"; by default the first that accepts the arguments.
 
@@ -328,20 +369,15 @@ def routed_ffn(
     runs = _rows_of(x, routing)
     w1, b1, f = _product("weight_in", weight_in, "bias_in", bias_in, x.shape[1], activation, routing, x)
     w2, b2, n = _product("weight_out", weight_out, "bias_out", bias_out, f, "none", routing, x)
-    gammas: list[Tensor] = []
-    betas: list[Tensor] = []
-    eps = 0.0
-    if norm is not None:
-        if not isinstance(norm, (tuple, list)) or len(norm) != 3:
-            raise TypeError(f"norm is {type(norm).__name__}, expected (weight [E, F], bias [E, F], eps)")
-        gamma, beta, eps = norm[0], norm[1], real("norm's eps", norm[2])
-        gammas = experts_of("norm's weight", gamma, (f,), routing, x)
-        betas = experts_of("norm's bias", beta, (f,), routing, x)
+    inner = _before("norm", norm, f, routing, x)
+    before = _before("input_norm", input_norm, x.shape[1], routing, x)
     ending = _ending(residual, scale, row_scale, x, n)
-    x, *all_ = autocast(x, *w1, *b1, *w2, *b2)
+    rounded, *all_ = autocast(x, *w1, *b1, *w2, *b2)
     parameters = iter(all_)
     w1, b1, w2, b2 = ([next(parameters) for _ in of] for of in (w1, b1, w2, b2))
-    return ROUTED_FFN(FFN(x, w1, b1, gammas, betas, w2, b2, activation, eps), runs, ending, backend=backend)[0]
+    x = x if before.gammas else rounded
+    ffn = FFN(x, w1, b1, inner.gammas, inner.betas, w2, b2, activation, inner.eps)
+    return ROUTED_FFN(ffn, before, runs, ending, backend=backend)[0]
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
@@ -468,6 +504,18 @@ def _product(
     if activation in GATED and wide % 2:
         raise ValueError(f"{name} has {wide} rows, expected an even number for {activation}")
     return weights, biases, wide // 2 if activation in GATED else wide
+
+
+def _before(name: str, norm: Any, width: int, routing: Routing, x: Tensor) -> Norm:
+    """The LayerNorm before a product, or none."""
+    if norm is None:
+        return Norm([], [], True, 0.0)
+    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+        raise TypeError(f"{name} is {type(norm).__name__}, expected (weight [E, {width}], bias [E, {width}], eps)")
+    gammas, betas = (
+        experts_of(f"{name}'s {of}", t, (width,), routing, x) for of, t in zip(("weight", "bias"), norm, strict=False)
+    )
+    return Norm(gammas, betas, True, real(f"{name}'s eps", norm[2]))
 
 
 def _ending(residual: Tensor | None, scale: Tensor | None, row_scale: Tensor | None, x: Tensor, n: int) -> Ending:

@@ -65,8 +65,14 @@ def ended(y: Tensor, ending: Ending) -> Tensor:
     return cast(y, dtype)
 
 
-def routed_linear(linear: Linear, runs: Runs, ending: Ending) -> Tensor:
-    z = product(linear.x, linear.weights, linear.biases, runs)
+def normed(x: Tensor, norm: Norm, runs: Runs, dtype: torch.dtype) -> Tensor:
+    """A product's operand: the rows, or their norm in the product's dtype."""
+    return cast(routed_norm(x, norm, runs), dtype) if norm.gammas else x
+
+
+def routed_linear(linear: Linear, norm: Norm, runs: Runs, ending: Ending) -> Tensor:
+    x = normed(linear.x, norm, runs, linear.weights[0].dtype)
+    z = product(x, linear.weights, linear.biases, runs)
     return ended(activate(z, linear.activation), ending)
 
 
@@ -82,10 +88,11 @@ def routed_norm(x: Tensor, norm: Norm, runs: Runs) -> Tensor:
     return routed(x, len(gamma), runs, expert)
 
 
-def routed_ffn(ffn: FFN, runs: Runs, ending: Ending) -> Tensor:
-    h = activate(product(ffn.x, ffn.weights_in, ffn.biases_in, runs), ffn.activation)
-    if ffn.gammas:
-        h = routed_norm(h, Norm(ffn.gammas, ffn.betas, True, ffn.eps), runs)
+def routed_ffn(ffn: FFN, norm: Norm, runs: Runs, ending: Ending) -> Tensor:
+    x = normed(ffn.x, norm, runs, ffn.weights_in[0].dtype)
+    h = activate(product(x, ffn.weights_in, ffn.biases_in, runs), ffn.activation)
+    if ffn.inner_gammas:
+        h = routed_norm(h, Norm(ffn.inner_gammas, ffn.inner_betas, True, ffn.inner_eps), runs)
     return ended(product(h, ffn.weights_out, ffn.biases_out, runs), ending)
 
 

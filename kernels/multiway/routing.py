@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.arguments import check, check_range, constant, outside_a_trace, require_integer
+from mmfuse.kernels._runtime.dispatch import forced_backend
+from mmfuse.kernels._runtime.library import error_on, load
 from mmfuse.kernels._runtime.reasons import transforming
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -229,13 +231,8 @@ class Routing:
         check("ids", ids, ("T",), "", _INTEGERS)
         require_integer("experts", experts)
         _check_range("ids", ids, experts, "the experts")
-        ids = ids.to(torch.int64)
-        member = ids[:, None] == torch.arange(experts, device=ids.device)
-        counts = member.cumsum(0)  # [T, E]
-        total = counts[-1:].sum(0)
-        offsets = torch.cat([total.new_zeros(1), total.cumsum(0)])
-        inverse = (counts + offsets[:-1]).gather(1, ids[:, None])[:, 0] - 1
-        return Routing(experts, tuple(range(experts)), offsets, _read(offsets), _inverted(inverse), inverse)
+        offsets, order, inverse = _sorted(ids.to(torch.int64), experts)
+        return Routing(experts, tuple(range(experts)), offsets, _read(offsets), order, inverse)
 
     def mapped(self, runs: Sequence[int], experts: int) -> Routing:
         """The same rows with another expert for each run: VLMo's layers differ in who takes the pairs."""
@@ -306,6 +303,29 @@ def experts_of(runs: Sequence[int], offsets: Tensor, rows: int) -> Tensor:
     at = torch.arange(rows, device=offsets.device)
     run = torch.bucketize(at, offsets[1:], right=True).clamp(max=len(runs) - 1)
     return constant(runs, at.device).long()[run]
+
+
+def _sorted(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(offsets, order, inverse) of a stable counting sort."""
+    if _compiled(ids, experts):
+        offsets, order, inverse = ids.new_empty(experts + 1), torch.empty_like(ids), torch.empty_like(ids)
+        part = torch.ops.mmfuse_cuda if ids.is_cuda else torch.ops.mmfuse_cpu
+        part.route(offsets, order, inverse, ids.contiguous(), experts)
+        return offsets, order, inverse
+    member = ids[:, None] == torch.arange(experts, device=ids.device)
+    counts = member.cumsum(0)  # [T, E]
+    total = counts[-1:].sum(0)
+    offsets = torch.cat([total.new_zeros(1), total.cumsum(0)])
+    inverse = (counts + offsets[:-1]).gather(1, ids[:, None])[:, 0] - 1
+    return offsets, _inverted(inverse), inverse
+
+
+def _compiled(ids: Tensor, experts: int) -> bool:
+    """Whether csrc sorts, of plain tensors of up to 16 experts."""
+    part = ids.device.type
+    if part not in ("cpu", "cuda") or type(ids) is not Tensor or experts > 16 or not outside_a_trace():
+        return False
+    return forced_backend() in (None, part) and load(part) is None and (part == "cpu" or error_on(ids.device) is None)
 
 
 def _inverted(order: Tensor) -> Tensor:

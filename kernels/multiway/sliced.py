@@ -17,7 +17,7 @@ from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.multiway.arguments import FFN, GATED, Ending, Linear, Norm, Runs, by_expert, flags_by_expert
 from mmfuse.kernels.multiway.reference import activate, ended
-from mmfuse.kernels.multiway.rows import activation_grad, like, sums
+from mmfuse.kernels.multiway.rows import Normed, activation_grad, like, sums
 
 Parameters = Sequence[Tensor]
 
@@ -84,34 +84,73 @@ def parameter_grads(
     return dw, like(db, biases)
 
 
+# --- what a product takes -------------------------------------------------------------------------------------------
+
+
+def normed(rows: Any, x: Tensor, norm: Norm, runs: Runs, dtype: torch.dtype) -> Normed:
+    """The rows, or their norm in the product's dtype, and its statistics, of which all is computed again."""
+    if not norm.gammas:
+        none = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
+        return Normed(x, none, torch.empty_like(none))
+    out, mean, rstd = rows.forward(x, "none", norm, runs)
+    return Normed(cast(out, dtype), mean, rstd)
+
+
+def normed_grads(
+    by: Any,
+    rows: Any,
+    dz: Tensor,
+    x: Tensor,
+    norm: Norm,
+    mean: Tensor,
+    rstd: Tensor,
+    weights: Parameters,
+    runs: Runs,
+    needs: Any,
+) -> tuple[Tensor, dict[str, Any]]:
+    """What the product took, and the gradients of what that was made of."""
+    below = needs.x or any((*needs.gammas, *needs.betas))
+    if not below:
+        return normed(rows, x, norm, runs, dz.dtype).out, {}
+    dh = by.product_grad(dz, weights, runs, dz.new_empty(x.shape))
+    if not norm.gammas:
+        return x, {"x": dh}
+    found = rows.backward(cast(dh, x.dtype), x, "none", norm, mean, rstd, runs, again=True)
+    return cast(found.again, dz.dtype), {"x": found.dz, "gammas": found.gammas, "betas": found.betas}
+
+
 # --- one product ----------------------------------------------------------------------------------------------------
 
 
 class LinearOut(NamedTuple):
     out: Tensor  # [T, N]
     z: Tensor  # the product, kept for an activation's gradient or the scale's; else empty
+    mean: Tensor  # [T], of the norm; else empty
+    rstd: Tensor
 
 
 def keeps_product(linear: Linear, needs: Any) -> bool:
-    below = any(needs.weights) or any(needs.biases) or needs.x
+    below = needs.x or any((*needs.weights, *needs.biases, *needs.gammas, *needs.betas))
     return needs.scale or (below and linear.activation != "none")
 
 
-def linear(by: Any, linear: Linear, runs: Runs, ending: Ending, needs: Any) -> LinearOut:
+def linear(by: Any, rows: Any, linear: Linear, norm: Norm, runs: Runs, ending: Ending, needs: Any) -> LinearOut:
     keep = bool(needs) and keeps_product(linear, needs)
-    given = linear.x, linear.weights, linear.biases, runs, linear.activation
-    return LinearOut(*by.finished(*given, ending, keep))
+    h, mean, rstd = normed(rows, linear.x, norm, runs, linear.weights[0].dtype)
+    out, z = by.finished(h, linear.weights, linear.biases, runs, linear.activation, ending, keep)
+    return LinearOut(out, z, mean, rstd)
 
 
 def linear_grads(
-    by: Any, g: Tensor, z: Tensor, linear: Linear, runs: Runs, ending: Ending, needs: Any
+    by: Any, rows: Any, g: Tensor, saved: LinearOut, linear: Linear, norm: Norm, runs: Runs, ending: Ending, needs: Any
 ) -> dict[str, Any]:
-    x, grads = linear.x, {"residual": g}
+    z, weights, grads = saved.z, linear.weights, {"residual": g}
     y = activate(z, linear.activation) if needs.scale else z
-    dz = _through(g, y, ending, needs, grads, x.dtype)
+    dz = _through(g, y, ending, needs, grads, weights[0].dtype)
     if linear.activation != "none":
         dz = activation_grad(dz, z, linear.activation)
-    return grads | _product_grads(by, dz, x, linear.weights, linear.biases, runs, needs)
+    h, below = normed_grads(by, rows, dz, linear.x, norm, saved.mean, saved.rstd, weights, runs, needs)
+    return grads | below | _parameter_grads(by, dz, h, weights, linear.biases, runs, needs)
 
 
 def _through(g: Tensor, y: Tensor, ending: Ending, needs: Any, grads: dict[str, Any], dtype: torch.dtype) -> Tensor:
@@ -125,17 +164,14 @@ def _through(g: Tensor, y: Tensor, ending: Ending, needs: Any, grads: dict[str, 
     return cast(dy, dtype)
 
 
-def _product_grads(
+def _parameter_grads(
     by: Any, dz: Tensor, x: Tensor, weights: Parameters, biases: Parameters, runs: Runs, needs: Any, of: str = ""
 ) -> dict[str, Any]:
-    grads: dict[str, Any] = {}
-    wanted = [getattr(needs, f"{kind}{of}") for kind in ("weights", "biases")]
-    if any(map(any, wanted)):
-        found = by.parameter_grads(dz, x, weights, biases, *wanted, runs)
-        grads = dict(zip((f"weights{of}", f"biases{of}"), found, strict=True))
-    if needs.x and of != "_out":
-        grads["x"] = by.product_grad(dz, weights, runs, torch.empty_like(x, memory_format=torch.contiguous_format))
-    return grads
+    names = f"weights{of}", f"biases{of}"
+    wanted = [getattr(needs, name) for name in names]
+    if not any(map(any, wanted)):
+        return {}
+    return dict(zip(names, by.parameter_grads(dz, x, weights, biases, *wanted, runs), strict=True))
 
 
 # --- two products ---------------------------------------------------------------------------------------------------
@@ -144,38 +180,43 @@ def _product_grads(
 class FFNOut(NamedTuple):
     out: Tensor  # [T, N]
     z: Tensor  # [T, F] or [T, 2 F]: the first product, from which all that follows is computed again
-    mean: Tensor  # [T], of the norm; else empty
-    rstd: Tensor
+    inner_mean: Tensor  # [T], of the norm between the products; else empty
+    inner_rstd: Tensor
     y: Tensor  # [T, N]: the second product, kept for the scale's gradient; else empty
+    mean: Tensor  # [T], of the norm before the first; else empty
+    rstd: Tensor
 
 
-def ffn(by: Any, rows: Any, ffn: FFN, runs: Runs, ending: Ending, needs: Any) -> FFNOut:
-    z, _ = by.finished(ffn.x, ffn.weights_in, ffn.biases_in, runs, "none", _NOTHING, False)
-    h, mean, rstd = rows.forward(z, ffn.activation, _norm(ffn), runs)
+def ffn(by: Any, rows: Any, ffn: FFN, norm: Norm, runs: Runs, ending: Ending, needs: Any) -> FFNOut:
+    x, mean, rstd = normed(rows, ffn.x, norm, runs, ffn.weights_in[0].dtype)
+    z, _ = by.finished(x, ffn.weights_in, ffn.biases_in, runs, "none", _NOTHING, False)
+    h, inner_mean, inner_rstd = rows.forward(z, ffn.activation, _inner(ffn), runs)
     keep = bool(needs) and needs.scale
     out, y = by.finished(h, ffn.weights_out, ffn.biases_out, runs, "none", ending, keep)
-    return FFNOut(out, z, mean, rstd, y)
+    return FFNOut(out, z, inner_mean, inner_rstd, y, mean, rstd)
 
 
-def _norm(ffn: FFN) -> Norm:
-    return Norm(ffn.gammas, ffn.betas, True, ffn.eps)
+def _inner(ffn: FFN) -> Norm:
+    return Norm(ffn.inner_gammas, ffn.inner_betas, True, ffn.inner_eps)
 
 
 _NOTHING = Ending(None, None, None)
 
 
 def ffn_grads(
-    by: Any, rows: Any, g: Tensor, saved: FFNOut, ffn: FFN, runs: Runs, ending: Ending, needs: Any
+    by: Any, rows: Any, g: Tensor, saved: FFNOut, ffn: FFN, norm: Norm, runs: Runs, ending: Ending, needs: Any
 ) -> dict[str, Any]:
     grads: dict[str, Any] = {"residual": g}
-    x, z = ffn.x, saved.z
-    dy = _through(g, saved.y, ending, needs, grads, x.dtype)
-    if needs.x or any((*needs.weights_in, *needs.biases_in, *needs.gammas, *needs.betas)):
+    z, inner, w1, w2 = saved.z, _inner(ffn), ffn.weights_in, ffn.weights_out
+    dy = _through(g, saved.y, ending, needs, grads, w2[0].dtype)
+    above = (*needs.weights_in, *needs.biases_in, *needs.inner_gammas, *needs.inner_betas)
+    if needs.x or any((*above, *needs.gammas, *needs.betas)):
         width = z.shape[1] // (2 if ffn.activation in GATED else 1)
-        dh = by.product_grad(dy, ffn.weights_out, runs, z.new_empty(z.shape[0], width))
-        given = dh, z, ffn.activation, _norm(ffn), saved.mean, saved.rstd, runs
-        dz, h, grads["gammas"], grads["betas"] = rows.backward(*given, again=True)
-        grads |= _product_grads(by, dz, x, ffn.weights_in, ffn.biases_in, runs, needs, "_in")
+        dh = by.product_grad(dy, w2, runs, z.new_empty(z.shape[0], width))
+        given = dh, z, ffn.activation, inner, saved.inner_mean, saved.inner_rstd, runs
+        dz, h, grads["inner_gammas"], grads["inner_betas"] = rows.backward(*given, again=True)
+        x, below = normed_grads(by, rows, dz, ffn.x, norm, saved.mean, saved.rstd, w1, runs, needs)
+        grads |= below | _parameter_grads(by, dz, x, w1, ffn.biases_in, runs, needs, "_in")
     else:
-        h = rows.forward(z, ffn.activation, _norm(ffn), runs).out
-    return grads | _product_grads(by, dy, h, ffn.weights_out, ffn.biases_out, runs, needs, "_out")
+        h = rows.forward(z, ffn.activation, inner, runs).out
+    return grads | _parameter_grads(by, dy, h, w2, ffn.biases_out, runs, needs, "_out")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from judge import Results, judge
 from mmfuse import nearest_code, use_backend
 from mmfuse.kernels.multiway import op
 from mmfuse.models import create
@@ -136,45 +137,93 @@ def vlmo(*losses: str) -> VLMo:
     return model
 
 
-def stages(data: Pairs) -> tuple[Tensor, Tensor]:
-    """The curves of the stage of texts, which trains their experts alone, and of that of pairs."""
+Step = Callable[[int], Tensor]
 
-    def rows(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        draw = torch.Generator().manual_seed(step)
-        at = torch.randperm(len(data.ids), generator=draw)[:BATCH]
-        ids = data.ids[at]
-        return (
-            data.image[at],
-            ids,
-            ids.ne(0).long(),
-            *mask_words(ids, 0.3, MASK, SPECIAL, torch.rand(ids.shape, generator=draw)),
-        )
 
-    first = vlmo("textmlm")
-    for name, p in first.transformer.named_parameters():
+def rows(data: Pairs, step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    at = torch.randperm(len(data.ids), generator=draw)[:BATCH]
+    ids = data.ids[at]
+    masked = mask_words(ids, 0.3, MASK, SPECIAL, torch.rand(ids.shape, generator=draw))
+    return data.image[at].to(dtype), ids, ids.ne(0).long(), *masked
+
+
+def of_texts(data: Pairs, dtype: torch.dtype = torch.float32) -> tuple[VLMo, Step]:
+    """The stage of texts: of the transformer their experts alone are trained (section 3.4)."""
+    model = vlmo("textmlm").to(dtype)
+    for name, p in model.transformer.named_parameters():
         p.requires_grad_("mlp" in name or "norm2" in name)
 
     def words(step: int) -> Tensor:
-        _, _, mask, masked, labels = rows(step)
-        return first.text_loss(masked, mask, labels)[None]
+        _, _, mask, masked, labels = rows(data, step, dtype)
+        return model.text_loss(masked, mask, labels)[None]
 
-    before = [block.mlp.fc1.weight[1].clone() for block in first.transformer.blocks]
-    of_texts = train([p for p in first.parameters() if p.requires_grad], words)
-    assert all(torch.equal(t, b.mlp.fc1.weight[1]) for t, b in zip(before, first.transformer.blocks, strict=True))
+    return model, words
 
-    second = vlmo("mlm", "itc", "itm")
-    second.begin_with(first)
-    assert all(
-        torch.equal(ours.mlp.fc1.weight[:2], theirs.mlp.fc1.weight)
-        for ours, theirs in zip(second.transformer.blocks, first.transformer.blocks, strict=True)
-    )
+
+def of_pairs(data: Pairs, dtype: torch.dtype = torch.float32) -> tuple[VLMo, Step]:
+    """The stage of pairs, which trains everything."""
+    model = vlmo("mlm", "itc", "itm").to(dtype)
     others = torch.arange(BATCH).roll(1), torch.arange(BATCH).roll(2)
 
     def step_of_pairs(step: int) -> Tensor:
-        image, ids, mask, masked, labels = rows(step)
-        return torch.stack(second.pretrain(image, ids, mask, masked, labels, others))
+        image, ids, mask, masked, labels = rows(data, step, dtype)
+        return torch.stack(model.pretrain(image, ids, mask, masked, labels, others))
 
-    return of_texts, train(second.parameters(), step_of_pairs, 40, 1e-3)
+    return model, step_of_pairs
+
+
+def values(model: VLMo) -> dict[str, Tensor]:
+    """Every parameter, those of experts each by itself."""
+    found = {}
+    for name, p in model.named_parameters():
+        routed = ".mlp." in name or ".norm2." in name
+        found |= {f"{name} {e}": t for e, t in enumerate(p.detach().clone())} if routed else {name: p.detach().clone()}
+    return found
+
+
+def stages(data: Pairs) -> tuple[Tensor, Tensor]:
+    """The curves of both stages."""
+    first, words = of_texts(data)
+    before = values(first)
+    curve = train([p for p in first.parameters() if p.requires_grad], words)
+    moved = {name for name, t in values(first).items() if not torch.equal(t, before[name])}
+    # attention, positions and patches are frozen, and of the experts the image's sees nothing
+    of_transformer = {name for name in before if name.startswith("transformer.")}
+    texts = {name for name in of_transformer if ("mlp" in name or "norm2" in name) and name.endswith(" 0")}
+    assert moved & of_transformer == texts and len(texts) == 6 * ARCH["depth"]
+    assert all(p.grad is None for p in first.parameters() if not p.requires_grad)
+    assert set(before) - of_transformer - moved == {"pooler.weight", "pooler.bias"}
+
+    second, step_of_pairs = of_pairs(data)
+    second.begin_with(first)
+    begun, learned = values(second), values(first)
+    assert all(torch.equal(begun[name], t) for name, t in learned.items() if name in begun)
+    pairs_curve = train(second.parameters(), step_of_pairs, 40, 1e-3)
+    stayed = [name for name, t in values(second).items() if torch.equal(t, begun[name])]
+    assert not stayed, stayed
+    return curve, pairs_curve
+
+
+def gradients(data: Pairs, dtype: torch.dtype) -> list[Results]:
+    """Of each stage as it begins, for some batches."""
+    found = []
+    for step in range(8):
+        found.append({})
+        for stage in (of_texts, of_pairs):
+            model, loss = stage(data, dtype)
+            loss(step).sum().backward()
+            grads = {f"{stage.__name__} {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+            found[-1] |= grads
+    return found
+
+
+def test_vlmo_gradients_of_its_stages(data: Pairs, routed: Callable[[], None]) -> None:
+    """Against float64, of every parameter that a stage trains."""
+    with use_backend("torch"):
+        eager, exact = gradients(data, torch.float32), gradients(data, torch.float64)
+    routed()
+    judge(zip(gradients(data, torch.float32), eager, exact, strict=True))
 
 
 def test_vlmo_learns_texts_then_pairs(data: Pairs, routed: Callable[[], None]) -> None:

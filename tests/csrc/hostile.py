@@ -106,6 +106,7 @@ VALID: dict[str, list[Callable[..., list[Any]]]] = {
         ],
         lambda n=3, d=5: [F(n, d), F(n, d), *(none(),) * 4, F(n, d), none(), none(), none(), True, False],
     ],
+    "route": [lambda n=40, e=3: [ints(e + 1), ints(n), ints(n), ints(n), e]],
     "few_query_attention": [
         lambda b=2, q=3, n=9, h=2, d=16: [
             F(1, q, h, d), F(b, n, h, d), F(b, n, h, d), ints(b), ints(b), None, n,

@@ -452,6 +452,54 @@ def test_rejects_wrong_tensors(part: str) -> None:
         logit_grad(part, u, 1.0, *vectors, shift=0.0, diagonal=0, g=torch.empty_like(u, dtype=torch.float64))
 
 
+# --- modality experts -----------------------------------------------------------------------------------------------
+
+
+def route(part: str, ids: Tensor, experts: int, **other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(offsets, order, inverse)"""
+    sizes = {"offsets": min(experts + 1, 99), "order": len(ids), "inverse": len(ids)}
+    out = {name: torch.empty(n, dtype=torch.int64, device=ON[part]) for name, n in sizes.items()} | other
+    getattr(torch.ops, f"mmfuse_{part}").route(*out.values(), ids.to(ON[part]), experts)
+    return tuple(t.cpu() for t in out.values())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 512, 513, 3000])
+@pytest.mark.parametrize("experts", [1, 2, 3, 8, 16])
+def test_route_is_a_stable_sort(part: str, experts: int, rows: int) -> None:
+    for ids in (
+        torch.randint(experts, (rows,)),
+        torch.full((rows,), experts - 1),
+        torch.arange(rows) % experts // 2 * 2,
+    ):
+        offsets, order, inverse = route(part, ids.clamp(max=experts - 1), experts)
+        want = ids.clamp(max=experts - 1)
+        assert torch.equal(order, want.argsort(stable=True)) and torch.equal(inverse, order.argsort())
+        assert offsets.tolist() == [0, *want.bincount(minlength=experts).cumsum(0).tolist()]
+
+
+def test_route_rejects_what_does_not_fit(part: str) -> None:
+    ids = torch.tensor([0, 1, 1, 0])
+    for wrong, experts in ((ids.int(), 2), (ids[None], 2), (ids, 0), (ids, 2**62), (ids, 2**63 - 1)):
+        with pytest.raises(RuntimeError, match="expected"):
+            route(part, wrong, experts)
+    for name in ("offsets", "order", "inverse"):
+        with pytest.raises(RuntimeError, match=f"{name}: expected"):
+            route(part, ids, 2, **{name: torch.empty(5, dtype=torch.int64, device=ON[part])})
+
+
+def test_route_of_ids_out_of_range() -> None:
+    """Those on the host are looked at; on a GPU they are some expert's, and nothing is written elsewhere."""
+    ids = torch.tensor([0, 5, -1, 2**62, -(2**63), 1])
+    for part in ("cpu", "cuda"):
+        if load(part):
+            continue
+        if part == "cpu":
+            with pytest.raises(RuntimeError, match="ids: expected 0 <= id < 2, got 5"):
+                route(part, ids, 2)
+        else:
+            assert route(part, ids, 2)[1].sort().values.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 # --- few queries ----------------------------------------------------------------------------------------------------
 
 

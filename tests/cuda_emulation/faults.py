@@ -133,6 +133,21 @@ FAULTS = {
         "points.cu", "ball_query", "const bool real = row < g;",
         "const bool real = row < g;\n    if (FAULT && !real) return;", ALL_THREADS,
     ),
+    "route: no barrier before totals": Fault(
+        "routing.cu", "route", "__syncthreads();  // counts", "if (!FAULT) __syncthreads();  // counts", ORDER
+    ),
+    "route: no barrier behind totals": Fault(
+        "routing.cu", "route", "__syncthreads();  // totals", "if (!FAULT) __syncthreads();  // totals", ORDER
+    ),
+    "route: no last row": Fault(
+        "routing.cu", "route", "end = begin + share < rows ?", "end = FAULT || begin + share < rows ?", EITHER
+    ),
+    "route: too many experts": Fault(
+        "routing.cu", "route", "id < experts ?", "id < experts + 100 * FAULT ?", EITHER
+    ),
+    "route: some lanes leave": Fault(
+        "routing.cu", "route", "if (warp < experts) {", "if (warp < experts && !(FAULT && lane > 7)) {", ALL_THREADS
+    ),
     "groups: no last point": Fault(
         "points.cu", "group_grad", "if (i >= points) return;", "if (!FAULT && i >= points) return;", BOUNDS
     ),
@@ -173,6 +188,7 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     "nearest_neighbors": lambda: [F(2, 3, 70), F(2, 3, 1100), ints(2, 70, 40)],
     "nearest_neighbors of few": lambda: [F(1, 3, 1), F(1, 3, 70), ints(1, 1, 5)],
     "ball_query": lambda: [F(2, 3, 70), F(2, 3, 1100), 0.3, ints(2, 70, 5)],
+    "route": lambda: [ints(6), ints(700), ints(700), torch.arange(700) % 7, 5],  # two of them are out of range
     "group_grad": lambda: [F(60, 37), ints(60), ints(11), F(10, 37)],
 }  # fmt: skip
 

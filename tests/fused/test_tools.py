@@ -22,9 +22,9 @@ import tool_worlds
 import worlds
 from mmfuse.fused.acceleration.method import Fused
 from mmfuse.fused.acceleration.rules import RULES
-from rule_samples import SAMPLES, VISION, Sample, first
+from rule_samples import COSMOS, SAMPLES, VISION, Sample, first
 
-for library in ("open_clip", "timm", "torchscale.model.BEiT3", "transformers", "vector_quantize_pytorch"):
+for library in ("diffusers", "open_clip", "timm", "torchscale.model.BEiT3", "transformers", "vector_quantize_pytorch"):
     pytest.importorskip(library)
 from open_clip_coca import let_generate  # noqa: E402
 
@@ -476,7 +476,7 @@ def test_bfloat16_autocast(rule: str) -> None:
 def test_meta(rule: str) -> None:
     """Weights without values give the shapes that they give in eager mode."""
     sample = SAMPLES[rule]
-    if rule in (COCA, NORM_EMA, VECTOR_QUANTIZE, NAFLEX, SIGLIP2, ERNIE):
+    if rule in (COCA, NORM_EMA, VECTOR_QUANTIZE, NAFLEX, SIGLIP2, ERNIE, COSMOS):
         pytest.skip("it looks at values in eager mode, too")
     shapes = []
     for accelerated in (False, True):
@@ -503,7 +503,7 @@ def test_over_ranks() -> None:
 @EACH
 def test_compiled(rule: str) -> None:
     sample = SAMPLES[rule]
-    if rule in (COCA, ERNIE):
+    if rule in (COCA, ERNIE, COSMOS):
         pytest.skip("a loop over tokens, or a look at values, which is not compiled")
     model = sample.model()
     want = result(sample, model)
@@ -542,7 +542,7 @@ def test_hooks_under_torch_compile(later: bool, skip: bool, rule: str) -> None:
 @EACH
 def test_exported(rule: str) -> None:
     sample = SAMPLES[rule]
-    if rule in (COCA, NORM_EMA, VECTOR_QUANTIZE, ERNIE):
+    if rule in (COCA, NORM_EMA, VECTOR_QUANTIZE, ERNIE, COSMOS):
         pytest.skip("it looks at values")
     model = sample.model()
     want = sample(model)

@@ -22,7 +22,7 @@ from mmfuse.fused.acceleration.rules import RULES, loaded
 from rule_samples import SAMPLES
 
 allow_torchvision()
-for library in ("open_clip", "timm", "torchscale.model.BEiT3", "transformers", "vector_quantize_pytorch"):
+for library in ("diffusers", "open_clip", "timm", "torchscale.model.BEiT3", "transformers", "vector_quantize_pytorch"):
     pytest.importorskip(library)
 
 

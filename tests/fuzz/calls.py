@@ -613,7 +613,8 @@ def _branch(d: Draw, t: int, n: int) -> Arguments:
 
 @takes
 def routed_linear(d: Draw) -> Arguments:
-    routing, activation, k, n = _routing(d), d.one(*ACTIVATIONS), d.size(1), d.size(1)
+    routing, activation, normed = _routing(d), d.one(*ACTIVATIONS), d.flag()
+    k, n = d.size(NORMED if normed else 1), d.size(1)
     wide = 2 * n if activation in GATED else n
     return {
         "x": d.floats(routing.rows, k),
@@ -621,13 +622,14 @@ def routed_linear(d: Draw) -> Arguments:
         "bias": d.maybe(lambda: _experts(d, routing, wide)),
         "routing": routing,
         "activation": activation,
+        "input_norm": (_experts(d, routing, k), _experts(d, routing, k), 1e-5) if normed else None,
     } | _branch(d, routing.rows, n)
 
 
 @takes
 def routed_ffn(d: Draw) -> Arguments:
-    routing, activation = _routing(d), d.one("gelu", "gelu", "none", "silu", "geglu")
-    k, f, n = d.size(1), d.size(NORMED), d.size(1)
+    routing, activation, normed = _routing(d), d.one("gelu", "gelu", "none", "silu", "geglu"), d.flag()
+    k, f, n = d.size(NORMED if normed else 1), d.size(NORMED), d.size(1)
     wide = 2 * f if activation in GATED else f
     return {
         "x": d.floats(routing.rows, k),
@@ -638,6 +640,7 @@ def routed_ffn(d: Draw) -> Arguments:
         "routing": routing,
         "activation": activation,
         "norm": d.maybe(lambda: (_experts(d, routing, f), _experts(d, routing, f), 1e-5)),
+        "input_norm": (_experts(d, routing, k), _experts(d, routing, k), 1e-5) if normed else None,
     } | _branch(d, routing.rows, n)
 
 

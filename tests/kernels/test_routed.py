@@ -91,7 +91,7 @@ def runner(function: Callable[..., Tensor], routing: Routing, **options: Any) ->
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def compare(function: Any, routing: Routing, draw: Any, dtype: torch.dtype, **options: Any) -> None:
+def compare(function: Any, routing: Routing, draw: Any, dtype: torch.dtype, draws: int = 4, **options: Any) -> None:
     run = runner(function, routing, **options)
     call = lambda: function(**tree_map_only(Tensor, lambda t: t.to(DEVICE, dtype), draw()), routing=routing, **options)  # noqa: E731
     # the interpreter's bfloat16 rounds otherwise than a GPU's
@@ -99,7 +99,7 @@ def compare(function: Any, routing: Routing, draw: Any, dtype: torch.dtype, **op
     others = [b for b in backends(call) if b not in left]
     assert others
     for backend in others:
-        judge(compared(run, draw, backend, dtype))
+        judge(compared(run, draw, backend, dtype, draws))
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -132,6 +132,35 @@ def test_ffn(name: str, activation: str, norm: bool, dtype: torch.dtype) -> None
     ending = "residual scale" if norm else "row_scale"
     draw = ffn_case(routing, activation, norm, ending, stacked=name != "two")
     compare(routed_ffn, routing, draw, dtype, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ending", ["", "residual scale row_scale"])
+@pytest.mark.parametrize("name", ["two", "empty", "no rows"])
+def test_norm_before_a_product(name: str, ending: str, dtype: torch.dtype) -> None:
+    """With an activation or without, of a linear layer and of a feed-forward network with its own norm."""
+    routing, stacked = routing_of(name, DEVICE), name != "two"
+    activation = "gelu" if ending else "none"
+    cases = (linear_case(routing, activation, ending, stacked), ffn_case(routing, "gelu", True, ending, stacked))
+    for function, case, activated in zip((routed_linear, routed_ffn), cases, (activation, "gelu"), strict=True):
+
+        def draw(case: Any = case) -> dict[str, Any]:
+            norm = *(parameter(stacked, routing.experts, K) for _ in range(2)), 1e-5
+            given = case() | {"input_norm": norm}
+            return given | {"x": 2 * given["x"] + 1}
+
+        compare(function, routing, draw, dtype, draws=12, activation=activated)
+
+
+def test_norm_before_a_product_is_not_kept() -> None:
+    """Of it the backward has two numbers for each row; where there is no gradient of it, it is computed again too."""
+    routing, kept = routing_of("two", DEVICE), list[tuple[int, ...]]()
+    x, w, g = _leaf(14, K), _leaf(2, N, K), _leaf(2, K)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
+        y = routed_linear(x, w, None, routing, input_norm=(g, g, 1e-5), backend="slices")
+    assert kept.count((14, K)) == 1 and kept.count((14,)) == 2, kept
+    frozen = routed_linear(x.detach(), w, None, routing, input_norm=(g.detach(), g.detach(), 1e-5), backend="slices")
+    torch.testing.assert_close(*(torch.autograd.grad(t.sin().sum(), w)[0] for t in (frozen, y)))
 
 
 NATIVE = ("cpu", "slices") if DEVICE == "cpu" else ("triton", "slices")
@@ -250,11 +279,15 @@ def _calls(dtype: torch.dtype = torch.float64) -> Iterator[tuple[str, Callable[.
     end = {"residual": res, "scale": scale, "row_scale": rows}
 
     def ffn(x: Tensor, w1: Tensor, w2: Tensor, g: Tensor, *b: Tensor, **how: Any) -> Tensor:
-        return routed_ffn(x, w1, None, w2, list(b), routing, norm=(g, g, 1e-5), **end, **how)
+        before = w2[:, 0, :K], b[0].new_ones(e, K), 1e-5
+        return routed_ffn(x, w1, None, w2, list(b), routing, norm=(g, g, 1e-5), input_norm=before, **end, **how)
 
     def linear(x: Tensor, b: Tensor, res: Tensor, scale: Tensor, *w: Tensor, **how: Any) -> Tensor:
         end = {"residual": res, "scale": scale, "row_scale": rows}
         return routed_linear(x, list(w), b, routing, activation="gelu", **end, **how)
+
+    def normed(x: Tensor, w: Tensor, g: Tensor, *c: Tensor, **how: Any) -> Tensor:
+        return routed_linear(x, w, None, routing, activation="gelu", input_norm=(g, list(c), 1e-5), **how)
 
     def gated(x: Tensor, w: Tensor, **how: Any) -> Tensor:
         return routed_linear(x, w, None, routing, activation="swiglu", **how)
@@ -270,7 +303,7 @@ def _calls(dtype: torch.dtype = torch.float64) -> Iterator[tuple[str, Callable[.
 
     made = [
         (linear, [x, b, _leaf(t, N), _leaf(N), *_leaves(w)]), (gated, [x, w]), (plain, [x, w, _leaf(t, N)]),
-        (ffn, [x, w1, w2, g, *_leaves(b)]),
+        (normed, [x, w, _leaf(e, K), *_leaves(_leaf(e, K))]), (ffn, [x, w1, w2, g, *_leaves(b)]),
         (norm, [x, _leaf(e, K), _leaf(e, K)]), (rms, [x, _leaf(e, K)]),
     ]  # fmt: skip
     for function, leaves in made:
@@ -281,7 +314,7 @@ def _leaves(t: Tensor) -> list[Tensor]:
     return [part.detach().requires_grad_() for part in t]
 
 
-@pytest.mark.parametrize("name", ["linear", "gated", "plain", "ffn", "norm", "rms"])
+@pytest.mark.parametrize("name", ["linear", "normed", "gated", "plain", "ffn", "norm", "rms"])
 def test_first_and_second_derivatives(name: str) -> None:
     ((call, leaves),) = [(call, leaves) for n, call, leaves in _calls() if n == name]
     slices = partial(call, backend="slices")
@@ -290,7 +323,7 @@ def test_first_and_second_derivatives(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", ["linear", "gated", "plain", "ffn", "norm", "rms"])
+@pytest.mark.parametrize("name", ["linear", "normed", "gated", "plain", "ffn", "norm", "rms"])
 def test_as_torch_knows_them(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     ((call, leaves),) = [(call, leaves) for n, call, leaves in _calls(dtype) if n == name]
@@ -348,9 +381,16 @@ def test_autocast(backend: str) -> None:
     exact = routed_ffn(**tree_map_only(Tensor, Tensor.double, given), routing=routing, backend="torch")
     if backend not in backends(lambda: routed_ffn(**given, routing=routing)):
         pytest.skip(f"{backend} does not run here")
+    g, c = torch.randn(2, 2, K, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         got, eager = (routed_ffn(**given, routing=routing, backend=b) for b in (backend, "torch"))
         y = routed_linear(given["x"], given["weight_in"], given["bias_in"], routing)
+        # a norm before the product has the stream as it is
+        first = given["x"], given["weight_in"], given["bias_in"], routing
+        normed = routed_linear(*first, input_norm=(g, c, 1e-5), backend=backend)
+        apart = routed_linear(routed_layer_norm(given["x"], g, c, routing), *first[1:])
+    assert normed.dtype == torch.bfloat16
+    torch.testing.assert_close(normed, apart, rtol=2**-7, atol=2**-7)
     assert got.dtype == torch.float32 and y.dtype == torch.bfloat16
     assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 2**-8 * exact.abs().max()
     assert not torch.equal(got.double(), exact)
@@ -417,6 +457,8 @@ def test_a_forward_copies_nothing_of_the_stream() -> None:
         ({"weight": torch.ones(2, 5, K), "bias": None, "activation": "geglu"}, ValueError, "weight has 5 rows"),
         ({"residual": torch.ones(14, K)}, ValueError, r"residual has shape \(14, 10\), expected \[14, 6\]"),
         ({"scale": torch.ones(K)}, ValueError, r"scale has shape \(10,\), expected \[6\]"),
+        ({"input_norm": torch.ones(2)}, TypeError, r"input_norm is Tensor, expected \(weight \[E, 10\], bias"),
+        ({"input_norm": (torch.ones(2, K), torch.ones(2, N), 0.1)}, ValueError, r"input_norm's bias has shape \(2,"),
         ({"row_scale": torch.ones(2)}, ValueError, r"row_scale has shape \(2,\), expected \[14\]"),
     ],
 )  # fmt: skip
