@@ -279,26 +279,23 @@ def _permuted(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor
 
 def taken(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """x's rows in `order`, where each row of x has its place in `inverse`; other places have no gradient."""
-    return x.index_select(0, order) if transforming() else _Permute.apply(x, order, inverse)
+    if transforming() or not (x.requires_grad and torch.is_grad_enabled()):
+        return x.index_select(0, order)
+    return _Permute.apply(x, order, inverse)
 
 
 class _Permute(torch.autograd.Function):
     """Rows in another order; the gradient's are in the first one again, without a sum over indices."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
         return x.index_select(0, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         order, inverse = ctx.saved_tensors
-        return _Permute.apply(g, inverse, order), None, None
+        return taken(g, inverse, order), None, None
 
 
 def experts_of(runs: Sequence[int], offsets: Tensor, rows: int) -> Tensor:
