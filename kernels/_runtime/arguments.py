@@ -155,7 +155,7 @@ def constant(values: float | Iterable[float], device: torch.device) -> Tensor:
 
     A copy waits for the host, and cannot be captured in a CUDA graph.
     """
-    given = (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
+    given = (float(values),) if isinstance(values, (int, float)) else tuple(map(float, values))
     return _constant(given, device) if outside_a_trace() else torch.tensor(given, dtype=torch.float64, device=device)
 
 
