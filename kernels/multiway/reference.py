@@ -17,7 +17,6 @@ from mmfuse.kernels._runtime.reasons import transforming
 from mmfuse.kernels.multiway.arguments import FFN, GATED, Ending, Linear, Norm, Runs, by_expert
 from mmfuse.kernels.multiway.routing import Reading, experts_of, taken
 
-
 Expert = Callable[[Tensor, int], Tensor]
 
 

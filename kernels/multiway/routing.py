@@ -139,7 +139,7 @@ class Routing:
         for k, part in enumerate(parts):
             if part.kept is not None:
                 kept[slice(part.sequences) if part.samples is None else part.samples, k] = part.kept
-        return dataclasses.replace(routing, kept=kept, reading=routing.reading.up_to(kept))
+        return dataclasses.replace(routing, kept=kept, reading=routing.reading and routing.reading.up_to(kept))
 
     @staticmethod
     def from_split(
