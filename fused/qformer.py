@@ -203,15 +203,15 @@ class QFormerLayer(nn.Module):
 
         With images, queries of one sample become those of all rows of kv. query_only: nobody reads the texts' states.
         """
-        of_queries = queries * len(routing.first)
-        x = self.attention(x, routing, sees, of_queries if query_only else len(x))
+        of_queries = queries * routing.first.shape[0]
+        x = self.attention(x, routing, sees, of_queries if query_only else x.shape[0])
         query, text = x.tensor_split([of_queries])
         parts = []
         if queries:
             if self.crossattention is not None and kv is not None:
                 query = self.crossattention(query.unflatten(0, (-1, queries)), kv, layer).flatten(0, 1)
             parts.append(self.output_query(self.intermediate_query(query), query))
-        if len(text):
+        if text.shape[0]:
             parts.append(self.output(self.intermediate(text), text))
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
@@ -279,7 +279,7 @@ class QFormerEncoder(nn.Module):
         for i, layer in enumerate(self.layer, 1):
             x = layer(x, routing, sees, queries, kv, seen, query_only and i == len(self.layer))
             seen += layer.crossattention is not None
-            if len(routing.first) != batch:
+            if routing.first.shape[0] != batch:
                 routing = route(batch)
         sizes = [t.shape[1] for t in segments[: 1 if query_only else None]]
         rows = x.split([batch * size for size in sizes])

@@ -188,7 +188,7 @@ class NormEMAVectorQuantizer(nn.Module):
         # a copy: the update must not reach the backward
         weight = codes_of.weight.detach().clone()
         codes = nearest_code(rows, weight)
-        z_q, loss = assign_code(rows, weight, codes, beta=self.beta, codebook_weight=0.0)
+        z_q, loss = assign_code(rows, weight, codes, beta=self.beta, codebook_weight=0.0, masked=False)
         if self.training and codes_of.update:
             _follow_directions(self, rows, codes)
         elif not self.training and self.statistic_code_usage:
@@ -504,7 +504,7 @@ def quantize(
         elif not learns and route != "none":
             embed = embed.detach()  # a frozen codebook has no gradient, which is not one of zeros to an optimizer
         pairs = list(zip(rows if vq.training else rows.detach(), embed, codes, strict=True))
-        options = {"beta": 1.0, "codebook_weight": float(learns)}
+        options = {"beta": 1.0, "codebook_weight": float(learns), "masked": mask is not None}
         found = [assign_code(z, e, c, gradient=route, **options) for z, e, c in pairs]
         commitment = torch.stack([loss for _, loss in found]).mean()
         if mask is not None and vq.use_cosine_sim and vq.training and vq.has_commitment_loss:

@@ -33,7 +33,7 @@ def check(
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is {type(t).__name__}, expected a tensor {_sizes(shape)}{note}")
-    if shape is not None and not _fits(shape, t.shape):
+    if shape is not None and shape != t.shape and not _fits(shape, t.shape):
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {_sizes(shape)}{note}")
     if dtype == "integers":
         fits = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
@@ -155,7 +155,7 @@ def constant(values: float | Iterable[float], device: torch.device) -> Tensor:
 
     A copy waits for the host, and cannot be captured in a CUDA graph.
     """
-    given = (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
+    given = (float(values),) if isinstance(values, (int, float)) else tuple(map(float, values))
     return _constant(given, device) if outside_a_trace() else torch.tensor(given, dtype=torch.float64, device=device)
 
 

@@ -234,7 +234,10 @@ class Operator:
             return name
         size = self.measured(args) if self.unit else None
         for i in without_reasons(self._names, x):
-            if not (self._better(i, x, size) or self._other_reasons(i, args)):
+            if (i == "triton" and INTERPRET) or (size and self._below(i, x.device, *size)):
+                continue
+            # one reason is enough
+            if not (self._reasons[i] and any(ask(args) is not None for ask in self._reasons[i])):
                 # logging would break a graph
                 if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.INFO):
                     self._tell(i, args)
@@ -264,14 +267,20 @@ class Operator:
 
     def aside(self, name: str, device: torch.device, size: int | None, kind: str, columns: int = 0) -> str | None:
         """Why calls of this size are not for an implementation."""
-        # a dynamic size is not worth a graph for each side
-        if not isinstance(size, int):
+        if (step := self._below(name, device, size, kind, columns)) is None:
             return None
-        for fewest, least in configs.least(self.family, self.name, name, device, kind, self._alike):
-            if columns >= fewest:
-                if least is None:
-                    return f"a later one is faster in {kind}"
-                return f"a later one is faster for fewer than {least} {self.unit} in {kind}" if size < least else None
+        _, least = step
+        return f"a later one is faster {f'for fewer than {least} {self.unit} ' if least else ''}in {kind}"
+
+    def _below(
+        self, name: str, device: torch.device, size: int | None, kind: str, columns: int
+    ) -> tuple[int, int | None] | None:
+        """The step of a table that such a call does not reach."""
+        # a dynamic size is not worth a graph for each side
+        if isinstance(size, int):
+            for step in configs.least(self.family, self.name, name, device, kind, self._alike):
+                if columns >= step[0]:
+                    return step if step[1] is None or size < step[1] else None
         return None
 
     def reasons_against(self, name: str, args: Sequence[Any]) -> list[str]:

@@ -110,6 +110,8 @@ class Backward:
         with without_autocast(g.device.type):
             args = self.signature.restore(kept)
             found = self.ask((*args, self.implementation.passes, self.operator.Needs(*of)))
+        if not self.lists:
+            return [found[n] if need else g.new_empty(0) for n, need in zip(self.like, needs, strict=True)]
         # of a list that needs none there may be none
         every = spread(found[n] if any(spread([need])) else need for n, need in zip(self.like, of, strict=True))
         return [d if need else g.new_empty(0) for d, need in zip(every, needs, strict=True)]
@@ -120,6 +122,8 @@ class Backward:
 
     def _grouped(self, needs: Sequence[bool], kept: Sequence[Any]) -> list[Any]:
         """A flag for each differentiable argument, a list of flags for a list."""
+        if not self.lists:
+            return list(needs)
         given = dict(zip(self.signature.flat, kept, strict=True))
         return grouped(needs, (given[n] if n in self.lists else None for n in self.like))
 

@@ -111,34 +111,40 @@ def segments(codes: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ordered, torch.arange(K + 2, device=codes.device))
 
 
-def rows_of(codebook: Tensor, codes: Tensor) -> Tensor:
-    """The code of each row [N, D], zeros for the code -1."""
+def rows_of(codebook: Tensor, codes: Tensor, masked: bool) -> Tensor:
+    """The code of each row [N, D], zeros for the code -1, of which there are none unless `masked`."""
+    if not masked:
+        return codebook.index_select(0, codes)
     # an index of -1 is the last row
     return torch.cat([codebook, codebook.new_zeros(1, codebook.shape[1])])[codes]
 
 
 def assign(
-    z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str
+    z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z_q [N, D], loss, 1 / (elements that count))."""
-    acc, kept = accumulation_dtype(z.dtype), codes >= 0
-    e = rows_of(codebook, codes)
-    share = 1 / (kept.sum().clamp_min(1) * z.shape[1]).to(acc)
+    acc, e = accumulation_dtype(z.dtype), rows_of(codebook, codes, masked)
     difference = z.to(acc) - e
-    distance = torch.where(kept, torch.linalg.vecdot(difference, difference), 0).sum()
+    distance = torch.linalg.vecdot(difference, difference)
     if gradient != "none":
         # z + (e - z), without its rounding: what is not a number in z is none in e, nor in a row that is turned
-        row = z if gradient == "straight_through" else (difference * 0).sum(1, keepdim=True)
-        e.add_(row, alpha=0).masked_fill_(~kept[:, None], 0)
-    return e, (beta + codebook_weight) * share * distance, share
+        e.add_(z if gradient == "straight_through" else (difference * 0).sum(1, keepdim=True), alpha=0)
+    if masked:
+        kept = codes >= 0
+        share = 1 / (kept.sum().clamp_min(1) * z.shape[1]).to(acc)
+        distance = torch.where(kept, distance, 0)
+        e = e if gradient == "none" else e.masked_fill_(~kept[:, None], 0)
+    else:
+        share = torch.full((), 1 / max(1, z.numel()), dtype=acc, device=z.device)
+    return e, (beta + codebook_weight) * share * distance.sum(), share
 
 
 def gradient_of_rows(
-    g: Tensor | None, g_loss: Tensor | None, z: Tensor, codebook: Tensor, codes: Tensor, gradient: str
+    g: Tensor | None, g_loss: Tensor | None, z: Tensor, codebook: Tensor, codes: Tensor, gradient: str, masked: bool
 ) -> Tensor:
     """dz of (z_q, loss); `g_loss` is already 2 beta share dloss."""
     acc = accumulation_dtype(z.dtype)
-    x, y = z.to(acc), rows_of(codebook, codes).to(acc)
+    x, y = z.to(acc), rows_of(codebook, codes, masked).to(acc)
     routed = None
     if g is not None and gradient == "straight_through":
         routed = g.to(acc)
@@ -151,4 +157,5 @@ def gradient_of_rows(
         dz = torch.zeros_like(x) if routed is None else routed
     else:
         dz = g_loss * (x - y) if routed is None else torch.addcmul(routed, x - y, g_loss)
-    return torch.where((codes >= 0)[:, None], dz, 0).to(z.dtype).contiguous()
+    dz = torch.where((codes >= 0)[:, None], dz, 0) if masked else dz
+    return dz.to(z.dtype).contiguous()

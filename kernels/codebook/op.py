@@ -251,9 +251,11 @@ class Assigned(NamedTuple):
     share: Tensor  # 1 / (elements that count)
 
 
-def _assign(z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str) -> Assigned:
-    check_range("codes", codes, len(codebook), "the rows of codebook", least=-1)
-    return Assigned(*blocked.assign(z, codebook, codes, beta, codebook_weight, gradient))
+def _assign(
+    z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str, masked: bool
+) -> Assigned:
+    check_range("codes", codes, len(codebook), "the rows of codebook", least=-1 if masked else 0)
+    return Assigned(*blocked.assign(z, codebook, codes, beta, codebook_weight, gradient, masked))
 
 
 def _assign_fake(z: Tensor) -> Assigned:
@@ -272,12 +274,14 @@ def _assign_backward(
     beta: float,
     codebook_weight: float,
     gradient: str,
+    masked: bool,
     needs: Any,
 ) -> dict[str, Tensor]:
     grads = {}
     step = None if g_loss is None else 2 * share * g_loss
     if needs.z:
-        grads["z"] = blocked.gradient_of_rows(g, None if step is None else beta * step, z, codebook, codes, gradient)
+        of_loss = None if step is None else beta * step
+        grads["z"] = blocked.gradient_of_rows(g, of_loss, z, codebook, codes, gradient, masked)
     if needs.codebook:
         total = torch.zeros(codebook.shape, dtype=accumulation_dtype(z.dtype), device=z.device)
         if g is not None and gradient == "none":
@@ -311,17 +315,20 @@ def assign_code(
     beta: float = 1.0,
     codebook_weight: float = 1.0,
     gradient: Gradient = "straight_through",
+    masked: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`vector_quantize` of rows whose codes are known (-1: none), with nothing normalised: (z_q [N, D], loss).
+    """`vector_quantize` of rows whose codes are known, with nothing normalised: (z_q [N, D], loss).
+
+    masked: whether a code may be -1, for a row that has none.
 
     A code out of range is an error on a CPU and undefined on a GPU, which would have to wait for it.
     """
     z, codebook = _rows_and_codes(z, codebook)
     codes = integers("codes", codes, z, "z")
     one_of("gradient", gradient, get_args(Gradient))
-    z_q, loss, *_ = QUANTIZE(z, codebook, codes, float(beta), float(codebook_weight), gradient, backend=backend)
-    return z_q, loss
+    found = QUANTIZE(z, codebook, codes, float(beta), float(codebook_weight), gradient, masked, backend=backend)
+    return found[0], found[1]
 
 
 def vector_quantize(
@@ -366,6 +373,7 @@ def vector_quantize(
         acc, dtype = accumulation_dtype(z.dtype), z.dtype
         z, codebook = (F.normalize(t.to(acc), dim=1).to(dtype) for t in (z, codebook))
     z_q, loss = assign_code(
-        z, codebook, codes, beta=beta, codebook_weight=codebook_weight, gradient=gradient, backend=backend
-    )
+        z, codebook, codes, beta=beta, codebook_weight=codebook_weight, gradient=gradient, masked=mask is not None,
+        backend=backend,
+    )  # fmt: skip
     return z_q, codes, loss

@@ -51,17 +51,21 @@ def code_statistics(z: Tensor, codes: Tensor, K: int) -> tuple[Tensor, Tensor]:
 
 
 def assign(
-    z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str
+    z: Tensor, codebook: Tensor, codes: Tensor, beta: float, codebook_weight: float, gradient: str, masked: bool
 ) -> tuple[Tensor, Tensor]:
     """(z_q [N, D], loss) of rows with known codes; see `vector_quantize`."""
-    check_range("codes", codes, len(codebook), "the rows of codebook", least=-1)
-    kept = (codes >= 0)[:, None]
-    e = F.embedding(codes.clamp_min(0), codebook)
-    # what has no code is 0 from here on: no gradient comes out of it, be it NaN
-    x, y = (torch.where(kept, t, 0).to(accumulation_dtype(t.dtype)) for t in (z, e))
+    check_range("codes", codes, len(codebook), "the rows of codebook", least=-1 if masked else 0)
+    count: Tensor | int = max(1, z.shape[0])
+    e = F.embedding(codes.clamp_min(0) if masked else codes, codebook)
+    x, y = (t.to(accumulation_dtype(t.dtype)) for t in (z, e))
+    if masked:
+        kept = (codes >= 0)[:, None]
+        count = kept.sum().clamp_min(1)
+        # what has no code is 0 from here on: no gradient comes out of it, be it NaN
+        x, y = (torch.where(kept, t, 0) for t in (x, y))
     # a weight of 0 leaves a gradient of 0, also where it would multiply NaN
     to_code = codebook_weight * (x.detach() - y) ** 2 if codebook_weight else 0 * y.nan_to_num()
-    loss = (beta * (x - y.detach()) ** 2 + to_code).sum() / (kept.sum().clamp_min(1) * z.shape[1])
+    loss = (beta * (x - y.detach()) ** 2 + to_code).sum() / (count * z.shape[1])
     if gradient == "straight_through":
         routed = x + (y - x).detach()
     elif gradient == "rotation":

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmfuse.kernels._runtime.arguments import check
+from mmfuse.kernels._runtime.arguments import check, constant
 from mmfuse.kernels.contrastive.arguments import features
-from mmfuse.kernels.contrastive.grouped import grouped_clip_loss
+from mmfuse.kernels.contrastive.grouped.op import GROUPED
 
 
 def matryoshka_clip_loss(
@@ -53,6 +53,7 @@ def matryoshka_clip_loss(
     if len(weights) != len(dims) or not all(abs(w) < math.inf for w in weights):
         raise ValueError(f"weights is {weights}, expected {len(dims)} finite numbers, one for each of dims")
     images, texts = ([t[:, :d] for d in dims] for t in (image, text))
-    losses = grouped_clip_loss(images, texts, [scale] * len(dims), normalize=normalize, backend=backend)
-    first, *others = (loss if c == 1 else c * loss for c, loss in zip(weights, losses.unbind(), strict=True))
-    return sum(others, start=first)
+    losses = GROUPED(images, texts, [scale] * len(dims), (0.5, 0.5), normalize, backend=backend)
+    if set(weights) != {1}:
+        losses = losses * constant(weights, losses.device).to(losses.dtype)
+    return losses.sum()

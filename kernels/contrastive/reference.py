@@ -21,21 +21,32 @@ from torch import Tensor
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 
 
-def _sum(terms: Sequence[Tensor], like: Tensor) -> Tensor:
-    """0 where no direction counts."""
-    return functools.reduce(operator.add, terms) if terms else like.new_zeros(())
+def _sum(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
+    """Of weights and losses, 0 where no direction counts."""
+    if len(terms) == 2 and terms[0][0] == terms[1][0]:
+        return terms[0][0] * (terms[0][1] + terms[1][1])
+    return functools.reduce(operator.add, [w * t for w, t in terms]) if terms else like.new_zeros(())
 
 
-def _logits(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> Tensor:
-    if normalize:
-        image, text = unit(image), unit(text)
-    # logits in the operands' dtype, as eager code computes them; the loss itself in float32 or float64
-    return cast((cast(scale, image.dtype) * image) @ text.t(), scale.dtype)
+def _logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    # a scalar of 0 dimensions leaves the features their dtype
+    return _products(scale * image, text, scale.dtype)
+
+
+def _products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the operands' dtype, as eager code computes logits; the loss itself in float32 or float64."""
+    return cast(x @ y.t(), dtype)
+
+
+def _paired(t: Tensor, dim: int, row_offset: int, b: int) -> Tensor:
+    """Of the texts along `dim` those that have an image here; of all of them there is no part to cut out."""
+    return t if t.shape[dim] == b else t.narrow(dim, row_offset, b)
 
 
 def unit(x: Tensor) -> Tensor:
     """Rows of unit length, and those of zeros as they are: in float16 the smallest length, 1e-12, would be 0."""
-    return cast(F.normalize(cast(x, accumulation_dtype(x.dtype)), dim=-1), x.dtype)
+    wide = cast(x, accumulation_dtype(x.dtype))
+    return cast(wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12), x.dtype)
 
 
 def clip_loss(
@@ -54,13 +65,13 @@ def clip_loss(
     """(loss, logits [b, N]). With ids [b] and [N], the positives are the pairs that have equal ones."""
     if normalize:
         image, text = unit(image), unit(text)
-    s = _logits(image, text, scale, False)
+    scaled = scale * image
+    s = _products(scaled, text, scale.dtype)
     b = len(s)
-    pairs = slice(row_offset, row_offset + b)
     if image_ids is not None and text_ids is not None:
         same = (image_ids[:, None] == text_ids).to(s.dtype)
         row_target = same / same.sum(1, keepdim=True).clamp_min(1)
-        same = same[:, pairs]
+        same = _paired(same, 1, row_offset, b)
         column_target = (same / same.sum(0).clamp_min(1)).t()
     else:
         column_target = torch.arange(b, device=s.device)
@@ -68,14 +79,17 @@ def clip_loss(
     if decoupled:
         own = row_target[:, None] == torch.arange(s.shape[1], device=s.device)
         positive, negatives = s.diagonal(row_offset)[:b], s.masked_fill(own, -torch.inf)
-        sides = ((negatives, 1, w_image), (negatives[:, pairs], 0, w_text))
-        terms = [w * (t.logsumexp(dim) - positive).mean() for t, dim, w in sides if w]
+        sides = ((negatives, 1, w_image), (_paired(negatives, 1, row_offset, b), 0, w_text))
+        terms = [(w, (t.logsumexp(dim) - positive).mean()) for t, dim, w in sides if w]
         return _sum(terms, s), s
     images = (s, row_target, w_image)
     # two products of 16 bits, as open_clip has them, are cheaper than to walk down the columns in 32
-    columns = _logits(text[pairs], image, scale, False) if image.dtype.itemsize == 2 else s[:, pairs].t()
+    if image.dtype.itemsize == 2:
+        columns = _products(_paired(text, 0, row_offset, b), scaled, scale.dtype)
+    else:
+        columns = _paired(s, 1, row_offset, b).t()
     texts = (columns, column_target, w_text)
-    terms = [w * F.cross_entropy(t, y, label_smoothing=label_smoothing) for t, y, w in (images, texts) if w]
+    terms = [(w, F.cross_entropy(t, y, label_smoothing=label_smoothing)) for t, y, w in (images, texts) if w]
     return _sum(terms, s), s
 
 
@@ -92,10 +106,10 @@ def distill_loss(
 ) -> tuple[Tensor, Tensor]:
     """(contrastive, distill): the student's CLIP loss, and its cross-entropy with the teacher's softmaxes."""
     contrastive, s = clip_loss(image, text, scale, None, None, w_image, w_text, 0.0, False, False, row_offset)
-    t = _logits(teacher_image, teacher_text, teacher_scale, False)
-    pairs = slice(row_offset, row_offset + len(s))
-    sides = ((s, t, w_image), (s[:, pairs].t(), t[:, pairs].t(), w_text))
-    terms = [w * F.cross_entropy(of_s, of_t.softmax(1)) for of_s, of_t, w in sides if w]
+    t = _logits(teacher_image, teacher_text, teacher_scale)
+    s_columns, t_columns = (_paired(of, 1, row_offset, len(s)).t() for of in (s, t))
+    sides = ((s, t, w_image), (s_columns, t_columns, w_text))
+    terms = [(w, F.cross_entropy(of_s, of_t.softmax(1))) for of_s, of_t, w in sides if w]
     return contrastive, _sum(terms, s)
 
 
@@ -109,7 +123,9 @@ def siglip_loss(
     negative_only: bool,
 ) -> Tensor:
     """The loss."""
-    s = _logits(image, text, -scale, normalize) - bias  # -S
+    if normalize:
+        image, text = unit(image), unit(text)
+    s = _logits(image, text, -scale) - bias  # -S
     if not negative_only:
         s.diagonal(row_offset).neg_()  # z S
     return -F.logsigmoid(s).sum() / len(s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,16 @@ from mmfuse.kernels._runtime.reasons import transforming
 from mmfuse.kernels.multiway.arguments import FFN, GATED, Ending, Linear, Norm, Runs, by_expert
 from mmfuse.kernels.multiway.routing import Reading, experts_of, taken
 
+Expert = Callable[[Tensor, int], Tensor]
 
-def routed(x: Tensor, experts: int, runs: Runs, expert: Callable[[Tensor, int], Tensor]) -> Tensor:
+
+def routed(x: Tensor, experts: int, runs: Runs, expert: Expert) -> Tensor:
     """Each row by its expert."""
     if runs.bounds is not None:
-        slices = runs.slices()
+        parts = list(zip(x.split([b - a for a, b in pairwise(runs.bounds)]), runs.experts, strict=True))
         # one without rows has the gradient 0
-        slices += [(e, slice(0, 0)) for e in range(experts) if e not in runs.experts]
-        return torch.cat([expert(x[rows], e) for e, rows in slices])
+        parts += [(x[:0], e) for e in range(experts) if e not in runs.experts]
+        return torch.cat([expert(rows, e) for rows, e in parts])
     # every expert for all rows: nobody has to know where a run ends
     own = experts_of(runs.experts, runs.offsets, len(x))
     y = torch.zeros((), dtype=x.dtype, device=x.device)
@@ -33,10 +36,14 @@ def routed(x: Tensor, experts: int, runs: Runs, expert: Callable[[Tensor, int], 
     return y
 
 
-def product(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], runs: Runs) -> Tensor:
+def _experts(parameters: Sequence[Tensor], dim: int) -> int:
+    return parameters[0].shape[0] if parameters[0].dim() > dim else len(parameters)
+
+
+def _product(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Expert:
     """W_e x + b_e: [T, K] to [T, N]."""
     w, b = by_expert(weights, 2), by_expert(biases, 1)
-    return routed(x, len(w), runs, lambda rows, e: F.linear(rows, w[e], b[e] if b else None))
+    return lambda rows, e: F.linear(rows, w[e], b[e] if b else None)
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -65,35 +72,45 @@ def ended(y: Tensor, ending: Ending) -> Tensor:
     return cast(y, dtype)
 
 
-def normed(x: Tensor, norm: Norm, runs: Runs, dtype: torch.dtype) -> Tensor:
-    """A product's operand: the rows, or their norm in the product's dtype."""
-    return cast(routed_norm(x, norm, runs), dtype) if norm.gammas else x
-
-
 def routed_linear(linear: Linear, norm: Norm, runs: Runs, ending: Ending) -> Tensor:
-    x = normed(linear.x, norm, runs, linear.weights[0].dtype)
-    z = product(x, linear.weights, linear.biases, runs)
+    operand, product = _operand(norm, linear.weights[0].dtype), _product(linear.weights, linear.biases)
+    z = routed(linear.x, _experts(linear.weights, 2), runs, lambda rows, e: product(operand(rows, e), e))
     return ended(activate(z, linear.activation), ending)
 
 
 def routed_norm(x: Tensor, norm: Norm, runs: Runs) -> Tensor:
     """Over the rows of [T, D]; the statistics of 16-bit rows in float32."""
-    gamma, beta, d, eps = by_expert(norm.gammas, 1), by_expert(norm.betas, 1), x.shape[1:], norm.eps
+    return routed(x, _experts(norm.gammas, 1), runs, _normed(norm))
+
+
+def _normed(norm: Norm) -> Expert:
+    gamma, beta, eps = by_expert(norm.gammas, 1), by_expert(norm.betas, 1), norm.eps
 
     def expert(rows: Tensor, e: int) -> Tensor:
-        if norm.centred:
-            return F.layer_norm(rows, d, cast(gamma[e], rows.dtype), cast(beta[e], rows.dtype) if beta else None, eps)
-        return F.rms_norm(rows, d, cast(gamma[e], rows.dtype), eps)
+        g, b = cast(gamma[e], rows.dtype), cast(beta[e], rows.dtype) if beta else None
+        return F.layer_norm(rows, g.shape, g, b, eps) if norm.centred else F.rms_norm(rows, g.shape, g, eps)
 
-    return routed(x, len(gamma), runs, expert)
+    return expert
+
+
+def _operand(norm: Norm, dtype: torch.dtype) -> Expert:
+    """A product's: the rows, or their norm in the product's dtype."""
+    normed = _normed(norm)
+    return lambda rows, e: cast(normed(rows, e), dtype) if norm.gammas else rows
 
 
 def routed_ffn(ffn: FFN, norm: Norm, runs: Runs, ending: Ending) -> Tensor:
-    x = normed(ffn.x, norm, runs, ffn.weights_in[0].dtype)
-    h = activate(product(x, ffn.weights_in, ffn.biases_in, runs), ffn.activation)
-    if ffn.inner_gammas:
-        h = routed_norm(h, Norm(ffn.inner_gammas, ffn.inner_betas, True, ffn.inner_eps), runs)
-    return ended(product(h, ffn.weights_out, ffn.biases_out, runs), ending)
+    operand, inner = (
+        _operand(norm, ffn.weights_in[0].dtype),
+        _normed(Norm(ffn.inner_gammas, ffn.inner_betas, True, ffn.inner_eps)),
+    )
+    first, second = _product(ffn.weights_in, ffn.biases_in), _product(ffn.weights_out, ffn.biases_out)
+
+    def expert(rows: Tensor, e: int) -> Tensor:
+        h = activate(first(operand(rows, e), e), ffn.activation)
+        return second(inner(h, e) if ffn.inner_gammas else h, e)
+
+    return ended(routed(ffn.x, _experts(ffn.weights_in, 2), runs, expert), ending)
 
 
 # what a segment sees of another
@@ -126,12 +143,13 @@ def packed_attention(
         of_pairs = bias[:, place[:, :, None], place[:, None, :]].transpose(0, 1)  # [B, H, S, S]
         mask = of_pairs if mask is None else of_pairs.masked_fill(~mask, float("-inf"))
     # [B, H, S, d]; a place behind the last row has no gradient
-    q_of, k_of, v_of = (
-        taken(t, row.flatten(), reading.place).unflatten(0, row.shape).transpose(1, 2) for t in (q, k, v)
-    )
+    at, back = row.flatten(), reading.place
+    of_samples = (q, k, v) if reading.in_order else (taken(t, at, back) for t in (q, k, v))
+    q_of, k_of, v_of = (t.reshape(*row.shape, *q.shape[1:]).transpose(1, 2) for t in of_samples)
     # the fused ones have no forward mode
     with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
         y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout)
-    y = y.transpose(1, 2).flatten(0, 1)
-    y = taken(y, reading.place, row.flatten()) if reading.full else y.index_select(0, reading.place)
-    return y.flatten(1)
+    y = y.transpose(1, 2).flatten(0, 1).flatten(1)
+    if reading.in_order:
+        return y
+    return taken(y, back, at) if reading.full else y.index_select(0, back)

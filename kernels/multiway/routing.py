@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +43,12 @@ class Reading:
     lengths: Tensor  # int64 [B, K]: its rows
     kept: Tensor  # int64 [B, K]: those of them that are attended to, which come first
     full: bool  # every place is a row that is attended to, as the host knows
+    in_order: bool  # the stream's rows are in reading order, as the host knows
 
     @staticmethod
-    def of(first: Tensor, lengths: Tensor, kept: Tensor, rows: int, longest: int, full: bool) -> Reading:
-        first, lengths, kept = first.contiguous(), lengths.contiguous(), kept.minimum(lengths).contiguous()
+    def of(first: Tensor, lengths: Tensor, rows: int, longest: int, full: bool, in_order: bool = False) -> Reading:
+        """Of samples whose rows are all attended to."""
+        first, lengths = first.contiguous(), lengths.contiguous()
         at, ends = torch.arange(longest, device=first.device), lengths.cumsum(1)
         segment = (at[None, :, None] >= ends[:, None, :]).sum(2)  # K behind the last row
         real = segment < ends.shape[1]
@@ -57,11 +59,16 @@ class Reading:
         place = at.new_zeros(rows + 1).scatter_(
             0, row.where(real, rows).flatten(), torch.arange(row.numel(), device=at.device)
         )[:-1]
-        attended = real & (within < kept.gather(1, segment))
-        return Reading(row.where(real, 0), place, segment, within, attended, first, lengths, kept, full)
+        return Reading(row.where(real, 0), place, segment, within, real, first, lengths, lengths, full, in_order)
+
+    def up_to(self, kept: Tensor) -> Reading:
+        """The same, of whose segments only the first `kept` [B, K] rows are attended to."""
+        kept = kept.minimum(self.lengths).contiguous()
+        attended = self.attended & (self.within < kept.gather(1, self.segment))
+        return dataclasses.replace(self, attended=attended, kept=kept, full=False)
 
 
-_none = partial(torch.zeros, dtype=torch.int64)
+_none = functools.partial(torch.zeros, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -115,9 +122,6 @@ class Routing:
             device: where the stream is.
         """
         count = max(p.sequences for p in parts) if samples is None else samples
-        shape = (count, len(parts))
-        first, lengths, kept = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(3))
-        bounds, sample = [0], []
         for k, part in enumerate(parts):
             if not 0 <= part.expert < experts:
                 raise ValueError(f"parts[{k}] has expert {part.expert}, expected 0 <= expert < {experts}")
@@ -128,21 +132,16 @@ class Routing:
             for name, t in (("samples", part.samples), ("kept", part.kept)):
                 if t is not None:
                     check(f"parts[{k}].{name}", t, (part.sequences,), ", one for each sequence", torch.int64)
-            at = torch.arange(part.sequences, device=device) if part.samples is None else part.samples
-            sample.append(at.repeat_interleave(part.length))
-            first[at, k] = bounds[-1] + part.length * torch.arange(part.sequences, device=device)
-            lengths[at, k] = part.length
-            kept[at, k] = part.length if part.kept is None else part.kept
-            bounds.append(bounds[-1] + part.sequences * part.length)
-        longest = sum(p.length for p in parts)
-        full = all(p.kept is None for p in parts) and bool(bounds[-1] == count * longest)
-        runs, places = tuple(p.expert for p in parts), tuple(p.place for p in parts)
-        return Routing(
-            experts, runs, torch.tensor(bounds, device=device), tuple(bounds),
-            first=first, lengths=lengths, kept=kept, places=places, sample=torch.cat(sample), longest=longest,
-            span=max(p.place + p.length for p in parts),
-            reading=Reading.of(first, lengths, kept, bounds[-1], longest, full),
-        )  # fmt: skip
+        numbers = outside_a_trace() and all(p.samples is None for p in parts)
+        make = _of_numbers if numbers else _of_parts
+        routing = make(tuple(p._replace(kept=None) for p in parts), experts, count, torch.device(device))
+        if all(p.kept is None for p in parts):
+            return routing
+        kept = routing.kept.clone()
+        for k, part in enumerate(parts):
+            if part.kept is not None:
+                kept[slice(part.sequences) if part.samples is None else part.samples, k] = part.kept
+        return dataclasses.replace(routing, kept=kept, reading=routing.reading and routing.reading.up_to(kept))
 
     @staticmethod
     def from_split(
@@ -192,11 +191,12 @@ class Routing:
         if kept is not None:
             check("kept", kept, (samples,), ", one for each sample", torch.int64)
         attended = lengths if kept is None else torch.stack([splits, kept])
+        reading = Reading.of(first.t(), lengths.t(), len(order), length, True)
         return Routing(
             2, (0, 1), offsets, bounds, order, inverse.flatten(),
             first=first.t(), lengths=lengths.t(), kept=attended.t(), places=(0, 0), sample=order // max(1, length),
             longest=length, span=length,
-            reading=Reading.of(first.t(), lengths.t(), attended.t(), len(order), length, kept is None),
+            reading=reading if kept is None else reading.up_to(attended.t()),
         )  # fmt: skip
 
     @staticmethod
@@ -266,6 +266,35 @@ class Routing:
         return self.bounds
 
 
+def _of_parts(parts: tuple[Part, ...], experts: int, samples: int, device: torch.device) -> Routing:
+    """Of parts without padding."""
+    first, lengths = (torch.zeros((samples, len(parts)), dtype=torch.int64, device=device) for _ in range(2))
+    bounds, sample = [0], []
+    for k, part in enumerate(parts):
+        at = torch.arange(part.sequences, device=device) if part.samples is None else part.samples
+        sample.append(at.repeat_interleave(part.length))
+        first[at, k] = bounds[-1] + part.length * torch.arange(part.sequences, device=device)
+        lengths[at, k] = part.length
+        bounds.append(bounds[-1] + part.sequences * part.length)
+    longest = sum(p.length for p in parts)
+    full = bool(bounds[-1] == samples * longest)
+    in_order = full and len(parts) == 1 and parts[0].samples is None
+    runs, places = tuple(p.expert for p in parts), tuple(p.place for p in parts)
+    return Routing(
+        experts, runs, torch.tensor(bounds, device=device), tuple(bounds),
+        first=first, lengths=lengths, kept=lengths, places=places, sample=torch.cat(sample), longest=longest,
+        span=max(p.place + p.length for p in parts),
+        reading=Reading.of(first, lengths, bounds[-1], longest, full, in_order),
+    )  # fmt: skip
+
+
+@functools.lru_cache(64)
+def _of_numbers(*given: Any) -> Routing:
+    """`_of_parts` of what the host knows, made once: it costs more than a small layer."""
+    with torch.inference_mode(False):  # it outlives the mode, and may be saved for a gradient then
+        return _of_parts(*given)
+
+
 def _permuted(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
     if order is None or inverse is None:
         return x
@@ -276,26 +305,23 @@ def _permuted(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor
 
 def taken(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """x's rows in `order`, where each row of x has its place in `inverse`; other places have no gradient."""
-    return x.index_select(0, order) if transforming() else _Permute.apply(x, order, inverse)
+    if transforming() or not (x.requires_grad and torch.is_grad_enabled()):
+        return x.index_select(0, order)
+    return _Permute.apply(x, order, inverse)
 
 
 class _Permute(torch.autograd.Function):
     """Rows in another order; the gradient's are in the first one again, without a sum over indices."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
         return x.index_select(0, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         order, inverse = ctx.saved_tensors
-        return _Permute.apply(g, inverse, order), None, None
+        return taken(g, inverse, order), None, None
 
 
 def experts_of(runs: Sequence[int], offsets: Tensor, rows: int) -> Tensor:

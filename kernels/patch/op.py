@@ -188,11 +188,6 @@ def patch_embed(
     return PATCH_EMBED(stem, backend=backend)
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
-    """The kernels read a vector without its stride."""
-    return t.contiguous() if isinstance(t, Tensor) else t
-
-
 def stem_of(
     pixels: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int | tuple[int, ...] | None = None,
     layout: str = "nchw", mean: Any = None, std: Any = None, stem_norm: Norm | None = None,
@@ -211,13 +206,16 @@ def stem_of(
         check("mask", mask, (b, "N"), ": one for each patch", torch.bool, ("pixels", pixels))
     if ids_keep is not None:
         check("ids_keep", ids_keep, (b, "M"), "", torch.int64, ("pixels", pixels))
-    mean, std = (channel_values(n, v, channels, layout, pixels) for n, v in (("mean", mean), ("std", std)))
+    mean = channel_values("mean", mean, channels, layout, pixels)
+    std = channel_values("std", std, channels, layout, pixels)
     stem_weight, stem_bias, stem_eps = norm("stem_norm", stem_norm, weight)
     pre_weight, pre_bias, pre_eps = norm("pre_norm", pre_norm, weight)
     compute = autocast_dtype(weight) or weight.dtype
     stride = (stride,) * (weight.dim() - 2) if isinstance(stride, int) else stride
     vectors = (bias, stem_weight, stem_bias, mask_token, type_embed, pre_weight, pre_bias, mean, std)
-    bias_, stem_weight, stem_bias, token_, type_, pre_weight, pre_bias, mean, std = map(_dense, vectors)
+    # the kernels read a vector without its stride
+    dense = [t.contiguous() if isinstance(t, Tensor) else t for t in vectors]
+    bias_, stem_weight, stem_bias, token_, type_, pre_weight, pre_bias, mean, std = dense
     stem = Stem(
         pixels, weight, bias_, stem_weight, stem_bias, prefix, position, prefix_position, token_, type_,
         pre_weight, pre_bias, mask, ids_keep, mean, std, stride, layout, padding, stem_eps, pre_eps, compute,
@@ -235,7 +233,8 @@ def stem_of(
         ("mask_token", mask_token, (d,), "[D]"),
         ("type_embed", type_embed, (d,), "[D]"),
     ):
-        vector(name, t, shape, pixels, meaning)
+        if t is not None:
+            vector(name, t, shape, pixels, meaning)
     if mask is not None and mask.shape[1] != n:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected [{b}, {n}]: one for each patch")
     return stem

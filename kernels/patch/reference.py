@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import cast
+from mmfuse.kernels._runtime.reasons import transforming
 from mmfuse.kernels.patch.geometry import kernel_of, pad, unfold, view
 from mmfuse.kernels.patch.stem import Stem
 
@@ -50,7 +51,9 @@ def patch_embed(stem: Stem) -> Tensor:
     if front is not None and front.dtype == y.dtype and len(table) == 2:
         # the prefix first: a convolution's tokens are transposed, and are put in a row here
         y = torch.cat([front.expand(y.shape[0], -1, -1), y], dim=1)
-        y = y + torch.cat([t.expand(*table[1].shape[:-2], -1, -1) for t in table], dim=-2)
+        added = torch.cat([t.expand(*table[1].shape[:-2], -1, -1) for t in table], dim=-2)
+        # in place without a graph; vmap may have y without the dimension that the table has
+        y = y + added if y.requires_grad or transforming() else y.add_(added)
     else:
         y = y if position is None else y + cast(position, y.dtype)
         if front is not None:
@@ -67,9 +70,9 @@ def _normalised(x: Tensor, s: Stem) -> Tensor:
         of_channels = (-1, *(1,) * (x.dim() - 2))
         x, bytes_ = x.to(torch.promote_types(x.dtype, s.acc)), x.dtype == torch.uint8
         mean, std = (None if v is None else v.to(x.dtype).view(of_channels) for v in (s.mean, s.std))
-        if bytes_:  # what they were converted to is nobody else's
-            x = x.div_(255) if mean is None else x.div_(255).sub_(mean)
-            x = x if std is None else x.div_(std)
+        if bytes_:  # what they were converted to is nobody else's, and gone over as seldom as can be
+            x = x if mean is None else x.sub_(255 * mean)
+            x = x.div_(255 if std is None else 255 * std)
         else:
             x = x if mean is None else x - mean
             x = x if std is None else x / std

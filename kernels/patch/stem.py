@@ -22,7 +22,7 @@ from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.patch.geometry import Geometry, kernel_of, source, view
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stem:
     """What `patch_embed` takes, checked, and where its patches lie."""
 
@@ -53,9 +53,7 @@ class Stem:
     still: bool = field(init=False)  # a still image meets a temporal kernel
 
     def __post_init__(self) -> None:
-        geometry, still = source(self.pixels, self.weight, self.stride, self.layout, self.padding)
-        object.__setattr__(self, "geometry", geometry)
-        object.__setattr__(self, "still", still)
+        self.geometry, self.still = source(self.pixels, self.weight, self.stride, self.layout, self.padding)
 
     @property
     def products(self) -> int:

@@ -10,7 +10,6 @@ no split between the two position tables, no multiplication by a padding mask.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -156,7 +155,7 @@ def embed_pair(
         raise ValueError(f"position has shape {tuple(position.shape)}, {least}")
     seen = position[position_offset : position_offset + rows]
     # without a mask its token has a gradient all the same, of zeros
-    stem = replace(stem, position=seen[prefix:], mask_token=mask_token)
+    stem.position, stem.mask_token = seen, mask_token
     if cls_token is not None:
-        stem = replace(stem, prefix=cls_token[None], prefix_position=seen[:1])
+        stem.prefix, (stem.prefix_position, stem.position) = cls_token[None], seen.split([1, rows - 1])
     return EMBED_PAIR(stem, words, backend=backend)

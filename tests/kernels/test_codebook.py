@@ -291,6 +291,9 @@ def test_errors() -> None:
     for wrong in (-2, 6) if DEVICE == "cpu" else ():
         with pytest.raises(ValueError, match=rf"codes has {wrong}, expected -1 <= code < 6, the rows of codebook"):
             assign_code(z, codebook, torch.tensor([0, -1, wrong, 5, 0, 0, 0]))
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="codes has -1, expected 0 <= code < 6, the rows of codebook"):
+            assign_code(z, codebook, torch.tensor([0, -1, 2, 5, 0, 0, 0]), masked=False)
     with pytest.raises(ValueError, match=r"mask has shape \(6,\)"):
         nearest_code(z, codebook, mask=torch.ones(6, dtype=torch.bool, device=DEVICE))
     with pytest.raises(ValueError, match=r"bias has shape \(7,\), expected \[6\]"):

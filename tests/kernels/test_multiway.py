@@ -48,6 +48,16 @@ def test_split_is_two_modules_side_by_side(split: int) -> None:
     assert all(torch.equal(linear.weight.grad[e], torch.zeros_like(linear.weight[e])) for e in unused)
 
 
+def test_a_routing_of_sizes_is_made_once() -> None:
+    kept, q = torch.tensor([1, 2], device=DEVICE), normal(14, 2, 4).requires_grad_()
+    with torch.inference_mode():
+        one = Routing.from_split(2, 7, 4, device=DEVICE)
+    padded, again = Routing.from_split(2, 7, 4, kept, DEVICE), Routing.from_split(2, 7, 4, device=DEVICE)
+    assert again is one and padded.offsets is one.offsets
+    assert padded.kept.tolist() == [[4, 1], [4, 2]] and one.kept.tolist() == [[4, 3], [4, 3]]
+    packed_attention(q, q, q, one).sum().backward()  # what was made in inference mode is saved
+
+
 def test_a_stream_without_rows() -> None:
     linear, routing = MultiwayLinear(2, 8, 5).to(DEVICE), Routing.from_split(0, 6, 3, device=DEVICE)
     y = linear(torch.empty(0, 8, device=DEVICE), routing)

@@ -74,12 +74,15 @@ def layout(
         image = _image(begin, row) if padded_in is None else row // padded_in
     first = torch.cat([start, begin[-1:]])
     within = (torch.where(row < 0, patches, row) if padded_out else row) - first[image]
-    inside = within < count[image]
-    within = torch.where(inside, within, 0)
+    size = count[image]
+    inside = within < size
+    r = torch.where(inside, within, 0)
 
     _, h, w = thw[image].unbind(1)
-    area = (h * w).clamp(min=1)
-    frame, r = within // area, within % area
+    frames = []
+    if grids.shape[1] == 3:
+        area = (h * w).clamp(min=1)
+        frames, r = [r // area], r % area
     if merge == 1:
         columns = w.clamp(min=1)
         y, x = r // columns, r % columns
@@ -87,10 +90,10 @@ def layout(
         blocks = (w // merge).clamp(min=1)
         y = r // (merge * merge * blocks) * merge + r // merge % merge
         x = r // (merge * merge) % blocks * merge + r % merge
-    ids = torch.stack([frame, y, x], 1)[:, 3 - grids.shape[1] :]
+    ids = torch.stack([*frames, y, x], 1)
     height, width = (torch.maximum(h, w),) * 2 if keep_aspect else (h, w)
     # an empty image has no first position
-    height = torch.where(count[image] > 0 if pad_first else inside, height, 0)
+    height = torch.where(size > 0 if pad_first else inside, height, 0)
     place = torch.stack([y, x, height, width], 1).to(torch.int32)
     return Layout(cu_seqlens.to(torch.int32), ids, place, source, start)
 
