@@ -198,10 +198,7 @@ import torch
 from torch import nn
 from safetensors.torch import load_file
 import onnxruntime
-from mmfuse._compat import allow_torchvision
 from mmfuse.export import load
-
-allow_torchvision()
 
 def refused(self, *args, **kwargs):
     raise RuntimeError("a model is being made")
