@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 _LAZY = {
     "TensorRTModule": "mmfuse.export.tensorrt",
     "build_tensorrt": "mmfuse.export.tensorrt",
+    "check_generation": "mmfuse.export.generation.check",
     "check_onnx": "mmfuse.export.check",
     "compile_plugins": "mmfuse.export.plugins",
     "export_aoti": "mmfuse.export.aoti",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mmfuse.export.aoti import export_aoti
     from mmfuse.export.check import check_onnx
     from mmfuse.export.generation import export_for_generation, load
+    from mmfuse.export.generation.check import check_generation
     from mmfuse.export.onnx import export_onnx
     from mmfuse.export.ort import fuse_for_ort
     from mmfuse.export.plugins import compile_plugins
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TensorRTModule",
     "build_tensorrt",
+    "check_generation",
     "check_onnx",
     "compile_plugins",
     "export_aoti",

@@ -65,7 +65,7 @@ def check_onnx(
         raise ValueError(f"path is {str(path)!r}, which has no record of an export by mmfuse")
     part = SERVED.get(facts.get("model", ""))
     if model is None:
-        model = _rebuild(facts, weights)
+        model = rebuild(facts, weights)
     model = copy.deepcopy(model).cpu().eval()
     called = model if part is None else part.module(model)
     if fingerprint(called) != facts["weights_sha256"]:
@@ -79,14 +79,14 @@ def check_onnx(
         inputs = [part.inputs(model, sizes) for sizes in part.sizes]
     outputs: list[dict[str, Any]] = []
     checks = [
-        _attempt("onnx.checker", _checker, path),
-        _attempt("rules", _rules, file, facts),
-        _attempt("weights", _weights, file, path, called),
-        _attempt("onnxruntime", _onnxruntime, path, called, inputs, outputs),
+        attempt("onnx.checker", checker, path),
+        attempt("rules", _rules, file, facts),
+        attempt("weights", _weights, file, path, called),
+        attempt("onnxruntime", _onnxruntime, path, called, inputs, outputs),
     ]
     given = [Given(called, one, {}) for one in inputs]
     feeds = [dict(zip(one.names, one.tensors, strict=True)) for one in given]
-    checks += [_attempt(name, RUNTIMES[name], path, feeds) for name in also]
+    checks += [attempt(name, RUNTIMES[name], path, feeds) for name in also]
     half = _half(path, called, inputs)
     if facts["dtype"] == "float16":
         fits = half["first"] is None
@@ -117,16 +117,17 @@ def _read(path: Path) -> tuple[onnx.ModelProto, int]:
         raise ValueError(f"path is {str(path)!r}, which is not a readable ONNX file: {error}") from error
 
 
-def _rebuild(facts: Mapping[str, str], weights: str | Path | None) -> nn.Module:
+def rebuild(facts: Mapping[str, str], weights: str | Path | None) -> nn.Module:
+    """The reference model that a file was made of."""
     weights = weights or facts.get("weights")
     if not {"model", "config"} <= facts.keys() or (weights is None and "seed" not in facts):
-        raise ValueError("the file does not record how its model was made: pass the model to check_onnx(path, model)")
+        raise ValueError("the file does not record how its model was made: pass the model, or --model FILE.PY:FACTORY")
     config, seed = json.loads(facts["config"]), int(facts.get("seed", 0))
     model = build(served(facts["model"]).name, config, seed=seed, weights=weights)
     return model.to(DTYPES[facts["dtype"]])
 
 
-def _attempt(name: str, check: Callable[..., str], *args: Any) -> dict[str, Any]:
+def attempt(name: str, check: Callable[..., str], *args: Any) -> dict[str, Any]:
     """Run a check that returns a remark or raises."""
     try:
         return {"name": name, "ok": True, "detail": check(*args)}
@@ -134,7 +135,8 @@ def _attempt(name: str, check: Callable[..., str], *args: Any) -> dict[str, Any]
         return {"name": name, "ok": False, "detail": str(error)}
 
 
-def _checker(path: Path) -> str:
+def checker(path: Path) -> str:
+    """onnx's own, which raises."""
     import onnx
 
     onnx.checker.check_model(str(path), full_check=True)

@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from mmfuse._compat import allow_torchvision
 from mmfuse.export.aoti import export_aoti
 from mmfuse.export.build_cli import add_engine_arguments, engine, said, sizes_of
 from mmfuse.export.onnx import MODES, OPSETS, export_onnx
-from mmfuse.export.served import DTYPES, SERVED, build, export_served
+from mmfuse.export.served import DTYPES, SERVED, build, export_served, served, writes
 
 # action: (module with add_arguments(parser) and run(args) -> exit code, one line of help); the module is imported when
 # the action is chosen
@@ -109,7 +110,8 @@ def _export(what: str, args: argparse.Namespace) -> int:
             export_served(what, args.onnx, config, **source, dtype=args.dtype, **options)
         if args.engine is not None:
             remark = said(engine(args.onnx, args.engine, args.runtime, sizes_of(args.size), {}, {}))
-    print(f"wrote {args.onnx} in {time.perf_counter() - start:.0f} s; next: mmfuse export check {args.onnx}")
+    took, again = time.perf_counter() - start, f" --model {what}" if ":" in what else ""
+    print(f"wrote {args.onnx} in {took:.0f} s; next: mmfuse export check {args.onnx}{again}")
     if remark is not None:
         print(remark)
     return 0
@@ -127,16 +129,22 @@ def _export_generation(what: str, args: argparse.Namespace) -> int:
     ):
         if value != expected:
             raise ValueError(f"{name} is {value!r}, expected {expected!r} with --generation")
+    facts: dict[str, Any] = {}
     with Console(stderr=True).status(f"exporting {what} to {args.generation}"):
         if ":" in what:
             model, inputs, _ = made(what)
         else:
-            model = build(what, _config(args), seed=args.seed, weights=args.weights)
+            config = _config(args)
+            config = writes(what).tiny if config == "tiny" else served(what).configuration(config)
+            model = build(what, config, seed=args.seed, weights=args.weights)
             size: Any = model.image_resolution
             inputs = {"image": torch.zeros(1, 3, size, size)}
-        export_for_generation(model.to(DTYPES[args.dtype]), inputs, args.generation)
-    took = time.perf_counter() - start
-    print(f"wrote {args.generation} in {took:.0f} s; next: mmfuse.export.load({str(args.generation)!r}).generate(...)")
+            source = {"weights": args.weights} if args.weights else {"seed": args.seed}
+            facts = {"model": what, "config": json.dumps(config), **source}
+        export_for_generation(model.to(DTYPES[args.dtype]), inputs, args.generation, facts=facts)
+    took, again = time.perf_counter() - start, f" --model {what}" if ":" in what else ""
+    print(f"wrote {args.generation} in {took:.0f} s; next: mmfuse export check {args.generation}{again}, and then")
+    print(f"mmfuse.export.load({str(args.generation)!r}).generate(...)")
     return 0
 
 
@@ -152,6 +160,7 @@ def made(what: str) -> tuple[nn.Module, Any, Mapping[str, Mapping[int, str]]]:
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None or spec.loader is None or not Path(file).is_file():
         raise ValueError(f"model is {what!r}, expected file.py:factory with a file that exists")
+    allow_torchvision()  # which transformers, open_clip and timm import
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     factory = getattr(module, name, None)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mmfuse.export.plugins import PLUGINS, WITHOUT
 from mmfuse.kernels._runtime import operators
 
 
@@ -18,15 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     found: list[dict[str, Any]] = [
-        {"operator": name, "node": f"mmfuse::{op.export.onnx_name}", "inputs": list(op.signature.flat)}
+        {
+            "operator": name,
+            "node": f"mmfuse::{op.export.onnx_name}",
+            "inputs": list(op.signature.flat),
+            "plugin": "yes" if name in PLUGINS else f"no: {WITHOUT[name]}",
+        }
         for name, op in sorted({op.name: op for op in operators().values()}.items())
         if op.export is not None
     ]
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
-    table = Table("operator", "node", "arguments", box=None)
+    table = Table("operator", "node", "arguments", "TensorRT plugin", box=None)
     for row in found:
-        table.add_row(row["operator"], row["node"], ", ".join(row["inputs"]))
+        table.add_row(row["operator"], row["node"], ", ".join(row["inputs"]), row["plugin"])
     Console(highlight=False).print(table)
     return 0

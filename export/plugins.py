@@ -186,6 +186,27 @@ def _routed_linear(node: Node) -> Launch:
 
 PLUGINS: dict[str, Callable[[Node], Launch]] = {"routed_layer_norm": _routed_norm, "routed_linear": _routed_linear}
 
+# the other operators that leave as nodes, and why they have none
+_ONE, _PRODUCTS = "one launch, of which no plugin is written yet", "products of the library between our launches"
+WITHOUT: dict[str, str] = {
+    "embed_pair": "a launch for the image and another for the text",
+    "embed_text": _ONE,
+    "few_query_attention": _ONE,
+    "interpolate_position": _ONE,
+    "max_query_similarity": _ONE,
+    "mini_pointnet": _PRODUCTS,
+    "nearest_code": "four launches: norms, operands, the search, and ties",
+    "nearest_neighbors": "a launch that needs workspace for its distances",
+    "packed_attention": _ONE,
+    "patch_embed": "two launches: folded weights, and tokens",
+    "patch_embed_packed": "two launches: folded weights, and tokens",
+    "project_kv": "products of the library alone",
+    "routed_ffn": "two launches: a product for each layer",
+    "select_head": _PRODUCTS,
+    "similarity_topk": "a launch for parts of the gallery, and what merges them",
+    "token_attention": "a product of the library, then a launch",
+}
+
 
 # --- a file's plugins -----------------------------------------------------------------------------------------------
 
@@ -231,7 +252,7 @@ def _compile_all(onnx: Path, folder: Path) -> dict[str, Any]:
         for node in nodes_of(onnx):
             try:
                 if node.operator not in PLUGINS:
-                    raise UnsupportedError(f"{node.operator} is more than one launch")
+                    raise UnsupportedError(f"{node.operator}: {WITHOUT[node.operator]}")
                 plugins.append(_compiled(node, PLUGINS[node.operator](node), folder))
             except UnsupportedError as error:
                 without[node.name] = str(error)

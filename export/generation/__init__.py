@@ -22,12 +22,16 @@ from mmfuse.export.generation.graphs import BATCH
 from mmfuse.export.generation.sessions import Sessions
 from mmfuse.export.generation.systems import SYSTEMS, StandIn, System
 from mmfuse.export.nodes import evaluated
+from mmfuse.export.onnx import fingerprint
 from mmfuse.export.require import require
+from mmfuse.kernels._runtime.dtypes import dtype_name
 
 DTYPES = torch.float32, torch.float16
 
 
-def export_for_generation(model: nn.Module, inputs: Mapping[str, Tensor], directory: str | Path) -> Path:
+def export_for_generation(
+    model: nn.Module, inputs: Mapping[str, Any], directory: str | Path, *, facts: Mapping[str, Any] | None = None
+) -> Path:
     """Write a model as ONNX files that `load(directory).generate` generates from. The model is left as it was.
 
     Takes BLIP (captions, VQA), BLIP-2, InstructBLIP and MiniGPT-4 of `mmfuse.models`, and transformers'
@@ -41,6 +45,7 @@ def export_for_generation(model: nn.Module, inputs: Mapping[str, Tensor], direct
     Args:
         inputs: the pixels as the model's `generate` takes them, {"image": [B, 3, R, R]} or {"pixel_values": ...}; other
             entries are not needed. Pixels of type uint8 are exported as such, where the model takes them.
+        facts: to be recorded in the manifest.
 
     Raises:
         TypeError: another class of models, or a dtype that onnxruntime does not compute in.
@@ -69,6 +74,7 @@ def export_for_generation(model: nn.Module, inputs: Mapping[str, Tensor], direct
             "system": system.cls,
             "parts": {name: names[id(part)] for name, part in parts.items()},
             "settings": json.loads(json.dumps(system.settings(model))),
+            "facts": {"weights_sha256": fingerprint(model), "dtype": dtype_name(dtype), **(facts or {})},
         }
         folder.write_manifest(new, entries)
     return Path(directory)

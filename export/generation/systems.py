@@ -55,6 +55,9 @@ class System:
 
     def load(self) -> type:
         module, _, name = self.cls.partition(":")
+        if module == "transformers":
+            allow_torchvision()
+            require("transformers")
         return getattr(import_module(module), name)
 
     def images(self, image: Tensor) -> Tensor:

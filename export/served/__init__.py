@@ -96,6 +96,15 @@ def served(name: str) -> Served:
     return SERVED[name]
 
 
+def writes(name: str) -> Writes:
+    """How the system of part `name` writes words."""
+    system = served(name).name.partition("/")[0]
+    for part in SERVED.values():
+        if part.name.partition("/")[0] == system and part.writes is not None:
+            return part.writes
+    raise ValueError(f"model is {name!r}, which writes no words")
+
+
 def export_served(
     name: str,
     path: str | Path,

@@ -149,6 +149,9 @@ CASES: dict[str, Case] = {
             vision_config=HF_VISION_1)),
         lambda n: {"pixel_values": pixels(n), "input_ids": texts(n, left=False, length=4)[0],
                    "attention_mask": torch.ones(n, 4, dtype=torch.long)}, FEW),
+    "hf-blip2-opt": (
+        lambda: of_transformers("Blip2ForConditionalGeneration", hf_blip2(transformers.OPTConfig(**OPT))),
+        hf_prompt, FEW),
     "hf-blip2-t5": (
         lambda: of_transformers("Blip2ForConditionalGeneration", hf_blip2(transformers.T5Config(**T5))),
         hf_prompt, FEW),
@@ -198,10 +201,7 @@ import torch
 from torch import nn
 from safetensors.torch import load_file
 import onnxruntime
-from mmfuse._compat import allow_torchvision
 from mmfuse.export import load
-
-allow_torchvision()
 
 def refused(self, *args, **kwargs):
     raise RuntimeError("a model is being made")
@@ -240,7 +240,8 @@ def test_a_fresh_process_says_what_the_model_says(name: str, exported: Callable[
     found, words = json.loads(out.read_text()), model(name).generate(**given, **how)
     assert found["words"] == words.tolist()
     assert len({tuple(row) for row in found["words"]}) > 10, "the prompts have no words of their own"
-    steps = words.shape[1] - {"blip": 3, "blip-vqa": 1, "hf-blip": 3, "hf-instructblip": 9}.get(name, int("t5" in name))
+    prompt = {"blip": 3, "blip-vqa": 1, "hf-blip": 3, "hf-instructblip": 9, "hf-blip2-opt": 9}
+    steps = words.shape[1] - prompt.get(name, int("t5" in name))
     # of a decoder-only model, the run of the prompt gives the first word
     one = name.endswith(("opt", "vicuna", "minigpt4", "hf-instructblip"))
     once = {"blip": ["vision"], "hf-blip": ["vision"], "blip-vqa": ["vision", "question"]}

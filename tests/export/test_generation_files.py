@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import mmfuse
 from mmfuse import models
 from mmfuse._compat import allow_torchvision
 from mmfuse.cli import main
-from mmfuse.export import export_for_generation, generation, load
+from mmfuse.export import check_generation, export_for_generation, generation, load
 from mmfuse.export.generation import graphs
 
 onnx = pytest.importorskip("onnx")
@@ -68,7 +69,10 @@ def written(tmp_path_factory: pytest.TempPathFactory, image: torch.Tensor) -> Pa
     modes = [module.training for module in model.modules()]
     with pytest.MonkeyPatch.context() as patch:  # as weights above 2 GB are written
         patch.setattr("mmfuse.export.onnx.SINGLE_FILE_BYTES", 0)
-        directory = export_for_generation(model, {"image": image}, tmp_path_factory.mktemp("blip") / "blip")
+        facts = {"model": "blip", "config": json.dumps(CONFIG), "seed": 0}
+        directory = export_for_generation(
+            model, {"image": image}, tmp_path_factory.mktemp("blip") / "blip", facts=facts
+        )
     assert [module.training for module in model.modules()] == modes and True in modes and False in modes
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
@@ -125,6 +129,11 @@ def test_command(tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
     command = ["export", "blip", "--config", json.dumps(CONFIG), "--generation", str(tmp_path / "out")]
     assert main(command) == 0 and f"load('{tmp_path / 'out'}')" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["prompt_ids"] == [1, 7, 9, 2]
+    assert main(["export", "blip", "--preset", "tiny", "--generation", str(tmp_path / "tiny")]) == 0
+    facts = json.loads((tmp_path / "tiny" / "manifest.json").read_text())["facts"]
+    assert facts["model"] == "blip" and json.loads(facts["config"])["variant"] == "caption"
+    assert main(["export", "clip", "--preset", "tiny", "--generation", str(tmp_path / "none")]) == 2
+    assert "model is 'clip', which writes no words" in capsys.readouterr().err
     assert main([*command, "--target", "trt"]) == 2
     assert "target is 'trt', expected 'portable' with --generation" in capsys.readouterr().err
     (tmp_path / "made.py").write_text(
@@ -133,6 +142,62 @@ def test_command(tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
         "{'image': torch.zeros(1, 3, 16, 16)}\n"
     )
     assert main(["export", f"{tmp_path / 'made.py'}:factory", "--generation", str(tmp_path / "other")]) == 0
+
+
+def test_check_holds(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the directory's own record."""
+    assert main(["export", "check", str(written), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = ["files", "decode.onnx", "prefill.onnx", "vision.onnx", "words"]
+    assert [check["name"] for check in report["checks"]] == names and report["ok"] and report["model"] == "blip"
+    assert report["checks"][-1]["detail"].startswith("4 answers of ")
+    assert sum(report["ours"].values()) and report["operators"]["MatMul"]
+
+
+def test_check_of_the_users_model(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    factory = tmp_path / "made.py"
+    factory.write_text(
+        "import json, torch\nfrom mmfuse import models\n"
+        f"def factory(seed=0):\n    torch.manual_seed(seed)\n"
+        f"    made = models.create('blip', json.loads({json.dumps(CONFIG)!r}))\n"
+        "    return made, {'image': torch.zeros(2, 3, 16, 16), 'sample': True}\n"
+        "def other():\n    return factory(1)\n"
+    )
+    command = ["export", "check", str(written), "--markdown", str(tmp_path / "report.md"), "--model"]
+    assert main([*command, f"{factory}:factory"]) == 0
+    assert "random, seed 0" in capsys.readouterr().out and "| words | yes | 2 " in (tmp_path / "report.md").read_text()
+    assert main([*command, f"{factory}:other"]) == 2 and "other weights" in capsys.readouterr().err
+    assert main(["export", "check", str(written), "--also", "openvino"]) == 2
+    assert "expected none: a directory" in capsys.readouterr().err
+
+
+def test_check_notices_other_words(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = captioner().eval().generate
+
+    def said(change: Callable[[torch.Tensor], torch.Tensor]) -> str:
+        fake = SimpleNamespace(generate=lambda **given: change(own(**given).clone()))
+        monkeypatch.setattr("mmfuse.export.generation.check.load", lambda _: fake)
+        report = check_generation(written)
+        assert not report["ok"]
+        return report["checks"][-1]["detail"]
+
+    assert said(lambda words: torch.cat([words[:1] + 1, words[1:]])) == "1 of 4 answers differ from PyTorch's"
+    assert "PyTorch's are" in said(lambda words: words[:, :-1])
+
+
+def test_check_refuses(copy: Path) -> None:
+    path = copy / "manifest.json"
+    entries = json.loads(path.read_text())
+    del entries["facts"]["model"]
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="does not record how its model was made"):
+        check_generation(copy)
+    with pytest.raises(ValueError, match="does not record what goes in"):
+        check_generation(copy, captioner())
+    del entries["facts"]
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="no facts of an export"):
+        check_generation(copy)
 
 
 def test_weights_lie_once(written: Path) -> None:

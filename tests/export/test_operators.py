@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 import mmfuse
 from every_operator import DYNAMIC, Everything, inputs
 from mmfuse import fused
-from mmfuse.export import export_onnx
+from mmfuse.export import export_onnx, plugins
 from mmfuse.export.lint import lint
 from mmfuse.kernels._runtime import operators
 from mmfuse.kernels.text import embed_pair
@@ -85,6 +86,15 @@ def judge(name: str, got: torch.Tensor, own: torch.Tensor, true: torch.Tensor) -
     error, allowed = ((t.double() - true).abs().max() for t in (got, own))
     ulp = torch.finfo(torch.float32).eps * true.abs().max()
     assert error <= 2 * allowed + 4 * ulp, f"{name}: {error} against {allowed}"
+
+
+def test_every_node_has_a_plugin_or_a_reason() -> None:
+    exported = {op.name for op in operators().values() if op.export is not None}
+    plugin, none = plugins.PLUGINS, plugins.WITHOUT
+    assert plugin.keys() | none.keys() == exported and not plugin.keys() & none.keys()
+    page = (Path(__file__).parents[2] / "docs" / "tensorrt.md").read_text()
+    said = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.M))
+    assert said == {name: f"no: {none[name]}" if name in none else "yes" for name in exported}
 
 
 def test_functions_compute_what_the_operators_do(model: Everything, path: Path) -> None:

@@ -190,14 +190,14 @@ def test_onnxruntime_tells_where_nodes_are(file: Path) -> None:
 def test_a_fused_file_is_kept_if_it_is_right_and_not_slower(
     model: Head, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ort, "_median", lambda sessions, *_: [2.0, 1.0][: len(sessions)])
+    monkeypatch.setattr(ort, "_least", lambda sessions, *_: [2.0, 1.0][: len(sessions)])
     made = ort.fuse_for_ort(file, out=tmp_path / "fused.onnx")
     assert made.kept and made.why is None and made.difference <= 1e-5 and made.operators
     x = torch.randn(4, 5, 16)
     with torch.no_grad():
         found = run_onnx(tmp_path / "fused.onnx", {"x": x}, repeat=1).outputs["output"]
         torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(ort, "_median", lambda *_: [1.0, 2.0])
+    monkeypatch.setattr(ort, "_least", lambda *_: [1.0, 2.0])
     slow = ort.fuse_for_ort(file, out=tmp_path / "slow.onnx")
     assert not slow.kept and slow.why == "it takes 2.00 ms, the plain file 1.00"
     assert [f.name for f in tmp_path.iterdir()] == ["fused.onnx"]
@@ -235,6 +235,33 @@ def test_the_gate_measures_both_files(file: Path, tmp_path: Path) -> None:
 
 
 @transformers
+def test_the_gate_asks_every_sample(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "_least", lambda _, feed, __: [2.0, 3.0 if len(feed["x"]) == 1 else 1.0])
+    inputs = [{"x": torch.randn(batch, 5, 16)} for batch in (1, 4)]
+    assert ort.fuse_for_ort(file, inputs[1:], out=tmp_path / "fused.onnx").kept
+    made = ort.fuse_for_ort(file, inputs, out=tmp_path / "slow.onnx")
+    assert not made.kept and (made.plain, made.fused) == (2.0, 3.0)
+
+
+def test_long_runs_are_timed_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def session(seconds: list[float]) -> SimpleNamespace:
+        def run(*_: Any) -> None:
+            nonlocal now
+            now += seconds[len(runs) // 2 % len(seconds)]
+            runs.append(now)
+
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr(ort.time, "perf_counter", lambda: now)
+    for seconds, turns in (([3.0, 2.0], 4), ([0.001], 30)):
+        runs: list[float] = []
+        assert ort._least([session(seconds)] * 2, {}, 30) == pytest.approx([1e3 * min(seconds)] * 2)
+        assert len(runs) == 2 * turns
+
+
+@transformers
 def test_the_target_passes_both_gates(
     model: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -247,10 +274,10 @@ def test_the_target_passes_both_gates(
         assert check_onnx(path, model, inputs)["ok"]
         return [n.op_type for n in onnx.load(path).graph.node if n.domain]
 
-    monkeypatch.setattr(ort, "_median", lambda sessions, *_: [2.0, 1.0][: len(sessions)])
+    monkeypatch.setattr(ort, "_least", lambda sessions, *_: [2.0, 1.0][: len(sessions)])
     assert (names := exported()) and not any(name.startswith("Mmfuse") for name in names)
     assert not [r for r in caplog.records if r.name == "mmfuse"]
-    monkeypatch.setattr(ort, "_median", lambda *_: [1.0, 2.0])
+    monkeypatch.setattr(ort, "_least", lambda *_: [1.0, 2.0])
     assert all(name.startswith("Mmfuse") for name in exported())
     assert "the plain file, as the fused one: it takes 2.00 ms" in caplog.text
     monkeypatch.setattr(ort, "fuse_for_ort", lambda _: (_ for _ in ()).throw(UnsupportedError("no transformers")))
