@@ -1,9 +1,10 @@
 """Whole Q-Formers of L layers, H heads of d, FFN of 4 H d, Q queries over N tokens of E features, each baseline apart.
 
 `qformer` sees B images: against plain lines with torch's attention, the same by torch.compile, and transformers'
-class. `qformer_rerank` matches R texts of T tokens with one image, which eager repeats for every text, as LAVIS
-does; `qformer_stage1` is a training step of BLIP-2's first stage with texts of T tokens, a frozen image encoder and
-gradients of all weights: two passes against LAVIS's four.
+class. `qformer_windows` is Granite Speech's projector, all of whose layers see a window of 15 frames: 200 are a minute.
+`qformer_rerank` matches R texts of T tokens with one image, which eager repeats for every text, as LAVIS does;
+`qformer_stage1` is a training step of BLIP-2's first stage with texts of T tokens, a frozen image encoder and gradients
+of all weights: two passes against LAVIS's four.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from mmfuse.kernels._runtime import use_backend
 _VOCABULARY, _START, _WIDTH = 30523, 30522, 256
 
 
-def _made(layers: int, queries: int, e: int, heads: int, d: int) -> QFormerPretraining:
+def _made(layers: int, queries: int, e: int, heads: int, d: int, freq: int = 2) -> QFormerPretraining:
     config = QFormerConfig(
+        cross_attention_freq=freq,
         encoder_width=e,
         hidden_size=heads * d,
         num_hidden_layers=layers,
@@ -84,8 +86,12 @@ def _linear(module: Any, x: Tensor) -> Tensor:
     return F.linear(x, module.weight, module.bias)
 
 
+def _output(out: Any, x: Tensor, residual: Tensor) -> Tensor:
+    return out.LayerNorm(residual + out.dropout(_linear(out.dense, x)))
+
+
 def _feed_forward(into: Any, out: Any, x: Tensor) -> Tensor:
-    return out.LayerNorm(x + _linear(out.dense, F.gelu(_linear(into.dense, x))))
+    return _output(out, F.gelu(_linear(into.dense, x)), x)
 
 
 def _attend(block: Any, h: Tensor, x: Tensor, sees: Tensor | None = None) -> Tensor:
@@ -95,16 +101,16 @@ def _attend(block: Any, h: Tensor, x: Tensor, sees: Tensor | None = None) -> Ten
         for project, t in ((of.query, h), (of.key, x), (of.value, x))
     )
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
-    return block.output.LayerNorm(h + _linear(block.output.dense, o.transpose(1, 2).flatten(2)))
+    return _output(block.output, o.transpose(1, 2).flatten(2), h)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
 def _images(
-    device: torch.device, dtype: torch.dtype, B: int, L: int, Q: int, N: int, E: int, H: int, d: int
+    device: torch.device, dtype: torch.dtype, B: int, L: int, Q: int, N: int, E: int, H: int, d: int, freq: int = 2
 ) -> tuple[Tensor, ...]:
-    return torch.randn(B, N, E, device=device).to(dtype), torch.tensor([L, Q, E, H, d])
+    return torch.randn(B, N, E, device=device).to(dtype), torch.tensor([L, Q, E, H, d, freq])
 
 
 def eager_images(x: Tensor, sizes: Tensor) -> Tensor:
@@ -128,13 +134,14 @@ def _transformers(device: torch.device, dtype: torch.dtype) -> Callable[..., Ten
     @lru_cache(maxsize=1)
     def theirs(device: torch.device, dtype: torch.dtype, *sizes: int) -> nn.Module:
         ours = _model(device, dtype, *sizes)
-        layers, _, e, heads, d = sizes
+        layers, _, e, heads, d, freq = sizes
         config = Blip2QFormerConfig(
             hidden_size=heads * d,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             intermediate_size=4 * heads * d,
             encoder_hidden_size=e,
+            cross_attention_frequency=freq,
             attn_implementation="sdpa",
             use_qformer_text_input=True,
         )
@@ -257,15 +264,17 @@ def _our_step(*given: Tensor, backend: str | None = None) -> Tensor:
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
-def _pass_flops(rows: int, cross: int, L: int, Q: int, N: int, E: int, H: int, d: int, T: int = 0) -> float:
+def _pass_flops(
+    rows: int, cross: int, L: int, Q: int, N: int, E: int, H: int, d: int, T: int = 0, freq: int = 2
+) -> float:
     """Of `rows` rows of Q queries and T tokens, of which `cross` images are projected."""
-    D, S, half = H * d, Q + T, (L + 1) // 2
+    D, S, some = H * d, Q + T, -(-L // freq)
     layer = S * (4 * D + 8 * D) * D + 2 * S * S * D
-    return 2 * (rows * (L * layer + half * (2 * Q * D * D + 2 * Q * N * D)) + cross * half * 2 * N * E * D)
+    return 2 * (rows * (L * layer + some * (2 * Q * D * D + 2 * Q * N * D)) + cross * some * 2 * N * E * D)
 
 
-def _image_flops(mode: str, B: int, **size: int) -> float:
-    return _pass_flops(B, B, **size)
+def _image_flops(mode: str, B: int, freq: int = 2, **size: int) -> float:
+    return _pass_flops(B, B, freq=freq, **size)
 
 
 def _text_flops(mode: str, R: int, **size: int) -> float:
@@ -285,6 +294,7 @@ def _read(mode: str, size: int, L: int, E: int, H: int, d: int, **rest: int) -> 
 
 
 _BLIP2 = {"L": 12, "Q": 32, "N": 257, "E": 1408, "H": 12, "d": 64}
+_GRANITE = {"L": 2, "Q": 3, "N": 15, "E": 1024, "H": 16, "d": 64}
 _SMALL = {"L": 2, "Q": 3, "N": 5, "E": 24, "H": 2, "d": 16}
 _COPY: dict[str, Any] = {"anchors": copy(lambda x, *rest: (2, *x.shape), lambda **shape: 0.0), "bytes": _read}
 
@@ -303,6 +313,21 @@ CASES = [
         cuda=[{"B": b, **_BLIP2} for b in (1, 32, 256)],
         small={"B": 2, **_SMALL},
         flops=_image_flops,
+        **_COPY,
+    ),
+    Case(
+        name="qformer_windows",
+        op="packed_attention",
+        ours=_our_images,
+        peers={**formula(eager_images), "transformers": _transformers},
+        inputs=partial(_images, freq=1),
+        outputs=("states",),
+        growth="B",
+        modes=("fwd",),
+        cpu=[{"B": b, **_GRANITE} for b in (32, 200)],
+        cuda=[{"B": b, **_GRANITE} for b in (200, 3200)],
+        small={"B": 2, **_SMALL},
+        flops=partial(_image_flops, freq=1),
         **_COPY,
     ),
     Case(

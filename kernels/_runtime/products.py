@@ -33,7 +33,7 @@ def half_vectors() -> bool:
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b, of [M, K] and [K, N] or of H of them."""
-    if _is_torchs(a, b):
+    if _is_torchs(b.shape[-1], a, b):
         return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
     y = a.new_empty(*a.shape[:-1], b.shape[-1]) if out is None else out
     if _features_lie_together(b):
@@ -47,7 +47,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total [M, N] += a b."""
-    if _is_torchs(a, b, total):
+    if _is_torchs(b.shape[-1], a, b, total):
         return total.addmm_(a, b)
     return _compiled(a, b.t(), total, adds=True) if _features_lie_together(b) else total.add_(_onednn(a, b, None))
 
@@ -56,7 +56,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """x weight^T + bias + add, of x [..., K], weight [N, K] and bias [N]; with add or out [M, N], of x [M, K]."""
-    if _is_torchs(x, weight.t(), bias, add):
+    if _is_torchs(len(weight), x, weight, bias, add):
         return _by_torch(x, weight, bias, add, out)
     rows, w_t = x.reshape(-1, x.shape[-1]), weight.t()
     y = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
@@ -68,20 +68,22 @@ def linear(
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, out: Tensor | None) -> Tensor:
+    if add is None and out is None:
+        return F.linear(x, weight, bias)
     w_t = weight.t()
     if add is not None and bias is not None:
         y = torch.add(add, bias) if out is None else torch.add(add, bias, out=out)
         return y.addmm_(x, w_t)
     first = bias if add is None else add
-    if out is None:
-        return F.linear(x, weight, bias) if add is None else torch.addmm(add, x, w_t)
-    return torch.mm(x, w_t, out=out) if first is None else torch.addmm(first, x, w_t, out=out)
+    if first is None:
+        return torch.mm(x, w_t, out=out)
+    return torch.addmm(first, x, w_t) if out is None else torch.addmm(first, x, w_t, out=out)
 
 
-def _is_torchs(a: Tensor, b: Tensor, *others: Tensor | None) -> bool:
-    if a.dtype != torch.float32 or a.device.type != "cpu" or a.numel() * b.shape[-1] < LEAST or not half_vectors():
+def _is_torchs(columns: int, a: Tensor, *others: Tensor | None) -> bool:
+    if a.dtype != torch.float32 or a.device.type != "cpu" or a.numel() * columns < LEAST or not half_vectors():
         return True
-    given = [a, b, *(t for t in others if t is not None)]
+    given = [a, *(t for t in others if t is not None)]
     return not (
         is_plain(given)
         and all(t.is_cpu and t.dtype == torch.float32 for t in given)

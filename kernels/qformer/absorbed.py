@@ -59,8 +59,8 @@ def attend(q: Tensor, tokens: Tokens, wants_lse: bool) -> Outputs:
     lengths = [n] * images if tokens.lengths is None else tokens.lengths.tolist()
     # weights are read once for a group
     group = max(1, _GROUP_BYTES // max(1, heads * queries * e * q.itemsize))
-    same = _moved(q, of_keys) if len(q) == 1 else None
-    for first in range(0, images, group):
+    same = _moved(q, of_keys) if len(q) == 1 and queries else None
+    for first in range(0, images if queries else 0, group):
         several = range(first, min(first + group, images))
         moved = _moved(q[first : first + group], of_keys) if same is None else same.expand(len(several), -1, -1)
         context = []

@@ -2,7 +2,8 @@
 
 model = mmfuse.models.create("minigpt5", "vicuna-7b")
 model.unet = diffusers.UNet2DConditionModel.from_pretrained(...)  # for the losses
-model(ids, mask, labels, images, moments).total.backward()
+model(ids, mask, labels, images, moments(vae, written)).total.backward()
+paint(model.unet, vae, scheduler, model.generate(prompt, images), torch.randn(1, 4, 64, 64))
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from torch import nn
 
 from mmfuse.models.blip2 import language, needed, qformer_config, visual_encoder
 from mmfuse.models.minigpt4 import MiniGPT4, lora
+from mmfuse.models.minigpt5.diffusion import moments, paint
 from mmfuse.models.minigpt5.model import Draws, Embedded, Generated, Losses, MiniGPT5, Tokens
 from mmfuse.models.registry import System, check_keys
 
-__all__ = ["Draws", "Embedded", "Generated", "Losses", "MiniGPT5", "Tokens", "build"]
+__all__ = ["Draws", "Embedded", "Generated", "Losses", "MiniGPT5", "Tokens", "build", "moments", "paint"]
 
 _ARGS = (
     *("vit_model", "image_size", "num_query_token", "vit_precision", "freeze_vit", "freeze_qformer"),

@@ -17,6 +17,7 @@ from judge import Results, compared, judge
 from mmfuse import UnsupportedError, use_backend
 from mmfuse.kernels import few_query_attention, project_kv, token_attention
 from mmfuse.kernels._runtime.device import INTERPRET
+from mmfuse.kernels.qformer import absorbed
 from mmfuse.kernels.qformer.arguments import Keys
 from registered import backends, opcheck, reasons
 
@@ -252,6 +253,18 @@ def tokens_case(rows: int, queries: int, n: int, bias: bool) -> Callable[[], dic
         }
 
     return draw
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_groups_of_images(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Absorbed, several images share a product with the weights, or each has its own; or there are no queries."""
+    given = {name: t.cpu() for name, t in tokens_case(rows, 5, 9, True)().items()}
+    together = token_attention(**given, backend="chunked", return_lse=True)
+    monkeypatch.setattr(absorbed, "_GROUP_BYTES", 0)
+    for got, want in zip(token_attention(**given, backend="chunked", return_lse=True), together, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    none = token_attention(**(given | {"q": given["q"][:, :0]}), backend="chunked", return_lse=True)
+    assert none.o.shape == (3, 0, 2, 16) and none.lse is not None and none.lse.shape == (3, 2, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

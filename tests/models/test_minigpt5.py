@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse import models
-from mmfuse.models.minigpt5 import Draws, MiniGPT5
+from mmfuse._compat import allow_torchvision
+from mmfuse.models.minigpt5 import Draws, MiniGPT5, moments, paint
 from tiny import BERT, LLAMA, VIT
 
 CONFIG = {
@@ -167,3 +168,110 @@ def test_words_are_drawn_from_a_nucleus() -> None:
         torch.manual_seed(seed)
         drawn.add(tuple(model.generate(prompt, images[:1], max_new_tokens=4, top_p=0.99).ids.tolist()))
     assert len(drawn) > 1
+
+
+# --- diffusers' own classes -------------------------------------------------------------------------------------------
+
+
+def parts() -> tuple[Any, Any, Any]:
+    """(unet, vae, scheduler) of random weights."""
+    allow_torchvision()
+    pytest.importorskip("diffusers")
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return unet.eval(), vae.eval(), scheduler
+
+
+def painter(unet: Any) -> MiniGPT5:
+    torch.manual_seed(0)
+    model = models.create("minigpt5", copy.deepcopy(CONFIG))
+    model.unet = unet.requires_grad_(False)
+    return model.eval()
+
+
+def test_a_step_of_training() -> None:
+    unet, vae, scheduler = parts()
+    model = painter(unet)
+    torch.testing.assert_close(model.alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-5, atol=0)
+    read, written = torch.randn(3, 1, 3, 16, 16), torch.rand(3, 3, 8, 8) * 2 - 1
+    of_images = moments(vae, written)
+    assert of_images.shape == (3, 8, 4, 4)
+    mean, _ = of_images.chunk(2, 1)
+    torch.testing.assert_close(vae.encode(written).latent_dist.mode(), mean)
+    draws = model.draw(of_images, 2)
+    scaled = model.latents(of_images[[0, 2]], draws.latent)
+    torch.testing.assert_close(
+        model.noisy(scaled, draws.noise, draws.timesteps), scheduler.add_noise(scaled, draws.noise, draws.timesteps)
+    )
+    losses = [model(IDS, MASK, LABELS, read, of_images, draws=draws).total]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learning, 1e-3)
+    for _ in range(6):
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+        losses.append(model(IDS, MASK, LABELS, read, of_images, draws=draws).total)
+    assert all(b < a for a, b in zip(losses, losses[1:], strict=False))
+    assert model.fc[0].weight.grad is not None and all(p.grad is None for p in unet.parameters())
+
+
+def images(guidance: float) -> tuple[Tensor, Tensor]:
+    """(ours, diffusers' pipeline's) of the same conditioning and the same noise."""
+    from diffusers import StableDiffusionPipeline
+
+    unet, vae, scheduler = parts()
+    model = painter(unet)
+    found = model.generate(IDS[:1, :3], torch.randn(1, 1, 3, 16, 16), max_new_tokens=1, force_image=True)
+    latents = torch.randn(2, 4, 4, 4)
+    pipeline = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    assert found.prompt_embeds is not None and found.negative_prompt_embeds is not None
+    theirs = pipeline(
+        prompt_embeds=found.prompt_embeds.expand(2, -1, -1),
+        negative_prompt_embeds=found.negative_prompt_embeds.expand(2, -1, -1),
+        latents=latents,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        output_type="pt",
+    ).images
+    return paint(unet, vae, scheduler, found, latents, steps=4, guidance=guidance), theirs
+
+
+@pytest.mark.parametrize("guidance", [7.5, 2.0])
+def test_images_are_those_of_the_pipeline(guidance: float) -> None:
+    ours, theirs = images(guidance)
+    assert ours.shape == (2, 3, 8, 8) and ours.std() > 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_without_vokens() -> None:
+    unet, vae, scheduler = parts()
+    found = painter(unet).generate(IDS[:1, :3], torch.randn(1, 1, 3, 16, 16), max_new_tokens=0)
+    with pytest.raises(ValueError, match="found has no prompt_embeds"):
+        paint(unet, vae, scheduler, found, torch.randn(1, 4, 4, 4))
