@@ -207,6 +207,8 @@ def tuned(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) 
     found = []
     for name in names[:-1]:
         least, before = least_size(times, name, names), was[name]
+        if least == times[0][0] and before is not None:
+            least = min(least, before)  # nothing is known of smaller sizes
         whole = len(times) == len(sizes) and settled(times, name, names, 0)
         if whole or settled(times, name, names, before) or (before is not None and least > before):
             found.append(Found(operator.name, name, kind, columns, operator.unit or "", before, least))
@@ -253,7 +255,7 @@ def _lost(times: Times, name: str, names: Sequence[str]) -> int:
 def least_size(times: Times, name: str, names: Sequence[str]) -> int:
     """From which size on an implementation is no slower than the later ones, as far as was measured."""
     lost = _lost(times, name, names)
-    return 0 if not lost else times[lost][0] if lost < len(times) else 2 * times[-1][0]
+    return times[lost][0] if lost < len(times) else 2 * times[-1][0]
 
 
 def settled(times: Times, name: str, names: Sequence[str], was: int | None) -> bool:

@@ -26,6 +26,7 @@ typedef float Quarter __attribute__((vector_size(16)));
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // of vectors as results: everything is inlined
 
+#if __has_builtin(__builtin_shufflevector)
 MMFUSE_INLINE Half half(const Vector& x) {
     return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
            __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -43,6 +44,14 @@ MMFUSE_INLINE Quarter sums(const Vector& a, const Vector& b, const Vector& c, co
                        __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);  // a a c c b b d d
     return __builtin_shufflevector(pairs, pairs, 0, 4, 2, 6) + __builtin_shufflevector(pairs, pairs, 1, 5, 3, 7);
 }
+#else  // g++ 11
+MMFUSE_INLINE Quarter sums(const Vector& a, const Vector& b, const Vector& c, const Vector& d) {
+    Quarter s[4] = {};  // of every fourth number
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; ++l) s[l % 4] += Quarter{a[l], b[l], c[l], d[l]};
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+#endif
 
 struct Matrix {
     float* at;
