@@ -51,9 +51,11 @@ def patch_embed(stem: Stem) -> Tensor:
     if front is not None and front.dtype == y.dtype and len(table) == 2:
         # the prefix first: a convolution's tokens are transposed, and are put in a row here
         y = torch.cat([front.expand(y.shape[0], -1, -1), y], dim=1)
-        added = torch.cat([t.expand(*table[1].shape[:-2], -1, -1) for t in table], dim=-2)
-        # in place without a graph; vmap may have y without the dimension that the table has
-        y = y + added if y.requires_grad or transforming() else y.add_(added)
+        if y.requires_grad or transforming():
+            y = y + torch.cat([t.expand(*table[1].shape[:-2], -1, -1) for t in table], dim=-2)
+        else:
+            y[:, : front.shape[-2]].add_(table[0])
+            y[:, front.shape[-2] :].add_(table[1])
     else:
         y = y if position is None else y + cast(position, y.dtype)
         if front is not None:
