@@ -236,13 +236,12 @@ class MoTBlock(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """x [T, D]; sees as in `packed_attention`; rotary: cosine and sine [T, D / heads] of each row's position."""
-        h, groups = self.qkv(self.attention_norm(x, routing), routing), self.heads // self.kv_heads
+        h = self.qkv(self.attention_norm(x, routing), routing)
         q, k, v = h.unflatten(1, (-1, x.shape[1] // self.heads)).split([self.heads, *[self.kv_heads] * 2], 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, routing), self.k_norm(k, routing)
         if rotary is not None:
             q, k = (_rotated(t, *rotary) for t in (q, k))
-        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
         x = self.out(packed_attention(q, k, v, routing, sees), routing, x)
         normed = self.ffn_norm(x, routing)
         return routed_ffn(

@@ -115,8 +115,9 @@ def _flash(
 def _torch_varlen(
     q: Tensor, k: Tensor, v: Tensor, from_: Tensor, to: Tensor, m: int, n: int, causal: bool, dropout: float
 ) -> Tensor:
-    window: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
-    found: Any = varlen_attn(q, k, v, from_, to, m, n, **window)
+    options: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
+    options |= {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
+    found: Any = varlen_attn(q, k, v, from_, to, m, n, **options)
     return found
 
 
@@ -175,10 +176,12 @@ def _xformers_is_missing() -> str | None:
     return None
 
 
-_HAS_WINDOW = "window_size" in signature(varlen_attn).parameters
+_HAS_WINDOW, _HAS_GROUPS = (n in signature(varlen_attn).parameters for n in ("window_size", "enable_gqa"))
 
 
-def _no_varlen(sees: Sequence[int]) -> str | None:
+def _no_varlen(q: Tensor, k: Tensor, sees: Sequence[int]) -> str | None:
+    if not _HAS_GROUPS and (why := _grouped(q, k)):
+        return why
     return "this torch's has no window, so nothing causal" if _CAUSAL in sees and not _HAS_WINDOW else None
 
 
@@ -191,6 +194,10 @@ def _not_half(q: Tensor) -> str | None:
 def _head(q: Tensor) -> str | None:
     d = q.shape[2]
     return f"d is {d}, expected a multiple of 8 up to 256" if d % 8 or d > 256 else None
+
+
+def _grouped(q: Tensor, k: Tensor) -> str | None:
+    return None if q.shape[1] == k.shape[1] else f"k has {k.shape[1]} heads, q has {q.shape[1]}"
 
 
 def _biased(bias: Tensor | None) -> str | None:
@@ -242,7 +249,8 @@ def _flex(
     mask = create_block_mask(visible, None, None, t, t, device=q.device)
     attend: Any = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     given = (x.transpose(0, 1)[None] for x in (q, k, v))
-    y = attend(*given, score_mod=None if bias is None else biased, block_mask=mask)
+    grouped = q.shape[1] != k.shape[1]
+    y = attend(*given, score_mod=None if bias is None else biased, block_mask=mask, enable_gqa=grouped)
     return (y[0].transpose(0, 1).flatten(1),)
 
 
@@ -352,7 +360,7 @@ PACKED_ATTENTION = Operator(
         Implementation(
             "xformers",
             function=partial(_by_sequences, _xformers),
-            against=[_no_xformers, _head, _biased, _not_by_segments],
+            against=[_no_xformers, _head, _grouped, _biased, _not_by_segments],
         ),
         Implementation("flex_attention", function=_flex, against=[_no_flex, _dropped]),
     ],
@@ -380,7 +388,8 @@ def packed_attention(
     """Attention among the rows of each sample: softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017).
 
     Args:
-        q, k, v: [T, H, d], of one floating-point dtype; rows in the order of `routing`, which knows its samples.
+        q, k, v: [T, H, d], of one floating-point dtype; rows in the order of `routing`, which knows its samples. k and
+            v may have fewer heads, a divisor of H: consecutive heads of q share one (Ainslie et al. 2023).
         routing: which rows are a sample's, segment by segment, and which of them are padding that nobody attends to.
         sees: K x K of "all", "causal" or "none": what a segment's rows see of another's, "causal" the rows of the same
             number and those before. By default all.
@@ -410,8 +419,10 @@ def packed_attention(
             "routing has no samples, expected one of Routing.of, Routing.from_split or Routing.from_splits"
         )
     check("q", q, (len(reading.place), "H", "d"))
-    for name, t in (("k", k), ("v", v)):
-        check(name, t, q.shape, ", as q", dtype=q.dtype, like=("q", q))
+    check("k", k, (q.shape[0], "heads", q.shape[2]), dtype=q.dtype, like=("q", q))
+    check("v", v, k.shape, ", as k", dtype=q.dtype, like=("q", q))
+    if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+        raise ValueError(f"k has {k.shape[1]} heads, expected a divisor of q's {q.shape[1]}")
     segments = len(routing.places)
     kinds: list[int] = []
     if sees is not None:

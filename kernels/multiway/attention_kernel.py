@@ -110,8 +110,8 @@ def _packed_attend_kernel(
     max_ptr,  # out [H, T]
     sum_ptr,  # out [H, T]
     q_ptr,  # [T, H, D]
-    k_ptr,  # [T, H, D]
-    v_ptr,  # [T, H, D]
+    k_ptr,  # [T, H / G, D]
+    v_ptr,  # [T, H / G, D]
     bias_ptr,  # [H, P, P], or None
     places_ptr,  # [RUNS] if bias
     first_ptr,  # [B, RUNS]
@@ -121,6 +121,7 @@ def _packed_attend_kernel(
     scale,
     tiles,
     H,
+    G,  # heads of queries for one of keys
     T,
     P,
     stride_q,
@@ -158,8 +159,8 @@ def _packed_attend_kernel(
         stop = tl.where(kind == _ALL, n_j, tl.where(kind == _CAUSAL, tl.minimum(n_j, at + BLOCK_M), 0))
         for n0 in range(0, stop, BLOCK_N):
             keys = n0 + tl.arange(0, BLOCK_N)
-            k = _rows(k_ptr, first + n0, stride_k, h, stride_kh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
-            v = _rows(v_ptr, first + n0, stride_v, h, stride_vh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
+            k = _rows(k_ptr, first + n0, stride_k, h // G, stride_kh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
+            v = _rows(v_ptr, first + n0, stride_v, h // G, stride_vh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
             seen = _seen(kind, queries[:, None], keys[None, :], n_i, n_j)
             if bias_ptr is not None:
@@ -195,8 +196,8 @@ def _packed_query_grad_kernel(
     max_ptr,  # [H, T]
     sum_ptr,  # [H, T]
     q_ptr,  # [T, H, D]
-    k_ptr,  # [T, H, D]
-    v_ptr,  # [T, H, D]
+    k_ptr,  # [T, H / G, D]
+    v_ptr,  # [T, H / G, D]
     bias_ptr,  # [H, P, P], or None
     places_ptr,  # [RUNS] if bias
     first_ptr,  # [B, RUNS]
@@ -206,6 +207,7 @@ def _packed_query_grad_kernel(
     scale,
     tiles,
     H,
+    G,  # heads of queries for one of keys
     T,
     P,
     stride_q,
@@ -250,8 +252,8 @@ def _packed_query_grad_kernel(
             stop = tl.where(kind == _ALL, n_j, tl.where(kind == _CAUSAL, tl.minimum(n_j, at + BLOCK_M), 0))
             for n0 in range(0, stop, BLOCK_N):
                 keys = n0 + tl.arange(0, BLOCK_N)
-                k = _rows(k_ptr, first + n0, stride_k, h, stride_kh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
-                v = _rows(v_ptr, first + n0, stride_v, h, stride_vh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
+                k = _rows(k_ptr, first + n0, stride_k, h // G, stride_kh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
+                v = _rows(v_ptr, first + n0, stride_v, h // G, stride_vh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
                 seen = _seen(kind, queries[:, None], keys[None, :], n_i, n_j)
                 if bias_ptr is not None:
@@ -270,15 +272,15 @@ def _packed_query_grad_kernel(
 
 @triton.jit
 def _packed_key_grad_kernel(
-    dk_ptr,  # out [T, H, D]
-    dv_ptr,  # out [T, H, D]
+    dk_ptr,  # out [T, H / G, D]
+    dv_ptr,  # out [T, H / G, D]
     g_ptr,  # [T, H, D]
     delta_ptr,  # [H, T]
     max_ptr,  # [H, T]
     sum_ptr,  # [H, T]
     q_ptr,  # [T, H, D]
-    k_ptr,  # [T, H, D]
-    v_ptr,  # [T, H, D]
+    k_ptr,  # [T, H / G, D]
+    v_ptr,  # [T, H / G, D]
     bias_ptr,  # [H, P, P], or None
     places_ptr,  # [RUNS] if bias
     first_ptr,  # [B, RUNS]
@@ -288,6 +290,7 @@ def _packed_key_grad_kernel(
     scale,
     tiles,
     H,
+    G,  # heads of queries for one of keys
     T,
     P,
     stride_q,
@@ -305,18 +308,19 @@ def _packed_key_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    b, h, j, at = _program(tiles, H, lengths_ptr, RUNS, BLOCK_N)
+    b, of_keys, j, at = _program(tiles, H // G, lengths_ptr, RUNS, BLOCK_N)
     if j < 0:
         return
     of_j = b * RUNS + j
     keys = at + tl.arange(0, BLOCK_N)
     n_j = tl.load(kept_ptr + of_j).to(tl.int32)
     row = tl.load(first_ptr + of_j) + at
-    k = _rows(k_ptr, row, stride_k, h, stride_kh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
-    v = _rows(v_ptr, row, stride_v, h, stride_vh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
+    k = _rows(k_ptr, row, stride_k, of_keys, stride_kh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
+    v = _rows(v_ptr, row, stride_v, of_keys, stride_vh, keys < n_j, D, UNIT, BLOCK_N, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    for i in range(RUNS):
+    for of in range(G * RUNS):
+        h, i = of_keys * G + of // RUNS, of % RUNS
         kind = _kind(sees, i, j, RUNS)
         first = tl.load(first_ptr + b * RUNS + i)
         n_i = tl.load(lengths_ptr + b * RUNS + i).to(tl.int32)
@@ -341,8 +345,8 @@ def _packed_key_grad_kernel(
             ds = p * (dp - delta[None, :]) * scale
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
     own = keys < tl.load(lengths_ptr + of_j)
-    _store_rows(dk_ptr, dk, row, h, H, own, D, UNIT, BLOCK_N, BLOCK_D)
-    _store_rows(dv_ptr, dv, row, h, H, own, D, UNIT, BLOCK_N, BLOCK_D)
+    _store_rows(dk_ptr, dk, row, of_keys, H // G, own, D, UNIT, BLOCK_N, BLOCK_D)
+    _store_rows(dv_ptr, dv, row, of_keys, H // G, own, D, UNIT, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -353,8 +357,8 @@ def _packed_bias_grad_kernel(
     max_ptr,  # [H, T]
     sum_ptr,  # [H, T]
     q_ptr,  # [T, H, D]
-    k_ptr,  # [T, H, D]
-    v_ptr,  # [T, H, D]
+    k_ptr,  # [T, H / G, D]
+    v_ptr,  # [T, H / G, D]
     bias_ptr,  # [H, P, P]
     places_ptr,  # [RUNS]
     first_ptr,  # [B, RUNS]
@@ -364,6 +368,7 @@ def _packed_bias_grad_kernel(
     scale,
     B,
     H,
+    G,  # heads of queries for one of keys
     T,
     P,
     stride_q,
@@ -403,8 +408,8 @@ def _packed_bias_grad_kernel(
                 here_q, here_k = (queries >= 0) & (queries < n_i), (keys >= 0) & (keys < n_j)
                 q = _rows(q_ptr, row_q, stride_q, h, stride_qh, here_q, D, UNIT, BLOCK_M, BLOCK_D)
                 g = _rows(g_ptr, row_q, H * D, h, D, here_q, D, UNIT, BLOCK_M, BLOCK_D)
-                k = _rows(k_ptr, row_k, stride_k, h, stride_kh, here_k, D, UNIT, BLOCK_N, BLOCK_D)
-                v = _rows(v_ptr, row_k, stride_v, h, stride_vh, here_k, D, UNIT, BLOCK_N, BLOCK_D)
+                k = _rows(k_ptr, row_k, stride_k, h // G, stride_kh, here_k, D, UNIT, BLOCK_N, BLOCK_D)
+                v = _rows(v_ptr, row_k, stride_v, h // G, stride_vh, here_k, D, UNIT, BLOCK_N, BLOCK_D)
                 rows = h * T + row_q + tl.arange(0, BLOCK_M)
                 m, factor = _statistics(max_ptr, sum_ptr, rows, here_q)
                 delta = tl.load(delta_ptr + rows, mask=here_q, other=0.0)
@@ -466,7 +471,7 @@ def _options(
         "places_ptr": None if bias is None else constant(places, q.device).long(),
         "first_ptr": reading.first, "lengths_ptr": reading.lengths, "kept_ptr": reading.kept,
         "sees": sum(kind << (2 * i) for i, kind in enumerate(kinds)), "scale": d**-0.5,
-        "H": heads, "T": t, "P": 0 if bias is None else bias.shape[1],
+        "H": heads, "G": heads // max(1, k.shape[1]), "T": t, "P": 0 if bias is None else bias.shape[1],
         "RUNS": runs, "ACC": accumulator(q.dtype), "PRECISION": input_precision(q.dtype), "D": d,
         "UNIT": gcd(16, d, *strides.values()),
     }  # fmt: skip
@@ -507,7 +512,7 @@ def attend_grads(
 ) -> dict[str, Any]:
     (_, heads, d), (samples, longest), runs = q.shape, reading.row.shape, len(places)
     g, options = g.resolve_neg().contiguous(), _options(q, k, v, reading, places, sees, bias)
-    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dbias = q.new_zeros(0) if bias is None else options["bias_ptr"].new_zeros(bias.shape)
     delta = torch.empty_like(attended.row_max)
     stats = {"g_ptr": g, "delta_ptr": delta, "max_ptr": attended.row_max, "sum_ptr": attended.row_sum}
@@ -525,7 +530,7 @@ def attend_grads(
         tiles = _tiles(longest, runs, tile["BLOCK_N"])
         if needs.k or needs.v:
             launch(
-                _packed_key_grad_kernel, (samples * heads * tiles,), q, dk_ptr=dk, dv_ptr=dv, tiles=tiles,
+                _packed_key_grad_kernel, (samples * k.shape[1] * tiles,), q, dk_ptr=dk, dv_ptr=dv, tiles=tiles,
                 **stats, **options, **tile,
             )  # fmt: skip
     return {"q": dq, "k": dk, "v": dv, "bias": dbias if bias is None else cast(dbias, bias.dtype)}
@@ -535,7 +540,8 @@ def attend_grads(
 
 
 def aot_specs() -> Iterator[Spec]:
-    """BEiT-3 base's pairs, VLMo base's with their bias, base_plus' heads of 34, giant's of 88 and a Q-Former's queries,
+    """BEiT-3 base's pairs, VLMo base's with their bias, base_plus' heads of 34, giant's of 88, BAGEL's groups and a
+    Q-Former's queries,
     for `mmfuse compile-report`."""
     base = {"B": 64, "H": 12, "S": 261, "D": 64}
     kernels = {_packed_attend_kernel: 37.0, _packed_query_grad_kernel: 40.0, _packed_key_grad_kernel: 54.0}
@@ -544,6 +550,7 @@ def aot_specs() -> Iterator[Spec]:
         yield _spec(kernel, "bf16 bias", base, "half", bias_ptr="*fp32")
         yield _spec(kernel, "bf16 D 34", base | {"H": 16, "D": 34}, "half")
         yield _spec(kernel, "bf16 D 88", base | {"H": 16, "D": 88}, "half")
+        yield _spec(kernel, "bf16 grouped", base | {"H": 28, "G": 7, "D": 128}, "half")
         yield _spec(kernel, "bf16 short", base | {"S": 32}, None)
         yield _spec(kernel, "tf32", base, "tf32", torch.float32, bias_ptr="*fp32")
     yield _spec(_packed_bias_grad_kernel, "bf16", base, "half", bias_ptr="*fp32")
@@ -559,6 +566,7 @@ def _spec(
     tile = _for_keys(tile, itemsize, bool(given)) if kernel is _packed_key_grad_kernel else tile
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     constants: dict[str, Any] = {"RUNS": 2, "ACC": tl.float32, "PRECISION": "tf32" if dot == "tf32" else "ieee", "D": d}
+    constants |= {"G": 1} if sizes.get("G", 1) == 1 else {}
     constants |= {"UNIT": gcd(16, d)} | tile | {"SHORT": sizes["S"] <= tile["BLOCK_N"]}
     constants |= {} if given else {"bias_ptr": None, "places_ptr": None}
     data = "*fp32" if dtype == torch.float32 else "*bf16"

@@ -127,7 +127,7 @@ def packed_attention(
     bias: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """[T, H, d] each: softmax(q k^T / sqrt(d) + bias) v among the rows of a sample; [T, H d].
+    """q [T, H, d], k and v [T, H / G, d]: softmax(q k^T / sqrt(d) + bias) v among the rows of a sample; [T, H d].
 
     sees: K x K numbers of `KINDS`, or none: all see all.
     """
@@ -145,10 +145,11 @@ def packed_attention(
     # [B, H, S, d]; a place behind the last row has no gradient
     at, back = row.flatten(), reading.place
     of_samples = (q, k, v) if reading.in_order else (taken(t, at, back) for t in (q, k, v))
-    q_of, k_of, v_of = (t.reshape(*row.shape, *q.shape[1:]).transpose(1, 2) for t in of_samples)
+    q_of, k_of, v_of = (t.reshape(*row.shape, *t.shape[1:]).transpose(1, 2) for t in of_samples)
+    grouped = q.shape[1] != k.shape[1]
     # the fused ones have no forward mode
     with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
-        y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
     y = y.transpose(1, 2).flatten(0, 1).flatten(1)
     if reading.in_order:
         return y

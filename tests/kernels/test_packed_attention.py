@@ -49,8 +49,15 @@ CASES = {
     "causal over another": (splits, (("causal", "causal"), ("none", "all")), 1, 8, True),
     "parts": (mixed, None, 1, 8, True),
     "several tiles": (lambda: Routing.from_split(1, 150, 70, device=DEVICE), CAPTIONS, 1, 8, True),
+    "grouped heads": (splits, CAPTIONS, 4, 8, True),
     "one row": (lambda: Routing.from_split(3, 1, 1, device=DEVICE), None, 1, 8, False),
 }
+
+
+def drawn(name: str, rows: int, heads: int, d: int) -> list[Tensor]:
+    """q, k and v; of grouped heads two share one of keys and values."""
+    of_keys = heads // 2 if name == "grouped heads" else heads
+    return [torch.randn(rows, n, d, device=DEVICE) for n in (heads, of_keys, of_keys)]
 
 
 def run(given: dict[str, Any], backend: str) -> Results:
@@ -71,12 +78,39 @@ def test_against_float64(name: str, dtype: torch.dtype) -> None:
 
     def draw() -> dict[str, Any]:
         t, p = routing.rows, max(8, routing.longest)
-        q, k, v = (torch.randn(t, heads, d, device=DEVICE) for _ in range(3))
+        q, k, v = drawn(name, t, heads, d)
         bias = torch.randn(heads, p, p, device=DEVICE) if biased else None
         g = torch.randn(t, heads * d, device=DEVICE)
         return {"q": q, "k": k, "v": v, "bias": bias, "g": g, "routing": routing, "sees": sees}
 
     judge(compared(run, draw, "triton", dtype, 2 if name == "several tiles" else 4))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_grouped_heads_are_repeated_ones(backend: str) -> None:
+    dtype = torch.float32 if DEVICE == "cuda" else torch.float64
+    normal = partial(torch.randn, dtype=dtype, device=DEVICE, requires_grad=True)
+    routing, q, (k, v) = splits(), normal(28, 6, 4), (normal(28, 2, 4) for _ in "kv")
+    g = torch.randn(28, 24, dtype=dtype, device=DEVICE)
+
+    def attend(k: Tensor, v: Tensor) -> list[Tensor]:
+        y = packed_attention(q, k, v, routing, CAPTIONS, backend=backend)
+        return [y, *torch.autograd.grad(y, given, g)]
+
+    given = q, k, v
+    repeated = attend(k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))
+    for found, expected in zip(attend(k, v), repeated, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_groups_that_do_not_fit() -> None:
+    routing, q, k = Routing.from_split(1, 4, 2), torch.randn(4, 4, 8), torch.randn(4, 3, 8)
+    with pytest.raises(ValueError, match="k has 3 heads, expected a divisor of q's 4"):
+        packed_attention(q, k, k, routing)
+    with pytest.raises(ValueError, match="k has 0 heads, expected a divisor of q's 4"):
+        packed_attention(q, k[:, :0], k[:, :0], routing)
+    with pytest.raises(ValueError, match=r"v has shape \(4, 2, 8\), expected \[4, 1, 8\], as k"):
+        packed_attention(q, k[:, :1], k[:, :2], routing)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
@@ -203,7 +237,7 @@ def test_why_there_is_no_flash_attention(library: Any) -> None:
 def test_flex_attention(name: str) -> None:
     make, sees, heads, d, biased = CASES[name]
     routing, bias = make(), torch.randn(heads, 8, 8) if biased else None
-    q, k, v = (torch.randn(routing.rows, heads, d) for _ in range(3))
+    q, k, v = drawn(name, routing.rows, heads, d)
     got, want = (packed_attention(q, k, v, routing, sees, bias, backend=b) for b in ("flex_attention", "torch"))
     torch.testing.assert_close(got, want)
 
