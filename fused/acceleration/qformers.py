@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.arguments import autocast_dtype
+from mmfuse.kernels._runtime.products import linears
 from mmfuse.kernels.qformer.absorbed import Tokens
 from mmfuse.kernels.qformer.op import TOKEN_ATTENTION, project_kv, token_attention
 
@@ -64,13 +65,14 @@ def encoder(
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
     kv = None if x.is_cpu else iter(_keys_and_values(encoder.layer, x))
-    for layer in encoder.layer:
-        h = layer.attention(h, attention_mask=attention_mask)
-        query, text = h[:, :query_length], h[:, query_length:]
-        if layer.has_cross_attention:
-            query = _cross(layer.crossattention, query, x, kv and next(kv))
-        query = layer.feed_forward_chunk_query(query)
-        h = torch.cat([query, layer.feed_forward_chunk(text)], 1) if text.shape[1] else query
+    with linears(h):
+        for layer in encoder.layer:
+            h = layer.attention(h, attention_mask=attention_mask)
+            query, text = h[:, :query_length], h[:, query_length:]
+            if layer.has_cross_attention:
+                query = _cross(layer.crossattention, query, x, kv and next(kv))
+            query = layer.feed_forward_chunk_query(query)
+            h = torch.cat([query, layer.feed_forward_chunk(text)], 1) if text.shape[1] else query
     return Output(last_hidden_state=h)
 
 
@@ -94,9 +96,10 @@ def blip_text_encoder(
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
     kv = None if x.is_cpu else iter(_keys_and_values(encoder.layer, x))
-    for layer in encoder.layer:
-        h, _ = layer.attention(h, attention_mask=attention_mask)
-        h = layer.feed_forward_chunk(_cross(layer.crossattention, h, x, kv and next(kv)))
+    with linears(h):
+        for layer in encoder.layer:
+            h, _ = layer.attention(h, attention_mask=attention_mask)
+            h = layer.feed_forward_chunk(_cross(layer.crossattention, h, x, kv and next(kv)))
     return Output(last_hidden_state=h)
 
 

@@ -12,9 +12,14 @@ With a gradient, a transform, autocast or a graph a product is torch's own. Resu
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mmfuse.kernels._runtime.device import cpu, once, vectors
 from mmfuse.kernels._runtime.dtypes import autocast_is_on
@@ -65,6 +70,20 @@ def linear(
     else:
         y.copy_(_onednn(rows, w_t, bias).view_as(y))
     return y if add is None else y.add_(add)
+
+
+class _Linears(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return linear(*args) if func is F.linear and not kwargs else func(*args, **(kwargs or {}))
+
+
+def linears(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it every `F.linear` is `linear`, be it of layers that are called as they are; for inference on rows x."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_torchs(x.shape[-1], x):
+        return nullcontext()
+    return _Linears()
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, out: Tensor | None) -> Tensor:

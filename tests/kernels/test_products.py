@@ -181,3 +181,25 @@ def test_a_q_former(once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         got = run(torch.float32)
         monkeypatch.undo()
         assert_no_worse(got, run(torch.float32), run(torch.float64))
+
+
+def test_layers_that_are_called_as_they_are() -> None:
+    """Hooks and adapters around a product stay; a gradient has torch's own."""
+    layer, seen = torch.nn.Linear(8, 6), []
+    layer.register_forward_hook(lambda module, inputs, y: seen.append(y) or y + 1)
+    x = torch.randn(4, 8)
+
+    def run() -> Tensor:
+        with products.linears(x):
+            return layer(x)
+
+    with torch.no_grad():
+        assert fast(run) == 1
+        seen.clear()
+        assert_no_worse(run(), layer(x), layer.double()(x.double()))
+        assert len(seen) == 3
+    layer.float()
+    assert not fast(run) and run().requires_grad
+    with torch.no_grad():
+        compiled = torch.compile(run, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(), run())
