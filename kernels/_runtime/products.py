@@ -109,7 +109,7 @@ def _is_torchs(columns: int, a: Tensor, *others: Tensor | None) -> bool:
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         and not autocast_is_on("cpu")
         and load("cpu") is None
-        and torch._C._get_mkldnn_enabled()  # type: ignore[attr-defined]
+        and torch._C._get_mkldnn_enabled()
     )
 
 
