@@ -205,7 +205,7 @@ def tuned(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) 
         if all(settled(times, name, names, was[name]) for name in names[:-1]):
             break
     found = []
-    for name in names[:-1]:
+    for name in names[:-1] if times else ():
         least, before = least_size(times, name, names), was[name]
         if least == times[0][0] and before is not None:
             least = min(least, before)  # nothing is known of smaller sizes

@@ -279,6 +279,10 @@ def _linear(x: Tensor, sizes: Tensor, *weights: Tensor, **how: Any) -> Tensor:
     return routed_linear(x, weights[0], weights[1], _routing(sizes), activation="gelu", **how)
 
 
+def _normed_linear(x: Tensor, sizes: Tensor, *weights: Tensor, **how: Any) -> Tensor:
+    return _linear(x, sizes, *weights[:2], input_norm=(*weights[2:], _EPS), **how)
+
+
 def _some(names: str) -> Any:
     """Of the layer's inputs those that are used."""
     at = [_NAMES.split().index(name) for name in names.split()]
@@ -300,9 +304,15 @@ CHECKS = [
 ]
 CHECKS += [
     Check(
+        "routed_linear",
+        "B=2 S=5 L=3 D=48, a norm before it",
+        of_case(_some("x sizes wqkv bqkv g1 c1"), "x sizes wqkv bqkv g1 c1", B=2, S=5, L=3, D=48),
+        differentiated(then(ramp, _normed_linear)),
+    ),
+    Check(
         "packed_attention",
         "B=2 S=5 L=3 H=2",
         of_case(_attention_inputs, "q k v sizes kept", B=2, S=5, L=3, H=2),
         differentiated(then(ramp, _attention)),
-    )
+    ),
 ]
