@@ -3,6 +3,7 @@
 from mmfuse.fused.acceleration import Report, accelerate, decelerate
 from mmfuse.fused.global_contrastive import GlobalContrastiveLoss
 from mmfuse.fused.grad_cache import GradCache
+from mmfuse.fused.graphs import captured
 from mmfuse.fused.imagebind import ImageBindLoss
 from mmfuse.fused.language import linear_cross_entropy
 from mmfuse.fused.losses import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
@@ -45,6 +46,7 @@ __all__ = [
     "SigLipLoss",
     "VectorQuantizer",
     "accelerate",
+    "captured",
     "decelerate",
     "linear_cross_entropy",
     "momentum_update",
