@@ -40,11 +40,13 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b, of [M, K] and [K, N] or of H of them."""
     if _is_torchs(b.shape[-1], a, b):
         return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+    together = _features_lie_together(b)
+    if a.dim() == 2 and not together:
+        y = _onednn(a, b, None)
+        return y if out is None else out.copy_(y)
     y = a.new_empty(*a.shape[:-1], b.shape[-1]) if out is None else out
-    if _features_lie_together(b):
+    if together:
         return _compiled(a, b.mT, y)
-    if a.dim() == 2:
-        return _onednn(a, b, None) if out is None else out.copy_(_onednn(a, b, None))
     for a_h, b_h, y_h in zip(a, b, y, strict=True):
         y_h.copy_(_onednn(a_h, b_h, None))
     return y
