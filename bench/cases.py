@@ -86,7 +86,6 @@ class Case:
     def providers(self) -> dict[str, Load]:
         """The peers and ours: `mmfuse` is what is chosen, `mmfuse-triton[store]` names it and an option's value."""
         found = dict(self.peers)
-        implementations = operators()[self.op].implementations
         for backend in (None, *operators()[self.op].implementations):
             name = f"mmfuse-{backend}" if backend else "mmfuse"
             found[name] = self._load(backend)

@@ -16,6 +16,7 @@ from mmfuse.bench.cases import Check
 from mmfuse.bench.inputs import by_name, units, weighted
 from mmfuse.kernels._runtime import operators
 from mmfuse.kernels._runtime.device import INTERPRET
+from mmfuse.kernels._runtime.dispatch import BACKENDS
 from mmfuse.kernels._runtime.numerics import error_and_bound
 from mmfuse.kernels._runtime.operator import reached
 
@@ -92,7 +93,7 @@ def _backends(check: Check, inputs: dict[str, Tensor], dtype: torch.dtype) -> li
     operator, args, _ = reached(lambda: check.run(inputs, None), operators()[check.op].name)
     truncates = INTERPRET and dtype == torch.bfloat16  # where a GPU rounds
     available = operator.available(args)
-    return [n for n in available if n != "torch" and not (n == "triton" and truncates)]
+    return [n for n in available if n in BACKENDS and n != "torch" and not (n == "triton" and truncates)]
 
 
 def _rounded(check: Check, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
