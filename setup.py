@@ -1,10 +1,13 @@
 """One import name over the repository's folders, and the optional compiled parts.
 
 MMFUSE_BUILD_EXT=auto  build what this machine can (default): mmfuse/_C_cpu.so with torch and a C++ compiler,
-                       mmfuse/_C_cuda.so with nvcc as well; a part that fails is left out, with one line that says why
+                       mmfuse/_C_cuda.so with nvcc as well, mmfuse/_C_ort.so with onnxruntime's headers; a part that
+                       fails is left out, with one line that says why
                  0     build nothing, and remove what an earlier build left
-                 1     a part that fails is an error (without nvcc there is no CUDA part to fail)
+                 1     a part that fails is an error (without nvcc there is no CUDA part to fail, and without
+                       MMFUSE_ORT_INCLUDE none for onnxruntime)
 MMFUSE_CUDA_ARCHS      GPU architectures, default "80 90 100"; the last one's PTX is added, for GPUs to come
+MMFUSE_ORT_INCLUDE     the folder of onnxruntime_c_api.h, for a library of operators that onnxruntime loads
 CXX, CUDA_HOME         the compiler ("ccache g++"), and the toolkit (else nvcc of PATH, else /usr/local/cuda)
 """
 
@@ -52,7 +55,7 @@ class NotBuilt(Exception):
 
 
 class Missing(NotBuilt):
-    """The part has no compiler on this machine."""
+    """What the part is compiled with or for is not on this machine."""
 
 
 def run(*command: str) -> str:
@@ -79,6 +82,10 @@ def torch_root() -> Path:
     return Path(spec.origin).parent
 
 
+def torch_version() -> dict[str, object]:
+    return {"torch": importlib.metadata.version("torch")}
+
+
 def torch_flags(linker: str) -> list[str]:
     """libtorch is named although nothing is taken from it: it brings the libraries that hold the symbols."""
     root = torch_root()
@@ -97,7 +104,21 @@ def compiler() -> list[str]:
 def build_cpu(sources: list[str], out: str) -> dict[str, object]:
     cxx = compiler()
     run(*cxx, *CPU_FLAGS, *DEFINES, "-shared", *sources, "-o", out, *torch_flags("-Wl,"))
-    return {"compiler": run(*cxx, "--version").splitlines()[0], "flags": " ".join(CPU_FLAGS)}
+    return torch_version() | {"compiler": run(*cxx, "--version").splitlines()[0], "flags": " ".join(CPU_FLAGS)}
+
+
+def build_ort(sources: list[str], out: str) -> dict[str, object]:
+    include = os.environ.get("MMFUSE_ORT_INCLUDE")
+    if not include:
+        raise Missing("MMFUSE_ORT_INCLUDE does not name the folder of onnxruntime's headers")
+    header = Path(include, "onnxruntime_c_api.h")
+    if not header.is_file():
+        raise NotBuilt(f"MMFUSE_ORT_INCLUDE is {include!r}, which has no {header.name}")
+    cxx = compiler()
+    run(*cxx, *CPU_FLAGS, "-shared", "-isystem", include, *sources, "-o", out)
+    version = re.search(r"#define ORT_API_VERSION (\d+)", header.read_text())
+    facts = {"api": version and int(version[1]), "compiler": run(*cxx, "--version").splitlines()[0]}
+    return facts | {"flags": " ".join(CPU_FLAGS)}
 
 
 def nvcc() -> str:
@@ -125,7 +146,7 @@ def build_cuda(sources: list[str], out: str) -> dict[str, object]:
     run(program, *CUDA_FLAGS, *DEFINES, *host, *targets, "-shared", *sources, "-o", out, *torch_flags("-Xlinker="))
     release = re.search(r"release (\d+)\.(\d+),", run(program, "--version"))
     major, minor = release.groups() if release else ("unknown", "unknown")
-    return {
+    return torch_version() | {
         "cuda": f"{major}.{minor}",
         "archs": archs,
         "ptx": ptx,
@@ -135,7 +156,7 @@ def build_cuda(sources: list[str], out: str) -> dict[str, object]:
     }
 
 
-BUILD = {"cpu": build_cpu, "cuda": build_cuda}
+BUILD = {"cpu": build_cpu, "cuda": build_cuda, "ort": build_ort}
 SOURCES = {part: sorted(str(f) for f in Path("csrc", part).glob("*.c[pu]*")) for part in BUILD}
 INFO = Path("mmfuse", "_build_info.json")
 
@@ -158,7 +179,7 @@ class BuildParts(build_ext):
                 if MODE == "0":
                     raise NotBuilt("MMFUSE_BUILD_EXT was 0")
                 facts = BUILD[part](ext.sources, str(out))
-                parts[part] = {"built": True, "torch": importlib.metadata.version("torch"), **facts}
+                parts[part] = {"built": True, **facts}
                 self.extensions.append(ext)
             except NotBuilt as why:
                 if MODE == "1" and not isinstance(why, Missing):

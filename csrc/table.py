@@ -16,7 +16,8 @@ def table() -> str:
     for source in sorted(f for f in HERE.rglob("*") if f.suffix in (".cpp", ".cu", ".h")):
         path, text = source.relative_to(HERE), source.read_text()
         head = re.match(r"// (.*?)\.\s", text, re.DOTALL)[1].replace("\n// ", " ")
-        operators = ", ".join(f"`{name}`" for name in re.findall(r'\bm\.def\(\s*"(\w+)', text))
+        registered = re.findall(r'(?:\bm\.def\(\s*|^    \{)"(\w+)', text, re.MULTILINE)
+        operators = ", ".join(f"`{name}`" for name in registered)
         library = f"`mmfuse/_C_{path.parent}.so`" if operators else ""
         rows.append(f"| `{path}` | {library} | {operators} | {head} |")
     return "\n".join(rows) + "\n"

@@ -5,6 +5,8 @@
 #include <initializer_list>
 #include <string>
 
+#include "checks.h"
+
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -12,8 +14,6 @@ namespace mmfuse {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Raises unless `t` has these sizes; FREE is any.
 constexpr int64_t FREE = -1;
@@ -29,16 +29,6 @@ inline void check_sizes(const Tensor& t, const char* name, std::initializer_list
 
 // The column of row 0's positive, near the columns of a block [c, n] where none of its rows has one.
 inline int64_t near(int64_t diagonal, int64_t c, int64_t n) { return diagonal < -c ? -c : diagonal > n ? n : diagonal; }
-
-// The product of numbers of at least 1.
-inline int64_t product(std::initializer_list<int64_t> sizes, const char* names) {
-    int64_t all = 1;
-    for (const int64_t n : sizes) {
-        STD_TORCH_CHECK(n > 0 && n <= INT64_MAX / all, names, ": expected numbers from 1 on of a product below 2^63, got ", n);
-        all *= n;
-    }
-    return all;
-}
 
 // first <= index < first + count, all of which are numbers of 64 bits
 inline void check_first(int64_t first, const char* name, int64_t count) {

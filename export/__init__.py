@@ -17,6 +17,7 @@ _LAZY = {
     "export_served": "mmfuse.export.served",
     "fuse_for_ort": "mmfuse.export.ort",
     "load": "mmfuse.export.generation",
+    "ort_library": "mmfuse.export.ort_kernels",
     "run_onnx": "mmfuse.export.run",
     "write_bundle": "mmfuse.export.tensorrt",
 }
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mmfuse.export.generation.check import check_generation
     from mmfuse.export.onnx import export_onnx
     from mmfuse.export.ort import fuse_for_ort
+    from mmfuse.export.ort_kernels import ort_library
     from mmfuse.export.plugins import compile_plugins
     from mmfuse.export.run import run_onnx
     from mmfuse.export.served import export_served
@@ -45,6 +47,7 @@ __all__ = [
     "export_served",
     "fuse_for_ort",
     "load",
+    "ort_library",
     "run_onnx",
     "write_bundle",
 ]

@@ -32,7 +32,11 @@ PTX_VERSION = 80
 SHARED_LIMIT = 48 << 10  # bytes that a launch may have without asking for more
 _MOST_RUNS = 7  # experts of 4 bits in a positive 32-bit integer
 # ONNX's element type: (Triton's, TensorRT's)
-_TYPES = {1: ("fp32", "FLOAT"), 10: ("fp16", "HALF"), 16: ("bf16", "BF16"), 7: ("i64", "INT64"), 6: ("i32", "INT32")}
+_TYPES = {
+    1: ("fp32", "FLOAT"), 10: ("fp16", "HALF"), 16: ("bf16", "BF16"), 7: ("i64", "INT64"), 6: ("i32", "INT32"),
+    9: ("i1", "BOOL"),
+}  # fmt: skip
+_NAMED = {name: triton for triton, name in _TYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -184,16 +188,89 @@ def _routed_linear(node: Node) -> Launch:
     )  # fmt: skip
 
 
-PLUGINS: dict[str, Callable[[Node], Launch]] = {"routed_layer_norm": _routed_norm, "routed_linear": _routed_linear}
+def _embed_text(node: Node) -> Launch:
+    import triton.language as tl
+    from triton import next_power_of_2
+
+    if "text_position" in node.inputs and "text_type" in node.inputs:
+        raise UnsupportedError(f"{node.name} has positions and a type, whose sum is a launch of its own")
+    pointers = {"ids_ptr": "ids", "table_ptr": "table", "gamma_ptr": "gamma", "beta_ptr": "beta", "pad_ptr": "pad_mask"}
+    pointers["shift_ptr"] = "text_position" if "text_position" in node.inputs else "text_type"
+    dims = {
+        "ids": "B L", "table": "V D", "text_position": "L D", "text_type": "D", "gamma": "D", "beta": "D",
+        "pad_mask": "B L",
+    }  # fmt: skip
+    given = {pointer: name for pointer, name in pointers.items() if name in node.inputs}
+    _floats(node, "table", "text_position", "text_type", "gamma", "beta")
+    d, normed, outputs = _fixed(node, "table", 1), "eps" in node.attributes, {"out_ptr": ("B L D", "table")}
+    if normed:
+        outputs |= {"mean_ptr": ("B L", "FLOAT"), "rstd_ptr": ("B L", "FLOAT")}
+    block = max(16, next_power_of_2(d))
+    absent = {"mean_ptr", "rstd_ptr", *pointers} - outputs.keys() - given.keys()
+    return Launch(
+        kernel="mmfuse.kernels.text.kernel:_embed_kernel",
+        pointers=given,
+        dims={name: dims[name] for name in given.values()},
+        outputs=outputs,
+        scalars={"stride_b": "L * D", "stride_l": "D", "stride_v": "D", "L": "L", "V": "V", "D": "D"},
+        grid=("B * L",),
+        constants={
+            **dict.fromkeys(absent), "stride_d": 1, "stride_s": d if "text_position" in node.inputs else 0,
+            "scale": float(node.attributes["scale"]), "eps": float(node.attributes.get("eps", 0.0)),
+            "SHIFT": "shift_ptr" in given, "NORM": normed, "GAMMA": "gamma" in node.inputs,
+            "BETA": "beta" in node.inputs, "PAD": "pad_mask" in node.inputs, "ACC": tl.float32, "BLOCK": block,
+        },
+        options={"num_warps": 4 if block <= 1024 else 8},
+        aligned=("stride_b", "stride_l", "stride_v", "D") if d % 16 == 0 else (),
+    )  # fmt: skip
+
+
+_MOST_QUERIES = 256  # whose numbers a row of the kernel's tile has
+
+
+def _max_query(node: Node) -> Launch:
+    import triton.language as tl
+
+    from mmfuse.kernels.contrastive.max_query import kernel
+
+    _floats(node, "image", "text")
+    queries, d = _fixed(node, "image", 1), _fixed(node, "image", 2)
+    if queries > _MOST_QUERIES:
+        raise UnsupportedError(f"{node.name} has {queries} queries, a plugin takes {_MOST_QUERIES} at most")
+    texts = node.inputs["text"][1][0]
+    even = texts is not None and texts % 16 == 0
+    tile = kernel._tile(  # noqa: SLF001  the kernel's own choice
+        "max", "ieee" if node.inputs["image"][0] == 1 else "half", queries, odd=bool(d % 64) or not even
+    )
+    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    return Launch(
+        kernel=f"{kernel.__name__}:_query_max_kernel",
+        pointers={"q_ptr": "image", "t_ptr": "text"},
+        dims={"image": "B Q D", "text": "N D"},
+        outputs={"u_ptr": ("B N", "FLOAT"), "k_ptr": ("B N", "INT32")},
+        scalars={"stride_q": "D", "stride_t": "D", "D": "D", "B": "B", "N": "N", "Q": "Q"},
+        grid=(f"cdiv(B, {tile['IMAGES']}) * cdiv(N, {tile['BLOCK_N']})",),
+        constants={
+            "ACC": tl.float32, "PRECISION": "ieee", "EVEN_D": d % tile["BLOCK_D"] == 0, "EVEN_N": even, **tile,
+        },
+        options=options,
+        aligned=("stride_q", "stride_t", "D") if d % 16 == 0 else (),
+    )  # fmt: skip
+
+
+PLUGINS: dict[str, Callable[[Node], Launch]] = {
+    "embed_text": _embed_text,
+    "max_query_similarity": _max_query,
+    "routed_layer_norm": _routed_norm,
+    "routed_linear": _routed_linear,
+}
 
 # the other operators that leave as nodes, and why they have none
 _ONE, _PRODUCTS = "one launch, of which no plugin is written yet", "products of the library between our launches"
 WITHOUT: dict[str, str] = {
     "embed_pair": "a launch for the image and another for the text",
-    "embed_text": _ONE,
     "few_query_attention": _ONE,
     "interpolate_position": _ONE,
-    "max_query_similarity": _ONE,
     "mini_pointnet": _PRODUCTS,
     "nearest_code": "four launches: norms, operands, the search, and ties",
     "nearest_neighbors": "a launch that needs workspace for its distances",
@@ -293,7 +370,7 @@ def _compiled(node: Node, launch: Launch, folder: Path) -> dict[str, Any]:
     kernel = getattr(import_module(module), function)
     types = {p: f"*{_TYPES[node.inputs[name][0]][0]}" for p, name in launch.pointers.items()}
     for pointer, (_, dtype) in launch.outputs.items():
-        types[pointer] = f"*{_TYPES[node.inputs[dtype][0]][0]}" if dtype in node.inputs else "*fp32"
+        types[pointer] = f"*{_TYPES[node.inputs[dtype][0]][0] if dtype in node.inputs else _NAMED[dtype]}"
     types |= dict.fromkeys(launch.scalars, "i32")
     signature = {n: types[n] for n in kernel.arg_names if n not in launch.constants}
     pointer_of = {name: pointer for pointer, name in launch.pointers.items()}

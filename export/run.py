@@ -49,6 +49,8 @@ class Run:
         milliseconds: of each timed run.
         fell_back: for a device's provider, how many nodes of each kind ran on the CPU instead; None where this
             onnxruntime does not tell.
+        nodes: with a library of custom operators, of each kind of fused node why it ran as its function; None: the
+            library computed it.
         remarks: what the user should know about the installation.
     """
 
@@ -57,6 +59,7 @@ class Run:
     outputs: dict[str, Tensor]
     milliseconds: list[float]
     fell_back: dict[str, int] | None = None
+    nodes: dict[str, str | None] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -71,6 +74,7 @@ def run_onnx(
     provider: Provider = "cpu",
     sizes: Mapping[str, int] | None = None,
     repeat: int = 10,
+    library: str | Path | None = None,
 ) -> Run:
     """Run a file in onnxruntime with bound inputs and outputs, or in OpenVINO.
 
@@ -79,10 +83,12 @@ def run_onnx(
         provider: "cpu", "cuda" or "tensorrt" of onnxruntime, or "openvino", by OpenVINO itself.
         sizes: of the free dimensions of random inputs, by name.
         repeat: timed runs, after two that are not.
+        library: of custom operators for onnxruntime on the CPU; mmfuse's own is `ort_library()`.
 
     Raises:
-        ValueError: an argument does not fit, or the file cannot be read.
-        UnsupportedError: the provider is not there, or fails to load; the message says what is installed.
+        ValueError: an argument does not fit, or the file or the library cannot be read.
+        UnsupportedError: the provider is not there, or fails to load; the message says what is installed. Or a fused
+            node has neither a function in the file nor a kernel in the library.
     """
     path = Path(path)
     if provider not in (*PROVIDERS, "openvino"):
@@ -91,6 +97,8 @@ def run_onnx(
         raise ValueError(f"path is {str(path)!r}, which is no file")
     if repeat < 1:
         raise ValueError(f"repeat is {repeat}, expected at least 1")
+    if library is not None and provider != "cpu":
+        raise ValueError(f"library is given for provider {provider!r}, expected cpu")
     if provider == "openvino":
         from mmfuse.export.openvino import Compiled
 
@@ -101,7 +109,8 @@ def run_onnx(
     require("onnxruntime")
     import onnxruntime
 
-    session = open_session(path, provider)
+    nodes: dict[str, str | None] = {}
+    session = open_session(path, provider, None if library is None else Path(library), nodes)
     signature = {i.name: (i.type, i.shape) for i in session.get_inputs()}
     given = draw(signature, sizes or {}) if inputs is None else _checked(inputs, signature)
     binding, held = _bound(session, given, "cpu" if provider == "cpu" else "cuda")
@@ -116,7 +125,7 @@ def run_onnx(
     del held  # the bound memory had to stay until here
     fell_back = {} if provider == "cpu" else _fell_back(session)
     remarks = [why] if (why := installed_twice()) else []
-    return Run(provider, f"onnxruntime {onnxruntime.__version__}", outputs, milliseconds, fell_back, remarks)
+    return Run(provider, f"onnxruntime {onnxruntime.__version__}", outputs, milliseconds, fell_back, nodes, remarks)
 
 
 def installed() -> dict[str, str]:
@@ -143,8 +152,15 @@ def installed_twice() -> str | None:
     )
 
 
-def open_session(path: Path, provider: str) -> Any:
-    """A session of onnxruntime whose first provider is the one asked for, and not the CPU in its place."""
+def open_session(
+    path: Path, provider: str, library: Path | None = None, nodes: dict[str, str | None] | None = None
+) -> Any:
+    """A session of onnxruntime whose first provider is the one asked for, and not the CPU in its place.
+
+    Args:
+        library: of custom operators, for the nodes that it has a kernel for.
+        nodes: is told of each kind of fused node why the library leaves it to its function, or None.
+    """
     import onnxruntime
 
     wanted = PROVIDERS[provider][0]
@@ -157,6 +173,12 @@ def open_session(path: Path, provider: str) -> Any:
     options.log_severity_level = 3  # errors only
     # from 1.24 on; earlier ones ignore it
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if library is not None:
+        from mmfuse.export.ort_kernels import register
+
+        found = register(options, path, library)
+        if nodes is not None:
+            nodes.update(found)
     chosen = [name for name in PROVIDERS[provider] if name in known]
     try:
         session = onnxruntime.InferenceSession(path, options, providers=chosen)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mmfuse.export.ort_kernels import ort_library
 from mmfuse.export.require import require
 from mmfuse.export.run import PROVIDERS, Run, run_onnx
 
@@ -24,14 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", action="append", default=[], metavar="NAME=N", help="of a free dimension of random inputs"
     )
+    parser.add_argument(
+        "--ops", metavar="LIB", nargs="?", const="", help="a library of custom operators (default: mmfuse's own)"
+    )
     parser.add_argument("--repeat", type=int, default=10, help="timed runs (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     inputs = None if args.inputs is None else _read(args.inputs)
+    library, sizes = ort_library() if args.ops == "" else args.ops, _sizes(args.size)
     with Console(stderr=True).status(f"running {args.file}"):
-        done = run_onnx(args.file, inputs, provider=args.provider, sizes=_sizes(args.size), repeat=args.repeat)
+        done = run_onnx(args.file, inputs, provider=args.provider, sizes=sizes, repeat=args.repeat, library=library)
     if args.outputs is not None:
         require("safetensors")
         from safetensors.torch import save_file
@@ -70,6 +75,7 @@ def _record(done: Run) -> dict[str, Any]:
         "runtime": done.runtime,
         "milliseconds": {"median": done.median, "least": min(done.milliseconds), "runs": len(done.milliseconds)},
         "fell_back": done.fell_back,
+        "nodes": done.nodes,
         "remarks": done.remarks,
         "outputs": {
             name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
@@ -89,6 +95,8 @@ def _print(done: Run) -> None:
         console.print("this onnxruntime does not tell which nodes ran on the CPU")
     elif done.fell_back:
         console.print("on the CPU: " + ", ".join(f"{kind} {count}" for kind, count in done.fell_back.items()))
+    for name, why in done.nodes.items():
+        console.print(f"{name}: {'the library' if why is None else f'its function, as {why}'}")
     for remark in done.remarks:
         console.print(f"[yellow]{remark}[/]")
     table = Table("output", "shape", "dtype", box=None)

@@ -33,6 +33,7 @@ _PACKAGES = (
 
 # a plain `pip install .` builds without torch, and so makes the pure wheel
 _HOW = "from a checkout, beside this torch: pip install --no-build-isolation .  (a C++ compiler; for CUDA nvcc as well)"
+_HOW_ORT = f"MMFUSE_ORT_INCLUDE=FOLDER, of onnxruntime's C headers, and {_HOW}"
 
 
 def gather() -> dict[str, Any]:
@@ -60,7 +61,7 @@ def gather() -> dict[str, Any]:
             "gpus": gpus,
         },
         "tables": _tables(),
-        "compiled": {part: _compiled(part) for part in ("cpu", "cuda")},
+        "compiled": {part: _compiled(part) for part in ("cpu", "cuda", "ort")},
         "operators": _operators(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("MMFUSE_", "TRITON_"))},
     }
@@ -82,13 +83,19 @@ def _tables() -> dict[str, Any]:
 
 
 def _compiled(part: str) -> dict[str, Any]:
-    reason = load(part)
+    reason = _ort_error() if part == "ort" else load(part)
     if part == "cuda" and reason is None:
         devices = map(torch.device, range(torch.cuda.device_count()))
         reason = next(filter(None, map(error_on, devices)), None)
     built = build_info().get("parts", {}).get(part, {})
     found = {"loaded": reason is None, "reason": reason, "built": built}
-    return found if built.get("built") else found | {"how": _HOW}
+    return found if built.get("built") else found | {"how": _HOW_ORT if part == "ort" else _HOW}
+
+
+def _ort_error() -> str | None:
+    from mmfuse.export import ort_kernels
+
+    return ort_kernels.error()
 
 
 def _operators() -> dict[str, dict[str, list[str]]]:
@@ -107,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     facts = gather()
     # a part that was built here but does not load is a broken installation
     broken = [p for p, c in facts["compiled"].items() if c["built"].get("built") and not c["loaded"]]
-    broken = [p for p in broken if p != "cuda" or facts["machine"]["gpus"]]
+    wanted = {"cuda": facts["machine"]["gpus"], "ort": facts["versions"]["onnxruntime"]}
+    broken = [p for p in broken if wanted.get(p, True)]
     if args.json:
         print(json.dumps(facts, indent=1))
         return 1 if broken else 0
@@ -128,5 +136,5 @@ def run(args: argparse.Namespace) -> int:
         for impl, why in implementations.items():
             print(f"    {impl:14} {'; '.join(why) or 'available'}")
     for part in broken:
-        print(f"broken: the compiled part _C_{part} was built and is not used; reinstall mmfuse beside this torch")
+        print(f"broken: the compiled part _C_{part} was built and does not load; reinstall mmfuse")
     return 1 if broken else 0

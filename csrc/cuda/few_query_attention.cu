@@ -7,7 +7,7 @@
 // warp has 16 queries and every `splits`-th chunk of 16 keys, whose sums are added in a fixed order. 16-bit products are of
 // tensor cores, float32 ones of multiply-adds, both in the same places: sums in float32.
 
-#include "../few_queries.h"
+#include "../few_query_tensors.h"
 #include "launch.h"
 #include "mma.h"
 
@@ -329,7 +329,7 @@ void launch(const Call& c, const Tensor& o, const Tensor& q, const Tensor& k, co
 void few_query_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& kv_index,
                          const std::optional<Tensor>& lengths, const std::optional<Tensor>& cu_seqlens, int64_t longest,
                          Tensor o, Tensor row_max, Tensor row_sum) {
-    Call c{{q, k, v, kv_index, lengths, cu_seqlens, longest, o, row_max, row_sum}, 1, 1};
+    Call c{few_queries(q, k, v, kv_index, lengths, cu_seqlens, longest, o, row_max, row_sum), 1, 1};
     STD_TORCH_CHECK(c.d <= 128 && c.d % 8 == 0, "q: expected a head of a multiple of 8 features up to 128, got ", c.d);
     STD_TORCH_CHECK(c.queries <= 1 << 19 && c.heads <= INT_MAX && c.rows <= INT_MAX / c.heads,
                     "q: expected at most 2^19 queries and less than 2^31 heads of all rows");

@@ -23,13 +23,9 @@ def load(part: str) -> str | None:
 
     It lies in the package, or in `MMFUSE_LIBRARY_DIR`: another build of it, such as one with sanitizers.
     """
-    another = os.environ.get("MMFUSE_LIBRARY_DIR")
-    # installed, kernels/ lies inside the package
-    folders = [Path(another)] if another else [_PACKAGE / "mmfuse", _PACKAGE]
-    paths = [folder / f"_C_{part}.so" for folder in folders]
-    path = next((p for p in paths if p.exists()), paths[-1])
-    if not path.exists():
-        return f"the compiled part _C_{part} was not built" + _why_not_built(path.parent, part)
+    path = find(part)
+    if path is None:
+        return not_built(part)
     if part == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     if hasattr(getattr(torch.ops, f"mmfuse_{part}"), "logit_stats"):  # a second library of them ends the process
@@ -40,6 +36,20 @@ def load(part: str) -> str | None:
         _FAILURES[part] = error
         return f"the compiled part _C_{part} does not load beside torch {torch.__version__}: {error.__cause__ or error}"
     return None
+
+
+def find(part: str) -> Path | None:
+    """Where `_C_<part>.so` is, if it was built."""
+    another = os.environ.get("MMFUSE_LIBRARY_DIR")
+    # installed, kernels/ lies inside the package
+    folders = [Path(another)] if another else [_PACKAGE / "mmfuse", _PACKAGE]
+    return next((path for folder in folders if (path := folder / f"_C_{part}.so").exists()), None)
+
+
+def not_built(part: str) -> str:
+    """That a part is not there, and why."""
+    reason = build_info().get("parts", {}).get(part, {}).get("reason")
+    return f"the compiled part _C_{part} was not built" + (f" ({reason})" if reason else "")
 
 
 @once
@@ -77,8 +87,3 @@ def build_info() -> dict[str, Any]:
         if path.exists():
             return json.loads(path.read_text())
     return {}
-
-
-def _why_not_built(folder: Path, part: str) -> str:
-    reason = build_info().get("parts", {}).get(part, {}).get("reason")
-    return f" ({reason})" if reason else ""

@@ -30,6 +30,10 @@ def farthest_points(points: Tensor, k: int, start: Tensor) -> Tensor:
         d = squared_distances(p, p.gather(1, last[:, None, None].expand(b, 1, 3)))
         least = torch.where(d < least, d, least)
         last = least.argmax(1)
+        if torch.compiler.is_compiling():
+            # A sum of one number, which Inductor fuses with nothing: for vectors of clouds its loops over several of
+            # these steps have room for the distances of one cloud alone (torch 2.13).
+            last = last[:, None].cumsum(1)[:, 0]
     return index
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,14 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse.cli import main
-from mmfuse.export import build_cli, engine_build, engine_check, engine_plugins, tensorrt
+from mmfuse.export import build_cli, engine_build, engine_check, engine_plugins, plugins, tensorrt
 from mmfuse.export.tensorrt import TensorRTModule, build_tensorrt, write_bundle
 from mmfuse.kernels._runtime import UnsupportedError
+from mmfuse.kernels.contrastive import max_query_similarity
 from mmfuse.kernels.multiway import routed_layer_norm, routed_linear
 from mmfuse.kernels.multiway.routing import Routing
+from mmfuse.kernels.text import embed_text
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from mmfuse.export import check_onnx, export_onnx  # noqa: E402
@@ -67,6 +70,22 @@ class Routed(nn.Module):
         return routed_linear(x, w["weight"], w["bias"], routing, activation="gelu")
 
 
+class Retrieved(nn.Module):
+    """Two more of them, over words and queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"table": (40, 48), "position": (12, 48), "gamma": (48,), "beta": (48,)}
+        self.weights = nn.ParameterDict({name: torch.randn(shape) for name, shape in shapes.items()})
+
+    def forward(self, ids: Tensor, pad: Tensor, image: Tensor) -> dict[str, Tensor]:
+        w = self.weights
+        norm = (w["gamma"], w["beta"], 1e-5)
+        tokens = embed_text(ids, w["table"], position=w["position"], norm=norm, scale=2.0, pad_mask=pad)
+        typed = embed_text(ids, w["table"], type_embed=w["beta"])
+        return {"tokens": tokens, "typed": typed, "similar": max_query_similarity(image, tokens[:, 0])}
+
+
 @pytest.fixture(scope="module")
 def mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlp") / "mlp.onnx"
@@ -77,6 +96,18 @@ def mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = {"x": torch.randn(6, 64, dtype=torch.float16), "offsets": torch.tensor([0, 4, 6])}
     return export_onnx(Routed().half(), inputs, tmp_path_factory.mktemp("routed") / "routed.onnx")
+
+
+def words(images: int, texts: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(texts)
+    ids = torch.randint(0, 40, (texts, 5), generator=draw)
+    return {"ids": ids, "pad": ids > 30, "image": torch.randn(images, 7, 48, generator=draw)}
+
+
+@pytest.fixture(scope="module")
+def retrieved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    free = {"ids": {0: "texts"}, "pad": {0: "texts"}, "image": {0: "images"}}
+    return export_onnx(Retrieved(), words(2, 3), tmp_path_factory.mktemp("words") / "words.onnx", dynamic=free)
 
 
 PROFILE = {"batch": (1, 4, 8)}
@@ -454,6 +485,58 @@ def test_plugins_in_the_registry_of_the_lean_runtime(compiled: Path, run_classic
     assert second["types"] == ["HALF"] and second["shapes"] == [[300, 48]]
     rows = -(-300 // 128) + 2  # tiles of 128 rows, and one more for each run
     assert second["scalars"] == [0x10, 300, 48, 64, 64, rows, 1] and second["grid"] == rows
+
+
+@compiler
+@classic
+def test_plugins_over_words(retrieved: Path, tmp_path: Path, run_classic: Any) -> None:
+    tokens, typed, similar = plugins.compile_plugins(retrieved, tmp_path / "plugins")
+    manifest = tmp_path / "plugins" / "manifest.json"
+    assert json.loads(manifest.read_text())["without"] == {}
+    ids, table, row = [(300, 5), "INT64"], [(40, 48), "FLOAT"], [(48,), "FLOAT"]
+    kinds = {
+        tokens: [ids, table, [(5, 48), "FLOAT"], row, row, [(300, 5), "BOOL"]],
+        typed: [ids, table, row],
+        similar: [[(9, 7, 48), "FLOAT"], [(300, 48), "FLOAT"]],
+    }
+    launches = run_classic(REGISTERED, str(engine_plugins.__file__), str(manifest), json.dumps(kinds))["launches"]
+    assert launches[tokens]["types"] == ["FLOAT"] * 3 and launches[tokens]["shapes"][0] == [300, 5, 48]
+    assert launches[tokens]["grid"] == 1500 and launches[tokens]["scalars"] == [240, 48, 48, 5, 40, 48]
+    assert launches[typed]["shapes"] == [[300, 5, 48]]
+    assert launches[similar]["types"] == ["FLOAT", "INT32"] and launches[similar]["shapes"] == [[9, 300]] * 2
+    assert launches[similar]["scalars"] == [48, 48, 48, 9, 300, 7] and all(of["entry"] for of in launches.values())
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@compiler
+def test_launches_compute_what_the_nodes_do(retrieved: Path) -> None:
+    """As they are declared, with Triton's interpreter in TensorRT's place."""
+    given = words(9, 20)
+    session = onnxruntime.InferenceSession(retrieved, providers=["CPUExecutionProvider"])
+    expected = session.run(["tokens", "typed", "similar"], {name: t.numpy() for name, t in given.items()})
+    initializers = onnx.load(retrieved).graph.initializer
+    weights = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in initializers}
+    position = next(t for t in weights.values() if t.shape == (5, 48))  # what the words have of it
+    given |= {"text": torch.from_numpy(expected[0][:, 0]), "pad_mask": given["pad"]}
+    for node, wanted in zip(plugins.nodes_of(retrieved), expected, strict=True):
+        launch = plugins.PLUGINS[node.operator](node)
+        shift = weights["weights.beta"] if wanted is expected[1] else position
+        of = {name: weights.get(f"weights.{name}", given.get(name, shift)) for name in launch.pointers.values()}
+        sizes = {d: n for name, dims in launch.dims.items() for d, n in zip(dims.split(), of[name].shape, strict=True)}
+        numbers = {name: engine_plugins.evaluate(of_sizes, sizes, cdiv) for name, of_sizes in launch.scalars.items()}
+        outputs = {
+            name: torch.empty([sizes[d] for d in dims.split()], dtype=torch.int32 if kind == "INT32" else torch.float32)
+            for name, (dims, kind) in launch.outputs.items()
+        }
+        module, function = launch.kernel.split(":")
+        grid = tuple(engine_plugins.evaluate(of_sizes, sizes, cdiv) for of_sizes in launch.grid)
+        pointers = {name: of[argument].contiguous() for name, argument in launch.pointers.items()}
+        getattr(import_module(module), function)[grid](**outputs, **pointers, **numbers, **launch.constants)
+        found = next(iter(outputs.values()))
+        torch.testing.assert_close(found, torch.from_numpy(wanted), rtol=1e-5, atol=1e-5)
 
 
 # --- running --------------------------------------------------------------------------------------------------------
