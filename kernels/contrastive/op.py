@@ -202,7 +202,7 @@ def _clip_reference(
     image: Tensor, text: Tensor, scale: Tensor, want: Targets, normalize: bool, sum_all: bool
 ) -> ClipOutputs:
     loss, s = reference.clip_loss(image, text, scale, normalize=normalize, **vars(want))
-    return ClipOutputs(loss, *(reference.statistics(s.detach(), want.row_offset) if sum_all else ()))
+    return ClipOutputs(loss, *(reference.statistics(s.detach().to(scale.dtype), want.row_offset) if sum_all else ()))
 
 
 CLIP = Operator(
