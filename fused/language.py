@@ -137,7 +137,7 @@ def _chunked(  # type: ignore[no-untyped-def]
         rows, flat, counts = rows[kept], flat[kept], counts[kept]
         teacher = None if teacher is None else (teacher[0][kept], *teacher[1:])
     chunk = chunk or max(16, _BLOCK_BYTES.get(kind, 32 << 20) // (4 * max(1, len(weight))))
-    with without_autocast(kind):
+    with without_autocast(hidden):
         # on a CPU eager's passes over 16 bits are faster for as long as they fit
         wide = hidden.dtype.itemsize >= 4
         if aside and len(rows) <= (chunk if wide else 8 * chunk if kind == "cpu" else 0):
@@ -186,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             g = g if mean is None else g * mean
             grads = [None if d is None else g * d for d in grads]
         else:
-            with without_autocast(hidden.device.type):
+            with without_autocast(hidden):
                 _, *grads = ctx.sweep(hidden, weight, bias, labels, ctx.teacher, per_token * g, needs=ctx.needs)
         return (*(None if d is None else d.to(t) for d, t in zip(grads, ctx.dtypes, strict=True)), *[None] * 4)
 

@@ -40,7 +40,7 @@ PAIRS = Size("pairs", lambda image, text: image.shape[0] * text.shape[0], column
 # --- CLIP: softmax over rows and columns ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pair:
     """The features that are multiplied: normalised, or taken as they are."""
 
@@ -84,7 +84,7 @@ class ClipOutputs(NamedTuple):
     shares: Tensor = _NONE  # [b + N], one over the number of positives
 
 
-@dataclass(frozen=True)
+@dataclass
 class Targets:
     """What the softmaxes are to be, and how much the directions count."""
 

@@ -125,10 +125,12 @@ def siglip_loss(
     """The loss."""
     if normalize:
         image, text = unit(image), unit(text)
-    s = _logits(image, text, -scale) - bias  # -S
+    s = _logits(image, text, scale) + bias
+    # to negate what has a gradient in place, and a view of it, takes longer than a product
+    z = torch.full(s.shape, -1, dtype=s.dtype, device=s.device)
     if not negative_only:
-        s.diagonal(row_offset).neg_()  # z S
-    return -F.logsigmoid(s).sum() / len(s)
+        z.diagonal(row_offset).fill_(1)
+    return F.logsigmoid(z * s).sum() / -s.shape[0]
 
 
 def statistics(s: Tensor, row_offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
