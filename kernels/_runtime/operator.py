@@ -311,7 +311,8 @@ class Operator:
     def compute(self, implementation: Implementation, args: Sequence[Any], needs: Sequence[bool]) -> Any:
         """The forward with an implementation's passes, outside of autograd and autocast."""
         with without_autocast(self._on(args)):
-            return self._forward((*args, implementation.passes, self._named(args, needs)))
+            flags = self._named(args, needs) if self.wants_needs else needs
+            return self._forward((*args, implementation.passes, flags))
 
     def formula(self, args: Sequence[Any]) -> Any:
         """The operator in plain torch, which differentiates, batches and transforms it as it likes."""

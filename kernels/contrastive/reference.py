@@ -69,8 +69,11 @@ def clip_loss(
     if image_ids is not None and text_ids is not None:
         same = (image_ids[:, None] == text_ids).to(scale.dtype)
         row_target = same / same.sum(1, keepdim=True).clamp_min(1)
-        same = _paired(same, 1, row_offset, b)
-        column_target = (same / same.sum(0).clamp_min(1)).t()
+        # of the same ids it is symmetric
+        column_target = row_target
+        if image_ids is not text_ids:
+            same = _paired(same, 1, row_offset, b)
+            column_target = (same / same.sum(0).clamp_min(1)).t()
     else:
         column_target = torch.arange(b, device=s.device)
         row_target = column_target + row_offset if row_offset else column_target
