@@ -13,8 +13,9 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Implementation, Operator, products
 from mmfuse.kernels._runtime.arguments import autocast, check, one_of, real, require_integer
 from mmfuse.kernels._runtime.dispatch import forced_backend
-from mmfuse.kernels._runtime.dtypes import autocast_is_on
+from mmfuse.kernels._runtime.dtypes import autocast_is_on, cast
 from mmfuse.kernels._runtime.registration import differentiated_again, gradients_with_graph, without_autocast
+from mmfuse.kernels.contrastive.cross_entropy import mean_cross_entropy
 
 Teacher = tuple[Tensor, Tensor, "Tensor | None"]
 
@@ -84,7 +85,7 @@ def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reductio
     acc = torch.promote_types(hidden.dtype, torch.float32)
     counts = labels != ignore_index
     hidden, teacher = _counted(hidden, counts, teacher)
-    logits = F.linear(hidden, weight, _like(hidden, bias)).to(acc).flatten(0, -2)
+    logits = cast(F.linear(hidden, weight, _like(hidden, bias)), acc).flatten(0, -2)
     labels_ = labels.flatten()
     if teacher is None:
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
@@ -96,6 +97,12 @@ def _eager(hidden, weight, labels, bias, ignore_index, label_smoothing, reductio
     soft = F.linear(*teacher).to(acc).flatten(0, -2).softmax(-1)
     loss = (1 - alpha) * loss - alpha * (soft * logits.log_softmax(-1)).sum(-1)
     return _reduce(torch.where(counts.flatten(), loss, 0), counts, reduction, labels.shape)
+
+
+def _of_all(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    """The mean over tokens all of which count, without a teacher."""
+    logits = F.linear(hidden, weight, _like(hidden, bias))
+    return mean_cross_entropy(logits, labels, torch.promote_types(hidden.dtype, torch.float32), **options)
 
 
 def _counted(hidden: Tensor, counts: Tensor, teacher: Teacher | None) -> tuple[Tensor, Teacher | None]:
@@ -124,18 +131,22 @@ def _chunked(  # type: ignore[no-untyped-def]
     counts = flat != ignore_index
     if teacher is not None:
         teacher = (teacher[0].flatten(0, -2), *teacher[1:])
-    kept = None
-    if kind == "cpu" and not torch.compiler.is_compiling() and not counts.all():
+    kept, on_host = None, kind == "cpu" and not torch.compiler.is_compiling()
+    if on_host and not counts.all():
         kept = counts.nonzero().squeeze(1)
         rows, flat, counts = rows[kept], flat[kept], counts[kept]
         teacher = None if teacher is None else (teacher[0][kept], *teacher[1:])
     chunk = chunk or max(16, _BLOCK_BYTES.get(kind, 32 << 20) // (4 * max(1, len(weight))))
-    with without_autocast(kind):
+    with without_autocast(hidden):
         # on a CPU eager's passes over 16 bits are faster for as long as they fit
         wide = hidden.dtype.itemsize >= 4
         if aside and len(rows) <= (chunk if wide else 8 * chunk if kind == "cpu" else 0):
             # one block holds all: the same memory, and eager has fewer passes over the gradient of weight
-            loss = _eager(rows, weight, flat, bias, ignore_index, label_smoothing, reduction, teacher, alpha)
+            if on_host and teacher is None and reduction == "mean":
+                of_labels = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+                loss = _of_all(rows, weight, flat, bias, **of_labels)
+            else:
+                loss = _eager(rows, weight, flat, bias, ignore_index, label_smoothing, reduction, teacher, alpha)
         else:
             options = (label_smoothing, alpha if teacher else 0.0, reduction, chunk, torch.is_grad_enabled())
             loss = _LinearCrossEntropy.apply(rows, weight, bias, flat.where(counts, 0), counts, teacher, options)
@@ -175,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             g = g if mean is None else g * mean
             grads = [None if d is None else g * d for d in grads]
         else:
-            with without_autocast(hidden.device.type):
+            with without_autocast(hidden):
                 _, *grads = ctx.sweep(hidden, weight, bias, labels, ctx.teacher, per_token * g, needs=ctx.needs)
         return (*(None if d is None else d.to(t) for d, t in zip(grads, ctx.dtypes, strict=True)), *[None] * 4)
 

@@ -7,23 +7,10 @@
 
 #include "simd.h"
 
-#include <bit>
 #include <cmath>
 
 namespace mmfuse {
 namespace {
-
-struct Bfloat16 {
-    uint16_t bits;
-};
-
-MMFUSE_INLINE float load(float x) { return x; }
-MMFUSE_INLINE float load(Bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
-MMFUSE_INLINE void store(float* to, float x) { *to = x; }
-MMFUSE_INLINE void store(Bfloat16* to, float x) {  // to the nearest, a tie to the even one
-    const uint32_t bits = std::bit_cast<uint32_t>(x);
-    to->bits = x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
-}
 
 // The normal distribution function and its density, absolute errors below 1e-7. With t = |x| / sqrt(2),
 // 1 - Phi(|x|) = e^(-t^2) erfcx(t) / 2, a polynomial of (t - 3.5) / (t + 3.5), fitted to 1.5e-8.

@@ -18,6 +18,18 @@
 
 namespace mmfuse {
 
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+MMFUSE_INLINE float load(float x) { return x; }
+MMFUSE_INLINE float load(Bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+MMFUSE_INLINE void store(float* to, float x) { *to = x; }
+MMFUSE_INLINE void store(Bfloat16* to, float x) {  // to the nearest, a tie to the even one
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    to->bits = x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+}
+
 // Hides a constant: gcc turns a clamp to a known constant into masked arithmetic instead of a minimum.
 MMFUSE_INLINE float opaque(float x) {
     __asm__("" : "+m"(x));

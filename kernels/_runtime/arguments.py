@@ -70,6 +70,8 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """What a matrix product of `t` rounds its operands to, where autocast is on; it leaves float64 alone."""
+    if not torch._C._is_any_autocast_enabled():  # as a rule: to name a device takes longer
+        return None
     on = autocast_is_on(t.device.type) and t.dtype != torch.float64
     return torch.get_autocast_dtype(t.device.type) if on else None
 
@@ -137,6 +139,10 @@ def multiplier(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     if type(value) is float and not torch.compiler.is_compiling() and math.isfinite(value):
         return scalar(name, value, like)
     factor = scalar(name, value, like)
+    # read where nothing has to wait for it
+    plain = factor.is_cpu and type(value) in (Tensor, torch.nn.Parameter) and outside_a_trace()
+    if plain and math.isfinite(factor.item()):
+        return factor
     return torch.add(factor, factor, alpha=0)
 
 

@@ -142,7 +142,9 @@ def _model(shipped: Mapping[str, Table]) -> Table | None:
     """The table of the CPU with these vectors, or any, whose speed is nearest to this one's, in proportion."""
     here, kind = torch.get_num_threads(), vectors()
     cpus = {name: t for name, t in shipped.items() if "threads" in t}
-    alike = {name: t for name, t in cpus.items() if t["vectors"] == kind} or cpus
+    alike = {name: t for name, t in cpus.items() if t["vectors"] == kind}
+    # what has products of bfloat16 takes after what has them
+    alike = alike or {name: t for name, t in cpus.items() if ("bf16" in t["vectors"]) == ("bf16" in kind)} or cpus
     factors = {name: here * _BITS[kind] / (t["threads"] * _BITS[t["vectors"]]) for name, t in alike.items()}
     if not factors:
         return None

@@ -26,4 +26,4 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def autocast_is_on(kind: str) -> bool:
     """Whether autocast is on for a kind of device; "meta" has none."""
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch._C._is_any_autocast_enabled() and kind != "meta" and torch.is_autocast_enabled(kind)

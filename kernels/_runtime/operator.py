@@ -234,7 +234,10 @@ class Operator:
             return name
         size = self.measured(args) if self.unit else None
         for i in without_reasons(self._names, x):
-            if (i == "triton" and INTERPRET) or (size and self._below(i, x.device, *size)):
+            if i == "triton" and INTERPRET:
+                continue
+            # the last one steps aside for none
+            if size and i != self._names[-1] and self._below(i, x.device, *size):
                 continue
             # one reason is enough
             if not (self._reasons[i] and any(ask(args) is not None for ask in self._reasons[i])):
@@ -307,8 +310,9 @@ class Operator:
 
     def compute(self, implementation: Implementation, args: Sequence[Any], needs: Sequence[bool]) -> Any:
         """The forward with an implementation's passes, outside of autograd and autocast."""
-        with without_autocast(self._on(args).device.type):
-            return self._forward((*args, implementation.passes, self._named(args, needs)))
+        with without_autocast(self._on(args)):
+            flags = self._named(args, needs) if self.wants_needs else needs
+            return self._forward((*args, implementation.passes, flags))
 
     def formula(self, args: Sequence[Any]) -> Any:
         """The operator in plain torch, which differentiates, batches and transforms it as it likes."""

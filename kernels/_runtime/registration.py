@@ -63,7 +63,7 @@ def register(operator: Operator, implementation: Implementation) -> Callable[[Se
         elif backward is not None and any(needs):
             outputs = _Eager.apply(backward, args, flat, needs, *leaves)
         else:
-            with torch.no_grad() if graph else nullcontext():  # what is no leaf may ask for a gradient all the same
+            with torch.no_grad() if graph else _AS_IT_IS:  # what is no leaf may ask for a gradient all the same
                 return operator.compute(implementation, args, needs)
         return outputs if single else operator.Outputs(*outputs)  # type: ignore[misc]
 
@@ -107,7 +107,7 @@ class Backward:
         *kept, needs = flat
         g = next(t for t in flat if isinstance(t, Tensor))
         of = self._grouped(needs, kept)
-        with without_autocast(g.device.type):
+        with without_autocast(g):
             args = self.signature.restore(kept)
             found = self.ask((*args, self.implementation.passes, self.operator.Needs(*of)))
         if not self.lists:
@@ -238,8 +238,15 @@ def _version(t: Any) -> int:
     return t._version if isinstance(t, Tensor) and not t.is_inference() else 0
 
 
-def without_autocast(kind: str) -> AbstractContextManager[Any]:
-    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else nullcontext()
+_AS_IT_IS = nullcontext()
+
+
+def without_autocast(on: Tensor) -> AbstractContextManager[Any]:
+    """Autocast is off for the device of a tensor."""
+    if not torch._C._is_any_autocast_enabled():  # as a rule: to name a device takes longer
+        return _AS_IT_IS
+    kind = on.device.type
+    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else _AS_IT_IS
 
 
 def differentiated_again(*grads: Tensor | None) -> bool:
@@ -256,7 +263,7 @@ def gradients_with_graph(
     """Of `function(*leaves)`, given those of its outputs; as far as grad mode is on, functions of the leaves."""
     create_graph = torch.is_grad_enabled()
     # torch's fused attention has one derivative
-    with torch.enable_grad(), without_autocast(leaves[0].device.type), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), without_autocast(leaves[0]), sdpa_kernel(SDPBackend.MATH):
         # a leaf that is given twice is two
         leaves = [t.view_as(t) for t in leaves]
         pairs = [(out, g) for out, g in zip(function(*leaves), grads, strict=False) if g is not None]

@@ -40,7 +40,7 @@ PAIRS = Size("pairs", lambda image, text: image.shape[0] * text.shape[0], column
 # --- CLIP: softmax over rows and columns ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pair:
     """The features that are multiplied: normalised, or taken as they are."""
 
@@ -84,7 +84,7 @@ class ClipOutputs(NamedTuple):
     shares: Tensor = _NONE  # [b + N], one over the number of positives
 
 
-@dataclass(frozen=True)
+@dataclass
 class Targets:
     """What the softmaxes are to be, and how much the directions count."""
 
@@ -202,7 +202,7 @@ def _clip_reference(
     image: Tensor, text: Tensor, scale: Tensor, want: Targets, normalize: bool, sum_all: bool
 ) -> ClipOutputs:
     loss, s = reference.clip_loss(image, text, scale, normalize=normalize, **vars(want))
-    return ClipOutputs(loss, *(reference.statistics(s.detach(), want.row_offset) if sum_all else ()))
+    return ClipOutputs(loss, *(reference.statistics(s.detach().to(scale.dtype), want.row_offset) if sum_all else ()))
 
 
 CLIP = Operator(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
+from mmfuse.kernels.contrastive.cross_entropy import mean_cross_entropy
 
 
 def _sum(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
@@ -30,12 +31,7 @@ def _sum(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
 
 def _logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     # a scalar of 0 dimensions leaves the features their dtype
-    return _products(scale * image, text, scale.dtype)
-
-
-def _products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the operands' dtype, as eager code computes logits; the loss itself in float32 or float64."""
-    return cast(x @ y.t(), dtype)
+    return cast((scale * image) @ text.t(), scale.dtype)
 
 
 def _paired(t: Tensor, dim: int, row_offset: int, b: int) -> Tensor:
@@ -62,21 +58,27 @@ def clip_loss(
     normalize: bool,
     row_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, logits [b, N]). With ids [b] and [N], the positives are the pairs that have equal ones."""
+    """(loss, logits [b, N] in the features' dtype). With ids [b] and [N], positives are the pairs of equal ones."""
     if normalize:
         image, text = unit(image), unit(text)
     scaled = scale * image
-    s = _products(scaled, text, scale.dtype)
-    b = len(s)
+    s = (
+        scaled @ text.t()
+    )  # in the operands' dtype, as eager code computes logits; the loss itself in float32 or float64
+    b = s.shape[0]
     if image_ids is not None and text_ids is not None:
-        same = (image_ids[:, None] == text_ids).to(s.dtype)
+        same = (image_ids[:, None] == text_ids).to(scale.dtype)
         row_target = same / same.sum(1, keepdim=True).clamp_min(1)
-        same = _paired(same, 1, row_offset, b)
-        column_target = (same / same.sum(0).clamp_min(1)).t()
+        # of the same ids it is symmetric
+        column_target = row_target
+        if image_ids is not text_ids:
+            same = _paired(same, 1, row_offset, b)
+            column_target = (same / same.sum(0).clamp_min(1)).t()
     else:
         column_target = torch.arange(b, device=s.device)
         row_target = column_target + row_offset if row_offset else column_target
     if decoupled:
+        s = cast(s, scale.dtype)
         own = row_target[:, None] == torch.arange(s.shape[1], device=s.device)
         positive, negatives = s.diagonal(row_offset)[:b], s.masked_fill(own, -torch.inf)
         sides = ((negatives, 1, w_image), (_paired(negatives, 1, row_offset, b), 0, w_text))
@@ -85,12 +87,13 @@ def clip_loss(
     images = (s, row_target, w_image)
     # two products of 16 bits, as open_clip has them, are cheaper than to walk down the columns in 32
     if image.dtype.itemsize == 2:
-        columns = _products(_paired(text, 0, row_offset, b), scaled, scale.dtype)
+        columns = _paired(text, 0, row_offset, b) @ scaled.t()
     else:
         columns = _paired(s, 1, row_offset, b).t()
     texts = (columns, column_target, w_text)
-    terms = [(w, F.cross_entropy(t, y, label_smoothing=label_smoothing)) for t, y, w in (images, texts) if w]
-    return _sum(terms, s), s
+    sides = [side for side in (images, texts) if side[2]]
+    terms = [(w, mean_cross_entropy(t, y, scale.dtype, label_smoothing=label_smoothing)) for t, y, w in sides]
+    return _sum(terms, scale), s
 
 
 def distill_loss(
@@ -106,7 +109,7 @@ def distill_loss(
 ) -> tuple[Tensor, Tensor]:
     """(contrastive, distill): the student's CLIP loss, and its cross-entropy with the teacher's softmaxes."""
     contrastive, s = clip_loss(image, text, scale, None, None, w_image, w_text, 0.0, False, False, row_offset)
-    t = _logits(teacher_image, teacher_text, teacher_scale)
+    s, t = cast(s, scale.dtype), _logits(teacher_image, teacher_text, teacher_scale)
     s_columns, t_columns = (_paired(of, 1, row_offset, len(s)).t() for of in (s, t))
     sides = ((s, t, w_image), (s_columns, t_columns, w_text))
     terms = [(w, F.cross_entropy(of_s, of_t.softmax(1))) for of_s, of_t, w in sides if w]
@@ -125,10 +128,12 @@ def siglip_loss(
     """The loss."""
     if normalize:
         image, text = unit(image), unit(text)
-    s = _logits(image, text, -scale) - bias  # -S
+    s = _logits(image, text, scale) + bias
+    # to negate what has a gradient in place, and a view of it, takes longer than a product
+    z = torch.full(s.shape, -1, dtype=s.dtype, device=s.device)
     if not negative_only:
-        s.diagonal(row_offset).neg_()  # z S
-    return -F.logsigmoid(s).sum() / len(s)
+        z.diagonal(row_offset).fill_(1)
+    return F.logsigmoid(z * s).sum() / -s.shape[0]
 
 
 def statistics(s: Tensor, row_offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

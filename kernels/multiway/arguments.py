@@ -15,7 +15,7 @@ ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu", "geg
 GATED = ("swiglu", "geglu")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Runs:
     """Which expert the rows of a stream have, as `Routing` says."""
 
@@ -29,7 +29,7 @@ class Runs:
         return [(e, slice(a, b)) for e, a, b in zip(self.experts, bounds, bounds[1:], strict=False)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Linear:
     """An expert's product and what follows it at once. A list is of E tensors, or of one that has them all."""
 
@@ -39,7 +39,7 @@ class Linear:
     activation: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class FFN:
     """Two products with an activation and a LayerNorm between them; lists as in `Linear`."""
 
@@ -54,7 +54,7 @@ class FFN:
     inner_eps: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ending:
     """What follows the product: residual + row_scale scale y."""
 
@@ -63,7 +63,7 @@ class Ending:
     row_scale: Tensor | None  # [T]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Norm:
     """LayerNorm, or RMSNorm if it is not centred; lists as in `Linear`."""
 

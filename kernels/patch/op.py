@@ -212,26 +212,26 @@ def stem_of(
     pre_weight, pre_bias, pre_eps = norm("pre_norm", pre_norm, weight)
     compute = autocast_dtype(weight) or weight.dtype
     stride = (stride,) * (weight.dim() - 2) if isinstance(stride, int) else stride
+    for name, t in (("bias", bias), ("mask_token", mask_token), ("type_embed", type_embed)):
+        if t is not None:
+            vector(name, t, (d,), pixels, "[D]")
     vectors = (bias, stem_weight, stem_bias, mask_token, type_embed, pre_weight, pre_bias, mean, std)
     # the kernels read a vector without its stride
-    dense = [t.contiguous() if isinstance(t, Tensor) else t for t in vectors]
+    dense = [None if t is None else t.contiguous() for t in vectors]
     bias_, stem_weight, stem_bias, token_, type_, pre_weight, pre_bias, mean, std = dense
     stem = Stem(
         pixels, weight, bias_, stem_weight, stem_bias, prefix, position, prefix_position, token_, type_,
         pre_weight, pre_bias, mask, ids_keep, mean, std, stride, layout, padding, stem_eps, pre_eps, compute,
         dtype or compute,
     )  # fmt: skip
-    n, r = stem.geometry.patches, stem.shape[1]
+    n, r = stem.geometry.patches, 0 if prefix is None else prefix.shape[0]
     if prefix_position is not None and prefix is None:
         raise ValueError("prefix_position is given without prefix, expected both")
     if (mask is None) != (mask_token is None):
         raise ValueError("mask and mask_token go together, expected both or neither")
     for name, t, shape, meaning in (
-        ("bias", bias, (d,), "[D]"),
         ("position", position, (n, d), "[N, D], one row for each patch"),
         ("prefix_position", prefix_position, (r, d), "[R, D] as prefix"),
-        ("mask_token", mask_token, (d,), "[D]"),
-        ("type_embed", type_embed, (d,), "[D]"),
     ):
         if t is not None:
             vector(name, t, shape, pixels, meaning)

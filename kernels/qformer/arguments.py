@@ -37,7 +37,7 @@ class Mapped(NamedTuple):
     map: Tensor  # [B, H, Q, N], the probabilities before dropout
 
 
-@dataclass(frozen=True)
+@dataclass
 class Keys:
     """What queries attend to: the tokens of images, padded, or packed one image after another."""
 

@@ -27,7 +27,9 @@ CUDA, CPU = _Attention("cuda"), _Attention("cpu")
 
 def _aligned(t: Tensor) -> Tensor:
     """Features of unit stride, in rows that are read by vectors."""
-    t = t.resolve_neg()
+    t = t.resolve_neg() if t.is_neg() else t
+    if t.is_contiguous() and t.shape[-1] * t.itemsize % _VECTOR == 0 and t.data_ptr() % _VECTOR == 0:
+        return t
     strides = [s for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1]
     whole = all(s * t.itemsize % _VECTOR == 0 for s in strides) and t.data_ptr() % _VECTOR == 0
     return t if whole and t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)

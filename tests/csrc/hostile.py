@@ -78,6 +78,10 @@ VALID: dict[str, list[Callable[..., list[Any]]]] = {
             F(c, n), doubles(c),
         ]
     ],
+    "cross_entropy": [lambda c=3, n=20: [F(c, n).bfloat16(), ints(c), F(c), F(c), F(c)]],
+    "cross_entropy_grad": [
+        lambda c=3, n=20: [F(c), F(c, n).bfloat16(), ints(c), F(c), F(c), F(c, n).bfloat16()]
+    ],
     "code_argmax": [
         lambda n=7, d=5, K=9: [F(n, d), F(K, d), doubles(K), doubles(K), ints(n, dtype=torch.bool), ints(n)],
         lambda n=7, d=5, K=70: [F(n, d), F(K, d), none(torch.float64), none(torch.float64), none(torch.bool), ints(n)],

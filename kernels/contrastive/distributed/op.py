@@ -65,7 +65,7 @@ class _Clip(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, peers: Peers, mode: Mode, backend: str) -> Tensor:
         exchange = (RingExchange if mode.ring else Gather)(peers)
         stats = TEMPLATE[backend].stats
-        with without_autocast(image.device.type):
+        with without_autocast(image):
             ys: list[Tensor] = []
             found = []
             for y, at in exchange.blocks(text):
@@ -104,7 +104,7 @@ class _Clip(torch.autograd.Function):
         x, _, scale, row_max, row_sum, diag, kappa, negatives, positives, *kept = ctx.saved_tensors
         need_x, need_y, need_s = ctx.needs_input_grad[:3]
         peers = exchange.peers
-        with without_autocast(x.device.type):
+        with without_autocast(x):
             z = negatives + positives
             rho, a, miss = normaliser(row_max, row_sum, diag)
             w_image, w_text, total = over_their_sum(mode.w_image, mode.w_text)
@@ -313,7 +313,7 @@ class _Siglip(torch.autograd.Function):
         sums = scale.new_zeros(3)
         dx = torch.zeros(image.shape if need_x else 0, dtype=scale.dtype, device=image.device)
         dys = []
-        with without_autocast(image.device.type):
+        with without_autocast(image):
             for y, positives_at in exchange.blocks(text):
                 paired = positives_at is not None
                 loss, dx_part, dy, ds, db = TEMPLATE[backend].sigmoid(

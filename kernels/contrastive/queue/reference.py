@@ -30,13 +30,14 @@ def queue_itc_loss(
     everything = torch.cat([cast(keys, query.dtype), cast(queue, query.dtype)]).detach()
     log_p = F.log_softmax(_logits(query, everything, temp), dim=1)
     with torch.no_grad():
+        soft = None if query_m is None else alpha * F.softmax(_logits(query_m, everything, temp), dim=1)
         if ids is None or key_ids is None or queue_ids is None:
-            targets = (1 - alpha) * torch.eye(len(query), len(everything), dtype=temp.dtype, device=temp.device)
+            targets = torch.zeros_like(log_p) if soft is None else soft
+            targets.diagonal().add_(1 - alpha)
         else:
             hard = (ids[:, None] == torch.cat([key_ids, queue_ids])).to(temp.dtype)
             targets = (1 - alpha) * hard / hard.sum(1, keepdim=True).clamp_min(1)
-        if query_m is not None:
-            targets = targets + alpha * F.softmax(_logits(query_m, everything, temp), dim=1)
+            targets = targets if soft is None else targets + soft
     return -(targets * log_p).sum(1).mean()
 
 

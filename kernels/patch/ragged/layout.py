@@ -56,8 +56,8 @@ def layout(
     """grids [B, 2 | 3] int64 of images whose `patches` lie one after the other, or every `padded_in` rows."""
     b, device = grids.shape[0], grids.device
     # one more image without patches: rows past the end are its
-    thw = F.pad(F.pad(grids, (3 - grids.shape[1], 0), value=1), (0, 0, 0, 1))
-    count = thw.prod(1)
+    sizes = F.pad(grids, (0, 0, 0, 1))
+    count = sizes.prod(1)
     begin = F.pad(count.cumsum(0)[:-1], (1, 0))  # [B + 1]
     start = begin[:b] if padded_in is None else torch.arange(b, device=device) * padded_in
     cu_seqlens, source = begin, None
@@ -72,13 +72,15 @@ def layout(
     else:
         row = torch.arange(patches, device=device)
         image = _image(begin, row) if padded_in is None else row // padded_in
-    first = torch.cat([start, begin[-1:]])
-    within = (torch.where(row < 0, patches, row) if padded_out else row) - first[image]
+    if padded_in is None:
+        within = (torch.where(row < 0, patches, row) if padded_out else row) - begin[image]
+    else:
+        within = row % padded_in
     size = count[image]
     inside = within < size
     r = torch.where(inside, within, 0)
 
-    _, h, w = thw[image].unbind(1)
+    *_, h, w = sizes[image].unbind(1)
     frames = []
     if grids.shape[1] == 3:
         area = (h * w).clamp(min=1)

@@ -47,7 +47,8 @@ def patch_embed_packed(
 def positions(table: Tensor, place: Tensor, shape: tuple[int, int], mode: str, factored: bool) -> Tensor:
     """[R, D] in the accumulation dtype: table [gh gw, D], or [gh + gw, D], resampled at `place` [R, 4]."""
     acc = accumulation_dtype(table.dtype)
-    return torch.cat([w @ cast(table, acc) for w in dense(place, shape, mode, factored, acc)])
+    blocks = [w @ cast(table, acc) for w in dense(place, shape, mode, factored, acc)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def dense(place: Tensor, shape: tuple[int, int], mode: str, factored: bool, acc: torch.dtype) -> list[Tensor]:

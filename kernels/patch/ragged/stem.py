@@ -48,8 +48,10 @@ def weight_grad(f: Folded, product: Tensor, total: Tensor) -> Tensor:
 
 def entering(x: Tensor, mean: Tensor | None, std: Tensor | None, acc: torch.dtype) -> Tensor:
     """Pixels [..., K] as the model sees them."""
+    if mean is None and std is None:
+        return x
     y = x.to(acc)
-    if x.dtype == torch.uint8 and (mean is not None or std is not None):
+    if x.dtype == torch.uint8:
         y = y / 255
     y = y if mean is None else y - mean.to(acc)
     return y if std is None else y / std.to(acc)

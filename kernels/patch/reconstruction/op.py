@@ -122,7 +122,7 @@ def masked_patch_loss(
     check("prediction", prediction, (b, "M", k))
     if prediction.shape[1] > n:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}, expected [{b}, {n} or fewer, {k}]")
-    check("pixels", pixels, dtype=PIXELS, like=("prediction", prediction))
+    check("prediction", prediction, like=("pixels", pixels))
     mask = mask if mask.dtype == torch.bool else mask != 0
     check("mask", mask, (b, n), ", one for each patch", torch.bool, ("prediction", prediction))
     mean, std = (_per_channel(name, v, c, pixels) for name, v in (("mean", mean), ("std", std)))
@@ -148,4 +148,4 @@ def _per_channel(name: str, given: Any, channels: int, like: Tensor) -> Tensor |
     check(name, v, dtype=v.dtype, like=("pixels", like))
     if v.numel() not in (1, channels):
         raise ValueError(f"{name} has {v.numel()} values, expected {channels}, one for each channel")
-    return v.reshape(-1).expand(channels).contiguous()
+    return v.contiguous() if v.shape == (channels,) else v.reshape(-1).expand(channels).contiguous()

@@ -21,12 +21,13 @@ def masked_patch_loss(prediction: Tensor, target: Target) -> Tensor:
         x = x if target.mean is None else x.sub_(target.mean.to(acc))
         x = x if target.std is None else x.div_(target.std.to(acc))
         x = target_of(target.patches(x), target.norm)
-    weight = target.mask.to(acc)
-    if prediction.shape[1] != weight.shape[1]:
-        at = masked_ids(target.mask, prediction.shape[1])
-        x, weight = x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2])), weight.gather(1, at)
+    mask = target.mask
+    if prediction.shape[1] != mask.shape[1]:
+        at = masked_ids(mask, prediction.shape[1])
+        x, mask = x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2])), mask.gather(1, at)
+    weight = mask.to(acc)
     # before the square, whose gradient is no number where what is not masked is none
-    gap = torch.where(weight[:, :, None] > 0, prediction.to(acc) - x, 0)
+    gap = torch.where(mask[:, :, None], prediction.to(acc) - x, 0)
     return (gap.square().mean(-1) * weight).sum() / weight.sum()
 
 
