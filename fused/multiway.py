@@ -28,13 +28,20 @@ if TYPE_CHECKING:
 
 class _Experts(nn.Module):
     """Parameters of E experts. Their first sizes may be joined or split: [E, N, K], [E N, K] and [E, 3, N / 3, K] are
-    the same numbers in the same order, and one is loaded as the other."""
+    the same numbers in the same order, and one is loaded as the other, or as the shards that a rank has of it."""
+
+    experts: int
+
+    def stacked(self, name: str, t: Tensor) -> Tensor:
+        """A parameter as [E, N, K] or [E, N]."""
+        ends = t.shape[-1:] if isinstance(self, MultiwayLinear) and name == "weight" else ()
+        return t.reshape(self.experts, -1, *ends)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, own in self._parameters.items():
             given = state_dict.get(prefix + name)
             if own is not None and isinstance(given, Tensor) and _same_numbers(given.shape, own.shape):
-                state_dict[prefix + name] = given.reshape(own.shape)
+                state_dict[prefix + name] = _sharded_like(own, given.reshape(own.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -44,18 +51,41 @@ def _same_numbers(a: Sequence[int], b: Sequence[int]) -> bool:
     return few <= many and math.prod(a) == math.prod(b)
 
 
+def _sharded_like(own: Any, t: Tensor) -> Tensor:
+    if not hasattr(own, "placements") or hasattr(t, "placements"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, own.device_mesh, own.placements, src_data_rank=None)
+
+
 def flatten_experts(module: nn.Module) -> nn.Module:
     """Every parameter [E, N, K] of the experts in `module` as [E N, K], in place, and [E, N] as [E N]; returns it.
 
     `fully_shard` (FSDP2) then shards it evenly over any number of ranks; call this before, and before an optimizer is
-    made. The experts are views of the one parameter. `load_state_dict` takes either form.
+    made. Experts are views of the one parameter. `load_state_dict` takes either form; `whole_state` gives the first.
     """
     for m in module.modules():
         if isinstance(m, _Experts):
             for name, p in m.named_parameters(recurse=False):
-                if p.dim() == (3 if isinstance(m, MultiwayLinear) and name == "weight" else 2):
-                    setattr(m, name, nn.Parameter(p.detach().flatten(0, 1), p.requires_grad))
+                flat = m.stacked(name, p.detach()).flatten(0, 1)
+                if flat.shape != p.shape:
+                    setattr(m, name, nn.Parameter(flat, p.requires_grad))
     return module
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """`module.state_dict()` as it was before `flatten_experts`, `shard_experts` or `fully_shard`.
+
+    Experts are [E, N, K], and what ranks have in shards is gathered: a collective, for which all of them call it.
+    """
+    state = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in module.state_dict().items()}
+    for path, m in module.named_modules():
+        if isinstance(m, _Experts):
+            for name in m._parameters:
+                if (key := f"{path}.{name}".lstrip(".")) in state:
+                    state[key] = m.stacked(name, state[key])
+    return state
 
 
 class MultiwayLinear(_Experts):
@@ -63,6 +93,7 @@ class MultiwayLinear(_Experts):
 
     def __init__(self, experts: int, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
+        self.experts = experts
         layers = [nn.Linear(in_features, out_features, bias) for _ in range(experts)]
         self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers])) if bias else None
@@ -91,7 +122,7 @@ class MultiwayLayerNorm(_Experts):
     def __init__(self, experts: int, width: int, eps: float = 1e-5):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(experts, width)), nn.Parameter(torch.zeros(experts, width))
-        self.eps = eps
+        self.experts, self.eps = experts, eps
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         return routed_layer_norm(x, self.weight, self.bias, routing, self.eps)
@@ -112,7 +143,8 @@ class MultiwayRMSNorm(_Experts):
 
     def __init__(self, experts: int, width: int, eps: float = 1e-6):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(experts, width)), eps
+        self.weight = nn.Parameter(torch.ones(experts, width))
+        self.experts, self.eps = experts, eps
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         n = x[:1].numel() // x.shape[-1] if len(x) else 1

@@ -41,7 +41,8 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Call it before an optimizer is made, and before `fully_shard` over another dimension of the mesh. Whatever takes all
     parameters as one list (`foreach` optimizers, `clip_grad_norm_`) takes DTensors and others within
     `torch.distributed.tensor.experimental.implicit_replication()`. The weight of queries, keys and values is then
-    [E, 3, D, D]; `load_state_dict` of a module that is not split takes it as [E, 3 D, D].
+    [E, 3, D, D]; `load_state_dict` takes the state of a module that is split, and of one that is not, and `whole_state`
+    gives the latter's.
 
     Args:
         module: with any such layers in it.

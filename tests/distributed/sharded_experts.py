@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 
 from mmfuse import UnsupportedError
-from mmfuse.fused.multiway import MoMEBlock, MoTBlock, MultiwayBlock, flatten_experts
+from mmfuse.fused.multiway import MoMEBlock, MoTBlock, MultiwayBlock, flatten_experts, whole_state
 from mmfuse.fused.tensor_parallel import shard_experts
 from mmfuse.kernels import Routing
 
@@ -74,6 +74,11 @@ def every_kind(rank: int, size: int) -> None:
         torch.testing.assert_close(whole(norms[1]), norms[0])
         assert_same(*({n: whole(p.detach()) for n, p in m.named_parameters()} for m in (two, one)))
         assert_same(result(copy.deepcopy(two), routing), result(one, routing))
+        for key, t in whole_state(two).items():
+            torch.testing.assert_close(t, one.state_dict()[key], rtol=1e-12, atol=1e-12)
+        other = block(kind, seed=5)
+        two.load_state_dict(other.state_dict())  # a rank takes its shards
+        assert_same(result(two, routing), result(other, routing))
         same_paths(two.train(), rank, size)
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from mmfuse import use_backend
-from mmfuse.fused.multiway import MoMEBlock, MoTBlock, MultiwayBlock, MultiwayLinear, flatten_experts
+from mmfuse.fused.multiway import MoMEBlock, MoTBlock, MultiwayBlock, MultiwayLinear, flatten_experts, whole_state
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,6 +152,9 @@ def test_flat_experts_are_the_same_module(kind: str) -> None:
     flat = flatten_experts(flatten_experts(copy.deepcopy(module)))
     assert flat.get_submodule("mlp.fc1" if kind == "MoMEBlock" else "qkv").weight.dim() == 2
     assert_same(result(flat), result(module))
+    want = module.state_dict()
+    assert [(k, t.shape) for k, t in whole_state(flat).items()] == [(k, t.shape) for k, t in want.items()]
+    assert all(torch.equal(t, want[key]) for key, t in whole_state(flat).items())
     for p in other.parameters():
         p.data.normal_()
     for to, of in ((flat, other), (module, flat)):  # each state is loaded by either
