@@ -425,9 +425,10 @@ def path_scale(
     columns = routing.experts if separately else 1
     factor = x.new_empty(len(routing.first), columns).bernoulli_(1 - probability) / (1 - probability)
     if mesh is not None:
-        from torch.distributed.tensor import Replicate, distribute_tensor
+        from torch.distributed.tensor import DTensor, Partial
 
-        factor = distribute_tensor(factor, mesh, [Replicate()]).to_local()
+        drawn = factor if mesh.get_local_rank() == 0 else torch.zeros_like(factor)
+        factor = DTensor.from_local(drawn, mesh, [Partial()], run_check=False).full_tensor()
     return factor[routing.sample, routing.experts_of(len(x)) if separately else 0]
 
 

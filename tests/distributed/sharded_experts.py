@@ -84,7 +84,7 @@ def every_kind(rank: int, size: int) -> None:
 
 def same_paths(module: nn.Module, rank: int, size: int) -> None:
     """Ranks of different seeds drop the same ones."""
-    module.drop_path = 0.5
+    getattr(module, "_orig_mod", module).drop_path = 0.5
     torch.manual_seed(rank)
     y = module(torch.ones(40, 16, dtype=torch.float64), Routing.from_split(8, 5, 2)).detach()
     of_ranks = [torch.empty_like(y) for _ in range(size)]
@@ -121,6 +121,7 @@ def one_graph(rank: int, size: int) -> None:
         routing = Routing.from_split(3, 5, split)
         got, want = result(compiled, routing), result(module, routing)
         assert_same({n.removeprefix("_orig_mod."): t for n, t in got.items()}, want)
+    same_paths(compiled.train(), rank, size)
 
 
 def saved(rank: int, size: int, folder: str) -> dict[str, Tensor]:
