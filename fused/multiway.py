@@ -425,10 +425,10 @@ def path_scale(
     columns = routing.experts if separately else 1
     factor = x.new_empty(len(routing.first), columns).bernoulli_(1 - probability) / (1 - probability)
     if mesh is not None:
-        from torch.distributed.tensor import DTensor, Partial
+        from torch.distributed.tensor import DTensor, Shard
 
-        drawn = factor if mesh.get_local_rank() == 0 else torch.zeros_like(factor)
-        factor = DTensor.from_local(drawn, mesh, [Partial()], run_check=False).full_tensor()
+        # gathered: a compiler has to see the same graph on every rank, or may order the collectives differently
+        factor = DTensor.from_local(factor[None], mesh, [Shard(0)], run_check=False).full_tensor()[0]
     return factor[routing.sample, routing.experts_of(len(x)) if separately else 0]
 
 
