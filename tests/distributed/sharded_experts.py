@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
+from torch.fx import GraphModule
 
 from mmfuse import UnsupportedError
 from mmfuse.fused.multiway import MoMEBlock, MoTBlock, MultiwayBlock, flatten_experts, whole_state
@@ -115,13 +116,22 @@ def refused(rank: int, size: int) -> None:
 
 
 def one_graph(rank: int, size: int) -> None:
-    module = shard_experts(block(), init_device_mesh("cpu", (size,)))
-    compiled = torch.compile(module, backend="eager", fullgraph=True, dynamic=True)
+    """The same one on every rank, also where paths are dropped: a compiler may order its collectives anew."""
+    module, codes = shard_experts(block(), init_device_mesh("cpu", (size,))), list[str]()
+
+    def backend(graph: GraphModule, _: object) -> Callable[..., object]:
+        codes.append(graph.code)
+        return graph.forward
+
+    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
     for split in (2, 3):
         routing = Routing.from_split(3, 5, split)
         got, want = result(compiled, routing), result(module, routing)
         assert_same({n.removeprefix("_orig_mod."): t for n, t in got.items()}, want)
     same_paths(compiled.train(), rank, size)
+    of_ranks: list[list[str]] = [[] for _ in range(size)]
+    dist.all_gather_object(of_ranks, codes)
+    assert len(codes) == 2 and all(of == codes for of in of_ranks)
 
 
 def saved(rank: int, size: int, folder: str) -> dict[str, Tensor]:
