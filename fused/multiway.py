@@ -8,21 +8,92 @@ forward, never a state of the module.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import is_plain
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear, routed_rms_norm
 from mmfuse.kernels.multiway.attention import packed_attention
+from mmfuse.kernels.multiway.op import Activation
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
-class MultiwayLinear(nn.Module):
+class _Experts(nn.Module):
+    """Parameters of E experts. Their first sizes may be joined or split: [E, N, K], [E N, K] and [E, 3, N / 3, K] are
+    the same numbers in the same order, and one is loaded as the other, or as the shards that a rank has of it."""
+
+    experts: int
+
+    def stacked(self, name: str, t: Tensor) -> Tensor:
+        """A parameter as [E, N, K] or [E, N]."""
+        ends = t.shape[-1:] if isinstance(self, MultiwayLinear) and name == "weight" else ()
+        return t.reshape(self.experts, -1, *ends)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, own in self._parameters.items():
+            given = state_dict.get(prefix + name)
+            if own is not None and isinstance(given, Tensor) and _same_numbers(given.shape, own.shape):
+                state_dict[prefix + name] = _sharded_like(own, given.reshape(own.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _same_numbers(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether one shape is the other with neighbouring sizes joined."""
+    few, many = sorted((set(accumulate(reversed(shape), int.__mul__)) for shape in (a, b)), key=len)
+    return few <= many and math.prod(a) == math.prod(b)
+
+
+def _sharded_like(own: Any, t: Tensor) -> Tensor:
+    if not hasattr(own, "placements") or hasattr(t, "placements"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, own.device_mesh, own.placements, src_data_rank=None)
+
+
+def flatten_experts(module: nn.Module) -> nn.Module:
+    """Every parameter [E, N, K] of the experts in `module` as [E N, K], in place, and [E, N] as [E N]; returns it.
+
+    `fully_shard` (FSDP2) then shards it evenly over any number of ranks; call this before, and before an optimizer is
+    made. Experts are views of the one parameter. `load_state_dict` takes either form; `whole_state` gives the first.
+    """
+    for m in module.modules():
+        if isinstance(m, _Experts):
+            for name, p in m.named_parameters(recurse=False):
+                flat = m.stacked(name, p.detach()).flatten(0, 1)
+                if flat.shape != p.shape:
+                    setattr(m, name, nn.Parameter(flat, p.requires_grad))
+    return module
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """`module.state_dict()` as it was before `flatten_experts`, `shard_experts` or `fully_shard`.
+
+    Experts are [E, N, K], and what ranks have in shards is gathered: a collective, for which all of them call it.
+    """
+    state = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in module.state_dict().items()}
+    for path, m in module.named_modules():
+        if isinstance(m, _Experts):
+            for name in m._parameters:
+                if (key := f"{path}.{name}".lstrip(".")) in state:
+                    state[key] = m.stacked(name, state[key])
+    return state
+
+
+class MultiwayLinear(_Experts):
     """[T, K] to [T, N], with weight [E, N, K] and bias [E, N]; initialised as `nn.Linear`."""
 
     def __init__(self, experts: int, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
+        self.experts = experts
         layers = [nn.Linear(in_features, out_features, bias) for _ in range(experts)]
         self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers])) if bias else None
@@ -34,36 +105,46 @@ class MultiwayLinear(nn.Module):
         residual: Tensor | None = None,
         row_scale: Tensor | None = None,
         norm: MultiwayLayerNorm | None = None,
+        activation: Activation = "none",
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """residual [T, N] and row_scale [T] as in `routed_linear`; norm: of x, before the product."""
+        """residual, row_scale, activation and scale as in `routed_linear`; norm: of x, before the product."""
+        x, before = normed(x, routing, norm)
         return routed_linear(
             x, self.weight, self.bias, routing,
-            input_norm=_given(norm), residual=residual, row_scale=row_scale,
+            activation=activation, input_norm=before, residual=residual, scale=scale, row_scale=row_scale,
         )  # fmt: skip
 
 
-class MultiwayLayerNorm(nn.Module):
+class MultiwayLayerNorm(_Experts):
     """[T, D] to [T, D], with weight and bias [E, D]."""
 
     def __init__(self, experts: int, width: int, eps: float = 1e-5):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(experts, width)), nn.Parameter(torch.zeros(experts, width))
-        self.eps = eps
+        self.experts, self.eps = experts, eps
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         return routed_layer_norm(x, self.weight, self.bias, routing, self.eps)
 
 
-def _given(norm: MultiwayLayerNorm | None) -> tuple[Tensor, Tensor, float] | None:
-    return None if norm is None else (norm.weight, norm.bias, norm.eps)
+Before = tuple[Tensor, Tensor, float]
 
 
-class MultiwayRMSNorm(nn.Module):
+def normed(x: Tensor, routing: Routing, norm: MultiwayLayerNorm | None) -> tuple[Tensor, Before | None]:
+    """x, and the norm as an operator takes it; a norm that is more than its tensors is called."""
+    if norm is None:
+        return x, None
+    return (x, (norm.weight, norm.bias, norm.eps)) if is_plain(norm, MultiwayLayerNorm) else (norm(x, routing), None)
+
+
+class MultiwayRMSNorm(_Experts):
     """[T, ..., D] over its last dimension, with weight [E, D]; every row of [T] has one expert."""
 
     def __init__(self, experts: int, width: int, eps: float = 1e-6):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(experts, width)), eps
+        self.weight = nn.Parameter(torch.ones(experts, width))
+        self.experts, self.eps = experts, eps
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         n = x[:1].numel() // x.shape[-1] if len(x) else 1
@@ -92,10 +173,15 @@ class MultiwayFFN(nn.Module):
         norm: MultiwayLayerNorm | None = None,
     ) -> Tensor:
         """residual [T, N], scale [N] and row_scale [T] as in `routed_ffn`; norm: of x, before the first product."""
-        fc1, fc2 = self.fc1, self.fc2
+        fc1, fc2, inner = self.fc1, self.fc2, self.norm
+        linears = is_plain(fc1, MultiwayLinear) and is_plain(fc2, MultiwayLinear)
+        if not linears or (inner is not None and not is_plain(inner, MultiwayLayerNorm)):
+            h = fc1(x, routing, norm=norm, activation="gelu")
+            return fc2(h, routing, residual, row_scale, inner, scale=scale)
+        x, before = normed(x, routing, norm)
         return routed_ffn(
             x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, routing,
-            norm=_given(self.norm), input_norm=_given(norm),
+            norm=None if inner is None else (inner.weight, inner.bias, inner.eps), input_norm=before,
             residual=residual, scale=scale, row_scale=row_scale,
         )  # fmt: skip
 
@@ -108,6 +194,8 @@ class MultiwayBlock(nn.Module):
         sub_norm: norms also before `out` and before the second product of the FFN.
         drop_path: probability that a sample skips a branch in training, its image and its text together.
     """
+
+    mesh: DeviceMesh | None = None  # of ranks that have its experts in shards
 
     def __init__(
         self,
@@ -135,14 +223,15 @@ class MultiwayBlock(nn.Module):
     def project(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [T, heads, width / heads]."""
         qkv = self.qkv(x, routing, norm=self.attention_norm)
-        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
+        q, k, v = qkv.unflatten(1, (3, -1, x.shape[1] // self.heads)).unbind(1)
         return q, k, v
 
     def finish(self, x: Tensor, attended: Tensor, routing: Routing) -> Tensor:
         """The layer's output, from its input and what its heads found, both [T, width]."""
         probability = self.drop_path if self.training else 0.0
-        x = self.out(attended, routing, x, path_scale(x, routing, probability), self.inner_norm)
-        return self.ffn(x, routing, x, row_scale=path_scale(x, routing, probability), norm=self.ffn_norm)
+        x = self.out(attended, routing, x, path_scale(x, routing, probability, mesh=self.mesh), self.inner_norm)
+        kept = path_scale(x, routing, probability, mesh=self.mesh)
+        return self.ffn(x, routing, x, row_scale=kept, norm=self.ffn_norm)
 
 
 class MoMEBlock(nn.Module):
@@ -154,6 +243,8 @@ class MoMEBlock(nn.Module):
         drop_path: probability that a sample skips a branch in training; where its parts have different experts, each
             part for itself.
     """
+
+    mesh: DeviceMesh | None = None  # of ranks that have its experts in shards
 
     def __init__(
         self,
@@ -184,13 +275,18 @@ class MoMEBlock(nn.Module):
         of_qkv = None
         if self.q_bias is not None and self.v_bias is not None:
             of_qkv = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(self.norm1(x), self.qkv.weight, of_qkv).unflatten(1, (3, self.heads, -1)).unbind(1)
+        normed = self.norm1(x)
+        if is_plain(self.qkv, nn.Linear):
+            qkv = F.linear(normed, self.qkv.weight, of_qkv)
+        else:
+            qkv = self.qkv(normed) if of_qkv is None else self.qkv(normed) + of_qkv
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
         probability = self.drop_path if self.training else 0.0
         branch = self.proj(packed_attention(q, k, v, routing, bias=bias))
         branch = branch if self.gamma_1 is None else branch * self.gamma_1
-        kept = path_scale(x, routing, probability)
+        kept = path_scale(x, routing, probability, mesh=self.mesh)
         x = x + (branch if kept is None else branch * kept[:, None])
-        kept = path_scale(x, routing, probability, separately=True)
+        kept = path_scale(x, routing, probability, True, self.mesh)
         return self.mlp(x, routing, x, self.gamma_2, kept, self.norm2)
 
 
@@ -243,9 +339,11 @@ class MoTBlock(nn.Module):
         if rotary is not None:
             q, k = (_rotated(t, *rotary) for t in (q, k))
         x = self.out(packed_attention(q, k, v, routing, sees), routing, x)
-        normed = self.ffn_norm(x, routing)
+        h = self.ffn_norm(x, routing)
+        if not (is_plain(self.gate_up, MultiwayLinear) and is_plain(self.down, MultiwayLinear)):
+            return self.down(self.gate_up(h, routing, activation="swiglu"), routing, x)
         return routed_ffn(
-            normed, self.gate_up.weight, None, self.down.weight, None, routing, activation="swiglu", residual=x
+            h, self.gate_up.weight, None, self.down.weight, None, routing, activation="swiglu", residual=x
         )
 
 
@@ -314,16 +412,23 @@ def _generating(name: str) -> str:
     return f"mlp_moe_gen.{inner}.{of}" if outer == "mlp" else f"{outer}{dot}{inner}_moe_gen.{of}"
 
 
-def path_scale(x: Tensor, routing: Routing, probability: float, separately: bool = False) -> Tensor | None:
+def path_scale(
+    x: Tensor, routing: Routing, probability: float, separately: bool = False, mesh: DeviceMesh | None = None
+) -> Tensor | None:
     """The factor [T] of each row: 0 for samples drawn with `probability`, for others 1 over what is left of it.
 
     Stochastic depth (Huang et al. 2016, arXiv:1603.09382); None where nothing is dropped. `separately`: the parts of a
-    sample that have different experts are drawn each for itself.
+    sample that have different experts are drawn each for itself. `mesh`: of ranks that all take the first one's draw.
     """
     if probability == 0 or not len(x):
         return None
     columns = routing.experts if separately else 1
     factor = x.new_empty(len(routing.first), columns).bernoulli_(1 - probability) / (1 - probability)
+    if mesh is not None:
+        from torch.distributed.tensor import DTensor, Shard
+
+        # gathered: a compiler has to see the same graph on every rank, or may order the collectives differently
+        factor = DTensor.from_local(factor[None], mesh, [Shard(0)], run_check=False).full_tensor()[0]
     return factor[routing.sample, routing.experts_of(len(x)) if separately else 0]
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from mmfuse.fused.multiway import whole_state
 from mmfuse.kernels._runtime import UnsupportedError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,7 +86,7 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         ValueError: listing every missing key, unexpected key and shape that differs.
     """
     official_state = getattr(model, "official_state", dict)
-    given, expected = official_state(state_dict), model.state_dict()
+    given, expected = official_state(state_dict), whole_state(model)
     problems = [f"missing: {key} {tuple(expected[key].shape)}" for key in expected if key not in given]
     problems += [f"unexpected: {key} {tuple(given[key].shape)}" for key in given if key not in expected]
     problems += [
@@ -109,7 +110,7 @@ def to_official(model: nn.Module) -> dict[str, Tensor]:
     back = getattr(model, "to_official", None)
     if back is None and hasattr(model, "official_state"):
         raise UnsupportedError(f"{type(model).__name__} takes official weights, and cannot give them back")
-    state = dict(model.state_dict())
+    state = whole_state(model)
     return state if back is None else back(state)
 
 

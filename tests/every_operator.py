@@ -60,6 +60,10 @@ class Everything(nn.Module):
             "first": select_head(tokens, 0, (self.gamma, self.beta, 1e-5), self.head),
             "last": select_head(tokens, ids.argmax(1), (self.gamma, self.beta, 1e-5), self.head, normalize=False),
             "linear": routed_linear(x, self.w1, self.b1, routing, activation="gelu"),
+            "normed linear": routed_linear(x, self.w1, self.b1, routing, input_norm=(self.gammas, self.betas, 1e-5)),
+            "normed ffn": routed_ffn(
+                x, self.w1, self.b1, self.w2, self.b2, routing, input_norm=(self.gammas, self.betas, 1e-5)
+            ),
             "ffn": ffn,
             "normed": routed_layer_norm(x, self.gammas, self.betas, routing),
             "rms": routed_rms_norm(x, self.gammas, routing),

@@ -33,6 +33,11 @@ def why_not_plain(module: nn.Module, children: Children) -> str | None:
     return None
 
 
+def is_plain(module: nn.Module, of: type[nn.Module]) -> bool:
+    """Whether the tensors of a module are all that there is to it, so that they may be read instead of a call."""
+    return not any(_HOOKS_OF_ALL) and _why_child_not_plain(module, (_name(of),)) is None
+
+
 def _why_child_not_plain(child: Any, classes: tuple[str, ...]) -> str | None:
     if classes and _name(type(child)) not in classes:
         return f"is {_readable(_name(type(child)))}, expected {' or '.join(_readable(c) for c in classes)}"

@@ -101,11 +101,16 @@ def flags_by_expert(needs: Sequence[bool], experts: int) -> Sequence[bool]:
 def experts_of(
     name: str, given: Tensor | Sequence[Tensor], shape: Sequence[int | str], routing: Routing, x: Tensor
 ) -> list[Tensor]:
-    """A parameter of the experts as a list: of one tensor [E, *shape], or of E tensors of that shape."""
+    """A parameter of the experts as a list: of one tensor, or of E tensors of that shape.
+
+    The one is [E, *shape], or has the experts one after another in its first size: [E N, K], [E N].
+    """
     e = routing.experts
     if isinstance(given, Tensor):
-        check(name, given, (e, *shape), ", one for each expert", like=("x", x))
-        return [given]
+        flat = given.dim() == len(shape) and len(given) % e == 0
+        whole = given.unflatten(0, (e, -1)) if flat else given
+        check(name, whole, (e, *shape), ", one for each expert", like=("x", x))
+        return [whole]
     if not isinstance(given, (list, tuple)) or len(given) != e:
         what = f"{len(given)} of them" if isinstance(given, (list, tuple)) else type(given).__name__
         raise ValueError(f"{name} is {what}, expected a tensor or {e} tensors, one for each expert")

@@ -208,9 +208,9 @@ def routed_linear(
 
     Args:
         x: [T, K], float16, bfloat16, float32 or float64, any strides; rows in the order of `routing`.
-        weight: [E, N, K], or a list of E tensors [N, K] that keep their own gradients; of x's dtype, or autocast.
-            [2 N, K] each where the activation is gated: the gate's rows, then those that it multiplies.
-        bias: [E, N] or E tensors [N] ([2 N]), or None.
+        weight: [E, N, K] or [E N, K], or a list of E tensors [N, K] that keep their own gradients; of x's dtype, or
+            autocast. [2 N, K] each where the activation is gated: the gate's rows, then those that it multiplies.
+        bias: [E, N], [E N] or E tensors [N] ([2 N]), or None; other parameters likewise.
         routing: which rows are whose.
         activation: "none", "gelu" (by erf), "gelu_tanh", "quick_gelu" (z sigmoid(1.702 z)), "silu", or gated:
             "swiglu" (silu(gate) up), "geglu" (gelu(gate) up).

@@ -97,6 +97,14 @@ def test_every_node_has_a_plugin_or_a_reason() -> None:
     assert said == {name: f"no: {none[name]}" if name in none else "yes" for name in exported}
 
 
+def test_a_norm_before_a_product_has_no_plugin(path: Path) -> None:
+    linears = [node for node in plugins.nodes_of(path) if node.operator == "routed_linear"]
+    normed = [node for node in linears if "gammas" in node.inputs]
+    assert len(linears) == 2 and len(normed) == 1
+    with pytest.raises(mmfuse.UnsupportedError, match="has a norm before its product"):
+        plugins.PLUGINS["routed_linear"](normed[0])
+
+
 def test_functions_compute_what_the_operators_do(model: Everything, path: Path) -> None:
     file = onnx.load(path)
     onnx.checker.check_model(file, full_check=True)

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 import mmfuse
 from mmfuse import models
 from mmfuse._compat import allow_torchvision
+from mmfuse.fused.multiway import flatten_experts
 from mmfuse.kernels.multiway.routing import Routing
 from mmfuse.models.beit3 import (
     Batch,
@@ -182,6 +183,15 @@ def test_weights_go_to_torchscale_and_back() -> None:
     got = torch.cat(list(found), dim=1)
     for model in (eager, fused, again):
         torch.testing.assert_close(got, model(ids, image)["encoder_out"], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_go_to_flat_experts_and_back() -> None:
+    one, other = tiny("captioning"), tiny("captioning")
+    flat = flatten_experts(other)
+    models.load_official(flat, models.to_official(one))
+    assert flat.beit3.layers[0].qkv.weight.shape == (2 * 48, 16)
+    got, want = models.to_official(flat), models.to_official(one)
+    assert got.keys() == want.keys() and all(torch.equal(got[key], t) for key, t in want.items())
 
 
 def test_heads_go_back() -> None:
