@@ -1,7 +1,7 @@
 """A few learned queries gather the tokens of images: poolers and resamplers.
 
-The queries are the same for every image: they are projected once. One, or a few, attend to the tokens themselves, so
-that neither keys nor values are formed; many, as those of CoCa, to keys and values.
+The queries are the same for every image: they are projected once, and neither keys nor values are formed where that
+takes less (`token_attention`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.kernels._runtime.arguments import check
-from mmfuse.kernels.qformer import few_query_attention, project_kv
-from mmfuse.kernels.qformer.reference import absorbed_attention
+from mmfuse.kernels.qformer import few_query_attention, project_kv, token_attention
 
 
 class AttentionalPooler(nn.Module):
@@ -52,27 +51,13 @@ class AttentionalPooler(nn.Module):
         return attention(self.attn, self.ln_q(self.query)[None], self.ln_k(x))
 
 
-def attention(module: nn.MultiheadAttention, query: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """nn.MultiheadAttention of queries [1, Q, D] over x [B, N, E], with a mask that is added to [B, H, Q, N]."""
+def attention(module: nn.MultiheadAttention, query: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """nn.MultiheadAttention of queries [1, Q, D] over x [B, N, E], with a bias [B, N] of the scores."""
     of_query, of_keys, of_values = _weights(module)
-    bias_q, bias_k, bias_v = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    heads = module.num_heads
-    q = F.linear(query, of_query, bias_q).unflatten(-1, (heads, -1))
-    if _few(q, x):
-        o = absorbed_attention(q, x, of_keys, of_values, mask).flatten(2)
-        o = o if bias_v is None else o + bias_v
-    else:
-        k, v = (F.linear(x, w, b).unflatten(-1, (heads, -1)) for w, b in ((of_keys, bias_k), (of_values, bias_v)))
-        q, k, v = (t.transpose(1, 2) for t in (q.expand(len(x), -1, -1, -1), k, v))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        o = o.transpose(1, 2).flatten(2)
-    return F.linear(o, module.out_proj.weight, module.out_proj.bias)
-
-
-def _few(q: Tensor, x: Tensor) -> bool:
-    """Whether attention over tokens takes fewer products: for Q < N d / (N + d / 2 - N d / E)."""
-    (_, queries, _, d), (n, e) = q.shape, x.shape[1:]
-    return queries * (2 * n * e + d * e - 2 * n * d) < 2 * n * d * e
+    bias_q, _, bias_v = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    q = F.linear(query, of_query, bias_q).unflatten(-1, (module.num_heads, -1))
+    o = token_attention(q, x, of_keys, of_values, bias_v, bias=bias).o
+    return F.linear(o.flatten(2), module.out_proj.weight, module.out_proj.bias)
 
 
 def _weights(module: nn.MultiheadAttention) -> tuple[Tensor, ...]:
