@@ -33,6 +33,17 @@ def why_not_plain(module: nn.Module, children: Children) -> str | None:
     return None
 
 
+def are_plain(classes: tuple[type, ...], *modules: nn.Module) -> bool:
+    """Whether modules of exactly these classes are no more than their tensors, which may be on the meta device."""
+    return not any(_HOOKS_OF_ALL) and all(
+        type(m) in classes
+        and "forward" not in m.__dict__
+        and not (m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks)
+        and all(type(t) in _ORDINARY for t in m._parameters.values())
+        for m in modules
+    )
+
+
 def _why_child_not_plain(child: Any, classes: tuple[str, ...]) -> str | None:
     if classes and _name(type(child)) not in classes:
         return f"is {_readable(_name(type(child)))}, expected {' or '.join(_readable(c) for c in classes)}"
