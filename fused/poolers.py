@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import are_plain
 from mmfuse.kernels._runtime.arguments import check
 from mmfuse.kernels.qformer import few_query_attention, project_kv, token_attention
 
@@ -48,7 +49,10 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, context_dim] to [B, n_queries, d_model]."""
-        return attention(self.attn, self.ln_q(self.query)[None], self.ln_k(x))
+        query, x = self.ln_q(self.query)[None], self.ln_k(x)
+        if are_plain((nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear), *self.attn.modules()):
+            return attention(self.attn, query, x)
+        return self.attn(query.expand(len(x), -1, -1), x, x, need_weights=False)[0]
 
 
 def attention(module: nn.MultiheadAttention, query: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,10 +88,16 @@ class _PerceiverAttention(nn.Module):
         q = self.to_q(latents).unflatten(-1, (self.heads, -1))
         own = self.to_kv(latents).unflatten(-1, (2, self.heads, -1))
         # the tokens' keys are there without what the bias of their norm adds to them: that counts by its difference
-        shift = F.linear(self.norm_media.bias, self.to_kv.weight).unflatten(-1, (2, self.heads, -1))
-        own = own - torch.stack([shift[0], torch.zeros_like(shift[1])])
-        k, v = torch.cat([media, own.expand(len(media), -1, -1, -1, -1)], dim=1).unbind(2)
+        k, v = torch.cat([media, (own - self._shift()).expand(len(media), -1, -1, -1, -1)], dim=1).unbind(2)
         return self.to_out(few_query_attention(q, k, v).o.flatten(2))
+
+    def _shift(self) -> Tensor:
+        of_keys, of_values = F.linear(self.norm_media.bias, self.to_kv.weight).unflatten(-1, (2, self.heads, -1))
+        return torch.stack([of_keys, torch.zeros_like(of_values)])
+
+    def media(self, x: Tensor) -> Tensor:
+        """The keys and values of tokens by themselves."""
+        return self.to_kv(self.norm_media(x)).unflatten(-1, (2, self.heads, -1)) - self._shift()
 
 
 class PerceiverResampler(nn.Module):
@@ -144,9 +154,13 @@ class PerceiverResampler(nn.Module):
         x = x.flatten(2, 3)
         if self.media_time_embs is not None:
             x = x + _first(images, self.media_time_embs, "images")
-        weight = torch.stack([attend.to_kv.weight.unflatten(0, (2, -1)) for attend in of])
-        gamma, beta = (torch.stack([getattr(attend.norm_media, name) for attend in of]) for name in ("weight", "bias"))
-        media = project_kv(x.flatten(0, 1), weight, None, of[0].heads, (gamma, beta, of[0].norm_media.eps))
+        x = x.flatten(0, 1)
+        if are_plain((nn.Linear, nn.LayerNorm), *(m for attend in of for m in (attend.to_kv, attend.norm_media))):
+            weight = torch.stack([attend.to_kv.weight.unflatten(0, (2, -1)) for attend in of])
+            gamma, beta = (torch.stack([getattr(a.norm_media, name) for a in of]) for name in ("weight", "bias"))
+            media = project_kv(x, weight, None, of[0].heads, (gamma, beta, of[0].norm_media.eps))
+        else:
+            media = torch.stack([attend.media(x) for attend in of], 2)
         latents = self.latents[None]
         for i, (attend, feed_forward) in enumerate(self.layers):
             latents = attend(latents, media[:, :, i]) + latents
