@@ -238,14 +238,16 @@ class QFormerEncoder(nn.Module):
     ) -> QFormerKV:
         """Keys and values of images x [I, N, encoder_width]; arguments as `QFormer.project`'s."""
         check("x", x, ("I", "N", self.config.encoder_width))
-        if once and x.is_cpu and norm is None and not torch.is_grad_enabled() and not self.draws:
-            return QFormerKV(x, lengths)
         of: list[Any] = [layer.crossattention.self for layer in self.layer if layer.crossattention is not None]
-        heads = self.config.num_attention_heads
         plain = are_plain((Linear,), *(m for p in of for m in (p.key, p.value)))
         if norm is not None and not (plain and are_plain((nn.LayerNorm,), norm)):
             x, norm = norm(x), None
-        if not plain or (x.is_cpu and norm is None and not torch.is_grad_enabled() and is_plain([x])):
+        free = x.is_cpu and norm is None and not torch.is_grad_enabled()
+        # weights that are sharded layer by layer are there while a layer runs
+        if once and (not plain or (free and not self.draws)):
+            return QFormerKV(x, lengths)
+        heads = self.config.num_attention_heads
+        if not plain or (free and is_plain([x])):
             # product by product: no weight is copied, and adapters and hooks are called
             each = [y for p in of for y in (p.key(x), p.value(x))]
             return QFormerKV(torch.stack(each, 2).unflatten(-1, (heads, -1)).unflatten(2, (-1, 2)), lengths)
@@ -360,7 +362,8 @@ class QFormer(nn.Module):
             norm: a LayerNorm before, as a part of the product: of a frozen encoder's tokens it learns without a
                 gradient for them.
             once: for one pass, of one row per image. On a CPU without gradients and dropout, a layer then attends to
-                the tokens (`token_attention`), which takes fewer products.
+                the tokens (`token_attention`), which takes fewer products; and so does one with adapters or hooks, or
+                whose weights are sharded layer by layer (`fully_shard`), which forms its own keys and values.
         """
         return self.encoder.project(image_embeds, lengths, norm, once)
 
@@ -433,7 +436,7 @@ class ImageQueries(nn.Module):
         """The Q-Former's keys and values of what an image encoder gives, [B, N, encoder_width]; once: for one pass."""
         # with a frozen encoder the norm learns as a part of the product, without a gradient for the tokens
         if torch.is_grad_enabled() and self.ln_vision.weight.requires_grad and not tokens.requires_grad:
-            return self.bert.project(tokens, norm=self.ln_vision)
+            return self.bert.project(tokens, norm=self.ln_vision, once=once)
         return self.bert.project(self.ln_vision(tokens), once=once)
 
 

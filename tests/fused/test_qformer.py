@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import tool_worlds
+import worlds
 from judge import assert_no_worse
 from mmfuse._compat import allow_torchvision
 from mmfuse.fused.qformer import (
@@ -268,6 +270,10 @@ def test_tokens_for_one_pass_drop_in_training() -> None:
             results += model.train()(query, kv=images)
     assert not once.formed
     close(*results)
+
+
+def test_sharded_layer_by_layer() -> None:
+    worlds.run(2, tool_worlds.qformer_layer_by_layer, timeout=60)
 
 
 def test_padding_is_not_seen() -> None:
