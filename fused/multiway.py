@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.fused.acceleration.plain import is_plain
+from mmfuse.fused.acceleration.plain import are_plain
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear, routed_rms_norm
 from mmfuse.kernels.multiway.attention import packed_attention
 from mmfuse.kernels.multiway.op import Activation
@@ -135,7 +135,9 @@ def normed(x: Tensor, routing: Routing, norm: MultiwayLayerNorm | None) -> tuple
     """x, and the norm as an operator takes it; a norm that is more than its tensors is called."""
     if norm is None:
         return x, None
-    return (x, (norm.weight, norm.bias, norm.eps)) if is_plain(norm, MultiwayLayerNorm) else (norm(x, routing), None)
+    return (
+        (x, (norm.weight, norm.bias, norm.eps)) if are_plain((MultiwayLayerNorm,), norm) else (norm(x, routing), None)
+    )
 
 
 class MultiwayRMSNorm(_Experts):
@@ -174,8 +176,8 @@ class MultiwayFFN(nn.Module):
     ) -> Tensor:
         """residual [T, N], scale [N] and row_scale [T] as in `routed_ffn`; norm: of x, before the first product."""
         fc1, fc2, inner = self.fc1, self.fc2, self.norm
-        linears = is_plain(fc1, MultiwayLinear) and is_plain(fc2, MultiwayLinear)
-        if not linears or (inner is not None and not is_plain(inner, MultiwayLayerNorm)):
+        linears = are_plain((MultiwayLinear,), fc1, fc2)
+        if not linears or (inner is not None and not are_plain((MultiwayLayerNorm,), inner)):
             h = fc1(x, routing, norm=norm, activation="gelu")
             return fc2(h, routing, residual, row_scale, inner, scale=scale)
         x, before = normed(x, routing, norm)
@@ -276,7 +278,7 @@ class MoMEBlock(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             of_qkv = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         normed = self.norm1(x)
-        if is_plain(self.qkv, nn.Linear):
+        if are_plain((nn.Linear,), self.qkv):
             qkv = F.linear(normed, self.qkv.weight, of_qkv)
         else:
             qkv = self.qkv(normed) if of_qkv is None else self.qkv(normed) + of_qkv
@@ -340,7 +342,7 @@ class MoTBlock(nn.Module):
             q, k = (_rotated(t, *rotary) for t in (q, k))
         x = self.out(packed_attention(q, k, v, routing, sees), routing, x)
         h = self.ffn_norm(x, routing)
-        if not (is_plain(self.gate_up, MultiwayLinear) and is_plain(self.down, MultiwayLinear)):
+        if not are_plain((MultiwayLinear,), self.gate_up, self.down):
             return self.down(self.gate_up(h, routing, activation="swiglu"), routing, x)
         return routed_ffn(
             h, self.gate_up.weight, None, self.down.weight, None, routing, activation="swiglu", residual=x

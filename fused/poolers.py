@@ -1,7 +1,7 @@
 """A few learned queries gather the tokens of images: poolers and resamplers.
 
-The queries are the same for every image: they are projected once. One, or a few, attend to the tokens themselves, so
-that neither keys nor values are formed; many, as those of CoCa, to keys and values.
+The queries are the same for every image: they are projected once, and neither keys nor values are formed where that
+takes less (`token_attention`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import are_plain
 from mmfuse.kernels._runtime.arguments import check
-from mmfuse.kernels.qformer import few_query_attention, project_kv
-from mmfuse.kernels.qformer.reference import absorbed_attention
+from mmfuse.kernels.qformer import few_query_attention, project_kv, token_attention
 
 
 class AttentionalPooler(nn.Module):
@@ -49,30 +49,19 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, context_dim] to [B, n_queries, d_model]."""
-        return attention(self.attn, self.ln_q(self.query)[None], self.ln_k(x))
+        query, x = self.ln_q(self.query)[None], self.ln_k(x)
+        if are_plain((nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear), *self.attn.modules()):
+            return attention(self.attn, query, x)
+        return self.attn(query.expand(len(x), -1, -1), x, x, need_weights=False)[0]
 
 
-def attention(module: nn.MultiheadAttention, query: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """nn.MultiheadAttention of queries [1, Q, D] over x [B, N, E], with a mask that is added to [B, H, Q, N]."""
+def attention(module: nn.MultiheadAttention, query: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """nn.MultiheadAttention of queries [1, Q, D] over x [B, N, E], with a bias [B, N] of the scores."""
     of_query, of_keys, of_values = _weights(module)
-    bias_q, bias_k, bias_v = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    heads = module.num_heads
-    q = F.linear(query, of_query, bias_q).unflatten(-1, (heads, -1))
-    if _few(q, x):
-        o = absorbed_attention(q, x, of_keys, of_values, mask).flatten(2)
-        o = o if bias_v is None else o + bias_v
-    else:
-        k, v = (F.linear(x, w, b).unflatten(-1, (heads, -1)) for w, b in ((of_keys, bias_k), (of_values, bias_v)))
-        q, k, v = (t.transpose(1, 2) for t in (q.expand(len(x), -1, -1, -1), k, v))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        o = o.transpose(1, 2).flatten(2)
-    return F.linear(o, module.out_proj.weight, module.out_proj.bias)
-
-
-def _few(q: Tensor, x: Tensor) -> bool:
-    """Whether attention over tokens takes fewer products: for Q < N d / (N + d / 2 - N d / E)."""
-    (_, queries, _, d), (n, e) = q.shape, x.shape[1:]
-    return queries * (2 * n * e + d * e - 2 * n * d) < 2 * n * d * e
+    bias_q, _, bias_v = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    q = F.linear(query, of_query, bias_q).unflatten(-1, (module.num_heads, -1))
+    o = token_attention(q, x, of_keys, of_values, bias_v, bias=bias).o
+    return F.linear(o.flatten(2), module.out_proj.weight, module.out_proj.bias)
 
 
 def _weights(module: nn.MultiheadAttention) -> tuple[Tensor, ...]:
@@ -99,10 +88,16 @@ class _PerceiverAttention(nn.Module):
         q = self.to_q(latents).unflatten(-1, (self.heads, -1))
         own = self.to_kv(latents).unflatten(-1, (2, self.heads, -1))
         # the tokens' keys are there without what the bias of their norm adds to them: that counts by its difference
-        shift = F.linear(self.norm_media.bias, self.to_kv.weight).unflatten(-1, (2, self.heads, -1))
-        own = own - torch.stack([shift[0], torch.zeros_like(shift[1])])
-        k, v = torch.cat([media, own.expand(len(media), -1, -1, -1, -1)], dim=1).unbind(2)
+        k, v = torch.cat([media, (own - self._shift()).expand(len(media), -1, -1, -1, -1)], dim=1).unbind(2)
         return self.to_out(few_query_attention(q, k, v).o.flatten(2))
+
+    def _shift(self) -> Tensor:
+        of_keys, of_values = F.linear(self.norm_media.bias, self.to_kv.weight).unflatten(-1, (2, self.heads, -1))
+        return torch.stack([of_keys, torch.zeros_like(of_values)])
+
+    def media(self, x: Tensor) -> Tensor:
+        """The keys and values of tokens by themselves."""
+        return self.to_kv(self.norm_media(x)).unflatten(-1, (2, self.heads, -1)) - self._shift()
 
 
 class PerceiverResampler(nn.Module):
@@ -159,9 +154,13 @@ class PerceiverResampler(nn.Module):
         x = x.flatten(2, 3)
         if self.media_time_embs is not None:
             x = x + _first(images, self.media_time_embs, "images")
-        weight = torch.stack([attend.to_kv.weight.unflatten(0, (2, -1)) for attend in of])
-        gamma, beta = (torch.stack([getattr(attend.norm_media, name) for attend in of]) for name in ("weight", "bias"))
-        media = project_kv(x.flatten(0, 1), weight, None, of[0].heads, (gamma, beta, of[0].norm_media.eps))
+        x = x.flatten(0, 1)
+        if are_plain((nn.Linear, nn.LayerNorm), *(m for attend in of for m in (attend.to_kv, attend.norm_media))):
+            weight = torch.stack([attend.to_kv.weight.unflatten(0, (2, -1)) for attend in of])
+            gamma, beta = (torch.stack([getattr(a.norm_media, name) for a in of]) for name in ("weight", "bias"))
+            media = project_kv(x, weight, None, of[0].heads, (gamma, beta, of[0].norm_media.eps))
+        else:
+            media = torch.stack([attend.media(x) for attend in of], 2)
         latents = self.latents[None]
         for i, (attend, feed_forward) in enumerate(self.layers):
             latents = attend(latents, media[:, :, i]) + latents

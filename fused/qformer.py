@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import are_plain
 from mmfuse.kernels._runtime.arguments import check, check_range
 from mmfuse.kernels._runtime.products import linear
 from mmfuse.kernels._runtime.registration import is_plain
@@ -173,10 +174,11 @@ class CrossAttention(_Attention):
 
     def forward(self, x: Tensor, kv: QFormerKV, layer: int) -> Tensor:
         q, of_keys, of_values = self._heads_of(self.self.query(x)), self.self.key, self.self.value
-        if kv.formed:
-            o = few_query_attention(q, *kv.layer(layer), kv.index, kv.lengths, self._dropout()).o
-        else:
+        if not kv.formed and not self._dropout() and are_plain((Linear,), of_keys, of_values):
             o = token_attention(q, kv.kv, of_keys.weight, of_values.weight, of_values.bias, kv.lengths).o
+        else:
+            k, v = kv.layer(layer) if kv.formed else (self._heads_of(of(kv.kv)) for of in (of_keys, of_values))
+            o = few_query_attention(q, k, v, kv.index, kv.lengths, self._dropout()).o
         return self.output(o.flatten(2), x)
 
 
@@ -236,13 +238,18 @@ class QFormerEncoder(nn.Module):
     ) -> QFormerKV:
         """Keys and values of images x [I, N, encoder_width]; arguments as `QFormer.project`'s."""
         check("x", x, ("I", "N", self.config.encoder_width))
-        if once and x.is_cpu and norm is None and not torch.is_grad_enabled() and not self.draws:
-            return QFormerKV(x, lengths)
         of: list[Any] = [layer.crossattention.self for layer in self.layer if layer.crossattention is not None]
+        plain = are_plain((Linear,), *(m for p in of for m in (p.key, p.value)))
+        if norm is not None and not (plain and are_plain((nn.LayerNorm,), norm)):
+            x, norm = norm(x), None
+        free = x.is_cpu and norm is None and not torch.is_grad_enabled()
+        # weights that are sharded layer by layer are there while a layer runs
+        if once and (not plain or (free and not self.draws)):
+            return QFormerKV(x, lengths)
         heads = self.config.num_attention_heads
-        if x.is_cpu and norm is None and not torch.is_grad_enabled() and is_plain([x]):
-            # product by product: no weight is copied; a key's bias changes nothing
-            each = [y for p in of for y in (linear(x, p.key.weight), p.value(x))]
+        if not plain or (free and is_plain([x])):
+            # product by product: no weight is copied, and adapters and hooks are called
+            each = [y for p in of for y in (p.key(x), p.value(x))]
             return QFormerKV(torch.stack(each, 2).unflatten(-1, (heads, -1)).unflatten(2, (-1, 2)), lengths)
         weight = torch.stack([torch.stack([p.key.weight, p.value.weight]) for p in of])
         bias = torch.stack([torch.stack([p.key.bias, p.value.bias]) for p in of])
@@ -304,9 +311,11 @@ class _Embeddings(nn.Module):
         longest = self.position_ids.shape[1]
         if ids.dim() != 2 or ids.shape[1] > longest:
             raise ValueError(f"token ids have shape {tuple(ids.shape)}, expected [B, T] with T <= {longest}")
-        norm = self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps
-        words, position = self.word_embeddings, self.position_embeddings.weight
-        return self.dropout(embed_text(ids, words.weight, position=position, norm=norm, padding_idx=words.padding_idx))
+        words, positions, norm = self.word_embeddings, self.position_embeddings, self.LayerNorm
+        if not are_plain((nn.Embedding, nn.LayerNorm), words, positions, norm):
+            return self.query(words(ids) + positions(self.position_ids[:, : ids.shape[1]]))
+        of_norm, padding = (norm.weight, norm.bias, norm.eps), words.padding_idx
+        return self.dropout(embed_text(ids, words.weight, position=positions.weight, norm=of_norm, padding_idx=padding))
 
     def query(self, tokens: Tensor) -> Tensor:
         """Of queries, which have no positions."""
@@ -353,7 +362,8 @@ class QFormer(nn.Module):
             norm: a LayerNorm before, as a part of the product: of a frozen encoder's tokens it learns without a
                 gradient for them.
             once: for one pass, of one row per image. On a CPU without gradients and dropout, a layer then attends to
-                the tokens (`token_attention`), which takes fewer products.
+                the tokens (`token_attention`), which takes fewer products; and so does one with adapters or hooks, or
+                whose weights are sharded layer by layer (`fully_shard`), which forms its own keys and values.
         """
         return self.encoder.project(image_embeds, lengths, norm, once)
 
@@ -426,7 +436,7 @@ class ImageQueries(nn.Module):
         """The Q-Former's keys and values of what an image encoder gives, [B, N, encoder_width]; once: for one pass."""
         # with a frozen encoder the norm learns as a part of the product, without a gradient for the tokens
         if torch.is_grad_enabled() and self.ln_vision.weight.requires_grad and not tokens.requires_grad:
-            return self.bert.project(tokens, norm=self.ln_vision)
+            return self.bert.project(tokens, norm=self.ln_vision, once=once)
         return self.bert.project(self.ln_vision(tokens), once=once)
 
 

@@ -82,6 +82,7 @@ class Everything(nn.Module):
             "seen": token_attention(
                 self.queries, tokens, self.key_weight, self.value_weight, lengths=ids.sum(1).clamp(max=S)
             )[0],
+            "hidden": token_attention(self.queries, tokens, self.key_weight, self.value_weight, bias=tokens.sum(2))[0],
             "points": mini_pointnet(tokens[..., :3], layers),
             "neighbors": nearest_neighbors(tokens[:, :4, :3].round(), tokens[..., :3].round(), 5),  # with ties
         }

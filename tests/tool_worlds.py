@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmfuse
 from mmfuse.fused.acceleration.method import Fused
+from mmfuse.fused.qformer import ImageQueries, QFormerConfig
 from rule_samples import SAMPLES, Sample
 
 
@@ -55,6 +56,27 @@ def every_rule(rank: int, size: int) -> None:
                 what = f"{rule}, {tool.__name__}, {order}"
                 assert list(got) == list(want) and len(want) > 1, what
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, msg=lambda m, w=what: f"{w}: {m}")
+
+
+def qformer_layer_by_layer(rank: int, size: int) -> None:
+    """Keys and values of a sharded layer are formed while it runs."""
+    results = []
+    for parts in ((), range(2)):
+        torch.manual_seed(0)
+        config = QFormerConfig(encoder_width=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        model = ImageQueries(config, 3).double().eval()
+        tokens = torch.randn(2, 5, 12, dtype=torch.float64)
+        if parts:
+            mesh = init_device_mesh("cpu", (size,))
+            for i in parts:
+                fully_shard(model.bert.encoder.layer[i], mesh=mesh)
+        (output,) = model.bert(model.query_tokens, kv=model.see(tokens, once=True))
+        output.square().sum().backward()
+        weight = model.bert.encoder.layer[0].crossattention.self.key.weight
+        assert isinstance(weight, DTensor) == bool(parts)
+        grad = weight.grad.full_tensor() if parts else weight.grad
+        results.append((output.detach(), grad))
+    torch.testing.assert_close(*results)
 
 
 def result(sample: Sample, model: nn.Module, rank: int) -> dict[str, Tensor]:

@@ -33,9 +33,10 @@ def why_not_plain(module: nn.Module, children: Children) -> str | None:
     return None
 
 
-def is_plain(module: nn.Module, of: type[nn.Module]) -> bool:
-    """Whether the tensors of a module are all that there is to it, so that they may be read instead of a call."""
-    return not any(_HOOKS_OF_ALL) and _why_child_not_plain(module, (_name(of),)) is None
+def are_plain(classes: tuple[type, ...], *modules: nn.Module) -> bool:
+    """Whether the tensors of modules of these classes are all that there is to them, and may be read in place of calls."""
+    names = tuple(map(_name, classes))
+    return not any(_HOOKS_OF_ALL) and all(_why_child_not_plain(m, names) is None for m in modules)
 
 
 def _why_child_not_plain(child: Any, classes: tuple[str, ...]) -> str | None:

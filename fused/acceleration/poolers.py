@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused.poolers import attention
+from mmfuse.kernels.qformer import few_query_attention, token_attention
 
 _ATTENTION = ("torch.nn.modules.activation:MultiheadAttention",)
 _PROJECTION = ("torch.nn.modules.linear:NonDynamicallyQuantizableLinear",)
@@ -47,9 +48,11 @@ def siglip2_head(head: Any, hidden_state: Tensor, attention_mask: Tensor | None 
             attention_mask=attention_mask,
             encoder_hidden_states=hidden_state,
         )
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        least = torch.finfo(head.probe.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=head.probe.dtype).masked_fill(~attention_mask, least)
+    if attention_mask is not None:  # [B, 1, Q, N], the same for every query
+        attention_mask = attention_mask[:, 0, 0]
+        if attention_mask.dtype == torch.bool:
+            least = torch.finfo(head.probe.dtype).min
+            attention_mask = head.probe.new_zeros(attention_mask.shape).masked_fill(~attention_mask, least)
     return _head(head, attention(head.attention, head.probe, hidden_state, attention_mask))
 
 
@@ -61,23 +64,25 @@ def aria_projector(projector: Any, key_value_states: Tensor, attn_mask: Tensor |
     """AriaProjector: tokens [B, N, D] of images to [B, Q, output_dim]; of the mask [B, N] True is not seen.
 
     The class projects the same queries for every image, runs two products after one another for the keys and two for
-    the values, and forms the probabilities.
+    the values, whose weights are multiplied here, and forms the probabilities.
     """
     x, cross = key_value_states, projector.cross_attn
     queries = _aria_queries(projector.patch_to_query_dict, x.shape[1])
     module = cross.multihead_attn
-    of_query, *of_tokens = module.in_proj_weight.chunk(3)
-    bias, *of_biases = module.in_proj_bias.chunk(3)
-    q = F.linear(cross.q_proj(cross.layer_norm(projector.query[:queries])), of_query, bias)
-    x, chains = cross.layer_norm_kv(x), zip((cross.k_proj, cross.v_proj), of_tokens, of_biases, strict=True)
-    q, k, v = (
-        t.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
-        for t in (q.expand(len(x), -1, -1), *(_chained(x, first.weight, *then) for first, *then in chains))
-    )
-    if attn_mask is not None:
-        attn_mask = (~attn_mask if attn_mask.dtype == torch.bool else attn_mask)[:, None, None]
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
-    o = cross.dropout(cross.linear(module.out_proj(o)))
+    of_query, of_keys, of_values = module.in_proj_weight.chunk(3)
+    bias_q, _, bias_v = module.in_proj_bias.chunk(3)
+    q = F.linear(cross.q_proj(cross.layer_norm(projector.query[None, :queries])), of_query, bias_q)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = x.new_zeros(attn_mask.shape).masked_fill(attn_mask, -torch.inf)
+    o = token_attention(
+        q.unflatten(-1, (module.num_heads, -1)),
+        cross.layer_norm_kv(x),
+        of_keys @ cross.k_proj.weight,
+        of_values @ cross.v_proj.weight,
+        bias_v,
+        bias=attn_mask,
+    ).o
+    o = cross.dropout(cross.linear(module.out_proj(o.flatten(2))))
     return projector.feed_forward(projector.layer_norm(o))
 
 
@@ -91,31 +96,27 @@ def _aria_queries(table: dict[int, int], tokens: int) -> int:
     )
 
 
-def _chained(x: Tensor, first: Tensor, then: Tensor, bias: Tensor) -> Tensor:
-    """then (first x) + bias: of more rows than the weights have, by the product of the weights."""
-    rows, width = x.shape[:-1].numel(), len(first)
-    return F.linear(x, then @ first, bias) if rows > 1.25 * width else F.linear(F.linear(x, first), then, bias)
-
-
 def kosmos2_connector(projection: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
     """Kosmos2ImageToTextProjection: tokens [B, N, E] to ([B, Q, D], None).
 
     Queries attend to an image's tokens and to themselves: their projections are the same for every image. The class's
-    own forward runs where it returns the probabilities, and with dropout of them.
+    own forward runs where it returns the probabilities, with dropout of them, and in releases before 5.10, where it is
+    causal.
     """
     attn, latents = projection.x_attn, projection.latent_query
-    if attn.config._attn_implementation != "sdpa" or (attn.training and attn.dropout > 0):
+    if attn.config._attn_implementation != "sdpa" or attn.is_causal or (attn.training and attn.dropout > 0):
         return type(projection).forward(projection, features)
     tokens = projection.dense(features)
 
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (attn.num_heads, -1)).transpose(-3, -2).expand(len(tokens), -1, -1, -1)
+        return x.unflatten(-1, (attn.num_heads, -1))
 
-    q = heads(attn.q_proj(latents))
-    k, v = (torch.cat([heads(project(x)) for x in (tokens, latents)], dim=2) for project in (attn.k_proj, attn.v_proj))
-    # releases before 5.10 have it causal
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=attn.is_causal)
-    return attn.out_proj(o.transpose(1, 2).flatten(2)), None
+    q = heads(attn.q_proj(latents))[None]
+    k, v = (
+        torch.cat([heads(project(tokens)), heads(project(latents)).expand(len(tokens), -1, -1, -1)], dim=1)
+        for project in (attn.k_proj, attn.v_proj)
+    )
+    return attn.out_proj(few_query_attention(q, k, v).o.flatten(2)), None
 
 
 def one_image(projection: Any, features: Tensor) -> bool:

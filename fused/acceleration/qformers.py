@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime.arguments import autocast_dtype
 from mmfuse.kernels._runtime.products import linears
-from mmfuse.kernels.qformer.absorbed import Tokens
+from mmfuse.kernels.qformer.arguments import Tokens
 from mmfuse.kernels.qformer.op import TOKEN_ATTENTION, project_kv, token_attention
 
 _NO = "builtins:NoneType"
@@ -139,7 +139,8 @@ def steps_aside(
 ) -> bool:
     """Whether an encoder on a CPU would form keys and values all the same, as its class does.
 
-    So it is with a gradient, and in 16 bits, where products round scores on their way to the softmax.
+    So it is with a gradient but of the fewest queries, and in 16 bits, where products round scores on their way to the
+    softmax.
     """
     return _forms(encoder, len(hidden_states), query_length, encoder_hidden_states)
 
@@ -165,7 +166,7 @@ def _forms(encoder: Any, rows: int, queries: int, x: Tensor | None) -> bool:
     if (autocast_dtype(of_keys) or of_keys.dtype) not in (torch.float32, torch.float64):
         return True
     q = x.new_empty(1).expand(rows, queries, attention.num_attention_heads, attention.attention_head_size)
-    return TOKEN_ATTENTION.choose((q, Tokens(x, of_keys, of_values, None, None), False)) != "chunked"
+    return TOKEN_ATTENTION.choose((q, Tokens(x, of_keys, of_values, None, None, None), False)) != "chunked"
 
 
 def reason_against(encoder: Any) -> str | None:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from importlib import import_module
-from inspect import signature
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec
 from mmfuse.kernels._runtime.arguments import check, constant, real
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.sequences import (
+    HAS_GROUPS,
+    HAS_WINDOW,
+    Rows,
+    flash,
+    head_against,
+    no_flash,
+    no_xformers,
+    not_half,
+    torch_varlen,
+    xformers,
+)
 from mmfuse.kernels.multiway import reference
 from mmfuse.kernels.multiway.arguments import Attended
 from mmfuse.kernels.multiway.reference import KINDS
@@ -25,40 +33,6 @@ from mmfuse.kernels.multiway.routing import Reading, Routing
 _NONE, _CAUSAL, _ALL = range(3)  # of `reference.KINDS`
 
 # --- implementations that know sequences of rows one after another ----------------------------------------------------
-
-
-class _Rows(NamedTuple):
-    """Some places of each sample, one sample after another."""
-
-    order: Tensor  # int64 [T]: the stream's row of each; behind the last any
-    at: Tensor  # int64 [T]: where each row of the stream is among them
-    among: Tensor  # bool [T, 1, 1]: whether it is
-    bounds: Tensor  # int32 [B + 1]: of the samples
-
-    @staticmethod
-    def of(mask: Tensor, reading: Reading) -> _Rows:
-        """Of the places that a mask [B, S] has."""
-        flat, row, t = mask.flatten(), reading.row.flatten(), len(reading.place)
-        rank = flat.cumsum(0) - 1
-        order = rank.new_zeros(t + 1).scatter_(0, rank.where(flat, t), row)[:-1]
-        bounds = F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
-        return _Rows(order, rank[reading.place].clamp(min=0), flat[reading.place][:, None, None], bounds)
-
-
-class _Take(torch.autograd.Function):
-    """Rows in another order; what is behind the last one has no gradient, whatever stands there."""
-
-    @staticmethod
-    def forward(x: Tensor, rows: _Rows) -> Tensor:
-        return x.index_select(0, rows.order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rows = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        return torch.where(ctx.rows.among, g.index_select(0, ctx.rows.at), 0), None
 
 
 def _by_sequences(
@@ -75,9 +49,9 @@ def _by_sequences(
     rows = reading.place[reading.row] == places
     out = torch.zeros_like(q)
     for mine, seen, causal in _calls(sees, reading.segment):
-        from_, to = _Rows.of(rows & mine, reading), _Rows.of(reading.attended & seen, reading)
+        from_, to = (Rows.of(m, reading.row, reading.place) for m in (rows & mine, reading.attended & seen))
         longest = reading.row.shape[1]
-        given = _Take.apply(q, from_), _Take.apply(k, to), _Take.apply(v, to), from_.bounds, to.bounds
+        given = from_.take(q), to.take(k), to.take(v), from_.bounds, to.bounds
         y = attend(*given, longest, longest, causal, dropout)
         out = torch.where(from_.among, y.index_select(0, from_.at), out)
     return (out.flatten(1),)
@@ -99,101 +73,10 @@ def _by_segment(sees: Sequence[int]) -> list[Sequence[int]]:
     return [sees[i : i + k] for i in range(0, k * k, k or 1)]
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, from_: Tensor, to: Tensor, m: int, n: int, causal: bool, dropout: float
-) -> Tensor:
-    attend, _ = _flash_function()
-    options = {"dropout_p": dropout} if dropout else {}
-    found: Any = attend(  # type: ignore[misc]
-        q, k, v, cu_seqlens_q=from_, cu_seqlens_k=to, max_seqlen_q=m, max_seqlen_k=n, causal=causal, deterministic=True,
-        **options,
-    )  # fmt: skip
-    # version 4 has the logs of the sums beside it
-    return found[0] if isinstance(found, tuple) else found
-
-
-def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, from_: Tensor, to: Tensor, m: int, n: int, causal: bool, dropout: float
-) -> Tensor:
-    options: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
-    options |= {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
-    found: Any = varlen_attn(q, k, v, from_, to, m, n, **options)
-    return found
-
-
-def _xformers(
-    q: Tensor, k: Tensor, v: Tensor, from_: Tensor, to: Tensor, m: int, n: int, causal: bool, dropout: float
-) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    queries, keys = (bounds.diff().tolist() for bounds in (from_, to))
-    mask = BlockDiagonalMask.from_seqlens(queries, keys, device=q.device)
-    mask = mask.make_causal_from_bottomright() if causal else mask
-    rows, of_keys = sum(queries), sum(keys)
-    y = memory_efficient_attention(q[None, :rows], k[None, :of_keys], v[None, :of_keys], attn_bias=mask, p=dropout)
-    return F.pad(y[0], (0, 0, 0, 0, 0, len(q) - rows))
-
-
-@cache
-def _flash_function() -> tuple[Callable[..., Any] | None, str]:
-    """flash_attn's second version, else its fourth; or None, and why."""
-    why = []
-    for module in ("flash_attn", "flash_attn.cute"):
-        try:
-            attend = import_module(module).flash_attn_varlen_func
-        except Exception as error:  # noqa: BLE001  one that was built for another torch raises anything
-            why.append(f"{module} is not there: {type(error).__name__}")
-            continue
-        if {"max_seqlen_q", "deterministic"} <= signature(attend).parameters.keys():
-            return attend, ""
-        why.append(f"this {module} has no deterministic gradients")
-    return None, ", ".join(why)
-
-
-def _no_flash(dropout: float) -> str | None:
-    if torch.compiler.is_compiling():
-        return "it is not for graphs"
-    attend, why = _flash_function()
-    if attend is None:
-        return why
-    undropped = dropout and "dropout_p" not in signature(attend).parameters
-    return f"dropout is {dropout}, this version has none" if undropped else None
-
-
-def _no_xformers(q: Tensor) -> str | None:
-    if torch.compiler.is_compiling() or q.device.type != "cuda":
-        return "it is not for graphs" if q.device.type == "cuda" else f"device is {q.device.type}"
-    return _xformers_is_missing()
-
-
-@cache
-def _xformers_is_missing() -> str | None:
-    try:
-        import_module("xformers.ops")
-    except Exception as error:  # noqa: BLE001  as above
-        return f"xformers is not there: {type(error).__name__}"
-    return None
-
-
-_HAS_WINDOW, _HAS_GROUPS = (n in signature(varlen_attn).parameters for n in ("window_size", "enable_gqa"))
-
-
 def _no_varlen(q: Tensor, k: Tensor, sees: Sequence[int]) -> str | None:
-    if not _HAS_GROUPS and (why := _grouped(q, k)):
+    if not HAS_GROUPS and (why := _grouped(q, k)):
         return why
-    return "this torch's has no window, so nothing causal" if _CAUSAL in sees and not _HAS_WINDOW else None
-
-
-def _not_half(q: Tensor) -> str | None:
-    if q.device.type != "cuda":
-        return f"device is {q.device.type}"
-    return None if q.dtype in (torch.float16, torch.bfloat16) else f"dtype is {q.dtype}, it has 16 bits"
-
-
-def _head(q: Tensor) -> str | None:
-    d = q.shape[2]
-    return f"d is {d}, expected a multiple of 8 up to 256" if d % 8 or d > 256 else None
+    return "this torch's has no window, so nothing causal" if _CAUSAL in sees and not HAS_WINDOW else None
 
 
 def _grouped(q: Tensor, k: Tensor) -> str | None:
@@ -338,7 +221,7 @@ def _too_wide(q: Tensor) -> str | None:
     return None if 0 < d <= _WIDEST else f"d is {d}, a program holds 1 to {_WIDEST}"
 
 
-_SEQUENCES: list[Any] = [_not_half, _head, _biased, _not_by_segments]
+_SEQUENCES: list[Any] = [not_half, head_against, _biased, _not_by_segments]
 PACKED_ATTENTION = Operator(
     "packed_attention",
     forward=_attend,
@@ -346,9 +229,9 @@ PACKED_ATTENTION = Operator(
     fake=_attend_fake,
     differentiable=("q", "k", "v", "bias"),
     implementations=[
-        Implementation("flash_attn", function=partial(_by_sequences, _flash), against=[_no_flash, *_SEQUENCES]),
+        Implementation("flash_attn", function=partial(_by_sequences, flash), against=[no_flash, *_SEQUENCES]),
         Implementation(
-            "varlen", function=partial(_by_sequences, _torch_varlen), against=[_no_varlen, *_SEQUENCES, _dropped]
+            "varlen", function=partial(_by_sequences, torch_varlen), against=[_no_varlen, *_SEQUENCES, _dropped]
         ),
         Implementation(
             "triton",
@@ -360,8 +243,8 @@ PACKED_ATTENTION = Operator(
         # no one's first choice: the one waits for lengths on the host, the other makes its mask anew for each call
         Implementation(
             "xformers",
-            function=partial(_by_sequences, _xformers),
-            against=[_no_xformers, _head, _grouped, _biased, _not_by_segments],
+            function=partial(_by_sequences, xformers),
+            against=[no_xformers, head_against, _grouped, _biased, _not_by_segments],
         ),
         Implementation("flex_attention", function=_flex, against=[_no_flex, _dropped]),
     ],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
@@ -63,3 +64,28 @@ class Keys:
             return self.cu_seqlens[:-1], self.cu_seqlens[1:]
         first = torch.arange(self.images, device=self.k.device) * self.longest
         return first, first + (self.longest if self.lengths is None else self.lengths)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens, and what makes keys and values of them."""
+
+    x: Tensor  # [I, N, E]
+    key_weight: Tensor  # [H d, E]
+    value_weight: Tensor  # [H d, E]
+    value_bias: Tensor | None  # [H d]
+    lengths: Tensor | None  # int64 [I]; None: N
+    bias: Tensor | None  # [I, N], added to the scores
+
+    def keys(self, heads: int) -> Keys:
+        """As they are formed."""
+        x = self.x if self.lengths is None else zero_behind(self.x, self.lengths)
+        k = F.linear(x, self.key_weight).unflatten(-1, (heads, -1))
+        v = F.linear(x, self.value_weight, self.value_bias).unflatten(-1, (heads, -1))
+        return Keys(k, v, None, self.lengths, None, self.x.shape[1])
+
+
+def zero_behind(t: Tensor, lengths: Tensor) -> Tensor:
+    """Without what lies behind an image's last token, which may be no number: times a probability of 0 it is none."""
+    real = torch.arange(t.shape[1], device=t.device) < lengths[:, None]
+    return t.where(real.view(*real.shape, *[1] * (t.dim() - 2)), 0)

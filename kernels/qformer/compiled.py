@@ -17,8 +17,8 @@ class _Attention:
     def attend(self, q: Tensor, keys: Keys, wants_lse: bool, seed: Tensor | None, dropout: float) -> Outputs:
         found = outputs_of(q, keys.rows)
         q, k, v = map(_aligned, (q, keys.k, keys.v))
-        of = (keys.kv_index, keys.lengths, keys.cu_seqlens)
-        self._part.few_query_attention(q, k, v, *(t if t is None else t.contiguous() for t in of), keys.longest, *found)
+        of = (keys.kv_index, keys.lengths, keys.cu_seqlens, keys.longest)
+        self._part.few_query_attention(q, k, v, *of, *found)
         return found
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -22,9 +22,9 @@ from mmfuse.kernels._runtime.arguments import (
 )
 from mmfuse.kernels._runtime.device import shared_memory
 from mmfuse.kernels._runtime.dtypes import dtype_name
-from mmfuse.kernels.qformer import absorbed, blocked, compiled, reference
-from mmfuse.kernels.qformer.absorbed import Tokens
-from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs, outputs_of
+from mmfuse.kernels._runtime.sequences import flash, head_against, no_flash, no_xformers, not_half, xformers
+from mmfuse.kernels.qformer import absorbed, blocked, compiled, reference, sequences
+from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs, Tokens, outputs_of
 
 Norm = tuple[Tensor, Tensor, float]
 
@@ -189,7 +189,11 @@ def _on_gpu(q: Tensor) -> str | None:
 
 
 def _wants_lse(wants_lse: bool) -> str | None:
-    return "torch's attention keeps its lse to itself" if wants_lse else None
+    return "lse is asked for, which it keeps to itself" if wants_lse else None
+
+
+def _nothing(q: Tensor, keys: Keys) -> str | None:
+    return "there are no queries or no keys" if not q.numel() or not keys.rows or not keys.k.numel() else None
 
 
 def _products(q: Tensor, keys: Keys) -> int:
@@ -219,6 +223,17 @@ FEW_QUERY = Operator(
         Implementation("chunked", passes=blocked, against=[_on_gpu, _drops]),
         Implementation("sdpa", function=reference.sdpa, against=[_wants_lse]),
         Implementation("torch", function=reference.of_keys),
+        # no one's first choice: neither was measured, and the second waits for lengths on the host
+        Implementation(
+            "flash_attn",
+            function=partial(sequences.attend, flash),
+            against=[no_flash, not_half, head_against, _wants_lse, _nothing],
+        ),
+        Implementation(
+            "xformers",
+            function=partial(sequences.attend, xformers),
+            against=[no_xformers, head_against, _wants_lse, _nothing],
+        ),
     ],
     size=Size("products", _products, _kind),
     export=OpSpec("MmfuseFewQueryAttention"),
@@ -290,15 +305,17 @@ def few_query_attention(
         return_lse: whether the result has lse; else it is None.
         return_map: return the probabilities, too, in plain torch, which differentiates o with respect to them.
         backend: "cuda", "triton", "cpu", "chunked", "sdpa" or "torch"; by default the first that accepts the arguments.
+            By name alone: "flash_attn" (the package's version 2, else 4), on a GPU in 16 bits, and "xformers", both
+            without lse; there rows that share an image are one sequence of queries.
 
     Returns:
         (o, lse) or (o, lse, map): o [B, Q, H, d] in q's dtype or that of autocast; lse [B, H, Q], the log of the sum of
         exp(scores), -inf without a key, in float32 (float64 for float64) and without a gradient; map [B, H, Q, N], the
         probabilities before dropout.
 
-    Deterministic without dropout; with it, for a state of the generator. Scores and softmax in float32 (float64 for
-    float64). Differentiable in q, k and v, and twice but by "sdpa", which raises; the gradients of an image's keys and
-    values are sums over its rows.
+    Deterministic without dropout, but for gradients of "xformers"; with it, for a state of the generator. Scores and
+    softmax in float32 (float64 for float64). Differentiable in q, k and v, and twice but by "sdpa" and the other
+    libraries, which raise; the gradients of an image's keys and values are sums over its rows.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. An index or a length out of range is
@@ -340,26 +357,39 @@ def _tokens_fake(q: Tensor, tokens: Tokens) -> Outputs:
     return outputs_of(q, tokens.x.shape[0])
 
 
-def _tokens_grads(
-    passes: Any, g: Tensor, q: Tensor, tokens: Tokens, o: Tensor, row_max: Tensor, row_sum: Tensor, needs: Any
-) -> dict[str, Tensor]:
-    return passes.attend_grads(g, q, tokens, Outputs(o, row_max, row_sum), needs)
+def _tokens_grads(passes: Any, g: Tensor, q: Tensor, tokens: Tokens, needs: Any) -> dict[str, Tensor]:
+    return passes.attend_grads(g, q, tokens, needs)
 
 
-def _formed(name: str) -> Callable[..., Outputs]:
-    """Keys and values, and attention over them by an implementation."""
-
-    def attend(q: Tensor, tokens: Tokens, wants_lse: bool) -> Outputs:
-        return FEW_QUERY(q, tokens.keys(q.shape[2]), None, 0.0, wants_lse, backend=name)
-
-    return attend
+def _by_triton(q: Tensor, tokens: Tokens, wants_lse: bool) -> Outputs:
+    return FEW_QUERY(q, tokens.keys(q.shape[2]), None, 0.0, wants_lse, backend="triton")
 
 
-def _saved(q: Tensor, tokens: Tokens) -> int | None:
-    """Products of an image; none where a gradient is asked for, which needs the keys and values."""
-    if _gradient_asked(q, tokens.x, tokens.key_weight, tokens.value_weight, tokens.value_bias):
-        return 0
-    return max(0, absorbed.products_saved(q, tokens))
+def _biased(tokens: Tokens) -> str | None:
+    return "bias is given" if tokens.bias is not None else None
+
+
+def _of_tokens(q: Tensor, tokens: Tokens) -> bool:
+    return _gradient_asked(q, tokens.x, tokens.key_weight, tokens.value_weight, tokens.value_bias, tokens.bias)
+
+
+def _saved(q: Tensor, tokens: Tokens) -> int:
+    """Products of an image, where its own, which are smaller ones, take 1.25 of the time, or 1.5 with a gradient."""
+    formed, own = absorbed.multiplications(q, tokens)
+    if _of_tokens(q, tokens):  # of keys and values once, of their own products the forward's a second time
+        of_x = 1 if tokens.x.requires_grad else 0
+        return max(0, (2 + of_x) * formed - (3 + of_x) * own * 3 // 2)
+    return max(0, formed - own * 5 // 4)
+
+
+def _grad_or_not(q: Tensor, tokens: Tokens) -> str:
+    return dtype_name(q.dtype) + ("-grad" if _of_tokens(q, tokens) else "")
+
+
+def _many_products(q: Tensor, tokens: Tokens) -> str | None:
+    formed, own = absorbed.multiplications(q, tokens)
+    few = not q.is_cuda or 4 * own <= formed
+    return None if few else "it takes more than a quarter of the products of keys and values, which are large ones"
 
 
 def _half(q: Tensor) -> str | None:
@@ -371,16 +401,17 @@ TOKEN_ATTENTION = Operator(
     forward=_tokens,
     backward=_tokens_grads,
     fake=_tokens_fake,
-    differentiable=("q", "x", "key_weight", "value_weight", "value_bias"),
+    differentiable=("q", "x", "key_weight", "value_weight", "value_bias", "bias"),
     implementations=[
+        Implementation("absorbed", function=reference.absorbed, against=[_half, _many_products]),
         Implementation(
-            "triton", function=_formed("triton"), against=[_too_wide], kernels=["mmfuse.kernels.qformer.kernel"]
+            "triton", function=_by_triton, against=[_too_wide, _biased], kernels=["mmfuse.kernels.qformer.kernel"]
         ),
         Implementation("chunked", passes=absorbed, against=[_on_gpu, _half]),
-        Implementation("sdpa", function=_formed("sdpa"), against=[_wants_lse]),
-        Implementation("torch", function=_formed("torch")),
+        Implementation("sdpa", function=reference.sdpa_of_tokens, against=[_wants_lse, _biased]),
+        Implementation("torch", function=reference.of_tokens),
     ],
-    size=Size("products saved for an image", _saved),
+    size=Size("products saved for an image", _saved, _grad_or_not),
     export=OpSpec("MmfuseTokenAttention"),
     example=lambda x, **how: token_attention(x[None, :2, None], x[None], *[x.new_ones(2 * [x.shape[1]])] * 2, **how)[0],
 )
@@ -393,15 +424,16 @@ def token_attention(
     value_weight: Tensor,
     value_bias: Tensor | None = None,
     lengths: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Attended:
     """Attention of a few queries over tokens, with the projections of keys and values inside.
 
-    o = softmax(q (x W_k^T)^T / sqrt(d)) (x W_v^T + b_v). On a CPU and without a gradient the weights go to the side of
-    the queries where that takes fewer products: (q W_k) x^T, and (P x) W_v^T, image by image, so that each image's
-    tokens stay in the cache. Elsewhere keys and values are formed. A key's bias changes nothing.
+    o = softmax(q (x W_k^T)^T / sqrt(d) + bias) (x W_v^T + b_v). Where that takes fewer products, the weights go to the
+    side of the queries: (q W_k) x^T, and (P x) W_v^T; on a CPU image by image, so that each image's tokens stay in the
+    cache. Elsewhere keys and values are formed. A key's bias changes nothing.
 
     Args:
         q: [B, Q, H, d], or [1, Q, H, d]: the same for every image; float16, bfloat16, float32 or float64.
@@ -409,14 +441,15 @@ def token_attention(
         key_weight, value_weight: [H d, E].
         value_bias: [H d], or None.
         lengths: int64 [B], the tokens that an image has, which come first; by default N.
+        bias: [B, N], added to the scores of a token, as masks are that hide any of them.
         return_lse: whether the result has lse; else it is None.
-        backend: "triton", "chunked" (absorbed), "sdpa" or "torch"; by default the first that accepts the
-            arguments and pays.
+        backend: "absorbed", or "chunked", the same image by image; or with keys and values "triton" or "sdpa", without
+            a bias, or "torch"; by default the first that accepts the arguments and pays.
 
     Returns:
         (o, lse) as `few_query_attention`'s; o is 0 where an image has no token.
 
-    Deterministic where torch's matrix product is. Differentiable in q, x, weights and bias.
+    Deterministic where torch's matrix product is. Differentiable in q, x, weights and biases.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -433,14 +466,16 @@ def token_attention(
         check(name, t, (width, e), " as q has features and x has", like=("q", q))
     if value_bias is not None:
         check("value_bias", value_bias, (width,), " as q has features", like=("q", q))
-    given = {"x": x, "key_weight": key_weight, "value_weight": value_weight, "value_bias": value_bias}
+    if bias is not None:
+        check("bias", bias, tuple(x.shape[:2]), " as x has tokens", like=("x", x))
+    given = {"x": x, "key_weight": key_weight, "value_weight": value_weight, "value_bias": value_bias, "bias": bias}
     for name, t in given.items():  # type: ignore[assignment]
         _same_dtype(name, t, "q", q)
     if lengths is not None:
-        _check_lengths(lengths, x.shape[:1], x.shape[1], ("x", x))
+        lengths = _checked_lengths(lengths, x.shape[:1], x.shape[1], ("x", x))
     q, x, key_weight, value_weight = autocast(q, x, key_weight, value_weight)
-    value_bias = None if value_bias is None else autocast(value_bias)[0]
-    tokens = Tokens(x, key_weight, value_weight, value_bias, lengths)
+    value_bias, bias = (None if t is None else autocast(t)[0] for t in (value_bias, bias))
+    tokens = Tokens(x, key_weight, value_weight, value_bias, lengths, bias)
     found = TOKEN_ATTENTION(q, tokens, bool(return_lse), backend=backend)
     return _attended(found, return_lse)
 
@@ -474,7 +509,7 @@ def _keys(
         if longest is not None:
             raise ValueError(f"longest is {longest}, expected None without cu_seqlens")
         if lengths is not None:
-            _check_lengths(lengths, (images,), n, ("k", k))
+            lengths = _checked_lengths(lengths, (images,), n, ("k", k))
     else:
         if lengths is not None:
             raise ValueError("lengths and cu_seqlens are both given, expected one of them")
@@ -484,16 +519,18 @@ def _keys(
         if images < 0 or n < 0:
             raise ValueError(f"cu_seqlens has {images + 1} numbers and longest is {n}, expected at least 1 and 0")
         _check_bounds(cu_seqlens, k.shape[0], n)
-        cu_seqlens = cu_seqlens.to(torch.int64)
+        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
     if kv_index is not None:
         check("kv_index", kv_index, ("B",), dtype=torch.int64, like=("k", k))
         check_range("kv_index", kv_index, images, "the number of images")
+        kv_index = kv_index.contiguous()
     return Keys(k, v, kv_index, lengths, cu_seqlens, n)
 
 
-def _check_lengths(lengths: Tensor, shape: Any, n: int, like: tuple[str, Tensor]) -> None:
+def _checked_lengths(lengths: Tensor, shape: Any, n: int, like: tuple[str, Tensor]) -> Tensor:
     check("lengths", lengths, shape, f", one for each image of {like[0]}", torch.int64, like)
     check_range("lengths", lengths, n + 1, "the tokens of an image, and 1")
+    return lengths.contiguous()
 
 
 def _check_bounds(cu_seqlens: Tensor, total: int, longest: int) -> None:

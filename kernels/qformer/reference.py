@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs, Tokens, zero_behind
 
 Norm = tuple[Tensor, Tensor, float]
 
@@ -60,8 +61,12 @@ def mapped_attention(
     kv_index: Tensor | None = None,
     lengths: Tensor | None = None,
     dropout: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Mapped:
-    """The same with the probabilities, of which o is a function: a gradient may be asked of them."""
+    """The same with the probabilities, of which o is a function: a gradient may be asked of them.
+
+    bias: [B, N], added to the scores.
+    """
     if kv_index is not None:
         k, v, lengths = k[kv_index], v[kv_index], None if lengths is None else lengths[kv_index]
     acc = torch.promote_types(q.dtype, torch.float32)
@@ -69,6 +74,7 @@ def mapped_attention(
         k, v = zero_behind(k, lengths), zero_behind(v, lengths)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, Q or N, d]
     scores = q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5  # [B, H, Q, N]
+    scores = scores if bias is None else scores + bias[:, None, None]
     if lengths is None:
         p = scores.softmax(-1)
     else:
@@ -105,10 +111,13 @@ def sdpa(q: Tensor, keys: Keys, dropout: float = 0.0) -> Outputs:
     return Outputs(o, q.new_empty(0), q.new_empty(0))
 
 
-def zero_behind(t: Tensor, lengths: Tensor) -> Tensor:
-    """Without what lies behind an image's last token, which may be no number: times a probability of 0 it is none."""
-    real = torch.arange(t.shape[1], device=t.device) < lengths[:, None]
-    return t.where(real[:, :, None, None], 0)
+def of_tokens(q: Tensor, tokens: Tokens) -> Outputs:
+    o, lse, _ = mapped_attention(q, *padded(tokens.keys(q.shape[2])), bias=tokens.bias)
+    return Outputs(o, lse, torch.ones_like(lse))
+
+
+def sdpa_of_tokens(q: Tensor, tokens: Tokens) -> Outputs:
+    return sdpa(q, tokens.keys(q.shape[2]))
 
 
 def padded(keys: Keys) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -131,27 +140,29 @@ def unpacked(x: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tenso
     return x.where(real.view(*real.shape, *[1] * (x.dim() - 2)), 0), lengths
 
 
-def absorbed_attention(
-    q: Tensor, x: Tensor, key_weight: Tensor, value_weight: Tensor, mask: Tensor | None = None
-) -> Tensor:
-    """Attention over x itself: the weights of keys and values go to the side of the queries.
+def absorbed(q: Tensor, tokens: Tokens) -> Outputs:
+    """Attention over tokens: the weights of keys and values go to the side of the queries.
 
-    softmax((q W_k) x^T / sqrt(d) + mask) x W_v^T, fewer products than keys and values take where
+    softmax((q W_k) x^T / sqrt(d) + bias) x W_v^T + b_v, fewer products than keys and values take where
     Q < N d / (N + d - N d / E), or N d / (N + d / 2 - N d / E) for the same queries of all images.
-
-    Args:
-        q: [B, Q, H, d], or [1, Q, H, d]: the same for every image.
-        x: [B, N, E].
-        key_weight, value_weight: [H d, E]. A key's bias changes nothing; a value's is added to the result.
-        mask: added to the scores [B, H, Q, N].
     """
-    of_keys, of_values = (w.unflatten(0, q.shape[2:]) for w in (key_weight, value_weight))  # [H, d, E]
-    a = ((q * q.shape[3] ** -0.5).transpose(1, 2) @ of_keys).flatten(1, 2)  # [B or 1, H Q, E]
-    scores = (a[0] if q.shape[0] == 1 else a) @ x.mT  # [B, H Q, N]
-    if mask is not None:
-        scores = (scores.unflatten(1, (q.shape[2], -1)) + mask).flatten(1, 2)
-    c = (scores.softmax(-1) @ x).unflatten(1, (q.shape[2], -1))  # [B, H, Q, E]
-    return (c @ of_values.mT).transpose(1, 2)
+    x, lengths, heads, acc = tokens.x, tokens.lengths, q.shape[2:], accumulation_dtype(q.dtype)
+    of_keys, of_values = (w.unflatten(0, heads) for w in (tokens.key_weight, tokens.value_weight))  # [H, d, E]
+    x = x if lengths is None else zero_behind(x, lengths)
+    a = (q.transpose(1, 2) @ of_keys).flatten(1, 2)  # [B or 1, H Q, E]
+    scores = ((a[0] if len(a) == 1 else a) @ x.mT).to(acc) * heads[1] ** -0.5  # [B, H Q, N]
+    scores = scores if tokens.bias is None else scores + tokens.bias[:, None]
+    if lengths is not None:
+        seen = torch.where(lengths > 0, lengths, x.shape[1])[:, None, None]
+        scores = scores.masked_fill(torch.arange(x.shape[1], device=x.device) >= seen, -torch.inf)
+    c = (scores.softmax(-1).to(x.dtype) @ x).unflatten(1, (heads[0], -1))  # [B, H, Q, E]
+    o = (c @ of_values.mT).transpose(1, 2)
+    o = o if tokens.value_bias is None or not x.shape[1] else o + tokens.value_bias.view(heads)
+    lse = scores.detach().logsumexp(-1).unflatten(1, (heads[0], -1))
+    if lengths is not None:
+        some = (lengths > 0)[:, None, None]
+        o, lse = torch.where(some[..., None], o, 0), torch.where(some, lse, -torch.inf)
+    return Outputs(o, lse, torch.ones_like(lse))
 
 
 def fold_value_bias(weight: Tensor, bias: Tensor, value_bias: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from mmfuse.models.registry import System, check_keys
 __all__ = ["IMAGE", "PADDING", "MiniGPT4", "Turns", "build", "lora"]
 
 _VISION = ("vit_model", "img_size", "drop_path_rate", "vit_precision", "freeze_vit", "use_grad_checkpoint")
-_TEXT = ("max_txt_len", "end_sym", "prompt_template", "chat_template")
+_TEXT = ("max_context_len", "max_txt_len", "end_sym", "prompt_template", "chat_template")
 _LORA = {"lora_r": 0, "lora_alpha": 16, "lora_dropout": 0.05, "lora_target_modules": ("q_proj", "v_proj")}
 _CLASSES = {"MiniGPT4": ("has_qformer", "num_query_token", "freeze_qformer"), "MiniGPTv2": ()}
 _TOKENS = {"pad": 0, "bos": 1}
@@ -56,6 +56,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         args.get("max_txt_len", 160),
         args.get("freeze_vit", True),
         args.get("freeze_qformer", True),
+        args.get("max_context_len", 3800),
     )
 
 

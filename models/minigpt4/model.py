@@ -59,6 +59,7 @@ class MiniGPT4(Vision):
         template: ids before and after a question.
         chat_template: whether `forward` puts the prompt into the template.
         max_txt_len: tokens of an answer at most.
+        max_context_len: rows of a prompt that is learned from, images' among them, at most; what is behind is cut off.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class MiniGPT4(Vision):
         max_txt_len: int = 160,
         freeze_vit: bool = True,
         freeze_qformer: bool = True,
+        max_context_len: int = 3800,
     ):
         super().__init__(visual_encoder, qformer, queries, freeze_vit)
         self.ln_vision.requires_grad_(not freeze_vit)
         self.tokens, self.end, self.template = tokens, end, template
-        self.chat_template, self.max_txt_len = chat_template, max_txt_len
+        self.chat_template, self.max_txt_len, self.max_context_len = chat_template, max_txt_len, max_context_len
         if qformer is None:
             width = 4 * visual_encoder.num_features
         else:
@@ -147,7 +149,7 @@ class MiniGPT4(Vision):
 
     def prompt(self, image: Tensor, prompt_ids: Tensor, ids: Tensor, labels: Tensor) -> Prompt:
         """Bos, the prompt, what is learned with its padding, and the prompt's padding."""
-        embeds, mask = self.wrap(prompt_ids, self.image_prompt(image))
+        embeds, mask = (t[:, : self.max_context_len] for t in self.wrap(prompt_ids, self.image_prompt(image)))
         bos = _constant([self.tokens["bos"]], ids)
         rank = torch.cat([torch.zeros_like(bos), 2 * (1 - mask), torch.ones_like(ids)], dim=1)
         ignored = labels.new_full((len(ids), 1 + mask.shape[1]), -100)

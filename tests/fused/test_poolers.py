@@ -109,6 +109,29 @@ def test_the_resampler_is_no_further_from_float64() -> None:
     judge([draw() for _ in range(24)])
 
 
+@pytest.mark.parametrize("target", ["attn", "to_kv", "norm_media"])
+def test_adapters_and_hooks_are_called(target: str) -> None:
+    """What an adapter adds is what it adds to a weight; a hook is called."""
+    peft = pytest.importorskip("peft")
+    bare = drawn(AttentionalPooler(16, 16, 2, 3)) if target == "attn" else resampler()
+    x = torch.randn(2, 5, 16, dtype=torch.float64) if target == "attn" else torch.randn(2, 1, 1, 5, 12).double()
+    want = bare.double()(x)
+    if target != "norm_media":
+        options = {"r": 2, "init_lora_weights": False, "target_modules": [target]}
+        model = peft.get_peft_model(bare.double(), peft.LoraConfig(**options)).double()
+        apart = bare(x)
+        with model.disable_adapter():
+            assert not torch.allclose(bare(x), apart)
+        model.merge_adapter()
+        torch.testing.assert_close(want := bare(x), apart)
+    seen: list[Any] = []
+    for name, module in bare.named_modules():
+        if name.split(".")[-1] == target:
+            module.register_forward_hook(lambda *given: seen.append(given))
+    torch.testing.assert_close(bare(x), want)
+    assert seen
+
+
 def test_names_what_does_not_fit() -> None:
     model = resampler(max_num_media=2, max_num_frames=3)
     for call, message in (

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import tool_worlds
+import worlds
 from judge import assert_no_worse
 from mmfuse._compat import allow_torchvision
 from mmfuse.fused.qformer import (
@@ -216,6 +218,62 @@ def test_one_pass_without_keys_and_values(lengths: Tensor | None) -> None:
         model.train()
         assert model.project(tokens, once=True).formed
     assert model.eval().project(tokens, once=True).formed
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("target", ["key", "value", "query", "word_embeddings", "position_embeddings"])
+def test_adapters_are_called(target: str, once: bool) -> None:
+    """What an adapter adds is what it adds to a weight."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 2, "init_lora_weights": False, "target_modules": [target]}
+    model = peft.get_peft_model(make(), peft.LoraConfig(**options)).double()
+    bare: Any = model.base_model.model
+    query, tokens, (ids, _) = normal(1, QUERIES, 24), normal(2, 9, WIDTH), texts(2)
+
+    def states() -> Tensor:
+        return torch.cat(bare(query, [ids], kv=bare.project(tokens, once=once)), 1)
+
+    with torch.no_grad():
+        apart = states()
+        with model.disable_adapter():
+            assert not torch.allclose(states(), apart)
+        model.merge_adapter()
+        close(states(), apart)
+        model.unmerge_adapter()
+    grads = torch.autograd.grad(states().sum(), [p for n, p in model.named_parameters() if "lora" in n])
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("path", ["encoder.layer.0.crossattention.self.value", "embeddings.LayerNorm", "a norm before"])
+def test_hooks_are_called(path: str) -> None:
+    model, before = make(), torch.nn.LayerNorm(WIDTH).double()
+    query, tokens, (ids, _) = normal(1, QUERIES, 24), normal(2, 9, WIDTH), texts(2)
+
+    def states() -> Tensor:
+        return torch.cat(model(query, [ids], kv=model.project(tokens, norm=before)), 1)
+
+    want = states()
+    hooked = before if path == "a norm before" else model.get_submodule(path)
+    seen: list[Any] = []
+    hooked.register_forward_hook(lambda *given: seen.append(given))
+    close(states(), want)
+    assert len(seen) == (2 if path == "embeddings.LayerNorm" else 1)
+
+
+def test_tokens_for_one_pass_drop_in_training() -> None:
+    model, tokens = make(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5), normal(2, 9, WIDTH)
+    with torch.no_grad():
+        once, kv, query = *(model.project(tokens, once=once) for once in (True, False)), normal(1, QUERIES, 24)
+        results = []
+        for images in (once, kv):
+            torch.manual_seed(1)
+            results += model.train()(query, kv=images)
+    assert not once.formed
+    close(*results)
+
+
+def test_sharded_layer_by_layer() -> None:
+    worlds.run(2, tool_worlds.qformer_layer_by_layer, timeout=60)
 
 
 def test_padding_is_not_seen() -> None:

@@ -148,6 +148,17 @@ def test_any_strides(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("name", ["lengths", "shared", "packed"])
+def test_any_strides_of_what_says_which_keys(name: str, backend: str) -> None:
+    draw, of = case(name)
+    given = {key: t.float() for key, t in draw().items()}
+    spread = of | {key: torch.stack([t, t + 1], 1)[:, 0] for key, t in of.items() if isinstance(t, Tensor)}
+    if not runs(backend, lambda: few_query_attention(**given, **of)):
+        pytest.skip(f"{backend} does not run here")
+    assert torch.equal(*(few_query_attention(**given, **which, backend=backend).o for which in (of, spread)))
+
+
+@pytest.mark.parametrize("backend", OURS)
 def test_padding_is_not_read(backend: str) -> None:
     q, k, v = (torch.randn(2, 3, 2, 16, device=DEVICE) for _ in range(3))
     lengths = torch.tensor([2, 0], device=DEVICE)
@@ -242,10 +253,13 @@ def test_the_map_has_a_gradient() -> None:
 # --- over the tokens themselves -------------------------------------------------------------------------------------
 
 
-def tokens_case(rows: int, queries: int, n: int, bias: bool) -> Callable[[], dict[str, Any]]:
+TOKENS = [*OURS, "absorbed"]  # whose names there are
+
+
+def tokens_case(rows: int, queries: int, n: int, biases: bool) -> Callable[[], dict[str, Any]]:
     def draw() -> dict[str, Any]:
         shapes = {"q": (rows, queries, 2, 16), "x": (3, n, 24), "key_weight": (32, 24), "value_weight": (32, 24)}
-        shapes |= {"value_bias": (32,)} if bias else {}
+        shapes |= {"value_bias": (32,), "bias": (3, n)} if biases else {}
         scale = {"key_weight": 24**-0.5, "value_weight": 24**-0.5}
         return {
             name: scale.get(name, 1.0) * torch.randn(s, dtype=torch.float64, device=DEVICE)
@@ -269,26 +283,52 @@ def test_groups_of_images(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("lengths", [None, [9, 0, 4]], ids=["whole", "lengths"])
-@pytest.mark.parametrize(("rows", "queries", "bias"), [(1, 1, True), (3, 5, True), (1, 5, False)])
-def test_tokens(rows: int, queries: int, bias: bool, lengths: Any, dtype: torch.dtype) -> None:
-    draw = tokens_case(rows, queries, 9, bias)
+@pytest.mark.parametrize(("rows", "queries", "biases"), [(1, 1, True), (3, 5, True), (1, 5, False), (3, 2, False)])
+def test_tokens(rows: int, queries: int, biases: bool, lengths: Any, dtype: torch.dtype) -> None:
+    draw = tokens_case(rows, queries, 9, biases)
     of = {} if lengths is None else {"lengths": torch.tensor(lengths, device=DEVICE)}
     given = {name: t.to(dtype) for name, t in draw().items()}
-    for backend in OURS:
+    for backend in TOKENS:
         if runs(backend, lambda: token_attention(**given, **of), dtype):
             judged(compared(runner(token_attention, **of), draw, backend, dtype))
 
 
-def test_tokens_are_attended_to_where_that_is_cheaper_and_no_gradient_is_asked_for() -> None:
+@pytest.mark.parametrize("backend", [*TOKENS, "sdpa", "torch"])
+def test_hidden_tokens(backend: str) -> None:
+    """By a bias, as by lengths; no lengths are none of its tokens, and a NaN behind the last one is not read."""
+    given, n = {name: t.float() for name, t in tokens_case(1, 2, 9, True)().items()}, [4, 9, 0]
+    given["bias"].zero_()
+    lengths = torch.tensor(n, device=DEVICE)
+    behind = torch.arange(9, device=DEVICE) >= lengths[:, None]
+    if backend not in backends(lambda: token_attention(**given)):
+        del given["bias"]  # there is none in Triton, nor in torch's
+    want = token_attention(**given, lengths=lengths, backend="torch").o
+    given["x"] = given["x"].masked_fill(behind[..., None], torch.nan)
+    if backend not in backends(lambda: token_attention(**given)):
+        pytest.skip(f"{backend} does not run here")
+    leaves = {name: t.requires_grad_() for name, t in given.items()}
+    o = token_attention(**leaves, lengths=lengths, backend=backend).o
+    torch.testing.assert_close(o, want)
+    grads = torch.autograd.grad(o.sum(), list(leaves.values()))
+    assert all(g.isfinite().all() for g in grads) and not grads[list(leaves).index("x")][behind].any()
+    if "bias" in given:
+        x = given["x"].detach().nan_to_num()[:2]
+        hidden = given["bias"].detach().masked_fill(behind, -torch.inf)[:2]
+        got = token_attention(**given | {"x": x, "bias": hidden}, backend=backend).o
+        torch.testing.assert_close(got, want[:2])
+
+
+def test_tokens_are_attended_to_where_that_is_cheaper() -> None:
     if DEVICE == "cuda":
         pytest.skip("weights are absorbed on a CPU")
 
-    def why(queries: int, n: int, asked: bool = False) -> list[str]:
-        q, x, w = torch.randn(1, queries, 12, 64), torch.randn(1, n, 1408), torch.randn(768, 1408)
+    def why(queries: int, n: int, dtype: torch.dtype = torch.float32, asked: bool = False) -> list[str]:
+        shapes = ((1, queries, 12, 64), (1, n, 1408), (768, 1408))
+        q, x, w = (torch.empty(shape, dtype=dtype) for shape in shapes)
         return reasons(lambda: token_attention(q, x.requires_grad_(asked), w, w))["chunked"]
 
-    assert not why(1, 729) and not why(32, 257)
-    assert why(256, 257) and why(32, 257, asked=True)
+    assert not why(1, 729) and not why(32, 257) and not why(16, 257, asked=True)
+    assert why(256, 257) and why(32, 257, asked=True) and why(1, 257, torch.bfloat16, asked=True)
 
 
 # --- keys and values ------------------------------------------------------------------------------------------------

@@ -1,20 +1,15 @@
-"""Attention among the rows of each sample in Triton, and what attentions of other libraries get."""
+"""Attention among the rows of each sample in Triton and by torch's flex_attention."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from judge import Results, compared, judge
-from mmfuse.kernels.multiway import attention
 from mmfuse.kernels.multiway.attention import packed_attention
 from mmfuse.kernels.multiway.routing import Part, Routing
 from registered import opcheck, reasons
@@ -170,65 +165,7 @@ def test_registered() -> None:
     opcheck(lambda: packed_attention(q, k, v, routing, CAPTIONS, bias, backend="triton"))
 
 
-# --- other libraries ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Puts a module in the place of one that is not installed."""
-
-    def put(name: str, **members: Any) -> None:
-        parent = ModuleType("flash_attn")
-        for of in ("flash_attn", name):
-            module = parent if of == "flash_attn" else ModuleType(of)
-            monkeypatch.setitem(sys.modules, of, module)
-        for member, value in members.items():
-            setattr(sys.modules[name], member, value)
-        attention._flash_function.cache_clear()
-
-    yield put
-    attention._flash_function.cache_clear()
-
-
-def one_by_one(q, k, v, from_, to, m, n, causal, deterministic):  # type: ignore[no-untyped-def]
-    """Each sample by torch's attention."""
-    assert deterministic and not causal and from_.dtype == torch.int32
-    pieces = []
-    for a, b, c, e in zip(from_, from_[1:], to, to[1:], strict=False):
-        assert b - a <= m and e - c <= n
-        given = (t.transpose(0, 1) for t in (q[a:b], k[c:e], v[c:e]))
-        pieces.append(F.scaled_dot_product_attention(*given).transpose(0, 1))
-    return torch.cat(pieces)
-
-
-def of_version_2(  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, causal=False, deterministic=False
-):
-    return one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, deterministic)
-
-
-def of_version_4(  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False,
-    deterministic=False,
-):  # fmt: skip
-    return one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, deterministic), None
-
-
-@pytest.mark.parametrize(("module", "function"), [("flash_attn", of_version_2), ("flash_attn.cute", of_version_4)])
-def test_what_a_flash_attention_gets(library: Any, module: str, function: Any) -> None:
-    library(module, flash_attn_varlen_func=function)
-    q, k, v = (torch.randn(28, 2, 8, device=DEVICE) for _ in range(3))
-    (got,) = attention._by_sequences(attention._flash, q, k, v, splits().reading, [], 0.0)
-    torch.testing.assert_close(got, packed_attention(q, k, v, splits(), backend="torch"))
-    assert attention._no_flash(0.0) is None
-    assert attention._no_flash(0.5) == (None if module == "flash_attn" else "dropout is 0.5, this version has none")
-
-
-def test_why_there_is_no_flash_attention(library: Any) -> None:
-    library("flash_attn", flash_attn_varlen_func=lambda q, k, v: q)
-    assert attention._no_flash(0.0) == (
-        "this flash_attn has no deterministic gradients, flash_attn.cute is not there: ModuleNotFoundError"
-    )
+# --- torch's flex_attention -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles it")

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfuse.kernels.qformer.arguments import Tokens
 from mmfuse.kernels.qformer.reference import (
-    absorbed_attention,
+    absorbed,
     few_query_attention,
     fold_value_bias,
     project_kv,
@@ -181,5 +182,5 @@ def test_absorbed_is_materialised_with_the_biases_dropped_and_folded() -> None:
     weight, bias, out, out_bias = normal(1, 2, D, WIDTH), normal(1, 2, D), normal(6, D), normal(6)
     k, v = (F.linear(x, weight[0, j], bias[0, j]).unflatten(-1, (HEADS, HEAD_DIM)) for j in range(2))
     want = F.linear(few_query_attention(q, k, v).o.flatten(2), out, out_bias)
-    got = absorbed_attention(q, x, *weight[0]).flatten(2)
+    got = absorbed(q, Tokens(x, *weight[0], None, None, None)).o.flatten(2)
     close(F.linear(got, out, fold_value_bias(out, out_bias, bias[0, 1])), want)

@@ -116,6 +116,37 @@ def test_prompts_of_different_lengths_are_generated_as_alone() -> None:
     assert torch.equal(both[1:], model.generate(pixels[1:], prompts[1:, :2], **how))
 
 
+def test_a_long_prompt_is_cut_off_where_it_is_learned_from() -> None:
+    """Behind three rows: the first word and two of an image's; chats are generated from all of it."""
+    model, pixels = make(V1, max_context_len=3), images(2)
+    prompts, answers = torch.tensor([[20, IMAGE, 21], [22, PADDING, PADDING]]), torch.tensor([[30, 31], [32, 33]])
+    loss = model(pixels, prompts, answers).loss
+    bos, end = (model.embed(torch.tensor(ids)) for ids in ([1], [7, 8]))
+    prompt = model.image_prompt(pixels)
+    want = []
+    for words, row, answer in (([20], prompt[0, 0, :2], [30, 31]), ([22], prompt[1, 0, :0], [32, 33])):
+        first, learned = model.embed(torch.tensor(words)), model.embed(torch.tensor(answer))
+        embeds = torch.cat([bos, first, row, learned, end])[None]
+        labels = torch.tensor([-100] * (1 + len(words) + len(row)) + answer + [7, 8])[None]
+        want.append(model.llama_model(inputs_embeds=embeds, labels=labels).loss)
+    torch.testing.assert_close(loss, sum(want) / 2)
+    assert model.context(pixels, prompts)[0].shape[1] == 1 + 2 + 3
+
+
+def test_chats_of_several_turns_and_images_are_generated_as_alone() -> None:
+    """As the official chat has them: bos before the first segment, an image between two."""
+    model = make(V2)
+    pixels, how = images(2, 2), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    prompts = torch.tensor([[10, IMAGE, 11, 12, 30, 31, 7, 10, IMAGE, 13], [10, IMAGE, 14, *[PADDING] * 7]])
+    both = model.generate(pixels, prompts, **how)
+    for row, ids, own in zip(pixels, prompts, both, strict=True):
+        parts, of = [model.embed(torch.tensor([1]))], iter(model.image_prompt(row[None])[0])
+        for token in ids[ids != PADDING]:
+            parts.append(next(of) if token == IMAGE else model.embed(token[None]))
+        alone = model.llama_model.generate(inputs_embeds=torch.cat(parts)[None], **how)
+        assert torch.equal(alone[0], own)
+
+
 def test_create_names_what_does_not_fit() -> None:
     for change, message in (
         ({"class": "MiniGPT"}, r"class is 'MiniGPT', expected one of MiniGPT4, MiniGPTv2"),
