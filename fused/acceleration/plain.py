@@ -34,7 +34,7 @@ def why_not_plain(module: nn.Module, children: Children) -> str | None:
 
 
 def are_plain(classes: tuple[type, ...], *modules: nn.Module) -> bool:
-    """Whether the tensors of modules of these classes are all that there is to them, and may be read in place of calls."""
+    """Whether modules of these classes are no more than their tensors, which may be read in place of calls."""
     names = tuple(map(_name, classes))
     return not any(_HOOKS_OF_ALL) and all(_why_child_not_plain(m, names) is None for m in modules)
 
