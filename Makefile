@@ -95,22 +95,27 @@ lint: $(VENV)/ready build/typing
 docs: $(VENV)/ready build/typing
 	$(BIN)/mkdocs build --strict
 
-# The CPU part under the sanitizers of addresses and of undefined behaviour, beside the installed one. The first report
-# ends the process. LD_PRELOAD: Python itself is built without them, and exceptions are thrown to a libtorch that is.
-SANITIZED := build/sanitized/_C_cpu.so
+# The CPU part, and with MMFUSE_ORT_INCLUDE that for onnxruntime, under the sanitizers of addresses and of undefined
+# behaviour, beside the installed ones. The first report ends the process. LD_PRELOAD: Python itself is built without
+# them, and exceptions are thrown to a libtorch that is.
+SANITIZED := build/sanitized/_C_cpu.so $(if $(MMFUSE_ORT_INCLUDE),build/sanitized/_C_ort.so)
 SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-SANITIZED_TESTS := tests/csrc $(addprefix tests/kernels/test_,codebook.py few_query.py max_query.py negatives.py patch.py points.py topk.py)
+SANITIZED_TESTS := tests/csrc $(if $(MMFUSE_ORT_INCLUDE),tests/export/test_ort_library.py) $(addprefix tests/kernels/test_,codebook.py few_query.py max_query.py negatives.py patch.py points.py topk.py)
 CPU_FLAGS := -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-trapping-math -DTORCH_TARGET_VERSION=0x020b000000000000
 TORCH_DIR = $(shell $(BIN)/python -c "from importlib.util import find_spec as f; print(*f('torch').submodule_search_locations)")
 
 sanitize: $(VENV)/ready
 	$(MAKE) --jobs $(JOBS) $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MMFUSE_LIBRARY_DIR=$(CURDIR)/$(dir $(SANITIZED)) \
-	  OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(SANITIZED_TESTS) -x -q -k "(csrc or cpu) and not compiles and not opcheck and not library"
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MMFUSE_LIBRARY_DIR=$(CURDIR)/build/sanitized \
+	  OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(SANITIZED_TESTS) -x -q -k "(csrc or cpu) and not compiles and not opcheck and not library or test_ort_library"
 
-$(SANITIZED): $(patsubst csrc/cpu/%.cpp,build/sanitized/%.o,$(wildcard csrc/cpu/*.cpp))
+build/sanitized/_C_cpu.so: $(patsubst csrc/cpu/%.cpp,build/sanitized/%.o,$(wildcard csrc/cpu/*.cpp))
 	$(CXX) -shared $(SANITIZERS) $^ -o $@ -L$(TORCH_DIR)/lib -Wl,--no-as-needed -ltorch
+
+build/sanitized/_C_ort.so: $(wildcard csrc/ort/* csrc/*.h csrc/cpu/*.h) Makefile
+	@mkdir -p $(@D)
+	$(CXX) -shared $(CPU_FLAGS) $(SANITIZERS) -isystem $(MMFUSE_ORT_INCLUDE) $(filter %.cpp,$^) -o $@
 
 build/sanitized/%.o: csrc/cpu/%.cpp $(wildcard csrc/*.h csrc/cpu/*.h) Makefile
 	@mkdir -p $(@D)
