@@ -17,7 +17,6 @@ from torch import Tensor
 from mmfuse.bench import suites as folder
 from mmfuse.bench.providers import Anchor, Load
 from mmfuse.kernels._runtime import chosen, operators
-from mmfuse.kernels._runtime.dispatch import BACKENDS
 
 Shape = dict[str, int]
 Record = dict[str, Any]  # one measurement, as it is stored
@@ -87,8 +86,7 @@ class Case:
     def providers(self) -> dict[str, Load]:
         """The peers and ours: `mmfuse` is what is chosen, `mmfuse-triton[store]` names it and an option's value."""
         found = dict(self.peers)
-        implementations = operators()[self.op].implementations
-        for backend in (None, *(b for b in BACKENDS if b in implementations)):
+        for backend in (None, *operators()[self.op].implementations):
             name = f"mmfuse-{backend}" if backend else "mmfuse"
             found[name] = self._load(backend)
             for option, value in self._values() if backend != "torch" else ():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import warnings
 from typing import Any
 
 import torch
@@ -28,12 +30,13 @@ def run(args: argparse.Namespace) -> int:
         column.justify = "right"
     for row in rows:
         table.add_row(*(f"{value:,}" if key == "parameters" else str(value) for key, value in row.items()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)  # a pipe has no width
     return 0
 
 
 def _row(name: str, preset: str) -> dict[str, Any]:
-    with torch.device("meta"):  # allocates nothing
+    with torch.device("meta"), warnings.catch_warnings():  # allocates nothing
+        warnings.simplefilter("ignore")  # torch's and peft's, about their own layers
         model = registry.create(name, preset)
     return {
         "model": name,

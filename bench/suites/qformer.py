@@ -234,7 +234,7 @@ CASES = [
 CHECKS = [
     Check("few_query_attention", "B=2 Q=3 N=7 H=2 d=24", of_case(_inputs, "q k v", B=2, Q=3, N=7, H=2, d=24),
           differentiated(_ours, ("o",), weighted)),
-    Check("few_query_attention", "one query of 3 images", of_case(_window_inputs, "q k v", B=3, Q=1, N=70, H=1, d=16),
+    Check("few_query_attention", "one query of 3 images", of_case(_window_inputs, "q k v", B=3, Q=1, N=70, H=4, d=16),
           differentiated(_ours, ("o",), weighted)),
     Check("few_query_attention", "4 rows of an image", of_case(_shared_inputs, "q k v of", R=4, Q=2, N=7, H=2, d=16),
           differentiated(_ours, ("o",), weighted)),

@@ -57,9 +57,10 @@ def cpu(fact: str) -> str:
 
 
 def vectors() -> str:
-    """The instructions that torch has for this CPU's vectors: avx512_bf16, avx512, avx2 or default."""
-    used = torch.backends.cpu.get_cpu_capability().lower()
-    return "avx512_bf16" if used == "avx512" and "avx512_bf16" in cpu("flags").split() else used
+    """The instructions that torch has for this CPU's vectors: amx_bf16, avx512_bf16, avx512, avx2 or default."""
+    used, flags = torch.backends.cpu.get_cpu_capability().lower(), cpu("flags").split()
+    bf16 = next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), used)  # oneDNN's products
+    return bf16 if used == "avx512" else used
 
 
 def slug(device: str) -> str:

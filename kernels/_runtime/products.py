@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mmfuse.kernels._runtime.device import cpu, once, vectors
+from mmfuse.kernels._runtime.device import cpu, once
 from mmfuse.kernels._runtime.dtypes import autocast_is_on
 from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels._runtime.registration import is_plain
@@ -33,7 +33,8 @@ _PART = 256  # of K, what oneDNN adds up in one go
 @once
 def half_vectors() -> bool:
     """Whether MKL multiplies by vectors of half the width that this CPU has."""
-    return torch.backends.mkl.is_available() and vectors().startswith("avx512") and cpu("vendor_id") == "AuthenticAMD"
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and torch.backends.mkl.is_available() and cpu("vendor_id") == "AuthenticAMD"
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -147,10 +147,11 @@ def _compiled_flex() -> Callable[..., Any]:
 def _no_flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
     if not q.numel():
         return "there are no rows"
-    asks = torch.is_grad_enabled() and [x is not None and x.requires_grad for x in (q, k, v, bias)]
-    if asks and asks[3]:
+    asks = [x is not None and x.requires_grad for x in (q, k, v, bias)]
+    if asks[3] and torch.is_grad_enabled():
         return "it adds up the bias' gradient in any order"
-    return "it has no gradients on a CPU" if asks and any(asks) and not q.is_cuda else None
+    # asked for or not: torch refuses such a tensor itself
+    return "it has no gradients on a CPU" if any(asks) and not q.is_cuda else None
 
 
 # --- the declaration --------------------------------------------------------------------------------------------------

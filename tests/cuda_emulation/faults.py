@@ -14,7 +14,8 @@ from cuda_emulation.build import build
 from cuda_emulation.plugin import SEED
 
 ORDER, BOUNDS = "(with no barrier between|no thread has written)", "outside of every (tensor|array)"
-EITHER, ALIGNED, ALL_THREADS = f"({ORDER}|{BOUNDS})", "no multiple of it", "not all (threads|lanes)"
+EITHER = f"({ORDER}|{BOUNDS})"  # behind a tensor may lie another, which other threads write
+ALIGNED, ALL_THREADS = "no multiple of it", "not all (threads|lanes)"
 
 
 class Fault(NamedTuple):
@@ -40,7 +41,7 @@ FAULTS = {
     ),
     "grad: no last row": Fault(
         "contrastive.cu", "sigmoid_grad", "min(top + ROWS_PER_WARP, c)",
-        "(FAULT ? top + ROWS_PER_WARP : min(top + ROWS_PER_WARP, c))", BOUNDS,
+        "(FAULT ? top + ROWS_PER_WARP : min(top + ROWS_PER_WARP, c))", EITHER,
     ),
     "sums: no last thread": Fault(
         "contrastive.cu", "sigmoid_grad", "if (i >= c) return;", "if (!FAULT && i >= c) return;", EITHER
@@ -69,7 +70,7 @@ FAULTS = {
         "few_query_attention.cu", "few_query_attention", "c.splits, bytes,", "c.splits, bytes - 16 * FAULT,", BOUNDS
     ),
     "few queries: no last key": Fault(
-        "few_query_attention.cu", "few_query_attention", "real = row < n &&", "real = (FAULT || row < n) &&", BOUNDS
+        "few_query_attention.cu", "few_query_attention", "real = row < n &&", "real = (FAULT || row < n) &&", EITHER
     ),
     "few queries: no last query": Fault(
         "few_query_attention.cu", "few_query_attention", "if (query >= all) continue;",
@@ -102,9 +103,9 @@ FAULTS = {
         "patch.cu", "patch_rows", "k == kp && vectors(s, pixels) ?", "FAULT || (k == kp && vectors(s, pixels)) ?",
         ALIGNED,
     ),
-    "patches: no last row": Fault("patch.cu", "patch_rows", "if (row >= m ||", "if ((!FAULT && row >= m) ||", BOUNDS),
+    "patches: no last row": Fault("patch.cu", "patch_rows", "if (row >= m ||", "if ((!FAULT && row >= m) ||", EITHER),
     "patches: no edge of the image": Fault(
-        "patch.cu", "patch_rows", "if (inside) value", "if (FAULT || inside) value", BOUNDS
+        "patch.cu", "patch_rows", "if (inside) value", "if (FAULT || inside) value", EITHER
     ),
     "farthest: no barrier": Fault(
         "points.cu", "farthest_points", "__syncthreads();\n        const int2 each",
@@ -149,7 +150,7 @@ FAULTS = {
         "routing.cu", "route", "if (warp < experts) {", "if (warp < experts && !(FAULT && lane > 7)) {", ALL_THREADS
     ),
     "groups: no last point": Fault(
-        "points.cu", "group_grad", "if (i >= points) return;", "if (!FAULT && i >= points) return;", BOUNDS
+        "points.cu", "group_grad", "if (i >= points) return;", "if (!FAULT && i >= points) return;", EITHER
     ),
 }  # fmt: skip
 

@@ -190,7 +190,7 @@ def test_errors_of_attention() -> None:
         (
             lambda: packed_attention(q, q[:, :1], q, routing),
             ValueError,
-            r"k has shape \(14, 1, 4\), expected \[14, 2, 4\]",
+            r"v has shape \(14, 2, 4\), expected \[14, 1, 4\], as k",
         ),
         (
             lambda: packed_attention(q[1:], q, q, routing),

@@ -184,6 +184,9 @@ def test_reasons() -> None:
     told = reasons(lambda: packed_attention(q, q, q, Routing.from_split(2, 7, 4, device=DEVICE), dropout=0.5))
     assert told["triton"][-2:] == ["d is 132, a program holds 1 to 128", "dropout is 0.5"] and told["torch"] == []
     assert "dropout is 0.5" in told["flex_attention"]
+    with torch.no_grad():
+        told = reasons(lambda: packed_attention(q, q, q, Routing.from_split(2, 7, 4, device=DEVICE)))
+    assert told["flex_attention"] == ["it has no gradients on a CPU"] * (DEVICE == "cpu")
     five = Routing.of([Part(0, 2, 1) for _ in range(5)], 1, device=DEVICE)
     told = reasons(lambda: packed_attention(*(torch.randn(10, 1, 4, device=DEVICE) for _ in "qkv"), five))
     assert "a sample has 5 segments, the kernel knows 4 at most" in told["triton"]
