@@ -60,8 +60,7 @@ def _layer(*given: Any, **how: Any) -> Tensor:
 
 def _layer_flops(mode: str, B: int, Q: int, N: int, E: int, H: int, d: int) -> float:
     formed, absorbed = 2 * N * (E + Q), Q * E * (2 * N / d + 2)
-    # a gradient needs keys and values
-    return B * H * d * 2 * (min(formed, absorbed) if mode == "fwd" else 3 * formed)
+    return (1 if mode == "fwd" else 3) * B * H * d * 2 * min(formed, absorbed)
 
 
 def _layer_bytes(mode: str, size: int, B: int, Q: int, N: int, E: int, H: int, d: int) -> float:
