@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +92,8 @@ def clip_loss(
     else:
         columns = _paired(s, 1, row_offset, b).t()
     texts = (columns, column_target, w_text)
-    sides = [side for side in (images, texts) if side[2]]
-    terms = [(w, mean_cross_entropy(t, y, scale.dtype, label_smoothing=label_smoothing)) for t, y, w in sides]
+    of = partial(mean_cross_entropy, dtype=scale.dtype, label_smoothing=label_smoothing)
+    terms = [(w, of(t, y)) for t, y, w in (images, texts) if w]
     return _sum(terms, scale), s
 
 
