@@ -21,6 +21,8 @@ from torch import Tensor
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.contrastive.cross_entropy import mean_cross_entropy
 
+_FEW = 1 << 16  # pairs
+
 
 def _sum(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
     """Of weights and losses, 0 where no direction counts."""
@@ -91,8 +93,8 @@ def clip_loss(
     else:
         columns = _paired(s, 1, row_offset, b).t()
     texts = (columns, column_target, w_text)
-    sides = [side for side in (images, texts) if side[2]]
-    terms = [(w, mean_cross_entropy(t, y, scale.dtype, label_smoothing=label_smoothing)) for t, y, w in sides]
+    of = functools.partial(mean_cross_entropy, dtype=scale.dtype, label_smoothing=label_smoothing)
+    terms = [(w, of(t, y)) for t, y, w in (images, texts) if w]
     return _sum(terms, scale), s
 
 
@@ -128,12 +130,16 @@ def siglip_loss(
     """The loss."""
     if normalize:
         image, text = unit(image), unit(text)
-    s = _logits(image, text, scale) + bias
-    # to negate what has a gradient in place, and a view of it, takes longer than a product
-    z = torch.full(s.shape, -1, dtype=s.dtype, device=s.device)
+    s = _logits(image, text, -scale) - bias  # -S
     if not negative_only:
-        z.diagonal(row_offset).fill_(1)
-    return F.logsigmoid(z * s).sum() / -s.shape[0]
+        if torch.compiler.is_compiling() or s.numel() > _FEW:
+            s.diagonal(row_offset).neg_()  # z S
+        else:
+            # in place, and of a view, it takes the graph longer than a product
+            z = torch.ones(s.shape, dtype=s.dtype, device=s.device)
+            z.diagonal(row_offset).fill_(-1)
+            s = z * s
+    return -F.logsigmoid(s).sum() / s.shape[0]
 
 
 def statistics(s: Tensor, row_offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
