@@ -275,12 +275,13 @@ def save(folder: Path, device: torch.device, found: Sequence[Found]) -> set[Path
 
 
 def put(folder: Path, device: torch.device, family: str, kind: str, entries: Mapping[str, Any]) -> set[Path]:
-    """Put entries of a kind into a table, which is made where there is none."""
+    """Put entries of a kind into a table. A new one that ships begins with those in force, as nothing else adds to it."""
     if not entries:
         return set()
     path = configs.path_of(folder, family, device)
     table = configs.read(path) if path.exists() else facts_of(device)
-    configs.write(path, table | {kind: table.get(kind, {}) | entries})
+    begun = {} if path.exists() or folder != configs.SHIPPED else configs.in_force(family, kind, device)
+    configs.write(path, table | {kind: begun | table.get(kind, {}) | entries})
     return {path}
 
 

@@ -74,7 +74,7 @@ def tables(family: str) -> dict[str, Table]:
 
 def tuned(family: str, device: torch.device, *parts: str | int) -> dict[str, int] | None:
     """The settings measured for this GPU, or None."""
-    return _entries(family, "configs", device).get(key(*parts)) if device.type == "cuda" else None
+    return in_force(family, "configs", device).get(key(*parts)) if device.type == "cuda" else None
 
 
 def shipped(family: str) -> Iterator[tuple[list[str], dict[str, int], int]]:
@@ -87,7 +87,7 @@ def shipped(family: str) -> Iterator[tuple[list[str], dict[str, int], int]]:
 @contextmanager
 def trying(family: str, device: torch.device, key_: str, settings: dict[str, int] | None) -> Iterator[None]:
     """Launch settings in place of a table's; None: those there are."""
-    entries = _entries(family, "configs", device)
+    entries = in_force(family, "configs", device)
     before = entries.get(key_)
     entries.update({} if settings is None else {key_: settings})
     try:
@@ -99,7 +99,7 @@ def trying(family: str, device: torch.device, key_: str, settings: dict[str, int
 
 def forget() -> None:
     """Tables are read anew."""
-    for fn in (tables, _entries, _least):
+    for fn in (tables, in_force, _least):
         fn.cache_clear()
 
 
@@ -115,7 +115,7 @@ def least(
 def _least(family: str, operator: str, implementation: str, device: torch.device, kind: str, alike: bool) -> Steps:
     entries = {}
     if device.type in ("cpu", "cuda") and not alike:
-        entries = _entries(family, "least", device)
+        entries = in_force(family, "least", device)
     elif device.type == "cpu":
         entries = next((t.get("least", {}) for t in tables(family).values() if "threads" in t), {})
     for name in (f"{operator}/{implementation}/{kind}", f"{operator}/{implementation}"):
@@ -127,7 +127,7 @@ def _least(family: str, operator: str, implementation: str, device: torch.device
 
 
 @cache
-def _entries(family: str, kind: str, device: torch.device) -> dict[str, Any]:
+def in_force(family: str, kind: str, device: torch.device) -> dict[str, Any]:
     """The entries of a kind for a device: the user's own before what ships, or in its place a model."""
     shipped = tables(family)
     table = shipped.get(slug(device_name(device)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mmfuse.cli import main
 from mmfuse.kernels import nearest_code, patch_embed
 from mmfuse.kernels._runtime import chosen, configs
 from mmfuse.kernels._runtime.aot import Facts, Spec
+from mmfuse.kernels._runtime.device import vectors
 
 CPU = torch.device("cpu")
 NAMES = ["cpu", "chunked", "torch"]
@@ -155,6 +157,16 @@ def test_the_tables_that_ship(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert configs.read(path)["least"]["clip_loss/chunked/float32/512"] == 512**2
 
 
+def test_a_new_table_that_ships_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> None:
+    shipped = {"another": {"threads": torch.get_num_threads(), "vectors": vectors(), "least": {"clip_loss/cpu": 7}}}
+    monkeypatch.setattr(configs, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(configs, "tables", cache(lambda family: shipped))
+    configs.forget()
+    for where, kept in ((configs.SHIPPED, {"clip_loss/cpu": 7}), (folder, {})):
+        (path,) = tune.put(where, CPU, "contrastive", "least", {"siglip_loss/cpu": 5})
+        assert configs.read(path)["least"] == kept | {"siglip_loss/cpu": 5}
+
+
 def test_bad_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
         (["--ops", "clap_loss"], "--ops has 'clap_loss', expected some of ball_query"),
@@ -188,7 +200,7 @@ def test_launch_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "compile_all", lambda jobs: ((s, arch, facts[int(s.variant)]) for s, arch in jobs))
 
     def warps() -> int | None:
-        return configs._entries("contrastive", "configs", CPU).get(key, {}).get("num_warps")
+        return configs.in_force("contrastive", "configs", CPU).get(key, {}).get("num_warps")
 
     monkeypatch.setattr(tune, "_right", lambda *of: tried.append(warps()) or warps() != 8)
     seconds = {None: 1.0, 2: 0.98, 4: 0.9, 8: 0.1}
