@@ -275,7 +275,7 @@ def save(folder: Path, device: torch.device, found: Sequence[Found]) -> set[Path
 
 
 def put(folder: Path, device: torch.device, family: str, kind: str, entries: Mapping[str, Any]) -> set[Path]:
-    """Put entries of a kind into a table. A new one that ships begins with those in force, as nothing else adds to it."""
+    """Put entries of a kind into a table. A new one that ships begins with those in force: nothing else adds to it."""
     if not entries:
         return set()
     path = configs.path_of(folder, family, device)
