@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmfuse.fused import PatchEmbed, vit_tokens
+from mmfuse.fused.acceleration.plain import are_plain
 from mmfuse.models.clip import Transformer
 from mmfuse.models.vit import MLP
 
@@ -23,8 +24,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, width / heads]
+        # an adapter, say, is to be called
+        qkv = F.linear(x, self.qkv.weight, bias) if are_plain((nn.Linear,), self.qkv) else self.qkv(x) + bias
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, L, width / heads]
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -14,6 +14,8 @@ from mmfuse.models.blip2 import OPT, T5, Pretraining, convert
 from tiny import ARGS, BERT, HF_QFORMER, HF_VISION, T5_SIZES, VIT
 
 allow_torchvision()
+from peft import LoraConfig, inject_adapter_in_model  # noqa: E402  it imports transformers
+from peft.tuners.lora import LoraLayer  # noqa: E402
 
 TOKENS = {"bert": {"size": 40, "pad": 0, "cls": 1, "sep": 2, "bos_DEC": 39}}
 STAGE_1 = {"class": "Blip2Qformer", "args": ARGS | {"embed_dim": 12}, "vit": VIT, "bert": BERT, "tokens": TOKENS}
@@ -110,6 +112,20 @@ def test_checkpointing_changes_no_gradient() -> None:
         loss = model(*inputs, negatives=(torch.tensor([1, 0, 0, 0]), torch.tensor([3, 3, 3, 2]))).total
         found.append(torch.autograd.grad(loss, model.visual_encoder.pos_embed)[0])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_an_adapter_in_the_image_encoder_has_its_effect() -> None:
+    model, image = make(STAGE_1, freeze_vit=False), torch.randn(2, 3, 16, 16)
+    before = model.visual_encoder(image)
+    inject_adapter_in_model(LoraConfig(target_modules=["qkv"], init_lora_weights=False), model.visual_encoder)
+    after = model.visual_encoder(image)
+    assert not torch.allclose(before, after)
+    after.sum().backward()
+    assert all(p.grad is not None for n, p in model.visual_encoder.named_parameters() if "lora_" in n)
+    for m in model.visual_encoder.modules():
+        if isinstance(m, LoraLayer):
+            m.merge()
+    torch.testing.assert_close(model.visual_encoder(image), after)
 
 
 def test_captions_end_and_are_padded() -> None:
