@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse.fused.acceleration import stems
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.kernels import patch_embed, resample_weight
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -100,6 +101,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W], floats or, with `uint8=True`, bytes, to [B, N, D]."""
+        read(self.proj)
         return stems.timm_patch_embed(self, x, self.uint8)
 
 
@@ -110,14 +112,14 @@ def vit_tokens(
 
     Args:
         pixels: [B, C, H, W]. Those past the last whole patch are dropped, as a convolution does.
-        proj: a convolution whose stride is its kernel; it is not called.
+        proj: a convolution whose stride is its kernel; it is not called, and one with hooks or an adapter is refused.
         cls: [D].
         position: [1 + N, D], of the class token and of the patches.
         ids_keep: int64 [B, M], the patches to compute, by default all.
 
     Rows have the dtype of `proj`, under autocast too: the residual stream begins here.
     """
-    (h, w), (ph, pw) = pixels.shape[-2:], proj.kernel_size
+    (h, w), (ph, pw) = pixels.shape[-2:], read(proj).kernel_size
     first, rest = position.split([1, len(position) - 1])
     return patch_embed(
         pixels[..., : h // ph * ph, : w // pw * pw],

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.fused.gather import gather_rows, gather_rows_with_grad
 from mmfuse.fused.language import linear_cross_entropy
 from mmfuse.fused.qformer import CONTRAST_AND_CAPTION, ImageQueries, Predictions, QFormerConfig, QFormerKV
@@ -181,7 +182,7 @@ class QFormerPretraining(ImageQueries):
     def caption_loss(self, f: Features) -> Tensor:
         hidden, head = self.predictions.transform(f.caption)[:, :-1], self.predictions.decoder
         labels = self.caption_labels(f.ids)[:, 1:]
-        return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, label_smoothing=0.1)
+        return linear_cross_entropy(hidden, read(head).weight, labels, bias=head.bias, label_smoothing=0.1)
 
     def caption_logits(self, caption: Tensor) -> Tensor:
         """[B, T, vocabulary] of the states of captions."""

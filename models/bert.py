@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import linear_cross_entropy
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.fused.qformer import Predictions
 from mmfuse.kernels.text import embed_text
 
@@ -156,14 +157,14 @@ class Embeddings(nn.Module):
         longest = self.position_ids.shape[1]
         if ids.dim() != 2 or start + ids.shape[1] > longest:
             raise ValueError(f"token ids have shape {tuple(ids.shape)}, expected [B, L] with L <= {longest - start}")
-        words, types = self.word_embeddings, self.token_type_embeddings
+        words, types, norm = read(self.word_embeddings), self.token_type_embeddings, read(self.LayerNorm)
         x = embed_text(
             ids,
             words.weight,
-            position=self.position_embeddings.weight,
+            position=read(self.position_embeddings).weight,
             position_offset=start,
-            type_embed=None if types is None else types.weight[0],  # every token is of type 0
-            norm=(self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps),
+            type_embed=None if types is None else read(types).weight[0],  # every token is of type 0
+            norm=(norm.weight, norm.bias, norm.eps),
             padding_idx=words.padding_idx,
         )
         return self.dropout(x)
@@ -221,7 +222,7 @@ class LanguageModel(nn.Module):
         label_smoothing: float = 0.0,
     ) -> Tensor:
         """Cross-entropy of `hidden` with `labels`, and with what the `teacher`'s own head makes of its hidden."""
-        head = self.cls.predictions.decoder
+        head = read(self.cls.predictions.decoder)
         soft = None
         if teacher is not None:
             model, hidden_m = teacher

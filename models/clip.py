@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import vit_tokens
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.kernels import clip_loss
 from mmfuse.kernels.head import select_head
 from mmfuse.kernels.text import embed_text
@@ -254,8 +255,8 @@ class CLIP(nn.Module):
         """
         if text.dim() != 2 or text.shape[1] > self.context_length:
             raise ValueError(f"text has shape {tuple(text.shape)}, expected [B, L] with L <= {self.context_length}")
-        x = self.transformer(embed_text(text, self.token_embedding.weight, position=self.positional_embedding))
-        norm = self.ln_final.weight, self.ln_final.bias, self.ln_final.eps
+        x = self.transformer(embed_text(text, read(self.token_embedding).weight, position=self.positional_embedding))
+        norm = read(self.ln_final).weight, self.ln_final.bias, self.ln_final.eps
         return select_head(x, text.argmax(-1), norm, self.text_projection.t(), normalize=False)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

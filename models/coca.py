@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import linear_cross_entropy, vit_tokens
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.fused.captioning import CaptionDecoder, attend, generate, project, residual, visible_keys
 from mmfuse.fused.poolers import AttentionalPooler
 from mmfuse.kernels import clip_loss
@@ -347,7 +348,7 @@ class TextTransformer(nn.Module):
             nn.init.normal_(self.text_projection, std=std)
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        x = embed_text(text, self.token_embedding.weight, position=self.positional_embedding)
+        x = embed_text(text, read(self.token_embedding).weight, position=self.positional_embedding)
         if self.cls_emb is not None:
             last = self.cls_emb + self.positional_embedding[text.shape[1]]
             x = torch.cat([x, last.expand(x.shape[0], 1, -1)], dim=1)

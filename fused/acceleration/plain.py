@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
+
+from mmfuse.kernels._runtime import UnsupportedError
+
+M = TypeVar("M", bound=nn.Module)
 
 # Paths below a module and the classes, as "module:Class", that a child there may have. In a path "*" is every child and
 # "**" everything further down. Without classes, modules are called, but with other inputs than their hooks expect.
@@ -18,6 +22,7 @@ Children = Mapping[str, tuple[str, ...]]
 # fake and functional tensors stand for ordinary ones while a graph is traced
 _ORDINARY = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_READ = "its tensors are read, it is not called"
 _HOOKS_OF_ALL = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
 
 
@@ -37,6 +42,22 @@ def are_plain(classes: tuple[type, ...], *modules: nn.Module) -> bool:
     """Whether modules of these classes are no more than their tensors, which may be read in place of calls."""
     names = tuple(map(_name, classes))
     return not any(_HOOKS_OF_ALL) and all(_why_child_not_plain(m, names) is None for m in modules)
+
+
+def read(child: M) -> M:
+    """A child of which the tensors are about to be read, in place of a call.
+
+    Raises:
+        UnsupportedError: a call does more than torch's own module: the child is an adapter, say, or has hooks.
+    """
+    cls = type(child)
+    if not cls.__module__.startswith(("torch.", "mmfuse.")):  # parametrized ones are torch's: their tensors are whole
+        raise UnsupportedError(f"a child is {_readable(_name(cls))}, expected one of torch.nn: {_READ}")
+    if why := _why_child_not_plain(child, ()):
+        raise UnsupportedError(f"a child, {cls.__name__}, {why}: {_READ}")
+    if "forward" in child.__dict__:
+        raise UnsupportedError(f"a child, {cls.__name__}, has a forward of its own: {_READ}")
+    return child
 
 
 def _why_child_not_plain(child: Any, classes: tuple[str, ...]) -> str | None:

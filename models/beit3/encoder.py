@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.fused.multiway import MultiwayBlock, MultiwayLayerNorm, MultiwayLinear
 from mmfuse.kernels import patch_embed
 from mmfuse.kernels.multiway.routing import Part, Routing
@@ -104,11 +105,13 @@ class BEiT3(nn.Module):
         """
         tokens = []
         if image is not None:
-            cls, table = self.image_position.weight[_FIRST:].split([1, len(self.image_position.weight) - _FIRST - 1])
+            cls, table = (
+                read(self.image_position).weight[_FIRST:].split([1, self.image_position.num_embeddings - _FIRST - 1])
+            )
             tokens.append(
                 patch_embed(
                     image,
-                    self.patch.weight,
+                    read(self.patch).weight,
                     self.patch.bias,
                     prefix=self.cls_token[None],
                     prefix_position=cls if positions else None,
@@ -122,8 +125,8 @@ class BEiT3(nn.Module):
             tokens.append(
                 embed_text(
                     text_ids,
-                    self.word.weight,
-                    position=self.text_position.weight if positions else None,
+                    read(self.word).weight,
+                    position=read(self.text_position).weight if positions else None,
                     position_offset=_FIRST + start if positions else 0,
                     pad_mask=None if padding_mask is None or not positions else padding_mask.bool(),
                 )

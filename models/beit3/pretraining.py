@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse.fused import linear_cross_entropy
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.models.beit3.encoder import Batch
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def pretrain(model: BEiT3ForTasks, batches: Sequence[Masked]) -> list[Losses]:
 
 
 def _loss(x: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
-    return linear_cross_entropy(x, head.weight, labels, bias=head.bias, ignore_index=IGNORED)
+    return linear_cross_entropy(x, read(head).weight, labels, bias=head.bias, ignore_index=IGNORED)
 
 
 def mask_words(

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.fused.imagebind import SCALES, ImageBindLoss, LogitScale
 from mmfuse.kernels.head import select_head
 from mmfuse.models.imagebind.preprocessors import IMUTokens, PadIm2Video, PatchTokens, Stem, TextTokens
@@ -27,9 +28,9 @@ class Head(nn.Sequential):
         self, x: Tensor, index: int | Tensor = 0, normalize: bool = False, scale: Tensor | None = None, clips: int = 1
     ) -> Tensor:
         norm, *between, proj = self
-        norm_args = (norm.weight, norm.bias, norm.eps)
+        norm_args = (read(norm).weight, norm.bias, norm.eps)
         if not (between and self.training):
-            return select_head(x, index, norm_args, proj.weight, normalize=normalize, scale=scale, clips=clips)
+            return select_head(x, index, norm_args, read(proj).weight, normalize=normalize, scale=scale, clips=clips)
         y = select_head(x, index, norm_args, normalize=False)
         for layer in (*between, proj):
             y = layer(y)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.kernels import patch_embed
 from mmfuse.kernels.patch.positions import interpolate_position
 from mmfuse.kernels.text import embed_text
@@ -63,7 +64,7 @@ class Stem(nn.Module):
         return tuple((n - k) // s + 1 for n, k, s in zip(size, layer.kernel_size, layer.stride, strict=True))
 
     def forward(self, x: Tensor, **rows: Tensor) -> Tensor:
-        weight = self.layer.weight
+        weight = read(self.layer).weight
         if self.pad is not None:
             x = x[:, :, 0] if x.dim() == 5 and x.shape[2] == 1 else x
             x, weight = self.pad(x, weight) if x.dim() == 4 else (x, weight)
@@ -75,7 +76,7 @@ class Stem(nn.Module):
         for dim, k, s in zip(inner, weight.shape[::-1], stride[::-1], strict=False):
             x = x.narrow(dim, 0, x.shape[dim] // k * k) if k == s else x
         norm = self.norm_layer
-        stem_norm = None if norm is None else (norm.weight, norm.bias, norm.eps)
+        stem_norm = None if norm is None else (read(norm).weight, norm.bias, norm.eps)
         values: dict[str, Any] = {"mean": PIXEL_MEAN, "std": PIXEL_STD} if x.dtype == torch.uint8 else {}
         # as wide as the weights under autocast, too: the residual stream begins here
         return patch_embed(x, weight, stride=stride, stem_norm=stem_norm, dtype=weight.dtype, **values, **rows)
@@ -151,7 +152,7 @@ class TextTokens(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if ids.dim() != 2 or ids.shape[1] > self.pos_embed.shape[1]:
             raise ValueError(f"text has shape {tuple(ids.shape)}, expected [B, L] with L <= {self.pos_embed.shape[1]}")
-        return embed_text(ids, self.token_embedding.weight, position=self.pos_embed[0])
+        return embed_text(ids, read(self.token_embedding).weight, position=self.pos_embed[0])
 
 
 class IMUTokens(nn.Module):
@@ -166,7 +167,7 @@ class IMUTokens(nn.Module):
         self.cls_token = nn.Parameter(dim**-0.5 * torch.randn(1, 1, dim))
 
     def forward(self, imu: Tensor) -> Tensor:
-        weight = self.imu_stem.layer.weight.unflatten(1, (self.CHANNELS, self.KERNEL))
+        weight = read(self.imu_stem.layer).weight.unflatten(1, (self.CHANNELS, self.KERNEL))
         cls, position = self.pos_embed[0].split([1, self.pos_embed.shape[1] - 1])
         rows = {"prefix": self.cls_token[0], "prefix_position": cls, "position": position}
         return self.imu_stem.embed(imu, weight, (self.KERNEL,), **rows)

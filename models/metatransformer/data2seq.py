@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import PointPatchEmbed
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.kernels.text import embed_text
 from mmfuse.models.metatransformer.audio import AudioEmbed
 from mmfuse.models.metatransformer.encoder import Encoder
@@ -69,7 +70,7 @@ class TextEmbed(nn.Module):
             raise ValueError(
                 f"text has shape {tuple(text.shape)}, expected ids [B, at most {len(self.positional_embedding)}]"
             )
-        return embed_text(text, self.token_embedding.weight, position=self.positional_embedding)
+        return embed_text(text, read(self.token_embedding).weight, position=self.positional_embedding)
 
 
 class _Points(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import read
+
 
 class Attention(nn.Module):
     def __init__(self, dim: int, qkv_bias: bool):
@@ -92,4 +94,4 @@ class Encoder(nn.Sequential):
 
 
 def _layer_norm(x: Tensor, norm: nn.LayerNorm, eps: float) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, eps)
+    return F.layer_norm(x, norm.normalized_shape, read(norm).weight, norm.bias, eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.models.metatransformer.encoder import Encoder
 
 
@@ -49,7 +50,7 @@ class BandEmbed(nn.Module):
         self.dropout = nn.Dropout(emb_dropout)
 
     def forward(self, bands: Tensor) -> Tensor:
-        weight, bias = self.patch_to_embedding.weight, self.patch_to_embedding.bias
+        weight, bias = read(self.patch_to_embedding).weight, self.patch_to_embedding.bias
         positions = self.pos_embedding[0]
         if bands.dim() != 3 or bands.shape[2] != weight.shape[1] or bands.shape[1] >= len(positions):
             raise ValueError(

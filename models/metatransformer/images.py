@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse.fused import vit_tokens
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.kernels import patch_embed
 from mmfuse.models.metatransformer.encoder import Encoder
 
@@ -39,7 +40,7 @@ class Patches(nn.Module):
                 pixels = pixels.narrow(dim, 0, pixels.shape[dim] // kernel * kernel)
         position = self.pos_embed if position is None else position
         # as wide as the weights under autocast, too: the residual stream begins here
-        dtype = proj.weight.dtype
+        dtype = read(proj).weight.dtype
         return patch_embed(pixels, proj.weight, proj.bias, stride=proj.stride, position=position, dtype=dtype)
 
 

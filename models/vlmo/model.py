@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfuse.fused import HardNegativeSampler, linear_cross_entropy
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.fused.multiway import MultiwayLinear
 from mmfuse.kernels import clip_loss
 from mmfuse.kernels.text import embed_text
@@ -91,7 +92,7 @@ class WordHead(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy; a word labelled -100 does not count."""
-        return linear_cross_entropy(self.hidden(x), self.decoder.weight, labels, bias=self.decoder.bias)
+        return linear_cross_entropy(self.hidden(x), read(self.decoder).weight, labels, bias=self.decoder.bias)
 
 
 class VLMo(nn.Module):
@@ -145,14 +146,14 @@ class VLMo(nn.Module):
 
     def texts(self, ids: Tensor, mask: Tensor, fused: bool = False) -> Batch:
         """Texts [B, L], L as the config says, as what enters the blocks; mask [B, L] is 0 after their ends."""
-        position = None if self.word_position is None else self.word_position.weight
-        norm = (self.word_norm.weight, self.word_norm.bias, _EPS)
-        x = embed_text(ids, self.word.weight, position=position, type_embed=self.word_type, norm=norm)
-        return Batch(text=x + self.kind.weight[0], words=mask.sum(1), fused=fused)
+        position = None if self.word_position is None else read(self.word_position).weight
+        norm = (read(self.word_norm).weight, self.word_norm.bias, _EPS)
+        x = embed_text(ids, read(self.word).weight, position=position, type_embed=self.word_type, norm=norm)
+        return Batch(text=x + read(self.kind).weight[0], words=mask.sum(1), fused=fused)
 
     def images(self, image: Tensor, kind: int = 1, fused: bool = False) -> Batch:
         """Images [B, 3, H, W] as what enters the blocks; kind 2 is the second image of a text."""
-        return Batch(image=self.transformer.embed(image, self.kind.weight[kind]), fused=fused)
+        return Batch(image=self.transformer.embed(image, read(self.kind).weight[kind]), fused=fused)
 
     def pairs(self, ids: Tensor, mask: Tensor, image: Tensor, kind: int = 1) -> Batch:
         """Both, of texts and their images."""

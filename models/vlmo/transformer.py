@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfuse.fused.acceleration.plain import read
 from mmfuse.fused.multiway import MoMEBlock
 from mmfuse.kernels import patch_embed
 from mmfuse.kernels.multiway.routing import Part, Routing
@@ -101,7 +102,7 @@ class MultiwayTransformer(nn.Module):
         cls, position = (None, None) if self.position is None else self.position.split([1, len(self.position) - 1])
         return patch_embed(
             image,
-            self.patch.weight,
+            read(self.patch).weight,
             self.patch.bias,
             prefix=self.cls_token[None],
             prefix_position=cls,
