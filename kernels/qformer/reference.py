@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.registration import without_autocast
 from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs, Tokens, zero_behind
 
 Norm = tuple[Tensor, Tensor, float]
@@ -73,7 +74,8 @@ def mapped_attention(
     if lengths is not None:
         k, v = zero_behind(k, lengths), zero_behind(v, lengths)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, Q or N, d]
-    scores = q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5  # [B, H, Q, N]
+    with without_autocast(q):  # which would round them
+        scores = q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5  # [B, H, Q, N]
     scores = scores if bias is None else scores + bias[:, None, None]
     if lengths is None:
         p = scores.softmax(-1)
