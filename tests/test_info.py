@@ -31,4 +31,4 @@ def test_info_says_how_to_get_what_was_not_built(
 ) -> None:
     monkeypatch.setattr("mmfuse.info.build_info", lambda: {"parts": {"cpu": {"built": False, "reason": "pure"}}})
     main(["info"])
-    assert capsys.readouterr().out.count("pip install --no-build-isolation .") == 2
+    assert capsys.readouterr().out.count("pip install --no-build-isolation .") == 3  # for a CPU, CUDA, onnxruntime
