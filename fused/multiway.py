@@ -135,9 +135,8 @@ def normed(x: Tensor, routing: Routing, norm: MultiwayLayerNorm | None) -> tuple
     """x, and the norm as an operator takes it; a norm that is more than its tensors is called."""
     if norm is None:
         return x, None
-    return (
-        (x, (norm.weight, norm.bias, norm.eps)) if are_plain((MultiwayLayerNorm,), norm) else (norm(x, routing), None)
-    )
+    plain = are_plain((MultiwayLayerNorm,), norm)
+    return (x, (norm.weight, norm.bias, norm.eps)) if plain else (norm(x, routing), None)
 
 
 class MultiwayRMSNorm(_Experts):

@@ -22,8 +22,8 @@ Children = Mapping[str, tuple[str, ...]]
 # fake and functional tensors stand for ordinary ones while a graph is traced
 _ORDINARY = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_READ = "its tensors are read, it is not called"
 _HOOKS_OF_ALL = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
+_READ = "its tensors are read, it is not called"
 
 
 def why_not_plain(module: nn.Module, children: Children) -> str | None:

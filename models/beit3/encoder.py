@@ -105,9 +105,8 @@ class BEiT3(nn.Module):
         """
         tokens = []
         if image is not None:
-            cls, table = (
-                read(self.image_position).weight[_FIRST:].split([1, self.image_position.num_embeddings - _FIRST - 1])
-            )
+            position = read(self.image_position).weight[_FIRST:]
+            cls, table = position.split([1, len(position) - 1])
             tokens.append(
                 patch_embed(
                     image,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from mmfuse.fused.acceleration.plain import Snapshot
+from mmfuse.fused.acceleration.plain import Snapshot, read
+from mmfuse.kernels._runtime import UnsupportedError
 
 _LINEAR = ("torch.nn.modules.linear:Linear",)
 
@@ -69,3 +70,20 @@ def test_hooks_of_others_and_new_values_are_none() -> None:
     nn.Linear(2, 2).register_forward_hook(lambda *_: None)
     model[0].weight = nn.Parameter(torch.zeros(2, 2))
     assert snapshot.holds()
+
+
+class Adapter(nn.Linear):
+    pass
+
+
+def test_what_is_read_is_no_more_than_its_tensors() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))  # its weight is what a call would take
+    assert read(normed) is normed
+    child = nn.Linear(2, 2)
+    with child.register_forward_hook(lambda *of: None), pytest.raises(UnsupportedError, match="Linear, has hooks"):
+        read(child)
+    child.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    with pytest.raises(UnsupportedError, match="Linear, has a forward of its own"):
+        read(child)
+    with pytest.raises(UnsupportedError, match=r"a child is Adapter \(.*\), expected one of torch\.nn"):
+        read(Adapter(2, 2))
