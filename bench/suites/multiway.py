@@ -2,8 +2,9 @@
 
 `routed_ffn` is the feed-forward network with its inner norm, on a stream that is sorted by expert: eager has each
 expert's modules on its slice, and puts the rows together. `multiway_layer` is the whole layer, `multiway_encoder` four
-of them; there eager is torchscale's, which splits and concatenates the rows [B, S + L, D] at every module. All are
-bound by their products. A routing is made once, as it serves a batch for all layers.
+of them; there eager is torchscale's, which splits and concatenates the rows [B, S + L, D] at every module.
+`multiway_kinds` is B images, B pairs and B texts in one stream; eager has a pass for each, and so has `passes`, of our own
+layer. All are bound by their products. A routing is made once, as it serves a batch for all layers.
 
 `packed_attention` is the attention alone, of pairs whose texts have padding: eager puts the rows together sample by
 sample and has a mask of the keys, as users do; `flex` is torch's flex_attention over the stream.
@@ -24,6 +25,7 @@ from mmfuse.bench.inputs import differentiated, of_case, ramp
 from mmfuse.bench.providers import eager, formula, gpu, products, then
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear
 from mmfuse.kernels.multiway.attention import packed_attention
+from mmfuse.kernels.multiway.routing import Part
 
 _EPS, _HEAD = 1e-5, 64
 _DEPTH = 4
@@ -77,18 +79,48 @@ def _pairs(parts: Any, weights: Any) -> Any:
     return zip(parts, *(w.unbind(0) for w in weights), strict=True)
 
 
-def grouped(x: Tensor, sizes: Tensor, *weights: Tensor) -> Tensor:
-    """torch's grouped product, and the rest in plain torch."""
+def _grouped_mm(x: Tensor, w: Tensor, b: Tensor, rows: tuple[int, int]) -> Tensor:
+    ends = torch.tensor([rows[0], sum(rows)], dtype=torch.int32, device=x.device)
+    return F.grouped_mm(x, w.transpose(1, 2), offs=ends) + _by_rows(b, rows)
+
+
+def _by_rows(t: Tensor, rows: tuple[int, int]) -> Tensor:
+    return torch.cat([row.expand(n, -1) for row, n in zip(t, rows, strict=True)])
+
+
+class _Quack(torch.autograd.Function):
+    """QuACK's product of each expert's rows (quack-kernels), and its gradients by the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, rows: tuple[int, int]) -> Tensor:
+        from quack.gemm_interface import gemm
+
+        bounds = torch.tensor([0, rows[0], sum(rows)], dtype=torch.int32, device=x.device)
+        ctx.save_for_backward(x, w, bounds)
+        ctx.gemm, ctx.rows = gemm, rows
+        return gemm(x, w.mT, bias=b, cu_seqlens_m=bounds)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, w, bounds = ctx.saved_tensors
+        dx, dw = ctx.gemm(g, w, cu_seqlens_m=bounds), ctx.gemm(g.mT, x, cu_seqlens_k=bounds)
+        return dx, dw, torch.stack([part.sum(0) for part in g.split(ctx.rows)]), None
+
+
+def _quack() -> Any:
+    import quack.gemm_interface  # noqa: F401  (or it is absent)
+
+    return then(ramp, partial(grouped, product=_Quack.apply))
+
+
+def grouped(x: Tensor, sizes: Tensor, *weights: Tensor, product: Any = _grouped_mm) -> Tensor:
+    """A grouped product, torch's or another one, and the rest in plain torch."""
     w1, b1, gamma, beta, w2, b2 = weights
     b, s, length = _sizes(sizes)
-    ends = torch.tensor([b * s, b * (s + length)], dtype=torch.int32, device=x.device)
-
-    def by_rows(t: Tensor) -> Tensor:
-        return torch.cat([t[:1].expand(b * s, -1), t[1:].expand(b * length, -1)])
-
-    z = F.grouped_mm(x, w1.transpose(1, 2), offs=ends) + by_rows(b1)
-    h = F.layer_norm(F.gelu(z), z.shape[1:], eps=_EPS) * by_rows(gamma) + by_rows(beta)
-    return F.grouped_mm(h, w2.transpose(1, 2), offs=ends) + by_rows(b2)
+    rows = b * s, b * length
+    z = product(x, w1, b1, rows)
+    h = F.layer_norm(F.gelu(z), z.shape[1:], eps=_EPS) * _by_rows(gamma, rows) + _by_rows(beta, rows)
+    return product(h, w2, b2, rows)
 
 
 def _ffn(x: Tensor, sizes: Tensor, *weights: Tensor, **how: Any) -> Tensor:
@@ -105,6 +137,8 @@ def torchscale(x: Tensor, sizes: Tensor, *weights: Tensor, depth: int = 1) -> Te
     d = x.shape[1]
 
     def split(t: Tensor, fn: Any, *of: Tensor) -> Tensor:
+        if not s or not length:
+            return fn(t, *(w[0 if s else 1] for w in of))
         return torch.cat([fn(part, *w) for part, *w in _pairs(t.split([s, length], 1), of)], 1)
 
     def norm(t: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -128,8 +162,8 @@ def _head(d: int) -> int:
     return min(_HEAD, d)
 
 
-def _layers(x: Tensor, sizes: Tensor, *weights: Tensor, depth: int = 1, **how: Any) -> Tensor:
-    routing = _routing(sizes)
+def _layers(x: Tensor, sizes: Tensor, *weights: Tensor, depth: int = 1, routing: Any = _routing, **how: Any) -> Tensor:
+    routing = routing(sizes)
     g1, c1, wqkv, bqkv, gi, ci, wo, bo, g2, c2, w1, b1, gf, cf, w2, b2 = weights
     for _ in range(depth):
         h = routed_linear(x, wqkv, bqkv, routing, input_norm=(g1, c1, _EPS))
@@ -138,6 +172,33 @@ def _layers(x: Tensor, sizes: Tensor, *weights: Tensor, depth: int = 1, **how: A
         x = routed_linear(h, wo, bo, routing, input_norm=(gi, ci, _EPS), residual=x)
         x = routed_ffn(x, w1, b1, w2, b2, routing, norm=(gf, cf, _EPS), input_norm=(g2, c2, _EPS), residual=x, **how)
     return x
+
+
+# --- images, pairs and texts ------------------------------------------------------------------------------------------
+
+
+def _kinds(sizes: Tensor) -> Routing:
+    return _kinds_once(*_sizes(sizes), sizes.device)
+
+
+@cache
+def _kinds_once(b: int, s: int, length: int, device: torch.device) -> Routing:
+    images, pairs, texts = torch.arange(3 * b, device=device).split(b)
+    parts = [Part(0, b, s, images), Part(0, b, s, pairs), Part(1, b, length, pairs), Part(1, b, length, texts)]
+    return Routing.of(parts, 2, 3 * b, device)
+
+
+def _kinds_inputs(device: torch.device, dtype: torch.dtype, B: int, S: int, L: int, D: int) -> tuple[Tensor, ...]:
+    _, *others = _inputs(device, dtype, B, S, L, D)
+    return inputs.leaf(device, dtype, 2 * B * (S + L), D, scale=1.0), *others
+
+
+def passes(x: Tensor, sizes: Tensor, *weights: Tensor, layers: Any = torchscale) -> Tensor:
+    """One for each kind."""
+    b, s, length = _sizes(sizes)
+    parts = x.split([b * s, b * (s + length), b * length])
+    kinds = (sizes.new_empty(b, *of, 0) for of in ((s, 0), (s, length), (0, length)))
+    return torch.cat([layers(part, kind, *weights) for part, kind in zip(parts, kinds, strict=True)])
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -183,6 +244,11 @@ def _layer_flops(mode: str, B: int, S: int, L: int, D: int, depth: int = 1) -> f
     return depth * (1 if mode == "fwd" else 3) * B * (24 * t * D * D + 4 * t * t * D)
 
 
+def _kinds_flops(mode: str, B: int, S: int, L: int, D: int) -> float:
+    pairs = S * S + L * L + (S + L) ** 2
+    return (1 if mode == "fwd" else 3) * B * (48 * (S + L) * D * D + 4 * pairs * D)
+
+
 def _bytes(mode: str, size: int, B: int, S: int, L: int, D: int, weights: int = 8, depth: int = 1) -> float:
     return (1 if mode == "fwd" else 3) * size * (2 * B * (S + L) * D + depth * 2 * weights * D * D)
 
@@ -190,8 +256,9 @@ def _bytes(mode: str, size: int, B: int, S: int, L: int, D: int, weights: int = 
 def _products(x: Tensor, sizes: Tensor, *weights: Tensor) -> list[Any]:
     """The first one of the network."""
     w1 = weights[-6]
-    b, s, length = _sizes(sizes)
-    return [(t, w, 1) for t, w in zip(x.split([b * s, b * length]), w1.unbind(0), strict=True)]
+    _, s, length = _sizes(sizes)
+    rows = len(x) // (s + length)
+    return [(t, w, 1) for t, w in zip(x.split([rows * s, rows * length]), w1.unbind(0), strict=True)]
 
 
 def _products_flops(B: int, S: int, L: int, D: int) -> float:
@@ -220,7 +287,7 @@ CASES = [
     Case(
         name="routed_ffn",
         ours=then(ramp, _ffn),
-        peers={**formula(then(ramp, ffn)), "grouped_mm": eager(then(ramp, grouped))},
+        peers={**formula(then(ramp, ffn)), "grouped_mm": eager(then(ramp, grouped)), "quack": gpu(_quack)},
         inputs=_ffn_inputs,
         outputs=("loss", "d x", *_GRADS[-6:]),
         flops=_ffn_flops,
@@ -246,6 +313,19 @@ CASES = [
         flops=partial(_layer_flops, depth=_DEPTH),
         bytes=partial(_bytes, weights=12, depth=_DEPTH),
         **_SHARED,
+    ),
+    Case(
+        name="multiway_kinds",
+        ours=then(ramp, partial(_layers, routing=_kinds)),
+        peers={
+            **formula(then(ramp, passes)),
+            "passes": eager(then(ramp, partial(passes, layers=_layers))),
+        },
+        inputs=_kinds_inputs,
+        outputs=("loss", *_GRADS),
+        flops=_kinds_flops,
+        bytes=lambda mode, size, B, **shape: _bytes(mode, size, 2 * B, weights=12, **shape),
+        **_SHARED | {"anchors": products(_products, lambda B, **shape: _products_flops(2 * B, **shape))},
     ),
     Case(
         name="packed_attention",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "slices", "chunked", "torch")
+BACKENDS = ("cuda", "triton", "cpu", "slices", "chunked", "absorbed", "by_length", "torch")
 _ENVIRONMENT = os.environ.get("MMFUSE_BACKEND") or None
 _forced: ContextVar[str | None] = ContextVar("forced", default=_ENVIRONMENT)
 

@@ -24,9 +24,14 @@ class Runs:
     offsets: Tensor  # int64 [runs + 1], the same on the device
 
     def slices(self) -> list[tuple[int, slice]]:
-        """(expert, rows) of each run, where the host knows them."""
-        bounds = self.bounds or ()
-        return [(e, slice(a, b)) for e, a, b in zip(self.experts, bounds, bounds[1:], strict=False)]
+        """(expert, rows) of each run, where the host knows them; runs of one expert that lie together are one."""
+        bounds, found = self.bounds or (), list[tuple[int, slice]]()
+        for e, a, b in zip(self.experts, bounds, bounds[1:], strict=False):
+            if found and found[-1][0] == e:
+                found[-1] = e, slice(found[-1][1].start, b)
+            else:
+                found.append((e, slice(a, b)))
+        return found
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec
-from mmfuse.kernels._runtime.arguments import check, constant, real
+from mmfuse.kernels._runtime.arguments import check, constant, outside_a_trace, real
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels._runtime.sequences import (
     HAS_GROUPS,
@@ -28,7 +28,7 @@ from mmfuse.kernels._runtime.sequences import (
 from mmfuse.kernels.multiway import reference
 from mmfuse.kernels.multiway.arguments import Attended
 from mmfuse.kernels.multiway.reference import KINDS
-from mmfuse.kernels.multiway.routing import Reading, Routing
+from mmfuse.kernels.multiway.routing import Reading, Routing, taken
 
 _NONE, _CAUSAL, _ALL = range(3)  # of `reference.KINDS`
 
@@ -154,6 +154,50 @@ def _no_flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None
     return "it has no gradients on a CPU" if any(asks) and not q.is_cuda else None
 
 
+# --- samples of the same lengths together: nothing is padded for another one ------------------------------------------
+
+
+def _by_length(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reading: Reading,
+    places: Sequence[int],
+    sees: Sequence[int],
+    bias: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor]:
+    order, back, groups = reading.alike
+    rows = [of.row.numel() for of in groups]
+    of_groups = ((t if reading.in_order else taken(t, order, back)).split(rows) for t in (q, k, v))
+    found = [
+        reference.packed_attention(*given, of, places, sees, bias, dropout)
+        for of, *given in zip(groups, *of_groups, strict=True)
+    ]
+    y = torch.cat(found)
+    return (y if reading.in_order else taken(y, back, order),)
+
+
+_CALL = 1 << 20  # what one more call costs, in pairs of places times features
+
+
+def _one_length(q: Tensor, reading: Reading, sees: Sequence[int], bias: Tensor | None) -> str | None:
+    if q.device.type != "cpu":
+        return f"device is {q.device.type}, and the host reads lengths"
+    if not outside_a_trace():
+        return "the host reads lengths, which a graph does not know"
+    if not q.numel():
+        return "there are no rows"
+    if reading.full and not sees and bias is None:
+        return "all samples have one length"
+    groups = reading.alike[2]
+    pairs = sum(of.row.numel() * of.row.shape[1] for of in groups)
+    fewer = reading.row.numel() * reading.row.shape[1] - pairs
+    if fewer * q.shape[1] * q.shape[2] < _CALL * (len(groups) - 1):
+        return f"{len(groups)} groups have {fewer} fewer pairs of places than all samples, padded"
+    return None
+
+
 # --- the declaration --------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +283,7 @@ PACKED_ATTENTION = Operator(
             against=[_many_segments, _too_wide, _dropped],
             traceable=True,
         ),
+        Implementation("by_length", function=_by_length, against=[_one_length]),
         Implementation("torch", function=_formula),
         # no one's first choice: the one waits for lengths on the host, the other makes its mask anew for each call
         Implementation(
@@ -281,8 +326,9 @@ def packed_attention(
             the routing's `span`.
         dropout: the probability of a probability to be 0.
         backend: "flash_attn" or "varlen" (torch's), both without a bias, on a GPU and in 16 bits; "triton", without
-            dropout; or "torch". By default the first of these that accepts the arguments. By name alone: "xformers",
-            which has dropout and float32 but no bias, and "flex_attention", without dropout or a bias' gradient.
+            dropout; "by_length", on a CPU and where samples differ; or "torch". By default the first of these that
+            accepts the arguments. By name alone: "xformers", which has dropout and float32 but no bias, and
+            "flex_attention", without dropout or a bias' gradient.
 
     Returns:
         [T, H d] in q's dtype.

@@ -61,6 +61,28 @@ class Reading:
         )[:-1]
         return Reading(row.where(real, 0), place, segment, within, real, first, lengths, lengths, full, in_order)
 
+    @functools.cached_property
+    def alike(self) -> tuple[Tensor, Tensor, list[Reading]]:
+        """Samples of the same lengths together, which the host has to read: (order, inverse, the rows of each group).
+
+        Of what a group's samples share, `segment` and `within`, there is one row.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for sample, lengths in enumerate(self.lengths.tolist()):
+            if any(lengths):
+                groups.setdefault(tuple(lengths), []).append(sample)
+        found = []
+        with torch.inference_mode(False):  # it outlives the mode, and may be saved for a gradient then
+            for lengths, samples in groups.items():
+                of, longest = torch.tensor(samples, device=self.row.device), sum(lengths)
+                row, attended = (t[of, :longest] for t in (self.row, self.attended))
+                segment, within = (t[of[:1], :longest] for t in (self.segment, self.within))
+                place = torch.arange(row.numel(), device=row.device)
+                counts = (t[of] for t in (self.first, self.lengths, self.kept))
+                found.append(Reading(row, place, segment, within, attended, *counts, bool(attended.all()), True))
+            order = torch.cat([of.row.flatten() for of in found])
+            return order, _inverted(order), found
+
     def up_to(self, kept: Tensor) -> Reading:
         """The same, of whose segments only the first `kept` [B, K] rows are attended to."""
         kept = kept.minimum(self.lengths).contiguous()

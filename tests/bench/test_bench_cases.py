@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from mmfuse.bench import suites as folder
 from mmfuse.bench.cases import Case, everything, find, label, suite, suite_module, suites
+from mmfuse.bench.inputs import ramp
+from mmfuse.bench.providers import then
 from mmfuse.bench.row import Row
 from mmfuse.bench.runner import InProcess, measure
 
@@ -73,6 +77,32 @@ def test_registry_is_complete(case) -> None:  # type: ignore[no-untyped-def]
         assert case.flops(mode, **shapes[0]) > 0 and case.bytes(mode, 4, **shapes[0]) > 0
     if "fwd+bwd" in case.modes:
         assert len(case.outputs) == 1 + sum(t.requires_grad for t in case.inputs(cpu, torch.float32, **case.small))
+
+
+def test_quack_gets_what_it_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in of its product: A [T, K], B [L, K, N] by rows; A [M, T], B [T, N] by columns; int32 bounds."""
+    from mmfuse.bench.suites import multiway
+
+    def gemm(a, b, bias=None, cu_seqlens_m=None, cu_seqlens_k=None):  # type: ignore[no-untyped-def]
+        (bounds,) = (t for t in (cu_seqlens_m, cu_seqlens_k) if t is not None)
+        assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == a.shape[bounds is cu_seqlens_k]
+        parts = bounds.diff().tolist()
+        if bounds is cu_seqlens_k:
+            assert bias is None
+            return torch.stack([x @ y for x, y in zip(a.split(parts, 1), b.split(parts), strict=True)])
+        rows = [x @ y for x, y in zip(a.split(parts), b, strict=True)]
+        return torch.cat([y if bias is None else y + bias[i] for i, y in enumerate(rows)])
+
+    monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.gemm_interface", SimpleNamespace(gemm=gemm))
+    case = find("routed_ffn")
+    given = case.inputs(torch.device("cpu"), torch.float32, **case.small)
+    leaves = [t for t in given if t.requires_grad]
+    found = [
+        torch.autograd.grad(fn(*given), leaves)
+        for fn in (multiway._quack(), then(ramp, multiway.ffn))  # type: ignore[attr-defined]
+    ]
+    torch.testing.assert_close(*found)
 
 
 def test_anchors_are_timed_beside_the_providers() -> None:

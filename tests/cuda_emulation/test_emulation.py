@@ -42,7 +42,8 @@ def session(*arguments: str | Path) -> None:
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "cuda_emulation.plugin"]
     command = [sys.executable, "-m", "pytest", *options, *map(str, arguments)]
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-4000:]
+    # a report begins with what happened
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[:8000]
 
 
 def test_parity() -> None:

@@ -1,4 +1,4 @@
-"""Attention among the rows of each sample in Triton and by torch's flex_attention."""
+"""Attention among the rows of each sample in Triton, by groups of samples and by torch's flex_attention."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from judge import Results, compared, judge
+from mmfuse.kernels.multiway import attention
 from mmfuse.kernels.multiway.attention import packed_attention
 from mmfuse.kernels.multiway.routing import Part, Routing
 from registered import opcheck, reasons
@@ -64,21 +67,53 @@ def run(given: dict[str, Any], backend: str) -> Results:
     return {"out": y.detach()} | {f"d {n}": t for n, t in zip(leaves, found, strict=True)}
 
 
+def draw(name: str) -> dict[str, Any]:
+    make, sees, heads, d, biased = CASES[name]
+    routing = make()
+    t, p = routing.rows, max(8, routing.longest)
+    q, k, v = drawn(name, t, heads, d)
+    bias = torch.randn(heads, p, p, device=DEVICE) if biased else None
+    g = torch.randn(t, heads * d, device=DEVICE)
+    return {"q": q, "k": k, "v": v, "bias": bias, "g": g, "routing": routing, "sees": sees}
+
+
 @pytest.mark.usefixtures("equal_products")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_against_float64(name: str, dtype: torch.dtype) -> None:
-    make, sees, heads, d, biased = CASES[name]
-    routing = make()
+    judge(compared(run, partial(draw, name), "triton", dtype, 2 if name == "several tiles" else 4))
 
-    def draw() -> dict[str, Any]:
-        t, p = routing.rows, max(8, routing.longest)
-        q, k, v = drawn(name, t, heads, d)
-        bias = torch.randn(heads, p, p, device=DEVICE) if biased else None
-        g = torch.randn(t, heads * d, device=DEVICE)
-        return {"q": q, "k": k, "v": v, "bias": bias, "g": g, "routing": routing, "sees": sees}
 
-    judge(compared(run, draw, "triton", dtype, 2 if name == "several tiles" else 4))
+@pytest.mark.skipif(DEVICE == "cuda", reason="it reads lengths on the host")
+@pytest.mark.parametrize("name", [name for name in CASES if name != "one row"])
+def test_by_length_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_CALL", 0)  # however little it saves
+    judge(compared(run, partial(draw, name), "by_length", torch.float32, 4))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="it reads lengths on the host")
+def test_by_length_pads_nothing() -> None:
+    """Images, pairs and texts: a product of each kind's own rows, without a mask where no text has padding."""
+    parts = [Part(0, 4, 50, torch.arange(4)), Part(1, 4, 20, torch.arange(2, 6))]
+    for kept, masked in ((None, [False] * 3), (torch.tensor([20, 20, 20, 7]), [False, False, True])):
+        routing = Routing.of([parts[0], parts[1]._replace(kept=kept)], 2, samples=6)
+        q = torch.randn(routing.rows, 8, 64)
+        assert reasons(lambda: packed_attention(q, q, q, routing))["by_length"] == []  # noqa: B023
+        with _Attended() as attended:
+            packed_attention(q, q, q, routing)
+        assert attended.found == [((2, 8, n, 64), m) for n, m in zip((50, 70, 20), masked, strict=True)]
+
+
+class _Attended(TorchFunctionMode):
+    """The shape of the queries in each call of torch's attention, and whether it has a mask."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[tuple[int, ...], bool]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            self.found.append((tuple(args[0].shape), kwargs["attn_mask"] is not None))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
