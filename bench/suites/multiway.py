@@ -3,8 +3,8 @@
 `routed_ffn` is the feed-forward network with its inner norm, on a stream that is sorted by expert: eager has each
 expert's modules on its slice, and puts the rows together. `multiway_layer` is the whole layer, `multiway_encoder` four
 of them; there eager is torchscale's, which splits and concatenates the rows [B, S + L, D] at every module.
-`multiway_kinds` is B images, B pairs and B texts in one stream; eager has a pass for each, and so has `passes`, of our own
-layer. All are bound by their products. A routing is made once, as it serves a batch for all layers.
+`multiway_kinds` is B images, B pairs and B texts in one stream; eager has a pass for each, and so has `passes`, of our
+own layer. All are bound by their products. A routing is made once, as it serves a batch for all layers.
 
 `packed_attention` is the attention alone, of pairs whose texts have padding: eager puts the rows together sample by
 sample and has a mask of the keys, as users do; `flex` is torch's flex_attention over the stream.

@@ -13,6 +13,7 @@ from torch import Tensor
 import mmfuse
 from mmfuse.fused.multiway import MoMEBlock, MultiwayBlock, MultiwayLayerNorm, MultiwayLinear, path_scale
 from mmfuse.kernels.multiway import attention
+from mmfuse.kernels.multiway.arguments import runs_of
 from mmfuse.kernels.multiway.attention import packed_attention
 from mmfuse.kernels.multiway.reference import KINDS
 from mmfuse.kernels.multiway.routing import Part, Routing
@@ -56,6 +57,17 @@ def test_a_routing_of_sizes_is_made_once() -> None:
     assert again is one and padded.offsets is one.offsets
     assert padded.kept.tolist() == [[4, 1], [4, 2]] and one.kept.tolist() == [[4, 3], [4, 3]]
     packed_attention(q, q, q, one).sum().backward()  # what was made in inference mode is saved
+
+
+def test_gradients_of_micro_batches_add_up_in_float32() -> None:
+    """As torch has it: a parameter's `grad_dtype` is what its gradients add up in."""
+    layer, routing = MultiwayLinear(2, 8, 5).to(DEVICE, torch.bfloat16), Routing.from_split(3, 6, 4, device=DEVICE)
+    layer.weight.grad_dtype = torch.float32
+    losses = [layer(normal(18, 8).bfloat16(), routing).sum() for _ in range(3)]
+    alone = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].float() for loss in losses]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(layer.weight.grad, sum(alone)) and not torch.equal(layer.weight.grad, sum(alone).bfloat16())
 
 
 def test_a_stream_without_rows() -> None:
@@ -305,6 +317,12 @@ def test_no_rows() -> None:
     for routing in (Routing.from_ids(ids, 3), Routing.from_splits(ids, 4), Routing.from_splits(ids.new_zeros(2), 0)):
         assert routing.pack(normal(0, 2)).shape == (0, 2) and not routing.offsets.any()
         assert not routing.experts_of(0).numel()
+
+
+def test_runs_of_an_expert_that_lie_together_are_one_product() -> None:
+    routing = Routing.of([Part(e, 2, 3) for e in (0, 0, 1, 1, 0)], 2, device=DEVICE)
+    slices = runs_of(routing, normal(30, 4)).slices()
+    assert slices == [(0, slice(0, 12)), (1, slice(12, 24)), (0, slice(24, 30))]
 
 
 def test_runs_that_are_given() -> None:
