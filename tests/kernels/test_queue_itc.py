@@ -167,7 +167,8 @@ EXTREMES = [(opposite, 0.001), (duplicates, 0.001), (solved, 0.001), (solved, 0.
 @pytest.mark.parametrize("draw, temp", EXTREMES)
 @pytest.mark.parametrize("backend", FUSED)
 def test_extremes(backend: str, draw: Callable[[], Case], temp: float) -> None:
-    judge(compared(partial(run, temp=temp), draw, backend))
+    # the temperature's gradient is one number, whose error in few draws is a matter of luck
+    judge(compared(partial(run, temp=temp), draw, backend, draws=16))
 
 
 @pytest.mark.parametrize("backend", ALL)
