@@ -83,20 +83,43 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Strict: on an error nothing is copied.
 
     Raises:
-        ValueError: listing every missing key, unexpected key and shape that differs.
+        TypeError: `state_dict` is no mapping.
+        ValueError: listing every missing key, unexpected key and shape that differs, or what is no tensor of numbers.
+        UnsupportedError: `model` is on the meta device.
     """
-    official_state = getattr(model, "official_state", dict)
-    given, expected = official_state(state_dict), whole_state(model)
+    _check_state(model, state_dict)
+    expected = whole_state(model)
+    try:
+        given, failed = getattr(model, "official_state", dict)(state_dict), None
+    except (KeyError, IndexError, RuntimeError) as error:  # of what is missing or of another size: by official names
+        given, expected, failed = state_dict, to_official(model) if hasattr(model, "to_official") else expected, error
     problems = [f"missing: {key} {tuple(expected[key].shape)}" for key in expected if key not in given]
     problems += [f"unexpected: {key} {tuple(given[key].shape)}" for key in given if key not in expected]
-    problems += [
-        f"{key}: shape {tuple(given[key].shape)}, expected {tuple(t.shape)}"
-        for key, t in expected.items()
-        if key in given and given[key].shape != t.shape
-    ]
-    if problems:
-        raise ValueError(f"state_dict does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
+    for key in (key for key in expected if key in given):
+        t, own = given[key], expected[key]
+        if t.shape != own.shape:
+            problems.append(f"{key}: shape {tuple(t.shape)}, expected {tuple(own.shape)}")
+        elif own.is_floating_point() and not t.is_floating_point():
+            problems.append(f"{key}: dtype {t.dtype}, expected a floating-point dtype")
+    _refuse(model, problems, failed)
     model.load_state_dict(given)
+
+
+def _check_state(model: nn.Module, state_dict: Any) -> None:
+    """Raise unless it has tensors with values, and `model` has room for them."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is {type(state_dict).__name__}, expected a mapping of names to tensors")
+    of = state_dict.items()
+    problems = [f"{key}: {type(t).__name__}, expected a tensor" for key, t in of if not isinstance(t, Tensor)]
+    _refuse(model, problems or [f"{key}: on the meta device, without values" for key, t in of if t.is_meta])
+    if any(p.is_meta for p in model.parameters()):
+        raise UnsupportedError(f"{type(model).__name__} is on the meta device: model.to_empty(device=...) first")
+
+
+def _refuse(model: nn.Module, problems: Sequence[str], cause: Exception | None = None) -> None:
+    if problems or cause:
+        lines = problems or [str(cause)]
+        raise ValueError(f"state_dict does not fit {type(model).__name__}:\n  " + "\n  ".join(lines)) from cause
 
 
 def to_official(model: nn.Module) -> dict[str, Tensor]:
@@ -126,18 +149,25 @@ def load_dense(model: nn.Module, state_dict: Mapping[str, Tensor], experts: Sequ
         experts: some of `model.EXPERTS`; by default all. What has no experts is copied in any case.
 
     Raises:
-        ValueError: listing every unknown key and shape that differs, or naming an unknown expert; nothing is copied.
-        UnsupportedError: the model has no experts.
+        TypeError: `state_dict` is no mapping.
+        ValueError: listing every unknown key and shape that differs, or naming an unknown expert, or a key that others
+            need beside them; nothing is copied.
+        UnsupportedError: the model has no experts, or is on the meta device.
     """
     if not hasattr(model, "dense_state"):
         raise UnsupportedError(f"{type(model).__name__} has no experts to begin with a dense model's weights")
+    _check_state(model, state_dict)
     names: Sequence[str] = model.EXPERTS  # type: ignore[assignment]
     for name in experts or ():
         if name not in names:
             raise ValueError(f"experts has {name!r}, expected some of {', '.join(names)}")
     chosen = [i for i, name in enumerate(names) if experts is None or name in experts]
     own, problems, copies = model.state_dict(), [], []
-    for key, t in model.dense_state(state_dict).items():  # type: ignore[operator]
+    try:
+        dense = model.dense_state(state_dict)  # type: ignore[operator]
+    except KeyError as error:
+        raise ValueError(f"state_dict does not fit {type(model).__name__}:\n  missing: {error.args[0]}") from error
+    for key, t in dense.items():
         if key not in own:
             problems.append(f"unexpected: {key} {tuple(t.shape)}")
         elif own[key].shape == t.shape:
@@ -146,8 +176,7 @@ def load_dense(model: nn.Module, state_dict: Mapping[str, Tensor], experts: Sequ
             copies += [(own[key][i], t) for i in chosen if i < len(own[key])]
         else:
             problems.append(f"{key}: shape {tuple(t.shape)}, expected {tuple(own[key].shape)}, or that of one expert")
-    if problems:
-        raise ValueError(f"state_dict does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
+    _refuse(model, problems)
     for to, t in copies:
         to.copy_(t)
 

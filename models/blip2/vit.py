@@ -81,7 +81,8 @@ class EvaViT(nn.Module):
 
     def resized(self, table: Tensor) -> Tensor:
         """A position table [1, 1 + n, embed_dim] of another grid at this one's."""
-        return _resized(table[0], self.grid, align_corners=False)[None]
+        one = table.shape[:1] == (1,)
+        return _resized(table[0], self.grid, align_corners=False)[None] if one else table
 
 
 class ClipViT(nn.Module):

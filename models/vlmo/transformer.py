@@ -237,7 +237,7 @@ def _shared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key == "cls_token":
             t = t.flatten()
         elif key == "pos_embed":
-            key, t = "position", t[0]
+            key, t = "position", t.squeeze(0)
         found[key.replace("patch_embed.proj.", "patch.").replace(".attn.", ".")] = t
     return found
 

@@ -202,6 +202,18 @@ def test_heads_go_back() -> None:
         assert all(torch.equal(t, other.state_dict()[key]) for key, t in model.state_dict().items())
 
 
+def test_what_lacks_an_expert_or_has_another_size_is_named() -> None:
+    model = tiny()
+    state = models.to_official(model)
+    of = "beit3.encoder.layers.1.self_attn.k_proj.B.weight"
+    with pytest.raises(ValueError, match=f"missing: {of}"):
+        models.load_official(model, {key: t for key, t in state.items() if key != of})
+    with pytest.raises(ValueError, match=rf"{of}: shape \(3,\), expected \(16, 16\)"):
+        models.load_official(model, state | {of: torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"missing: encoder.layers.0.self_attn.q_proj"):
+        models.load_dense(model, {})
+
+
 def test_both_experts_begin_as_one() -> None:
     """torchscale's encoder without `multiway`: whatever the split, the rows are its own."""
     dense, model = torchscales(multiway=False), tiny()

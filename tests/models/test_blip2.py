@@ -157,6 +157,8 @@ def test_a_checkpoint_of_another_resolution_loads(vit_model: str, key: str) -> N
     got, given = (getattr(m.visual_encoder, key) for m in (large, small))
     assert torch.equal(got.flatten(0, -2)[0], given.flatten(0, -2)[0]) and got.shape[-2] == 17
     assert torch.equal(large.query_tokens, small.query_tokens)
+    with pytest.raises(ValueError, match=f"visual_encoder.{key}: shape"):
+        models.load_official(large, small.state_dict() | {f"visual_encoder.{key}": torch.zeros(7, 3)})
 
 
 # --- the second stage -----------------------------------------------------------------------------------------------

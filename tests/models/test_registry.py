@@ -96,3 +96,29 @@ def test_load_official_lists_every_problem_and_copies_nothing() -> None:
     ):
         assert line in str(error.value)
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda state: {"model": state}, ValueError, "model: dict, expected a tensor"),
+        (lambda state: state | {"epoch": 3}, ValueError, "epoch: int, expected a tensor"),
+        (lambda state: list(state), TypeError, "state_dict is list, expected a mapping"),
+        (lambda state: state | {"ln_final.weight": torch.zeros(16, device="meta")}, ValueError, "on the meta device"),
+        (lambda state: state | {"ln_final.weight": torch.zeros(16).long()}, ValueError, "ln_final.weight: dtype"),
+    ],
+)
+def test_load_official_of_what_is_no_state(change: object, error: type[Exception], message: str) -> None:
+    model = models.create("clip", TINY)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        models.load_official(model, change({k: t + 1 for k, t in before.items()}))  # type: ignore[operator]
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+def test_load_official_of_a_model_without_memory() -> None:
+    state = models.create("clip", TINY).state_dict()
+    with torch.device("meta"):
+        model = models.create("clip", TINY)
+    with pytest.raises(mmfuse.UnsupportedError, match="CLIP is on the meta device"):
+        models.load_official(model, state)

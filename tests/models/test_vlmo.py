@@ -116,6 +116,9 @@ def test_weights_go_back(losses: dict[str, int], arch: dict[str, object]) -> Non
     assert all(torch.equal(t, want[key]) for key, t in other.state_dict().items())
     assert all(torch.equal(t, given[key]) for key, t in models.to_official(other).items())
     assert given["transformer.blocks.1.mlp_imag.fc1.weight"].shape == (64, 16)
+    del given["transformer.blocks.1.mlp_imag.fc1.weight"]
+    with pytest.raises(ValueError, match="missing: transformer.blocks.1.mlp_imag.fc1.weight"):
+        models.load_official(other, given)
 
 
 def test_the_images_expert_begins_as_beit() -> None:

@@ -52,6 +52,9 @@ def test_weights_go_back() -> None:
     models.load_official(other, back)
     image = torch.randn(2, 1, 8, 8)
     assert torch.equal(model(image).features, other(image).features)
+    del back["encoder.blocks.0.attn.v_bias"]
+    with pytest.raises(ValueError, match="missing: encoder.blocks.0.attn.v_bias"):
+        models.load_official(model, back)
 
 
 def patches(image: Tensor) -> Tensor:
