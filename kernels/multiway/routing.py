@@ -143,7 +143,14 @@ class Routing:
             samples: how many there are; by default as many as the largest part has sequences.
             device: where the stream is.
         """
+        if not parts:
+            raise ValueError("parts is empty, expected at least one")
+        _require_count("experts", experts, 1)
+        for k, part in enumerate(parts):
+            for name in ("expert", "sequences", "length", "place"):
+                _require_count(f"parts[{k}].{name}", getattr(part, name))
         count = max(p.sequences for p in parts) if samples is None else samples
+        _require_count("samples", count)
         for k, part in enumerate(parts):
             if not 0 <= part.expert < experts:
                 raise ValueError(f"parts[{k}] has expert {part.expert}, expected 0 <= expert < {experts}")
@@ -154,9 +161,16 @@ class Routing:
             for name, t in (("samples", part.samples), ("kept", part.kept)):
                 if t is not None:
                     check(f"parts[{k}].{name}", t, (part.sequences,), ", one for each sequence", torch.int64)
+            if part.samples is not None:
+                check_range(f"parts[{k}].samples", part.samples, count, "the number of samples")
+            if part.kept is not None:
+                check_range(f"parts[{k}].kept", part.kept, part.length + 1, "the length, and 1")
         numbers = outside_a_trace() and all(p.samples is None for p in parts)
         make = _of_numbers if numbers else _of_parts
         routing = make(tuple(p._replace(kept=None) for p in parts), experts, count, torch.device(device))
+        on_host = not numbers and routing.lengths.device.type == "cpu" and outside_a_trace()
+        if on_host and int(routing.lengths.sum()) != routing.rows:
+            raise ValueError("samples of a part has one twice, expected each once")
         if all(p.kept is None for p in parts):
             return routing
         kept = routing.kept.clone()
@@ -178,6 +192,8 @@ class Routing:
             device: where the stream is.
         """
         require_integer("split", split)
+        _require_count("samples", samples)
+        _require_count("length", length)
         if not 0 <= split <= length:
             raise ValueError(f"split is {split}, expected 0 <= split <= {length}, the length")
         parts = [Part(0, samples, split), Part(1, samples, length - split, kept=kept)]
@@ -196,7 +212,7 @@ class Routing:
             device: where the stream is, by default as `splits`.
         """
         check("splits", splits, ("B",), "", _INTEGERS)
-        require_integer("length", length)
+        _require_count("length", length)
         _check_range("splits", splits, length + 1, f"at most the length {length}")
         samples = len(splits)
         splits = splits.to(torch.int64)
@@ -212,6 +228,7 @@ class Routing:
         order = _inverted(inverse.flatten())
         if kept is not None:
             check("kept", kept, (samples,), ", one for each sample", torch.int64)
+            check_range("kept", kept, length + 1, "the length, and 1")
         attended = lengths if kept is None else torch.stack([splits, kept])
         reading = Reading.of(first.t(), lengths.t(), len(order), length, True)
         return Routing(
@@ -251,7 +268,7 @@ class Routing:
             experts: E.
         """
         check("ids", ids, ("T",), "", _INTEGERS)
-        require_integer("experts", experts)
+        _require_count("experts", experts, 1)
         _check_range("ids", ids, experts, "the experts")
         offsets, order, inverse = _sorted(ids.to(torch.int64), experts)
         return Routing(experts, tuple(range(experts)), offsets, _read(offsets), order, inverse)
@@ -385,9 +402,17 @@ def _read(offsets: Tensor) -> tuple[int, ...] | None:
 
 
 def _checked(runs: Sequence[int], count: int, experts: int) -> tuple[int, ...]:
+    for value in (*runs, experts):
+        require_integer("experts or one of runs", value)
     if len(runs) != count or not all(0 <= e < experts for e in runs):
         raise ValueError(f"runs is {tuple(runs)}, expected {count} experts from 0 to {experts - 1}")
     return tuple(runs)
+
+
+def _require_count(name: str, value: Any, least: int = 0) -> None:
+    require_integer(name, value)
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected at least {least}")
 
 
 def _check_range(name: str, ids: Tensor, n: int, of: str) -> None:

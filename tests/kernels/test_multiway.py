@@ -367,8 +367,23 @@ def test_the_host_does_not_wait_for_bounds() -> None:
             lambda ids: packed_attention(*normal(3, 3, 1, 2).cpu().unbind(1), Routing.from_ids(ids, 3)),
             "routing has no samples, expected one of Routing.of",
         ),
+        (lambda ids: Routing.of([], 2), "parts is empty"),
+        (lambda ids: Routing.of([Part(0, 3, -1)], 1), r"parts\[0\].length is -1, expected at least 0"),
+        (lambda ids: Routing.from_split(-2, 3, 1), "samples is -2, expected at least 0"),
+        (lambda ids: Routing.from_splits(ids[:0], -1), "length is -1, expected at least 0"),
+        (lambda ids: Routing.of([Part(0, 3, 1, ids - 1)], 1), r"parts\[0\].samples has -1, expected 0"),
+        (lambda ids: Routing.of([Part(0, 3, 1, ids + 1)], 1), r"parts\[0\].samples has 3, .* < 3, the number of"),
+        (lambda ids: Routing.of([Part(0, 3, 1, ids // 2)], 1), "samples of a part has one twice"),
+        (lambda ids: Routing.of([Part(0, 3, 1, kept=ids)], 1), r"parts\[0\].kept has 2, expected .* < 2, the length"),
+        (lambda ids: Routing.from_splits(ids, 3, ids - 1), "kept has -1, expected 0 <= kept < 4, the length"),
     ],
 )
 def test_errors_of_routings(make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         make(torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("runs", [[0, 0.5], torch.tensor([0, 1])])
+def test_experts_are_integers(runs) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(TypeError, match="expected an integer"):
+        Routing.from_cu_seqlens(torch.tensor([0, 1, 2]), runs, 2)
