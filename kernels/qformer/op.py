@@ -24,7 +24,7 @@ from mmfuse.kernels._runtime.device import shared_memory
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels._runtime.sequences import flash, head_against, no_flash, no_xformers, not_half, xformers
 from mmfuse.kernels.qformer import absorbed, blocked, compiled, reference, sequences
-from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs, Tokens, outputs_of
+from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs, Tokens, outputs_of, zero_behind
 
 Norm = tuple[Tensor, Tensor, float]
 
@@ -473,6 +473,7 @@ def token_attention(
         _same_dtype(name, t, "q", q)
     if lengths is not None:
         lengths = _checked_lengths(lengths, x.shape[:1], x.shape[1], ("x", x))
+        bias = None if bias is None else zero_behind(bias, lengths)
     q, x, key_weight, value_weight = autocast(q, x, key_weight, value_weight)
     value_bias, bias = (None if t is None else autocast(t)[0] for t in (value_bias, bias))
     tokens = Tokens(x, key_weight, value_weight, value_bias, lengths, bias)

@@ -304,6 +304,7 @@ def test_hidden_tokens(backend: str) -> None:
         del given["bias"]  # there is none in Triton, nor in torch's
     want = token_attention(**given, lengths=lengths, backend="torch").o
     given["x"] = given["x"].masked_fill(behind[..., None], torch.nan)
+    given |= {name: t.masked_fill(behind, torch.nan) for name, t in given.items() if name == "bias"}
     if backend not in backends(lambda: token_attention(**given)):
         pytest.skip(f"{backend} does not run here")
     leaves = {name: t.requires_grad_() for name, t in given.items()}
