@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels import Routing, routed_linear
@@ -29,9 +30,11 @@ def forward(linear: Any, x: Tensor, domain_id: Tensor) -> Tensor:
     if routing.bounds is None:  # the host has waited for the domains already, as it does in diffusers
         routing = dataclasses.replace(routing, bounds=tuple(routing.offsets.tolist()))
     weight = table.view(experts, linear.input_size, linear.output_size).transpose(1, 2)
-    y = routing.unpack(routed_linear(routing.pack(x.flatten(0, -2)), weight, bias, routing))
-    # to a product of autocast diffusers adds a bias of the table's dtype
-    return y.view(*x.shape[:-1], linear.output_size).to(bias.dtype)
+    within = bias.dtype == (autocast_dtype(x) or x.dtype)
+    y = routing.unpack(routed_linear(routing.pack(x.flatten(0, -2)), weight, bias if within else None, routing))
+    y = y.view(*x.shape[:-1], linear.output_size)
+    # diffusers adds a bias of a wider dtype to the product of autocast as it is
+    return y if within else y + F.embedding(ids, bias).view(len(ids), *[1] * (x.dim() - 2), -1)
 
 
 def few_gathered(linear: Any, x: Any = None, domain_id: Any = None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,15 +83,19 @@ def test_more_domains_than_a_kernel_knows() -> None:
 
 
 def test_autocast() -> None:
-    """To the product in bfloat16 diffusers adds a bias in float32, and so is the output."""
-    of, x, ids = layer(dtype=torch.float32), torch.randn(90, 6), torch.arange(90) % 4
-    exact = DomainAwareLinear.forward(layer(), x.double(), ids)
-    with torch.autocast("cpu", torch.bfloat16):
-        with no_own_code():
-            got = of(x, ids)
-        want = DomainAwareLinear.forward(of, x, ids)
-    assert got.dtype == want.dtype == torch.float32
-    assert_no_worse(got, want, exact, "y")
+    """To the product in bfloat16 diffusers adds a bias in float32, however large, and so is the output."""
+    of, ids = layer(dtype=torch.float32), torch.arange(90) % 4
+    nn.init.constant_(of.bias.weight, 1000.3)
+    for x in (torch.randn(90, 6), torch.randn(90, 2, 6)):
+        with torch.autocast("cpu", torch.bfloat16):
+            with no_own_code():
+                got = run(of, of, x, ids)
+            want = run(lambda *given: DomainAwareLinear.forward(of, *given), of, x, ids)
+        exact = copy.deepcopy(of).double()
+        truth = run(lambda *given, of=exact: DomainAwareLinear.forward(of, *given), exact, x.double(), ids)
+        assert got[0].dtype == want[0].dtype == torch.float32
+        for name, *results in zip(("y", "dx", "dfc", "dbias"), got, want, truth, strict=True):
+            assert_no_worse(*results, name)
 
 
 @pytest.mark.parametrize(
