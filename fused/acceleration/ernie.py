@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmfuse.kernels import Routing
 
-# of the token types of a batch, with the version that they had
+# of the token types of a batch, with their version and on a CPU their values
 _ROUTINGS: Any = WeakTensorKeyDictionary()
 
 
@@ -40,9 +40,11 @@ def forward(block: Any, hidden_states: Tensor, moe_mm_token_type_ids: Tensor | N
 def _routing(types: Tensor) -> tuple[Routing, int]:
     """Words first, then images and videos, and how many words there are, which the host reads once for a batch."""
     version = None if types.is_inference() else types._version
-    known, routing, words = _ROUTINGS.get(types, (None, None, 0))
-    if routing is None or known is None or known != version:
+    known, values, routing, words = _ROUTINGS.get(types, (None, None, None, 0))
+    # a version does not count what is written by numpy, or through `.data`; on a GPU a look would wait for it
+    same = known is not None and known == version and (values is None or torch.equal(values, types))
+    if routing is None or not same:
         routing = Routing.from_ids(types.flatten().bool().long(), 2)
         words = int(routing.offsets[1])
-        _ROUTINGS[types] = version, routing, words
+        _ROUTINGS[types] = version, types.detach().clone() if types.is_cpu else None, routing, words
     return routing, words

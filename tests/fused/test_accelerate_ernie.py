@@ -123,6 +123,8 @@ def test_rows_are_sorted_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) ->
     types[0, 0] = 2
     run()
     assert len(calls) == 2 and ernie._routing(types)[1] == 3
+    types.data[0, 1] = 2  # which is no other version
+    assert ernie._routing(types)[1] == 2
 
 
 def test_recomputed_after_another_batch() -> None:
