@@ -218,6 +218,10 @@ class QFormerLayer(nn.Module):
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
+def _active(dropout: nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0
+
+
 class QFormerEncoder(nn.Module):
     """The layers, over embeddings of queries and of any number of texts."""
 
@@ -229,9 +233,9 @@ class QFormerEncoder(nn.Module):
 
     @property
     def draws(self) -> bool:
-        """Whether there is dropout: each row then has its own."""
-        config = self.config
-        return self.training and config.hidden_dropout_prob + config.attention_probs_dropout_prob > 0
+        """Whether something is dropped up to the first cross-attention: each row then has its own."""
+        first: Any = self.layer[0]
+        return first.attention._dropout() > 0 or _active(first.attention.output.dropout)
 
     def project(
         self, x: Tensor, lengths: Tensor | None = None, norm: nn.LayerNorm | None = None, once: bool = False
@@ -407,7 +411,7 @@ class QFormer(nn.Module):
             raise ValueError(f"kv has {kv.rows} rows, expected {batch} as {of}")
         if query is not None and len(query) not in (1, batch):
             raise ValueError(f"query has {len(query)} rows, expected {batch} as {of}, or 1")
-        if query is not None and self.encoder.draws:
+        if query is not None and (self.encoder.draws or _active(self.embeddings.dropout)):
             query = query.expand(batch, -1, -1)
         embedded = None if query is None else self.embeddings.query(query)
         return self.encoder(embedded, [self.embeddings(ids) for ids in texts], kept, sees, kv, query_only)

@@ -176,6 +176,14 @@ def test_dropout_draws_for_each_row_also_before_it_sees_an_image(hidden: float, 
     assert len(seen[0]) == 3 and seen[0].unique(dim=0).shape[0] == 3 if hidden + attention else len(seen[0]) == 1
 
 
+@pytest.mark.parametrize("path", ["embeddings.dropout", "encoder.layer.0.attention.output.dropout"])
+def test_dropout_at_inference_draws_for_each_row_too(path: str) -> None:
+    model = make(hidden_dropout_prob=0.5)
+    model.get_submodule(path).train()
+    (query,) = model(normal(1, QUERIES, 24), kv=model.project(normal(1, 5, WIDTH).expand(2, -1, -1)))
+    assert (query[0] - query[1]).abs().max() > 0.1
+
+
 def test_the_queries_alone_are_those_with_the_texts() -> None:
     model = make()
     query, kv, (ids, kept) = normal(1, QUERIES, 24), model.project(normal(2, 9, WIDTH)), texts(2)
