@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmfuse.fused import captioning
 
@@ -69,4 +69,7 @@ def reason_against(model: Any) -> str | None:
         return "its text tower has no causal mask, so every token changes with the next one"
     if model.text.cls_emb is None:
         return "its text tower has no class token, and open_clip's own generate fails without"
+    towers = (*model.text.transformer.modules(), *model.text_decoder.modules())
+    if any(isinstance(m, nn.MultiheadAttention) and (m.bias_k is not None or m.add_zero_attn) for m in towers):
+        return "its attention adds a key"
     return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from mmfuse.fused.acceleration.plain import FusedMethod, Snapshot, is_fused
-from mmfuse.fused.acceleration.rules import RULES, Rule
+from mmfuse.fused.acceleration.rules import RULES, Rule, asked
 from mmfuse.kernels._runtime import UnsupportedError
 
 # how a module is copied: what is fused is bound to the copy, or not in it
@@ -54,7 +54,7 @@ class Fused(FusedMethod):
         if torch.compiler.is_compiling():
             return self.rule.why_not_now(module)
         snapshot = self._snapshot
-        if snapshot is None or snapshot.module is not module or not snapshot.holds() or self._overridden(module):
+        if snapshot is None or snapshot.module is not module or not snapshot.holds() or self._changed(module):
             if why := self.rule.why_not_now(module):
                 return why
             self._snapshot = Snapshot(module, self.rule.children)
@@ -63,8 +63,9 @@ class Fused(FusedMethod):
     def _aside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return self.rule.aside(module, *args, **kwargs)
 
-    def _overridden(self, module: nn.Module) -> bool:
-        return self.rule.why_overridden(module) is not None
+    def _changed(self, module: nn.Module) -> bool:
+        """Whether a method of the instance, or an option of its children, speaks against it by now."""
+        return (self.rule.why_overridden(module) or asked(self.rule.reason_against, module)) is not None
 
     def _say(self, why: str, module: nn.Module, given: tuple[Any, ...]) -> None:
         name = f"{type(module).__name__}.{self.rule.method}"

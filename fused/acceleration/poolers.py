@@ -126,7 +126,10 @@ def one_image(projection: Any, features: Tensor) -> bool:
 
 def against_kosmos2(projection: Any) -> str | None:
     """Why Kosmos-2's connector stays, or None."""
-    return "its attention has a LayerNorm inside" if projection.x_attn.inner_attn_ln is not None else None
+    attention = projection.x_attn
+    if attention.scaling != (attention.embed_dim // attention.num_heads) ** -0.5:
+        return "its attention has a scaling of its own"
+    return "its attention has a LayerNorm inside" if attention.inner_attn_ln is not None else None
 
 
 def against_attention(path: str) -> Any:

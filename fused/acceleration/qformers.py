@@ -117,7 +117,7 @@ def unexpanded(
     """
     call = {name: value for name, value in locals().items() if name not in ("model", "kwargs")} | kwargs
     records = any(kwargs.get(f"output_{of}", getattr(model.config, f"output_{of}", False)) for of in _RECORDED)
-    if not (model.training or records or encoder_hidden_states is None or attention_mask is not None):
+    if not (_draws(model) or records or encoder_hidden_states is None or attention_mask is not None):
         rows, length, _ = query_embeds.shape
         same = query_embeds.stride(0) == 0 and rows == len(encoder_hidden_states)
         if same and query_length in (None, length):
@@ -125,7 +125,15 @@ def unexpanded(
     return type(model).forward(model, **call)
 
 
+def _draws(model: Any) -> bool:
+    """Whether something is dropped up to the first cross-attention."""
+    first = model.encoder.layer[0].attention
+    return model.training or _drops(first.attention) or _active(model.dropout) or _active(first.output.dropout)
+
+
 _RECORDED = ("attentions", "cross_attentions", "hidden_states")
+# they are given the queries once
+UNEXPANDED = dict.fromkeys(("layernorm", "dropout", "encoder", "encoder.layer.0", "encoder.layer.0.**"), ())
 
 
 def steps_aside(
@@ -173,6 +181,11 @@ def reason_against(encoder: Any) -> str | None:
     """Why an encoder has to keep its own forward, or None."""
     if any(layer.chunk_size_feed_forward for layer in encoder.layer):
         return "it runs its feed-forward network in chunks"
+    for of in _crossing(encoder.layer):
+        usual = of.attention_head_size**-0.5
+        # in releases before 5.10, and in BLIP's, it is no attribute
+        if vars(of).get("scaling", usual) != usual:
+            return "its attention has a scaling of its own"
     return None
 
 
@@ -184,15 +197,25 @@ def against_blip_text(encoder: Any) -> str | None:
 def _plain(encoder: Any, kwargs: dict[str, Any]) -> bool:
     """Whether nothing is asked for but the last states, of attention as it is defined."""
     asked = any(value is not None and value is not (name == "return_dict") for name, value in kwargs.items())
-    config, training = encoder.config, encoder.training
+    config = encoder.config
     return not (
         asked
         or not config.return_dict
         or config._attn_implementation not in ("eager", "sdpa")
-        or (training and (encoder.gradient_checkpointing or config.attention_probs_dropout_prob > 0))
+        or (encoder.training and encoder.gradient_checkpointing)
         # a map of the attention is kept, in releases before 5.10
-        or any(getattr(attention, "save_attention", False) for attention in _crossing(encoder.layer))
+        or any(_drops(of) or getattr(of, "save_attention", False) for of in _crossing(encoder.layer))
     )
+
+
+def _drops(attention: Any) -> bool:
+    """Whether probabilities are dropped: by a child, which may be in another mode, or in newer releases by a number."""
+    dropout = attention._modules.get("dropout")
+    return _active(dropout) if dropout is not None else attention.training and attention.attention_dropout > 0
+
+
+def _active(dropout: Any) -> bool:
+    return dropout.training and getattr(dropout, "p", 1) > 0
 
 
 def _cross(block: Any, query: Tensor, x: Tensor, kv: Tensor | None) -> Tensor:

@@ -409,6 +409,7 @@ RULES = (
         op="few_query_attention",
         target="transformers.models.blip_2.modeling_blip_2:Blip2QFormerModel",
         forward="mmfuse.fused.acceleration.qformers:unexpanded",
+        children=qformers.UNEXPANDED,
     ),
     Rule(
         op="few_query_attention",

@@ -456,9 +456,13 @@ def _statistics(pixels: Tensor, uint8: Statistics | None) -> dict[str, Any]:
 
 
 def _dtype(proj: Any, *others: Tensor | Norm | None) -> torch.dtype:
-    """What the projection gives, under autocast its dtype, promoted by what is added to it and normalises it."""
+    """What the projection gives, under autocast its dtype, promoted by what is added to it and normalises it.
+
+    On a CPU a norm keeps the dtype of its rows.
+    """
     given = autocast_dtype(proj.weight) or proj.weight.dtype
-    dtypes = [(t[0] if isinstance(t, tuple) else t).dtype for t in others if t is not None]
+    norms = () if proj.weight.is_cpu else (t[0] for t in others if isinstance(t, tuple))
+    dtypes = (t.dtype for t in (*norms, *others) if isinstance(t, Tensor))
     return functools.reduce(torch.promote_types, dtypes, given)
 
 

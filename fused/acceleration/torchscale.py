@@ -216,9 +216,7 @@ def _takes(module: Any, x: Tensor, split: Any, attn_mask: Tensor | None) -> bool
 
 
 def _drops(*modules: Any) -> bool:
-    """Whether activations are dropped."""
-    if not modules[0].training:
-        return False
+    """Whether activations are dropped, in whatever mode the modules around are."""
     dropouts = [modules[0].dropout_module]
     for layer in modules:
         if hasattr(layer, "ffn"):
@@ -289,8 +287,11 @@ def few_rows(module: Any, *args: Any, **kwargs: Any) -> bool:
 
 def against_layer(layer: Any) -> str | None:
     """Why a layer has to keep its own forward, or None."""
-    if layer.self_attn.xpos is not None:
+    attention = layer.self_attn
+    if attention.xpos is not None:
         return "its attention rotates positions"
+    if attention.scaling != (attention.embed_dim // attention.num_heads) ** -0.5:
+        return "its attention has a scaling of its own"
     if layer.ffn.A.activation_fn not in _ACTIVATIONS:
         return f"its activation is {layer.ffn.A.activation_fn.__name__}, expected gelu or silu"
     return None

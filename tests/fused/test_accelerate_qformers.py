@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,18 @@ def test_hidden_states_leave_hooks_that_are_named(fused: list[int]) -> None:
     got = twin(*_given(twin))[0]
     torch.testing.assert_close(got, model(*_given(model))[0])
     assert not fused
+
+
+def test_a_hook_sees_the_queries_of_every_image() -> None:
+    model, twin = pair(blip2())
+    for path in ("layernorm", "encoder.layer.0.attention.attention.query"):
+        seen: list[int] = []
+        for of in (model, twin):
+            handle = of.get_submodule(path).register_forward_hook(lambda *given, s=seen: s.append(len(given[2])))
+            with pytest.warns(UserWarning, match=f"{path} has hooks") if of is twin else nullcontext():
+                of(*_given(of))
+            handle.remove()
+        assert seen == [IMAGES, IMAGES]
 
 
 def test_chunks_of_the_feed_forward_are_left() -> None:

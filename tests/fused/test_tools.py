@@ -457,6 +457,50 @@ def test_tools_that_keep_children_plain(tool: Callable[[nn.Module], None], order
     assert not messages and not left
 
 
+def monte_carlo(model: nn.Module) -> None:
+    """Dropout draws at inference, too (Gal and Ghahramani 2016, arXiv:1506.02142)."""
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p, m.training = 0.5, True
+
+
+def children_in_training(model: nn.Module) -> None:
+    monte_carlo(model)
+    for m in model.modules():
+        m.training = m is not model
+        if isinstance(getattr(m, "attention_dropout", None), float):
+            m.attention_dropout = 0.5
+
+
+@EACH
+@pytest.mark.parametrize("mode", [monte_carlo, children_in_training])
+def test_a_child_in_another_mode(mode: Callable[[nn.Module], None], rule: str) -> None:
+    """Whether something is dropped is a matter of the module that drops it."""
+    sample = SAMPLES[rule]
+    eager, fused = sample.model(), sample.model()
+    accelerate(fused, sample)
+    mode(eager), mode(fused)
+    torch.testing.assert_close(sample(fused), sample(eager), **TOLERANCE)
+
+
+@EACH
+def test_an_option_that_is_set_later(rule: str) -> None:
+    sample = SAMPLES[rule]
+    eager, fused = sample.model(), sample.model()
+    accelerate(fused, sample)
+    for model in (eager, fused):
+        sample(model)  # the fused one has looked at its children
+        for m in model.modules():
+            if isinstance(m, nn.MultiheadAttention):
+                m.add_zero_attn = True
+            if isinstance(m, nn.Embedding):
+                m.max_norm = 0.1
+            if isinstance(getattr(m, "scaling", None), float):
+                m.scaling *= 2
+    with said():
+        torch.testing.assert_close(sample(fused), sample(eager), **TOLERANCE)
+
+
 @EACH
 def test_bfloat16_autocast(rule: str) -> None:
     sample = SAMPLES[rule]
@@ -465,6 +509,8 @@ def test_bfloat16_autocast(rule: str) -> None:
     with torch.autocast("cpu", torch.bfloat16), said() as messages:
         got, want = (result(sample, m, torch.float32) for m in (fused, eager))
     assert list(got) == list(want) and not messages
+    of_loss = want["output"].dim() == 0
+    assert got["output"].dtype == (torch.float32 if of_loss else want["output"].dtype)
     # gradients that are 0 but for rounding count in units of the others
     sizes = {name: t.abs().max().item() for name, t in want.items()}
     for name, t in want.items():
