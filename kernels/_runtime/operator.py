@@ -200,9 +200,9 @@ class Operator:
         self.unit = size.unit if size else None
         if size is not None:
             self._size = asking(size.of, names)
-            self._kind = asking(size.kind, names) if size.kind else lambda args: dtype_name(self._on(args).dtype)
+            self._kind = asking(size.kind, names) if size.kind else None
             self._alike = size.alike
-            self._columns = asking(size.columns, names) if size.columns else lambda args: 0
+            self._columns = asking(size.columns, names) if size.columns else None
             configs.declare(name, [i.name for i in implementations])
         if not name.startswith("_"):
             _OPERATORS.update(dict.fromkeys(self.examples, self))
@@ -232,8 +232,8 @@ class Operator:
             if why:
                 raise self._unsupported({name: why})
             return name
-        size = self.measured(args) if self.unit else None
-        for i in without_reasons(self._names, x):
+        compiling, size = torch.compiler.is_compiling(), self.measured(args) if self.unit else None
+        for i in without_reasons(self._names, x, compiling):
             if i == "triton" and INTERPRET:
                 continue
             # the last one steps aside for none
@@ -242,7 +242,7 @@ class Operator:
             # one reason is enough
             if not (self._reasons[i] and any(ask(args) is not None for ask in self._reasons[i])):
                 # logging would break a graph
-                if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.INFO):
+                if not compiling and logger.isEnabledFor(logging.INFO):
                     self._tell(i, args)
                 return i
         raise self._unsupported(self.explain(args))
@@ -266,7 +266,8 @@ class Operator:
 
     def measured(self, args: Sequence[Any]) -> tuple[int | None, str, int]:
         """(size, kind, columns) of a call, by which a table says whether an implementation pays."""
-        return self._size(args), self._kind(args), self._columns(args)
+        kind = self._kind(args) if self._kind else dtype_name(self._on(args).dtype)
+        return self._size(args), kind, self._columns(args) if self._columns else 0
 
     def aside(self, name: str, device: torch.device, size: int | None, kind: str, columns: int = 0) -> str | None:
         """Why calls of this size are not for an implementation."""

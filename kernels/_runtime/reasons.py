@@ -25,9 +25,9 @@ def against(name: str, x: Tensor) -> list[str]:
     return why
 
 
-def without_reasons(names: tuple[str, ...], x: Tensor) -> Sequence[str]:
+def without_reasons(names: tuple[str, ...], x: Tensor, compiling: bool) -> Sequence[str]:
     """The names that have no such reason."""
-    if torch.compiler.is_compiling() or transforming():
+    if compiling or transforming():
         return [name for name in names if not against(name, x)]
     return _known_without(names, x.device, x.dtype)
 

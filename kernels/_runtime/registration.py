@@ -55,10 +55,10 @@ def register(operator: Operator, implementation: Implementation) -> Callable[[Se
         if implementation.name == "torch" and transforming():
             return operator.formula(args)
         flat = signature.flatten(args)
-        leaves = spread(flat[i] for i in operator.leaves)
+        leaves = signature.picked(flat, operator.leaves)
         graph = torch.is_grad_enabled()
         needs = [graph and t is not None and t.requires_grad for t in leaves]
-        if not is_plain(spread(flat[i] for i in signature.tensors)):
+        if not is_plain(signature.picked(flat, signature.tensors)):
             outputs = implementation.op(*flat, *([needs] if needed else []))
         elif backward is not None and any(needs):
             outputs = _Eager.apply(backward, args, flat, needs, *leaves)
@@ -93,8 +93,10 @@ class Backward:
         every = [n for n, hint in operator.signature.flat.items() if is_list(hint)]
         if missing := [n for n in every if n not in self.lists]:
             raise TypeError(f"{operator.name}'s backward does not ask for {missing[0]}, expected every list of tensors")
+        self.tensors, self.options = ([n for n, kept in self.kept.items() if kept is tensor] for tensor in (True, False))
         # and the other arguments, should the gradients be differentiated: until then they may change
         self.others = [n for n in operator.signature.flat if n not in self.kept]
+        self.constant = [i for i in range(len(operator.outputs)) if i not in self.grads.values()]
         self.ask = asking(operator.backward, (*self.signature.names, "passes", "needs"))  # type: ignore[arg-type]
         self.op: Callable[..., list[Tensor]] = self.compute
         if registered:
@@ -143,19 +145,20 @@ class Backward:
 
     def setup(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         op, outputs = self.operator, (output,) if isinstance(output, Tensor) else output
-        values = dict(zip(op.signature.flat, inputs, strict=False)) | dict(zip(op.outputs, outputs, strict=True))
+        values = dict(zip(op.signature.flat, inputs, strict=False))
+        values.update(zip(op.outputs, outputs, strict=True))
         for absent, argument in op.instead.items():
             if values[absent].dim() == 1 and values[absent].shape[0] == 0:
                 values[absent] = values[argument]
         for n in self.told:
-            values |= {f"{n}_shape": values[n].shape, f"{n}_dtype": values[n].dtype}
-        kept = [values[n] for n, tensor in self.kept.items() if tensor]
-        ctx.save_for_backward(*spread(kept))
-        ctx.like = [(None,) * len(t) if isinstance(t, (list, tuple)) else None for t in kept]
-        ctx.options = [values[n] for n, tensor in self.kept.items() if not tensor]
+            values[f"{n}_shape"], values[f"{n}_dtype"] = values[n].shape, values[n].dtype
+        kept = [values[n] for n in self.tensors]
+        ctx.save_for_backward(*(spread(kept) if self.lists else kept))
+        ctx.like = [(None,) * len(t) if isinstance(t, (list, tuple)) else None for t in kept] if self.lists else None
+        ctx.options = [values[n] for n in self.options]
         ctx.others = [values[n] for n in self.others]
         ctx.versions = [_version(t) for t in ctx.others]
-        ctx.mark_non_differentiable(*[t for i, t in enumerate(outputs) if i not in self.grads.values()])
+        ctx.mark_non_differentiable(*[outputs[i] for i in self.constant])
         ctx.set_materialize_grads(False)  # zeros for every other output, kept logits among them
 
     def gradients(
@@ -166,15 +169,16 @@ class Backward:
         values = {n: None if grads[i] is None else grads[i].resolve_neg() for n, i in self.grads.items()}
         if all(g is None for g in values.values()):
             return [None] * len(needs)
-        tensors, options = iter(grouped(ctx.saved_tensors, ctx.like)), iter(ctx.options)
-        values |= {n: next(tensors if tensor else options) for n, tensor in self.kept.items()}
+        tensors = grouped(ctx.saved_tensors, ctx.like) if self.lists else ctx.saved_tensors
+        values.update(zip(self.tensors, tensors, strict=True))
+        values.update(zip(self.options, ctx.options, strict=True))
         if differentiated_again(*grads):
             values |= zip(self.others, ctx.others, strict=True)
             for n, before in zip(self.others, ctx.versions, strict=True):
                 if _version(values[n]) != before:
                     raise RuntimeError(f"{self.operator.name}: {n} was changed in place, which its formula needs again")
             return self.of_formula([values[n] for n in self.operator.signature.flat], grads, needs)
-        found = op(*(values[n] for n in self.signature.flat), list(needs))
+        found = op(*[values[n] for n in self.signature.flat], list(needs))
         return [d if need else None for d, need in zip(found, needs, strict=True)]
 
     def of_formula(self, flat: Sequence[Any], grads: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
@@ -289,9 +293,17 @@ def differentiable_once(name: str, grads: Sequence[Any], leaves: Sequence[Tensor
 
 def is_plain(tensors: Iterable[Any]) -> bool:
     """Only real tensors, and nothing that traces or transforms is active."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    # a loop: a generator costs as much as all else that is asked
+    for t in tensors:  # noqa: SIM110
+        if t is not None and type(t) not in _PLAIN:
+            return False
+    return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

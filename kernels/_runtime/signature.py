@@ -25,6 +25,9 @@ def asking(fn: Callable[..., Any], names: Sequence[str]) -> Callable[[Sequence[A
         (only,) = at.values()
         return lambda values: fn(values[only])
     order = list(at.values())
+    if order and order == list(range(order[0], order[-1] + 1)):  # side by side
+        first, end = order[0], order[-1] + 1
+        return lambda values: fn(*values[first:end])
     return lambda values: fn(*[values[i] for i in order])
 
 
@@ -71,6 +74,12 @@ class Signature:
                 self.flat[name] = hint
         self.at = {name: i for i, name in enumerate(self.flat)}
         self.tensors = [i for i, hint in enumerate(self.flat.values()) if is_tensor(hint) or is_list(hint)]
+        self.lists = any(map(is_list, self.flat.values()))
+
+    def picked(self, flat: Sequence[Any], at: Sequence[int]) -> list[Any]:
+        """Flat arguments by their places, those of lists one by one."""
+        values = [flat[i] for i in at]
+        return spread(values) if self.lists else values
 
     def flatten(self, args: Sequence[Any]) -> Sequence[Any]:
         if not self.objects:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import products
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.codebook.reference import first_of_largest, in_float64, masked, rotation
 
 # of the scores of a block of rows
@@ -124,7 +124,7 @@ def assign(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z_q [N, D], loss, 1 / (elements that count))."""
     acc, e = accumulation_dtype(z.dtype), rows_of(codebook, codes, masked)
-    difference = z.to(acc) - e
+    difference = cast(z, acc) - e
     distance = torch.linalg.vecdot(difference, difference)
     if gradient != "none":
         # z + (e - z), without its rounding: what is not a number in z is none in e, nor in a row that is turned
@@ -135,7 +135,7 @@ def assign(
         distance = torch.where(kept, distance, 0)
         e = e if gradient == "none" else e.masked_fill_(~kept[:, None], 0)
     else:
-        share = torch.full((), 1 / max(1, z.numel()), dtype=acc, device=z.device)
+        share = distance.new_full((), 1 / max(1, z.numel()))
     return e, (beta + codebook_weight) * share * distance.sum(), share
 
 
@@ -144,10 +144,10 @@ def gradient_of_rows(
 ) -> Tensor:
     """dz of (z_q, loss); `g_loss` is already 2 beta share dloss."""
     acc = accumulation_dtype(z.dtype)
-    x, y = z.to(acc), rows_of(codebook, codes, masked).to(acc)
+    x, y = cast(z, acc), cast(rows_of(codebook, codes, masked), acc)
     routed = None
     if g is not None and gradient == "straight_through":
-        routed = g.to(acc)
+        routed = cast(g, acc)
     elif g is not None and gradient == "rotation":
         # the transpose of the reference's constant matrix: a and b change places
         a, b, w, ratio = rotation(x, y)
@@ -158,4 +158,4 @@ def gradient_of_rows(
     else:
         dz = g_loss * (x - y) if routed is None else torch.addcmul(routed, x - y, g_loss)
     dz = torch.where((codes >= 0)[:, None], dz, 0) if masked else dz
-    return dz.to(z.dtype).contiguous()
+    return cast(dz, z.dtype).contiguous()

@@ -19,12 +19,15 @@ Metric = Literal["euclidean", "cosine"]
 Gradient = Literal["straight_through", "rotation", "none"]
 
 
+_NO_SCORE, _NO_MASK = (torch.empty(0, dtype=dtype) for dtype in (torch.float64, torch.bool))
+
+
 def _compiled_argmax(
     z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, mask: Tensor | None, exact: bool
 ) -> Tensor:
     z, weight = z.float().contiguous(), weight.float().contiguous()
-    scale, bias = (z.new_empty(0, dtype=torch.float64) if t is None else t for t in (scale, bias))
-    mask = z.new_empty(0, dtype=torch.bool) if mask is None else mask.contiguous()
+    scale, bias = (_NO_SCORE if t is None else t for t in (scale, bias))
+    mask = _NO_MASK if mask is None else mask.contiguous()
     codes = torch.empty(len(z), dtype=torch.int64)
     torch.ops.mmfuse_cpu.code_argmax(z, weight, scale, bias, mask, codes)
     return codes
@@ -158,7 +161,7 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     x, weight = _rows_and_codes(x, weight, ("x", "weight"))
     if bias is not None:
         check("bias", bias, weight.shape[:1], ", one for each row of weight", like=("x", x))
-        bias = bias.to(_score_dtype(weight)).contiguous()
+        bias = cast(bias, _score_dtype(weight)).contiguous()
     return NEAREST(x, weight, None, bias, None, True, backend=backend)
 
 

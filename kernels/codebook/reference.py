@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.arguments import check_range
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 
 # of the norms in the rotation trick, as in vector-quantize-pytorch
 EPS = 1e-6
@@ -57,24 +57,29 @@ def assign(
     check_range("codes", codes, len(codebook), "the rows of codebook", least=-1 if masked else 0)
     count: Tensor | int = max(1, z.shape[0])
     e = F.embedding(codes.clamp_min(0) if masked else codes, codebook)
-    x, y = (t.to(accumulation_dtype(t.dtype)) for t in (z, e))
+    x, y = (cast(t, accumulation_dtype(t.dtype)) for t in (z, e))
     if masked:
         kept = (codes >= 0)[:, None]
         count = kept.sum().clamp_min(1)
         # what has no code is 0 from here on: no gradient comes out of it, be it NaN
         x, y = (torch.where(kept, t, 0) for t in (x, y))
-    # a weight of 0 leaves a gradient of 0, also where it would multiply NaN
-    to_code = codebook_weight * (x.detach() - y) ** 2 if codebook_weight else 0 * y.nan_to_num()
-    loss = (beta * (x - y.detach()) ** 2 + to_code).sum() / (count * z.shape[1])
+    gap = x - y.detach()
+    terms = beta * gap**2
+    if codebook_weight:
+        terms = terms + codebook_weight * (x.detach() - y) ** 2
+    elif y.requires_grad:
+        # a weight of 0 leaves a gradient of 0, also where it would multiply NaN
+        terms = terms + 0 * y.nan_to_num()
+    loss = terms.sum() / (count * z.shape[1])
     if gradient == "straight_through":
-        routed = x + (y - x).detach()
+        routed = x - gap.detach()
     elif gradient == "rotation":
         # the code itself: a row of zeros has no direction that could be turned onto it
         turned = _rotated(x, y.detach())
         routed = turned + (y - turned).detach()
     else:
         routed = y
-    return routed.to(z.dtype), loss
+    return cast(routed, z.dtype), loss
 
 
 def _rotated(x: Tensor, y: Tensor) -> Tensor:

@@ -47,9 +47,8 @@ def global_contrastive_loss(
     s = cast((cast(scale, image.dtype) * image) @ text.t(), scale.dtype)
     n = len(s)
     positive, negatives = s.diagonal(), s.masked_fill(torch.eye(n, dtype=torch.bool, device=s.device), -torch.inf)
-    terms, found = [], []
-    for dim, old in ((1, log_u), (0, log_w)):
-        log_g = negatives.logsumexp(dim) - positive - math.log(max(n - 1, 1))
-        found.append(moving_average(old, log_g.detach(), gamma))
-        terms.append(torch.exp(log_g - log_divisor(found[-1], eps)))
-    return (terms[0] + terms[1]).mean() / scale.detach(), found[0], found[1]
+    # both directions [2, N] at a time
+    log_g = torch.stack([negatives.logsumexp(dim) for dim in (1, 0)]) - positive - math.log(max(n - 1, 1))
+    new = moving_average(torch.stack([log_u, log_w]), log_g.detach(), gamma)
+    terms = torch.exp(log_g - log_divisor(new, eps))
+    return terms.sum(0).mean() / scale.detach(), *new.unbind()

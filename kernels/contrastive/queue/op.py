@@ -90,8 +90,7 @@ def _itc_fake(given: Directions, k: int, needs: Any) -> ItcOutputs:
 
 
 def _itc_reference(given: Directions, k: int, mixture: float, seeds: Tensor | None) -> ItcOutputs:
-    options: Any = (given.temp, given.alpha, given.ids, given.key_ids, given.queue_ids)
-    loss = _stacked(tuple(reference.queue_itc_loss(*one, *options) for one in given.each()))
+    loss = reference.queue_itc_loss(given)
     if seeds is None:
         return ItcOutputs(loss)
     with torch.no_grad():

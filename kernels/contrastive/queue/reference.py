@@ -14,31 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import cast
+from mmfuse.kernels.contrastive.queue.blocked import Directions
 
 
-def queue_itc_loss(
-    query: Tensor,
-    query_m: Tensor | None,
-    keys: Tensor,
-    queue: Tensor,
-    temp: Tensor,
-    alpha: float,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    queue_ids: Tensor | None,
-) -> Tensor:
-    everything = torch.cat([cast(keys, query.dtype), cast(queue, query.dtype)]).detach()
-    log_p = F.log_softmax(_logits(query, everything, temp), dim=1)
+def queue_itc_loss(given: Directions) -> Tensor:
+    """The losses of all directions [W]."""
+    query, temp, alpha, ids = given.query, given.temp, given.alpha, given.ids
+    pairs = zip(given.keys, given.queues, strict=True)
+    rows = torch.cat([cast(t, query.dtype) for pair in pairs for t in pair]).detach()
+    everything = rows.view(len(query), len(rows) // len(query), query.shape[2])
+    log_p = F.log_softmax(_logits(query, everything, temp), dim=2)
     with torch.no_grad():
-        soft = None if query_m is None else alpha * F.softmax(_logits(query_m, everything, temp), dim=1)
-        if ids is None or key_ids is None or queue_ids is None:
+        soft = None if given.query_m is None else alpha * F.softmax(_logits(given.query_m, everything, temp), dim=2)
+        if ids is None or given.key_ids is None or given.queue_ids is None:
             targets = torch.zeros_like(log_p) if soft is None else soft
-            targets.diagonal().add_(1 - alpha)
+            targets.diagonal(dim1=1, dim2=2).add_(1 - alpha)
         else:
-            hard = (ids[:, None] == torch.cat([key_ids, queue_ids])).to(temp.dtype)
+            hard = (ids[:, None] == torch.cat([given.key_ids, given.queue_ids])).to(temp.dtype)
             targets = (1 - alpha) * hard / hard.sum(1, keepdim=True).clamp_min(1)
             targets = targets if soft is None else targets + soft
-    return -(targets * log_p).sum(1).mean()
+    return -(targets * log_p).sum(2).mean(1)
 
 
 def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor) -> Tensor:
@@ -51,4 +46,4 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor) -> Tensor
 
 def _logits(x: Tensor, keys: Tensor, temp: Tensor) -> Tensor:
     # products in the operands' dtype, as eager code computes them; the loss itself in float32 or float64
-    return cast(x @ keys.t(), temp.dtype) / temp
+    return cast(x @ keys.mT, temp.dtype) / temp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import products
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.contrastive.topk.reference import numbers
 
 _ROWS = 1024
@@ -47,16 +48,21 @@ def similarity_topk(tile: Any, queries: Tensor, gallery: Tensor, k: int) -> tupl
     b, n = len(queries), len(gallery)
     value = torch.full((b, k), -torch.inf, dtype=acc, device=device)
     index = torch.full((b, k), -1, device=device)
-    x, y = (queries, gallery) if queries.is_cuda else (queries.to(acc), gallery.to(acc))
+    x, y = (queries, gallery) if queries.is_cuda else (cast(queries, acc), cast(gallery, acc))
     rows = max(1, min(b, _ROWS))
     cols = min(n, max(1024, _BLOCK_BYTES[device.type] // (rows * acc.itemsize)))
-    memory = torch.empty(rows * cols, dtype=acc, device=device)
+    memory = torch.empty(rows, cols, dtype=acc, device=device)
     for j in range(0, n, max(1, cols)):
-        keys = y[j : j + cols].t()
+        keys = _some(y, j, cols).t()
         for i in range(0, b, rows):
-            block = slice(i, i + rows)
-            left = x[block]
-            s = memory[: len(left) * keys.shape[1]].view(len(left), keys.shape[1])
+            left = _some(x, i, rows)
+            shape = (len(left), keys.shape[1])
+            s = memory if memory.shape == shape else memory.view(-1)[: math.prod(shape)].view(shape)
             u = products.mm(left, keys, s) if x.dtype == acc else torch.mm(left, keys, out_dtype=acc, out=s)
-            tile.top_scores(u, j, value[block], index[block])
+            tile.top_scores(u, j, _some(value, i, rows), _some(index, i, rows))
     return value, index
+
+
+def _some(t: Tensor, first: int, count: int) -> Tensor:
+    """Rows of t; all of it as it is: to cut takes longer than a small product."""
+    return t if len(t) <= count else t[first : first + count]

@@ -9,8 +9,9 @@ the rows of W4 the texts. An entry of y has one neighbour, so the last layer's g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,8 +62,7 @@ def _blocks(x: Tensor, layers: Layers, b3: Tensor | None) -> Iterator[tuple[slic
     """The blocks of groups, with b3 or without."""
     w1, b1, w2, b2, w3, *_ = layers
     m, k, _ = x.shape
-    c2 = w2.shape[0]
-    size = max(1, _BLOCK_BYTES[x.device.type] // max(1, k * len(w3) * w3.dtype.itemsize))
+    c2, size = w2.shape[0], _size(x, layers)
     for i in range(0, m, size):
         block = slice(i, min(i + size, m))
         rows = x[block].to(w1.dtype).reshape(-1, x.shape[2])
@@ -75,6 +75,11 @@ def _blocks(x: Tensor, layers: Layers, b3: Tensor | None) -> Iterator[tuple[slic
         third = of_group.repeat_interleave(k, 0)
         products.add_mm_(third, f, w3[:, c2:].t())
         yield block, _Block(rows, a, f, g, peak, third)
+
+
+def _size(x: Tensor, layers: Layers) -> int:
+    """Groups of a block."""
+    return max(1, _BLOCK_BYTES[x.device.type] // max(1, x.shape[1] * len(layers.w3) * layers.w3.dtype.itemsize))
 
 
 def _product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
@@ -102,13 +107,20 @@ def _hidden(s: _Block, norm: Norm | None) -> Tensor:
     return (s.third if norm is None else norm(s.third).to(s.f.dtype)).relu_()
 
 
-def forward(passes: Any, x: Tensor, layers: Layers, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+def forward(passes: Any, x: Tensor, layers: Layers) -> tuple[Tensor, Tensor]:
     """(y [M, D], the neighbours that it comes from [M, D])."""
-    layers = layers.operands(x)
+    operands = layers.operands(x)
+    return _tokens(passes, x, operands, _blocks(x, operands, operands.b3))
+
+
+def _tokens(
+    passes: Any, x: Tensor, layers: Layers, blocks: Iterable[tuple[slice, _Block]], norm: Norm | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same from blocks."""
     w4, (m, k, _) = layers.w4, x.shape
     y = torch.empty(m, len(w4), dtype=x.dtype, device=x.device)
     peak = torch.empty(m, len(w4), dtype=torch.uint8, device=x.device)
-    for block, s in _blocks(x, layers, layers.b3 if norm is None else None):
+    for block, s in blocks:
         largest, peak[block] = passes.maximum(_hidden(s, norm).view(-1, k, w4.shape[1]), w4)
         y[block] = largest.add_(layers.b4)
     return y, peak
@@ -174,21 +186,31 @@ def training(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y [M, D], mean [C3], biased variance [C3], the neighbours that y comes from [M, D])."""
     operands = layers.operands(x)
-    mean, var = _statistics(x, operands)
-    y, peak = forward(passes, x, operands, _norm(mean, var, scale, operands.b3, eps))
+    blocks = _without_shift(x, operands)
+    mean, var = _statistics(x, operands, blocks())
+    y, peak = _tokens(passes, x, operands, blocks(), _norm(mean, var, scale, operands.b3, eps))
     return y, mean, var, peak
+
+
+def _without_shift(x: Tensor, layers: Layers) -> Callable[[], Iterable[tuple[slice, _Block]]]:
+    """The blocks without b3, for one pass after another; one that holds all groups is made once."""
+    blocks = partial(_blocks, x, layers, None)
+    if len(x) > _size(x, layers):
+        return blocks
+    all_of_them = list(blocks())
+    return lambda: all_of_them
 
 
 def _norm(mean: Tensor, var: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Norm:
     return Norm(mean, (var + eps).rsqrt(), scale.to(mean.dtype), shift.to(mean.dtype))
 
 
-def _statistics(x: Tensor, layers: Layers) -> tuple[Tensor, Tensor]:
+def _statistics(x: Tensor, layers: Layers, blocks: Iterable[tuple[slice, _Block]]) -> tuple[Tensor, Tensor]:
     """(mean, variance); blocks are merged by their means (Chan et al. 1983)."""
     acc, channels = accumulation_dtype(x.dtype), len(layers.w3)
     mean, squares = (torch.zeros(channels, dtype=acc, device=x.device) for _ in range(2))
     count = 0
-    for _, s in _blocks(x, layers, None):
+    for _, s in blocks:
         rows = len(s.third)
         var, middle = torch.var_mean(s.third.to(acc), 0, correction=0)
         gap = middle - mean
@@ -218,12 +240,13 @@ def training_backward(
     norm = _norm(mean, var, scale, operands.b3, eps)
     sums = _Gradients(passes, g, peak, x, operands, norm)
     dshift, dscale = torch.zeros_like(norm.shift), torch.zeros_like(norm.scale)
-    for block, s in _blocks(x, operands, None):
+    blocks = _without_shift(x, operands)
+    for block, s in blocks():
         dn = sums.of_maximum(block, s)
         dshift += dn.sum(0, dtype=sums.acc)
         dscale += (dn * norm.unit(s.third)).sum(0, dtype=sums.acc)
     rows = x.shape[0] * x.shape[1]
-    for block, s in _blocks(x, operands, None):
+    for block, s in blocks():
         dn = sums.of_maximum(block, s, need_weight=False)
         dv = dn - norm.unit(s.third).mul_(dscale / rows).add_(dshift / rows)
         sums.of_third(block, s, (dv * (norm.scale * norm.rstd)).to(operands.w4.dtype))
