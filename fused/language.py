@@ -126,8 +126,8 @@ def _chunked(  # type: ignore[no-untyped-def]
 ):
     kind = hidden.device.type
     hidden, weight = autocast(hidden, weight)
-    rows, flat = hidden.flatten(0, -2), labels.flatten()
-    shape, total = labels.shape, len(flat)
+    rows, flat = (hidden, labels) if hidden.dim() == 2 else (hidden.flatten(0, -2), labels.flatten())
+    shape, total = labels.shape, flat.shape[0]
     counts = flat != ignore_index
     if teacher is not None:
         teacher = (teacher[0].flatten(0, -2), *teacher[1:])
@@ -136,11 +136,11 @@ def _chunked(  # type: ignore[no-untyped-def]
         kept = counts.nonzero().squeeze(1)
         rows, flat, counts = rows[kept], flat[kept], counts[kept]
         teacher = None if teacher is None else (teacher[0][kept], *teacher[1:])
-    chunk = chunk or max(16, _BLOCK_BYTES.get(kind, 32 << 20) // (4 * max(1, len(weight))))
+    chunk = chunk or max(16, _BLOCK_BYTES.get(kind, 32 << 20) // (4 * max(1, weight.shape[0])))
     with without_autocast(hidden):
         # on a CPU eager's passes over 16 bits are faster for as long as they fit
         wide = hidden.dtype.itemsize >= 4
-        if aside and len(rows) <= (chunk if wide else 8 * chunk if kind == "cpu" else 0):
+        if aside and rows.shape[0] <= (chunk if wide else 8 * chunk if kind == "cpu" else 0):
             # one block holds all: the same memory, and eager has fewer passes over the gradient of weight
             if on_host and teacher is None and reduction == "mean":
                 of_labels = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}

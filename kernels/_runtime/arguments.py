@@ -148,9 +148,10 @@ def multiplier(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 
 def check_range(name: str, ids: Tensor, n: int, of: str, least: int = 0) -> None:
     """Raise unless least <= id < n; not sought on a GPU, which would wait, or in a trace."""
-    if ids.device.type != "cpu" or not outside_a_trace() or type(ids) is not Tensor or not ids.numel():
+    if not ids.is_cpu or not outside_a_trace() or type(ids) is not Tensor or not ids.numel():
         return
-    low, high = (int(t.item()) for t in ids.aminmax())
+    least_id, largest_id = ids.aminmax()
+    low, high = int(least_id.item()), int(largest_id.item())
     if low < least or high >= n:
         wrong = low if low < least else high
         raise ValueError(f"{name} has {wrong}, expected {least} <= {name.removesuffix('s')} < {n}, {of}")

@@ -64,7 +64,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """x weight^T + bias + add, of x [..., K], weight [N, K] and bias [N]; with add or out [M, N], of x [M, K]."""
-    if _is_torchs(len(weight), x, weight, bias, add):
+    if _is_torchs(weight.shape[0], x, weight, bias, add):
         return _by_torch(x, weight, bias, add, out)
     rows, w_t = x.reshape(-1, x.shape[-1]), weight.t()
     y = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out

@@ -93,19 +93,21 @@ class Backward:
         every = [n for n, hint in operator.signature.flat.items() if is_list(hint)]
         if missing := [n for n in every if n not in self.lists]:
             raise TypeError(f"{operator.name}'s backward does not ask for {missing[0]}, expected every list of tensors")
-        self.tensors, self.options = ([n for n, kept in self.kept.items() if kept is tensor] for tensor in (True, False))
+        self.tensors, self.options = (
+            [n for n, kept in self.kept.items() if kept is tensor] for tensor in (True, False)
+        )
         # and the other arguments, should the gradients be differentiated: until then they may change
         self.others = [n for n in operator.signature.flat if n not in self.kept]
         self.constant = [i for i in range(len(operator.outputs)) if i not in self.grads.values()]
         self.ask = asking(operator.backward, (*self.signature.names, "passes", "needs"))  # type: ignore[arg-type]
-        self.op: Callable[..., list[Tensor]] = self.compute
+        self.op: Callable[..., Sequence[Tensor | None]] = self.compute
         if registered:
             hints, traceable = self.signature.flat | _NEEDS, implementation.traceable
             op = _registered(f"{name}_backward", self.compute_anew, self.empty, hints, list[Tensor], traceable)
             self.op = op._opoverload
 
-    def compute(self, *flat: Any) -> list[Tensor]:
-        """The gradients of the differentiable arguments, an empty one where it is not needed."""
+    def compute(self, *flat: Any) -> list[Tensor | None]:
+        """The gradients of the differentiable arguments, None where it is not needed."""
         *kept, needs = flat
         g = next(t for t in flat if isinstance(t, Tensor))
         of = self._grouped(needs, kept)
@@ -113,14 +115,15 @@ class Backward:
             args = self.signature.restore(kept)
             found = self.ask((*args, self.implementation.passes, self.operator.Needs(*of)))
         if not self.lists:
-            return [found[n] if need else g.new_empty(0) for n, need in zip(self.like, needs, strict=True)]
+            return [found[n] if need else None for n, need in zip(self.like, needs, strict=True)]
         # of a list that needs none there may be none
         every = spread(found[n] if any(spread([need])) else need for n, need in zip(self.like, of, strict=True))
-        return [d if need else g.new_empty(0) for d, need in zip(every, needs, strict=True)]
+        return [d if need else None for d, need in zip(every, needs, strict=True)]
 
     def compute_anew(self, *flat: Any) -> list[Tensor]:
-        """The same, none of which is an incoming gradient: what is registered returns no argument."""
-        return [d.clone() if any(d is t for t in flat) else d for d in self.compute(*flat)]
+        """The same for what is registered, which returns no argument, and an empty tensor for None."""
+        g, found = next(t for t in flat if isinstance(t, Tensor)), self.compute(*flat)
+        return [g.new_empty(0) if d is None else d.clone() if any(d is t for t in flat) else d for d in found]
 
     def _grouped(self, needs: Sequence[bool], kept: Sequence[Any]) -> list[Any]:
         """A flag for each differentiable argument, a list of flags for a list."""
@@ -162,7 +165,7 @@ class Backward:
         ctx.set_materialize_grads(False)  # zeros for every other output, kept logits among them
 
     def gradients(
-        self, op: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Any], needs: Sequence[bool]
+        self, op: Callable[..., Sequence[Tensor | None]], ctx: Any, grads: Sequence[Any], needs: Sequence[bool]
     ) -> list[Any]:
         """Of the differentiable arguments; None where it is not needed."""
         # memory of a negated view is without its sign

@@ -28,7 +28,7 @@ def _compiled_argmax(
     z, weight = z.float().contiguous(), weight.float().contiguous()
     scale, bias = (_NO_SCORE if t is None else t for t in (scale, bias))
     mask = _NO_MASK if mask is None else mask.contiguous()
-    codes = torch.empty(len(z), dtype=torch.int64)
+    codes = torch.empty(z.shape[0], dtype=torch.int64)
     torch.ops.mmfuse_cpu.code_argmax(z, weight, scale, bias, mask, codes)
     return codes
 
@@ -186,6 +186,8 @@ def _rows_and_codes(z: Tensor, codebook: Tensor, names: tuple[str, str] = ("z", 
     check(second, codebook, ("K", z.shape[1]), f" as {first} has features", like=(first, z))
     if 0 in codebook.shape:
         raise ValueError(f"{second} has shape {tuple(codebook.shape)}, expected at least one code and one feature")
+    if z.dtype == codebook.dtype:
+        return z, codebook
     wide = torch.promote_types(z.dtype, codebook.dtype)
     return cast(z, wide), cast(codebook, wide)
 

@@ -71,8 +71,8 @@ def ids_of_sides(
         return None, None
     if isinstance(ids, Tensor):
         text_ids = integers("ids", ids, text, "text")
-        paired = len(image) == len(text)
-        return text_ids if paired else text_ids[row_offset : row_offset + len(image)], text_ids
+        b = image.shape[0]  # len() of a tensor is Python
+        return text_ids if b == text.shape[0] else text_ids[row_offset : row_offset + b], text_ids
     if isinstance(ids, (tuple, list)) and len(ids) == 2:
         return integers("ids[0]", ids[0], image, "image"), integers("ids[1]", ids[1], text, "text")
     raise TypeError(f"ids is {type(ids).__name__}, expected a tensor [N] or a pair (image ids [b], text ids [N])")

@@ -112,7 +112,7 @@ def distill_loss(
     """(contrastive, distill): the student's CLIP loss, and its cross-entropy with the teacher's softmaxes."""
     contrastive, s = clip_loss(image, text, scale, None, None, w_image, w_text, 0.0, False, False, row_offset)
     s, t = cast(s, scale.dtype), _logits(teacher_image, teacher_text, teacher_scale)
-    s_columns, t_columns = (_paired(of, 1, row_offset, len(s)).t() for of in (s, t))
+    s_columns, t_columns = (_paired(of, 1, row_offset, s.shape[0]).t() for of in (s, t))
     sides = ((s, t, w_image), (s_columns, t_columns, w_text))
     terms = [(w, F.cross_entropy(of_s, of_t.softmax(1))) for of_s, of_t, w in sides if w]
     return contrastive, _sum(terms, s)

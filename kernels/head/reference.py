@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.head.blocked import Head, selected
 
 
@@ -18,7 +18,7 @@ def select_head(x: Tensor, head: Head) -> Tensor:
         y = F.linear(y, head.weight)
     if head.normalize:
         # in float16 the smallest length, 1e-12, would be 0
-        y = F.normalize(y.to(accumulation_dtype(y.dtype)), dim=-1).to(y.dtype)
+        y = cast(F.normalize(cast(y, accumulation_dtype(y.dtype)), dim=-1), y.dtype)
     if head.scale is not None:
-        y = head.scale.to(y.dtype) * y
+        y = cast(head.scale, y.dtype) * y
     return y.unflatten(0, (-1, head.clips)).mean(1) if head.clips > 1 else y

@@ -12,6 +12,7 @@ from torch import Tensor
 from judge import Results, cast, compared, judge
 from mmfuse.kernels._runtime import chosen
 from mmfuse.kernels.points import mini_pointnet, mini_pointnet_training
+from mmfuse.kernels.points.pointnet import blocked
 from registered import backends, opcheck
 
 GPU = torch.cuda.is_available()
@@ -101,6 +102,18 @@ def test_tokens_and_gradients(backend: str, dtype: torch.dtype) -> None:
     if backend == "triton" and dtype == torch.bfloat16 and not GPU:
         pytest.skip("the interpreter's bfloat16 is not a GPU's")
     judge(compared(inference, tensors, backend, dtype, draws=6))
+
+
+def test_a_single_block_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    blocks = blocked._blocks
+    monkeypatch.setattr(blocked, "_blocks", lambda *given: made.append(given) or blocks(*given))
+    x, layers, scale = (*drawn(), torch.ones(10, device=DEVICE))
+    whole = mini_pointnet_training(x, layers, scale, backend="chunked")
+    assert len(made) == 1
+    monkeypatch.setattr(blocked, "_BLOCK_BYTES", {"cpu": 800, "cuda": 800})
+    torch.testing.assert_close(mini_pointnet_training(x, layers, scale, backend="chunked"), whole)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("backend", [b for b in OURS if b != "cpu"])

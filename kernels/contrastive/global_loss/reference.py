@@ -45,7 +45,7 @@ def global_contrastive_loss(
     if normalize:
         image, text = unit(image), unit(text)
     s = cast((cast(scale, image.dtype) * image) @ text.t(), scale.dtype)
-    n = len(s)
+    n = s.shape[0]
     positive, negatives = s.diagonal(), s.masked_fill(torch.eye(n, dtype=torch.bool, device=s.device), -torch.inf)
     # both directions [2, N] at a time
     log_g = torch.stack([negatives.logsumexp(dim) for dim in (1, 0)]) - positive - math.log(max(n - 1, 1))

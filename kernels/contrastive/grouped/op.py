@@ -142,17 +142,17 @@ def _one_by_one(
 
 
 def _largest(images: list[Tensor]) -> Tensor:
-    sizes = [len(image) for image in images]
+    sizes = [image.shape[0] for image in images]
     return images[sizes.index(max(sizes))]
 
 
 def _many_rows(images: list[Tensor]) -> str | None:
-    rows = len(_largest(images))
+    rows = _largest(images).shape[0]
     return f"a group has {rows} rows, more than {_LARGEST}" if rows > _LARGEST else None
 
 
 def _pairs(images: list[Tensor]) -> int:
-    return max(len(image) for image in images) ** 2
+    return _largest(images).shape[0] ** 2
 
 
 GROUPED = Operator(

@@ -155,10 +155,10 @@ def max_query_loss(
     )
     check("image_all", image_all, ("N", "Q", image.shape[2]), " as image", image.dtype, ("image", image))
     check("text_all", text_all, (image_all.shape[0], "D"), ", one row for each of image_all")
-    if not (row_offset >= 0 and row_offset + len(image) <= len(image_all)):
+    b, n = image.shape[0], image_all.shape[0]
+    if not (row_offset >= 0 and row_offset + b <= n):
         raise ValueError(
-            f"row_offset is {row_offset} for {len(image)} rows of image, expected them within the {len(image_all)} "
-            "rows of image_all"
+            f"row_offset is {row_offset} for {b} rows of image, expected them within the {n} rows of image_all"
         )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator, Size
 from mmfuse.kernels._runtime.arguments import autocast, check, integers, number, require_integer, scalar
 from mmfuse.kernels._runtime.device import INTERPRET
+from mmfuse.kernels._runtime.dtypes import cast
 from mmfuse.kernels.contrastive.negatives.op import NEGATIVES, OTHER_DIRECTION, seed_of
 from mmfuse.kernels.contrastive.normalisers import zero_below_inf
 from mmfuse.kernels.contrastive.queue import blocked, reference
@@ -232,7 +233,8 @@ def queue_itc_losses(
         at = seed_of(seed, image)
         seeds = torch.stack((at, at ^ OTHER_DIRECTION))
     losses, drawn = _itc(ways, temp, alpha, (ids, ids, queue_ids), (negatives, mixture, seeds), backend)
-    return (*losses, *drawn) if negatives else tuple(losses)
+    losses = losses.unbind()
+    return (*losses, *drawn.unbind()) if negatives else losses
 
 
 _Way = tuple[Tensor, Tensor | None, Tensor, Tensor]
@@ -244,15 +246,16 @@ def _way(alpha: float, ids: Tensor | None, teacher: tuple[str, Tensor | None], *
         raise ValueError(f"alpha is {alpha}, expected a number in [0, 1]")
     query, keys, queue = _features(**features)
     first, second, _ = features
-    if ids is None and len(keys) < len(query):
-        raise ValueError(f"{second} has {len(keys)} rows, expected at least the {len(query)} of {first}, or ids")
+    if ids is None and keys.shape[0] < query.shape[0]:
+        least = f"expected at least the {query.shape[0]} of {first}, or ids"
+        raise ValueError(f"{second} has {keys.shape[0]} rows, {least}")
     name, query_m = teacher
     if not alpha:
         return query, None, keys, queue
     if query_m is None:
         raise ValueError(f"alpha is {alpha} and {name} is None, expected the teacher's queries [B, D]")
     check(name, query_m, query.shape, f" as {first}", _dtypes_beside(query), (first, query))
-    return query, query_m.to(query.dtype), keys, queue
+    return query, cast(query_m, query.dtype), keys, queue
 
 
 def _itc(

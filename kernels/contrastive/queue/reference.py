@@ -20,9 +20,10 @@ from mmfuse.kernels.contrastive.queue.blocked import Directions
 def queue_itc_loss(given: Directions) -> Tensor:
     """The losses of all directions [W]."""
     query, temp, alpha, ids = given.query, given.temp, given.alpha, given.ids
-    pairs = zip(given.keys, given.queues, strict=True)
+    pairs = zip(given.keys.unbind(), given.queues, strict=True)
     rows = torch.cat([cast(t, query.dtype) for pair in pairs for t in pair]).detach()
-    everything = rows.view(len(query), len(rows) // len(query), query.shape[2])
+    ways, _, width = query.shape
+    everything = rows.view(ways, rows.shape[0] // ways, width)
     log_p = F.log_softmax(_logits(query, everything, temp), dim=2)
     with torch.no_grad():
         soft = None if given.query_m is None else alpha * F.softmax(_logits(given.query_m, everything, temp), dim=2)

@@ -45,7 +45,7 @@ def compiled_tile(namespace: Any) -> SimpleNamespace:
 def similarity_topk(tile: Any, queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values [B, k], indices [B, k]) over blocks of queries and of the gallery."""
     acc, device = accumulation_dtype(queries.dtype), queries.device
-    b, n = len(queries), len(gallery)
+    b, n = queries.shape[0], gallery.shape[0]
     value = torch.full((b, k), -torch.inf, dtype=acc, device=device)
     index = torch.full((b, k), -1, device=device)
     x, y = (queries, gallery) if queries.is_cuda else (cast(queries, acc), cast(gallery, acc))
@@ -56,7 +56,7 @@ def similarity_topk(tile: Any, queries: Tensor, gallery: Tensor, k: int) -> tupl
         keys = _some(y, j, cols).t()
         for i in range(0, b, rows):
             left = _some(x, i, rows)
-            shape = (len(left), keys.shape[1])
+            shape = (left.shape[0], keys.shape[1])
             s = memory if memory.shape == shape else memory.view(-1)[: math.prod(shape)].view(shape)
             u = products.mm(left, keys, s) if x.dtype == acc else torch.mm(left, keys, out_dtype=acc, out=s)
             tile.top_scores(u, j, _some(value, i, rows), _some(index, i, rows))
@@ -65,4 +65,4 @@ def similarity_topk(tile: Any, queries: Tensor, gallery: Tensor, k: int) -> tupl
 
 def _some(t: Tensor, first: int, count: int) -> Tensor:
     """Rows of t; all of it as it is: to cut takes longer than a small product."""
-    return t if len(t) <= count else t[first : first + count]
+    return t if t.shape[0] <= count else t[first : first + count]

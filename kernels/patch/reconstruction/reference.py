@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmfuse.kernels._runtime.dtypes import cast
 from mmfuse.kernels.patch.reconstruction.target import Target, target_of
 
 
@@ -27,7 +28,7 @@ def masked_patch_loss(prediction: Tensor, target: Target) -> Tensor:
         x, mask = x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2])), mask.gather(1, at)
     weight = mask.to(acc)
     # before the square, whose gradient is no number where what is not masked is none
-    gap = torch.where(mask[:, :, None], prediction.to(acc) - x, 0)
+    gap = torch.where(mask[:, :, None], cast(prediction, acc) - x, 0)
     return (gap.square().mean(-1) * weight).sum() / weight.sum()
 
 

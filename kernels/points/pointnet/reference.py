@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 
 
 def mini_pointnet(
@@ -24,10 +24,11 @@ def training(
     """The same with batch normalisation of the third product, and its mean [C3] and biased variance [C3]."""
     v = _third(x, w1, b1, w2, b2, w3, None)
     rows, acc = v.flatten(0, 1), accumulation_dtype(v.dtype)
+    n = rows.shape[0]
     # running statistics that are replaced by these ones, of which the variance is not biased
     mean, var = (rows.new_zeros(rows.shape[1], dtype=acc) for _ in range(2))
-    h = F.batch_norm(rows, mean, var, scale.to(acc).contiguous(), b3.to(acc), True, 1.0, eps).view_as(v)
-    return F.linear(h.relu(), w4, b4).max(1).values, mean, var * ((len(rows) - 1) / len(rows))
+    h = F.batch_norm(rows, mean, var, cast(scale, acc).contiguous(), cast(b3, acc), True, 1.0, eps).view_as(v)
+    return F.linear(h.relu(), w4, b4).max(1).values, mean, var * ((n - 1) / n)
 
 
 def _third(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor | None) -> Tensor:
