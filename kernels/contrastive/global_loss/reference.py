@@ -51,4 +51,5 @@ def global_contrastive_loss(
     log_g = torch.stack([negatives.logsumexp(dim) for dim in (1, 0)]) - positive - math.log(max(n - 1, 1))
     new = moving_average(torch.stack([log_u, log_w]), log_g.detach(), gamma)
     terms = torch.exp(log_g - log_divisor(new, eps))
-    return terms.sum(0).mean() / scale.detach(), *new.unbind()
+    log_u, log_w = new.unbind()
+    return terms.sum(0).mean() / scale.detach(), log_u, log_w
