@@ -138,7 +138,7 @@ def _video(pixels: Tensor, layout: str) -> Tensor:
     if layout == "ntchw":
         return pixels.movedim(2, 4)
     x = pixels.movedim(1, -1) if layout == "nchw" else pixels
-    return x if x.dim() == 5 else x[:, None]
+    return x if x.dim() == 5 else x.unsqueeze(1)
 
 
 def _per_channel(name: str, given: Any, channels: int, like: Tensor) -> Tensor | None:
