@@ -252,12 +252,18 @@ def _formula(
     return (reference.packed_attention(q, k, v, reading, places, sees, bias, dropout),)
 
 
-_MOST_SEGMENTS, _WIDEST = 4, 128  # what a segment sees is a few bits, and a program holds a head
+# what a segment sees and where it lies are a few bits, and a program holds a head
+_MOST_SEGMENTS, _FARTHEST, _WIDEST = 4, 2**16 - 1, 128
 
 
 def _many_segments(places: Sequence[int]) -> str | None:
     n = len(places)
     return f"a sample has {n} segments, the kernel knows {_MOST_SEGMENTS} at most" if n > _MOST_SEGMENTS else None
+
+
+def _far(places: Sequence[int]) -> str | None:
+    n = max(places, default=0)
+    return f"a segment has place {n}, the kernel knows {_FARTHEST} at most" if n > _FARTHEST else None
 
 
 def _too_wide(q: Tensor) -> str | None:
@@ -280,7 +286,7 @@ PACKED_ATTENTION = Operator(
         Implementation(
             "triton",
             passes=Deferred("mmfuse.kernels.multiway.attention_kernel"),
-            against=[_many_segments, _too_wide, _dropped],
+            against=[_many_segments, _far, _too_wide, _dropped],
             traceable=True,
         ),
         Implementation("by_length", function=_by_length, against=[_one_length]),

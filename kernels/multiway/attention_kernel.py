@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.kernels._runtime.aot import Spec, Work
-from mmfuse.kernels._runtime.arguments import constant
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels._triton.launch import launch
 from mmfuse.kernels._triton.tiles import accumulator, divide, exp, finite, input_precision
@@ -55,6 +54,12 @@ def _program(tiles, H, lengths_ptr, RUNS: tl.constexpr, BLOCK: tl.constexpr):
 def _kind(sees, i, j, RUNS: tl.constexpr):
     """What run i sees of run j."""
     return ((sees >> (2 * (i * RUNS + j))) & 3).to(tl.int32)
+
+
+@triton.jit
+def _place(places, i):
+    """Of run i's first row in the bias."""
+    return (tl.full((), places, tl.int64) >> (16 * i)) & 0xFFFF
 
 
 @triton.jit
@@ -113,7 +118,7 @@ def _packed_attend_kernel(
     k_ptr,  # [T, H / G, D]
     v_ptr,  # [T, H / G, D]
     bias_ptr,  # [H, P, P], or None
-    places_ptr,  # [RUNS] if bias
+    places,  # of each run in the bias, in 16 bits
     first_ptr,  # [B, RUNS]
     lengths_ptr,  # [B, RUNS]
     kept_ptr,  # [B, RUNS]
@@ -164,7 +169,7 @@ def _packed_attend_kernel(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
             seen = _seen(kind, queries[:, None], keys[None, :], n_i, n_j)
             if bias_ptr is not None:
-                of_q, of_k = tl.load(places_ptr + i), tl.load(places_ptr + j)
+                of_q, of_k = _place(places, i), _place(places, j)
                 s += _bias(bias_ptr, h, of_q + at, of_k + n0, P, seen)
             s = tl.where(seen, s, float("-inf"))
             above = tl.maximum(m, tl.max(s, axis=1))
@@ -199,7 +204,7 @@ def _packed_query_grad_kernel(
     k_ptr,  # [T, H / G, D]
     v_ptr,  # [T, H / G, D]
     bias_ptr,  # [H, P, P], or None
-    places_ptr,  # [RUNS] if bias
+    places,  # of each run in the bias, in 16 bits
     first_ptr,  # [B, RUNS]
     lengths_ptr,  # [B, RUNS]
     kept_ptr,  # [B, RUNS]
@@ -257,7 +262,7 @@ def _packed_query_grad_kernel(
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
                 seen = _seen(kind, queries[:, None], keys[None, :], n_i, n_j)
                 if bias_ptr is not None:
-                    of_q, of_k = tl.load(places_ptr + i), tl.load(places_ptr + j)
+                    of_q, of_k = _place(places, i), _place(places, j)
                     s += _bias(bias_ptr, h, of_q + at, of_k + n0, P, seen)
                 p = tl.where(seen, exp(s - m[:, None]) * factor[:, None], 0.0)
                 dp = tl.dot(g, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
@@ -282,7 +287,7 @@ def _packed_key_grad_kernel(
     k_ptr,  # [T, H / G, D]
     v_ptr,  # [T, H / G, D]
     bias_ptr,  # [H, P, P], or None
-    places_ptr,  # [RUNS] if bias
+    places,  # of each run in the bias, in 16 bits
     first_ptr,  # [B, RUNS]
     lengths_ptr,  # [B, RUNS]
     kept_ptr,  # [B, RUNS]
@@ -337,7 +342,7 @@ def _packed_key_grad_kernel(
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale
             seen = _seen(kind, queries[None, :], keys[:, None], n_i, n_j)
             if bias_ptr is not None:
-                of_q, of_k = tl.load(places_ptr + i), tl.load(places_ptr + j)
+                of_q, of_k = _place(places, i), _place(places, j)
                 s += _bias_by_key(bias_ptr, h, of_q + m0, of_k + at, P, seen)
             p = tl.where(seen, exp(s - m[None, :]) * factor[None, :], 0.0)
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION, out_dtype=ACC)
@@ -360,7 +365,7 @@ def _packed_bias_grad_kernel(
     k_ptr,  # [T, H / G, D]
     v_ptr,  # [T, H / G, D]
     bias_ptr,  # [H, P, P]
-    places_ptr,  # [RUNS]
+    places,  # of each run in the bias, in 16 bits
     first_ptr,  # [B, RUNS]
     lengths_ptr,  # [B, RUNS]
     kept_ptr,  # [B, RUNS]
@@ -396,7 +401,7 @@ def _packed_bias_grad_kernel(
         i, j = pair // RUNS, pair % RUNS
         kind = _kind(sees, i, j, RUNS)
         # may be less than 0: the tile begins before the run
-        at_q, at_k = q0 - tl.load(places_ptr + i).to(tl.int32), k0 - tl.load(places_ptr + j).to(tl.int32)
+        at_q, at_k = q0 - _place(places, i).to(tl.int32), k0 - _place(places, j).to(tl.int32)
         queries, keys = at_q + tl.arange(0, BLOCK_M), at_k + tl.arange(0, BLOCK_N)
         reached = ((kind == _ALL) | (kind == _CAUSAL)) & (at_q + BLOCK_M > 0) & (at_k + BLOCK_N > 0)
         for b in range(tl.where(reached, B, 0)):
@@ -456,9 +461,8 @@ def _unit(t: Tensor) -> Tensor:
 def _options(
     q: Tensor, k: Tensor, v: Tensor, reading: Reading, places: Sequence[int], sees: Sequence[int], bias: Tensor | None
 ) -> dict[str, Any]:
-    runs, (t, heads, d) = len(places), q.shape
+    t, heads, d = q.shape
     q, k, v = (_unit(x) for x in (q, k, v))
-    kinds = sees or [KINDS.index("all")] * (runs * runs)
     # 2-byte accesses else: a row of the table begins anywhere
     table = None if bias is None else bias.to(accumulation_dtype(q.dtype)).contiguous()
     strides = {
@@ -468,13 +472,20 @@ def _options(
     }
     return strides | {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": table,
-        "places_ptr": None if bias is None else constant(places, q.device).long(),
         "first_ptr": reading.first, "lengths_ptr": reading.lengths, "kept_ptr": reading.kept,
-        "sees": sum(kind << (2 * i) for i, kind in enumerate(kinds)), "scale": d**-0.5,
-        "H": heads, "G": heads // max(1, k.shape[1]), "T": t, "P": 0 if bias is None else bias.shape[1],
-        "RUNS": runs, "ACC": accumulator(q.dtype), "PRECISION": input_precision(q.dtype), "D": d,
-        "UNIT": gcd(16, d, *strides.values()),
+        "scale": d**-0.5, "H": heads, "G": heads // max(1, k.shape[1]), "T": t,
+        "P": 0 if bias is None else bias.shape[1], "ACC": accumulator(q.dtype), "PRECISION": input_precision(q.dtype),
+        "D": d, "UNIT": gcd(16, d, *strides.values()), **of_runs(places, sees),
     }  # fmt: skip
+
+
+def of_runs(places: Sequence[int], sees: Sequence[int]) -> dict[str, int]:
+    """What the kernels know of runs, as numbers."""
+    runs = len(places)
+    kinds = sees or [KINDS.index("all")] * (runs * runs)
+    packed = sum(place * 2 ** (16 * i) for i, place in enumerate(places))
+    packed -= (packed >> 63) << 64  # as a signed number
+    return {"places": packed, "sees": sum(kind << (2 * i) for i, kind in enumerate(kinds)), "RUNS": runs}
 
 
 def _tiles(longest: int, runs: int, block: int) -> int:
@@ -568,12 +579,12 @@ def _spec(
     constants: dict[str, Any] = {"RUNS": 2, "ACC": tl.float32, "PRECISION": "tf32" if dot == "tf32" else "ieee", "D": d}
     constants |= {"G": 1} if sizes.get("G", 1) == 1 else {}
     constants |= {"UNIT": gcd(16, d)} | tile | {"SHORT": sizes["S"] <= tile["BLOCK_N"]}
-    constants |= {} if given else {"bias_ptr": None, "places_ptr": None}
+    constants |= {} if given else {"bias_ptr": None}
     data = "*fp32" if dtype == torch.float32 else "*bf16"
     types = dict.fromkeys(("o_ptr", "q_ptr", "k_ptr", "v_ptr", "g_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), data) | given
     types |= dict.fromkeys(("max_ptr", "sum_ptr", "delta_ptr", "dbias_ptr", "bias_ptr"), "*fp32")
-    types |= dict.fromkeys(("places_ptr", "first_ptr", "lengths_ptr", "kept_ptr", "sees"), "*i64")
-    types |= {"sees": "i64", "scale": "fp32"}
+    types |= dict.fromkeys(("first_ptr", "lengths_ptr", "kept_ptr"), "*i64")
+    types |= {"places": "i64", "sees": "i64", "scale": "fp32"}
     used = {n: v for n, v in constants.items() if n in kernel.arg_names}
     signature = {n: types.get(n, "i32") for n in kernel.arg_names if n not in used}
     return Spec(
