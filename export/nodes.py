@@ -83,15 +83,19 @@ class Nodes:
 
     Args:
         apart: operators that are taken apart all the same, and why.
+        launches: whether an operator of several launches becomes operators of one each, where it can.
     """
 
     apart: dict[str, str] = field(default_factory=dict)
+    launches: bool = False
     calls: dict[Any, Call] = field(default_factory=dict)
     taken: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def __call__(self, operator: Operator, args: Sequence[Any]) -> Any:
         if operator.export is None or operator.name in self.apart:
             return operator.formula(args)
+        if self.launches and (found := operator.launches(args)) is not None:
+            return found
         leaves, spec = tree_flatten(list(operator.signature.flatten(args)))
         call = self._call(operator, leaves, spec)
         result = _empty(call, _inputs(leaves))
@@ -103,13 +107,13 @@ class Nodes:
         shapes = [[sizes.get(str(n), n) for n in t.shape] for t in outputs]
         if len(outputs) == 1:
             one = torch.onnx.ops.symbolic
-            found = [one(domain_and_name, given, attributes, dtype=dtypes[0], shape=shapes[0], version=1)]
+            made = [one(domain_and_name, given, attributes, dtype=dtypes[0], shape=shapes[0], version=1)]
         else:
             several = torch.onnx.ops.symbolic_multi_out
-            found = list(several(domain_and_name, given, attributes, dtypes=dtypes, shapes=shapes, version=1))
+            made = list(several(domain_and_name, given, attributes, dtypes=dtypes, shapes=shapes, version=1))
         if isinstance(result, Tensor):
-            return found[0]
-        left = iter(found)
+            return made[0]
+        left = iter(made)
         every = [next(left) if isinstance(t, Tensor) else t for t in result]
         return type(result)(*every) if hasattr(result, "_fields") else tuple(every)
 

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,7 +88,8 @@ def export_onnx(
         dynamic: for an input's name, the dimensions that are free, each with a name: {"image": {0: "batch"}}. Equal
             names are one size. For a container, the dimensions of each of its tensors. By default none is.
         target: "portable" (opset 18); "ort": fused by `fuse_for_ort` where that is right and not slower, and else the
-            portable file, with a warning in the log; "trt" or "trt-rtx" (opset 23 in 16 bits).
+            portable file, with a warning in the log; "trt" or "trt-rtx" (opset 23 in 16 bits). TensorRT's plugins are
+            one launch: for "trt" an operator of several becomes operators of one each, where it can.
         mode: "functions"; "decomposed": standard operators alone; "custom": nodes without functions, for a runtime
             that has our kernels.
         opset: in place of the target's.
@@ -109,14 +111,13 @@ def export_onnx(
     for name, value, known in (("target", target, tuple(OPSETS)), ("mode", mode, MODES)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-    if path.is_dir():
-        raise ValueError(f"path is {str(path)!r}, which is a folder, expected a file")
+    check_writable(path)
     require("onnx", "onnxscript")
     given = Given(model, inputs, dynamic or {})
     dtype = dtype_of(model, given.tensors)
     if opset is None:
         opset = OPSETS[target][dtype]
-    program, apart = _exported(model, given, opset, mode, outputs)
+    program, apart = _exported(model, given, opset, mode, target == "trt", outputs)
     versions = {"version": mmfuse.__version__, "torch": torch.__version__}
     what = {"target": target, "mode": mode, "opset": opset, "dtype": dtype_name(dtype), "dynamic": given.said}
     ours = Counter(node.op_type for node in program.graph.all_nodes() if node.domain == DOMAIN)
@@ -136,25 +137,33 @@ def export_onnx(
     return path
 
 
+def check_writable(path: Path) -> None:
+    """Before what takes long."""
+    if path.is_dir():
+        raise ValueError(f"path is {str(path)!r}, which is a folder, expected a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"path is {str(path)!r}, which cannot be written: {path.parent} is no folder to write in")
+
+
 def _exported(
-    model: nn.Module, given: Given, opset: int, mode: str, outputs: Sequence[str] | None
+    model: nn.Module, given: Given, opset: int, mode: str, launches: bool, outputs: Sequence[str] | None
 ) -> tuple[onnx_ir.Model, str | None]:
     """The graph of a model with its functions, and what had to be taken apart, and why."""
-    nodes = None if mode == "decomposed" else Nodes()
+    nodes = None if mode == "decomposed" else Nodes(launches=launches)
     while True:
         try:
             program = _program(model, given, opset, nodes, outputs)
             if nodes is not None and mode == "functions":
                 attach(program, nodes, opset)
         except NoFunction as error:
-            nodes = Nodes((nodes or Nodes()).apart | {error.operator: error.why})
+            nodes = Nodes((nodes or Nodes()).apart | {error.operator: error.why}, launches)
         except UnsupportedError as error:
             if not is_accelerated(model):
                 raise
             warnings.warn(f"fused code has no form in ONNX, its class's own code is exported: {error}", stacklevel=3)
             model = copy.deepcopy(model)
             decelerate(model)
-            program, _ = _exported(model, given, opset, mode, outputs)
+            program, _ = _exported(model, given, opset, mode, launches, outputs)
             return program, str(error)
         else:
             why = "; ".join(f"{operator}: {why}" for operator, why in nodes.apart.items()) if nodes else None
@@ -177,6 +186,7 @@ def _program(
             onnx = translated(program, given.tensors, opset=opset, **names)
         except torch.onnx.errors.OnnxExporterError as error:
             raise _unsupported(model, error, program) from error
+    _outputs_alone(onnx)
     _name_sizes(onnx, sizes)
     _name_weights(onnx, given.names)
     return onnx
@@ -308,6 +318,16 @@ def fingerprint(model: nn.Module) -> str:
             digest.update(name.encode())
             digest.update(t.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _outputs_alone(onnx: onnx_ir.Model) -> None:
+    """Values inside have other names than outputs: torch calls one "linear" whatever an output is called."""
+    outputs = {value.name for value in onnx.graph.outputs}
+    inside = [value for node in onnx.graph.all_nodes() for value in node.outputs if not value.is_graph_output()]
+    taken = outputs | {value.name for value in inside}
+    for value in inside:
+        if value.name in outputs:
+            value.name = next(name for i in count() if (name := f"{value.name}_{i}") not in taken)
 
 
 def _name_sizes(onnx: onnx_ir.Model, names: Mapping[str, str]) -> None:

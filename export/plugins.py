@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Launch:
     Args:
         kernel: "module:function" of a `triton.jit` function.
         pointers: the kernel's arguments for inputs of the node: {"z_ptr": "x"}.
-        dims: named sizes of the inputs that it reads: {"x": "T D"}.
+        dims: named sizes of the inputs: {"x": "T D"}.
         outputs: the kernel's arguments that it writes, in the node's order: {"y_ptr": ("T D", "x")}, the shape in named
             sizes, and the dtype, of an input or by TensorRT's name. What a node leaves out comes last.
         scalars: the kernel's integers, as sums and products of named sizes and `cdiv`.
@@ -147,14 +148,16 @@ def _routed_linear(node: Node) -> Launch:
 
     _one_tensor(node, "weights", "biases", "gammas")
     if "gammas" in node.inputs:
-        raise UnsupportedError(f"{node.name} has a norm before its product, which is a launch of its own")
+        raise UnsupportedError(
+            f"{node.name} has a norm before its product, a launch of its own: target trt makes it a node of its own"
+        )
     _floats(node, "x", "weights", "biases", "residual", "scale", "row_scale")
     routing, k = _routing(node), _fixed(node, "weights", 2)
     activation, half = node.attributes["activation"], node.inputs["x"][0] != 1
-    if activation in GATED:
-        raise UnsupportedError(f"{node.name} has the gated activation {activation}, whose width is half the weight's")
-    tile: dict[str, int] = kernel._TILES["half" if half else "single"]  # noqa: SLF001  the kernel's own choice
-    n = _fixed(node, "weights", 1)
+    gated, wide = activation in GATED, _fixed(node, "weights", 1)
+    # the kernel's own choice
+    tile: dict[str, int] = kernel._GATED_TILE if gated and half else kernel._TILES["half" if half else "single"]  # noqa: SLF001
+    n = wide // 2 if gated else wide
     options: dict[str, int] = {name: tile[name] for name in ("num_warps", "num_stages") if name in tile}
     tiles_m = f"(cdiv(T, {tile['BLOCK_M']}) + {routing['RUNS']})"
     tiles_n = -(-n // tile["BLOCK_N"])
@@ -163,7 +166,7 @@ def _routed_linear(node: Node) -> Launch:
         "row_scale_ptr": "row_scale", "offsets_ptr": "offsets",
     }  # fmt: skip
     dims = {
-        "x": "T K", "weights": "E N K", "biases": "E N", "residual": "T N", "scale": "N", "row_scale": "T",
+        "x": "T K", "weights": "E W K", "biases": "E W", "residual": "T N", "scale": "N", "row_scale": "T",
         "offsets": "R",
     }  # fmt: skip
     given = {pointer: name for pointer, name in pointers.items() if name in node.inputs}
@@ -171,15 +174,15 @@ def _routed_linear(node: Node) -> Launch:
         kernel=f"{_MULTIWAY}:_product_kernel",
         pointers=given,
         dims={name: dims[name] for name in given.values()},
-        outputs={"y_ptr": ("T N", "residual" if "residual" in node.inputs else "x")},
+        outputs={"y_ptr": (f"T {n}", "residual" if "residual" in node.inputs else "x")},
         scalars={
-            "experts": routing["experts"], "T": "T", "N": "N", "K": "K", "stride_x": "K", "tiles_m": tiles_m,
+            "experts": routing["experts"], "T": "T", "N": str(n), "K": "K", "stride_x": "K", "tiles_m": tiles_m,
             "tiles_n": str(tiles_n),
         },
         grid=(f"{tiles_m} * {tiles_n}",),
         constants={
             **dict.fromkeys([*(p for p in pointers if p not in given), "z_ptr"]), "RUNS": routing["RUNS"],
-            "ACTIVATION": activation, "GATED": False, "TRANSPOSED": False, "ACC": tl.float32, "PRECISION": "ieee",
+            "ACTIVATION": activation, "GATED": gated, "TRANSPOSED": False, "ACC": tl.float32, "PRECISION": "ieee",
             "EVEN_K": k % tile["BLOCK_K"] == 0, "EVEN_N": n % 16 == 0, "GROUP_M": kernel._GROUP_M,
             **{name: size for name, size in tile.items() if name not in options},
         },
@@ -193,7 +196,7 @@ def _embed_text(node: Node) -> Launch:
     from triton import next_power_of_2
 
     if "text_position" in node.inputs and "text_type" in node.inputs:
-        raise UnsupportedError(f"{node.name} has positions and a type, whose sum is a launch of its own")
+        raise UnsupportedError(f"{node.name} has positions and a type, whose sum target trt leaves to the runtime")
     pointers = {"ids_ptr": "ids", "table_ptr": "table", "gamma_ptr": "gamma", "beta_ptr": "beta", "pad_ptr": "pad_mask"}
     pointers["shift_ptr"] = "text_position" if "text_position" in node.inputs else "text_type"
     dims = {
@@ -258,30 +261,133 @@ def _max_query(node: Node) -> Launch:
     )  # fmt: skip
 
 
+_WIDEST_HEAD = 128  # that a program holds
+_MANY = 256  # queries, keys or rows of a sample, where the file does not say how many
+
+
+def _head(node: Node) -> int:
+    d = _fixed(node, "q", len(node.inputs["q"][1]) - 1)
+    if d > _WIDEST_HEAD:
+        raise UnsupportedError(f"{node.name} has heads of {d} numbers, a plugin takes {_WIDEST_HEAD} at most")
+    return d
+
+
+def _few_query(node: Node) -> Launch:
+    import triton.language as tl
+
+    from mmfuse.kernels.qformer import kernel
+
+    packed, shared = "cu_seqlens" in node.inputs, "kv_index" in node.inputs
+    if packed and "longest" in node.inputs:
+        raise UnsupportedError(f"{node.name} has packed images of which the longest is known when the model runs")
+    _floats(node, "q", "k", "v")
+    d, (rows, queries, *_), longest = _head(node), node.inputs["q"][1], node.attributes.get("longest")
+    tile = kernel._tile(  # noqa: SLF001  the kernel's own choice
+        _MANY if queries is None else queries,
+        _MANY if longest is None else longest,
+        d,
+        4 if node.inputs["q"][0] == 1 else 2,
+    )
+    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    pointers = {
+        "q_ptr": "q", "k_ptr": "k", "v_ptr": "v", "index_ptr": "kv_index", "lengths_ptr": "lengths",
+        "cu_ptr": "cu_seqlens", "seed_ptr": "seed",
+    }  # fmt: skip
+    given = {pointer: name for pointer, name in pointers.items() if name in node.inputs}
+    padded = "I" if shared else "B"
+    images = "(C-1)" if packed else padded
+    batch, keys = "B" if shared else images, "T H D" if packed else f"{padded} N H D"
+    dims = {
+        "q": "R Q H D", "k": keys, "v": keys, "kv_index": "B", "lengths": padded, "cu_seqlens": "C", "seed": "one",
+    }  # fmt: skip
+    strides = {"stride_qb": "0" if rows == 1 else "Q * H * D", "stride_qq": "H * D", "stride_qh": "D"}
+    for of in "kv":
+        strides |= {f"stride_{of}i": "0" if packed else "N * H * D", f"stride_{of}n": "H * D", f"stride_{of}h": "D"}
+    statistics = f"{batch} H Q", "FLOAT"
+    return Launch(
+        kernel=f"{kernel.__name__}:_attend_kernel",
+        pointers=given,
+        dims={name: dims[name] for name in given.values()},
+        outputs={"o_ptr": (f"{batch} Q H D", "q"), "max_ptr": statistics, "sum_ptr": statistics},
+        scalars={"H": "H", "Q": "Q", "images": images, "N": str(longest) if packed else "N", **strides},
+        grid=(f"{batch} * H", f"cdiv(Q, {tile['BLOCK_Q']})"),
+        constants={
+            **dict.fromkeys(pointers.keys() - given.keys()), "drop": float(node.attributes["dropout"]),
+            "scale": d**-0.5, "ONE": longest is not None and longest <= tile["BLOCK_N"], "ACC": tl.float32,
+            "PRECISION": "ieee", "D": d, **tile,
+        },
+        options=options,
+        aligned=tuple(strides) if d % 16 == 0 else (),
+    )  # fmt: skip
+
+
+_MOST_SEGMENTS = 4
+
+
+def _packed_attention(node: Node) -> Launch:
+    import triton.language as tl
+
+    from mmfuse.kernels.multiway import attention_kernel as kernel
+
+    d, heads, of_keys, runs = _head(node), _fixed(node, "q", 1), _fixed(node, "k", 1), _fixed(node, "first", 1)
+    biased, places = "bias" in node.inputs, node.attributes.get("places")
+    if runs > _MOST_SEGMENTS:
+        raise UnsupportedError(f"{node.name} has samples of {runs} segments, a plugin takes {_MOST_SEGMENTS} at most")
+    if biased and places is None:
+        raise UnsupportedError(f"{node.name} has a bias in places that are known when the model runs")
+    _floats(node, "q", "k", "v", "bias")
+    longest = node.inputs["row"][1][1]
+    tile = kernel._tile(  # noqa: SLF001  the kernel's own choice
+        _MANY if longest is None else longest, d, 4 if node.inputs["q"][0] == 1 else 2
+    )
+    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    tiles = f"(cdiv(S, {tile['BLOCK_M']}) + {runs - 1})"
+    strides = {"stride_q": "H * D", "stride_k": "J * D", "stride_v": "J * D"}
+    strides |= dict.fromkeys(("stride_qh", "stride_kh", "stride_vh"), "D")
+    return Launch(
+        kernel=f"{kernel.__name__}:_packed_attend_kernel",
+        pointers={f"{of}_ptr": of for of in ("q", "k", "v", "bias", "first", "lengths", "kept") if of in node.inputs},
+        dims={
+            "q": "T H D", "k": "T J D", "v": "T J D", "row": "B S", "first": "B R", "lengths": "B R", "kept": "B R",
+            **({"bias": "H P P"} if biased else {}),
+        },
+        outputs={"o_ptr": ("T H*D", "q"), "max_ptr": ("H T", "FLOAT"), "sum_ptr": ("H T", "FLOAT")},
+        scalars={"tiles": tiles, "H": "H", "T": "T", **({"P": "P"} if biased else {}), **strides},
+        grid=(f"B * H * {tiles}",),
+        constants={
+            **({} if biased else {"bias_ptr": None, "P": 0}), "scale": d**-0.5, "G": heads // of_keys,
+            "ACC": tl.float32, "PRECISION": "ieee", "D": d, "UNIT": gcd(16, d), **tile,
+            **kernel.of_runs(places if biased else [0] * runs, node.attributes.get("sees", ())),
+        },
+        options=options,
+        aligned=tuple(strides) if d % 16 == 0 else (),
+    )  # fmt: skip
+
+
 PLUGINS: dict[str, Callable[[Node], Launch]] = {
     "embed_text": _embed_text,
+    "few_query_attention": _few_query,
     "max_query_similarity": _max_query,
+    "packed_attention": _packed_attention,
     "routed_layer_norm": _routed_norm,
     "routed_linear": _routed_linear,
 }
 
 # the other operators that leave as nodes, and why they have none
-_ONE, _PRODUCTS = "one launch, of which no plugin is written yet", "products of the library between our launches"
+_PRODUCTS = "products of the library between our launches"
 WITHOUT: dict[str, str] = {
     "embed_pair": "a launch for the image and another for the text",
-    "few_query_attention": _ONE,
-    "interpolate_position": _ONE,
+    "interpolate_position": "of a fixed grid it is a constant, of a free one no input has the result's size",
     "mini_pointnet": _PRODUCTS,
     "nearest_code": "four launches: norms, operands, the search, and ties",
     "nearest_neighbors": "a launch that needs workspace for its distances",
-    "packed_attention": _ONE,
     "patch_embed": "two launches: folded weights, and tokens",
     "patch_embed_packed": "two launches: folded weights, and tokens",
     "project_kv": "products of the library alone",
-    "routed_ffn": "two launches: a product for each layer",
+    "routed_ffn": "two launches: a product for each layer; `--target trt` makes them `routed_linear`",
     "select_head": _PRODUCTS,
     "similarity_topk": "a launch for parts of the gallery, and what merges them",
-    "token_attention": "a product of the library, then a launch",
+    "token_attention": "a product of the library, then a launch; `--target trt` makes it `few_query_attention`",
 }
 
 
@@ -335,6 +441,8 @@ def _compile_all(onnx: Path, folder: Path) -> dict[str, Any]:
                 without[node.name] = str(error)
         if plugins:
             (folder / "manifest.json").write_text(json.dumps({"plugins": plugins, "without": without}, indent=1))
+    except ValueError as error:
+        return {"error": str(error)}
     except OSError as error:
         return {"error": f"folder is {str(folder)!r}, which cannot be written: {error}"}
     return {"plugins": [plugin["name"] for plugin in plugins]}
@@ -344,7 +452,10 @@ def nodes_of(onnx: Path) -> list[Node]:
     """The fused operators of a file, one for each name."""
     import onnx_ir as ir
 
-    model = ir.load(onnx)
+    try:
+        model = ir.load(onnx)
+    except Exception as error:  # of the file system and of protobuf
+        raise ValueError(f"onnx is {str(onnx)!r}, which is not a readable ONNX file: {error}") from error
     functions = {function.name: function for function in model.functions.values() if function.domain == DOMAIN}
     found: dict[str, Node] = {}
     for node in model.graph.all_nodes():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfuse.export.onnx import export_onnx
+from mmfuse.export.onnx import check_writable, export_onnx
 from mmfuse.export.require import require
 from mmfuse.models import create, load_official
 from mmfuse.models.registry import system
@@ -128,6 +128,7 @@ def export_served(
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     part = served(name)
     config = part.configuration(config)
+    check_writable(Path(path))
     if no_weights:
         seed = weights = None
         with torch.device("meta"):

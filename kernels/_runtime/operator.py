@@ -105,11 +105,14 @@ class OpSpec:
     Args:
         onnx_name: of the node, of no operator of ONNX or of a runtime: parsers look at the name and not at the domain.
         body: a function of the operator's arguments in plain torch, where ONNX or a runtime cannot hold the formula.
+        launches: the same by operators that are one launch each, as TensorRT's plugins are; None for arguments of which
+            the operator is one itself, or has no such form.
         tolerances: for a dtype's name, (absolute, relative) difference from the formula that a runtime may show.
     """
 
     onnx_name: str
     body: Callable[..., Any] | None = None
+    launches: Callable[..., Any] | None = None
     tolerances: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: {"float32": (1e-5, 1e-4), "float16": (5e-3, 5e-3), "bfloat16": (4e-2, 4e-2)}
     )
@@ -178,7 +181,8 @@ class Operator:
         result = get_type_hints(forward).get("return")
         self.Outputs = result if hasattr(result, "_fields") else None
         self.outputs = list(result._fields) if self.Outputs else ["out"]  # type: ignore[union-attr]
-        self._body = None if export is None or export.body is None else asking(export.body, self.signature.names)
+        own = (None, None) if export is None else (export.body, export.launches)
+        self._body, self._launches = (None if of is None else asking(of, self.signature.names) for of in own)
         if both := set(self.outputs) & set(self.signature.flat):
             raise TypeError(f"{name} has {', '.join(both)} both as an argument and as an output")
         names = self.signature.names
@@ -323,6 +327,10 @@ class Operator:
     def body(self, args: Sequence[Any]) -> Any:
         """What the function of its ONNX node computes, in plain torch."""
         return self.formula(args) if self._body is None else self._body(args)
+
+    def launches(self, args: Sequence[Any]) -> Any:
+        """The operator by others that are one launch each, or None."""
+        return None if self._launches is None else self._launches(args)
 
     def empty(self, args: Sequence[Any], needs: Sequence[bool]) -> Any:
         """The forward's outputs without their numbers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -108,6 +109,7 @@ def _no_norm(norm: Norm) -> str | None:
     return None if norm.gammas else "there is no norm, of which alone the compiled part has the rows"
 
 
+_NO_NORM = Norm([], [], True, 0.0)
 _FEW = [_many_runs, _many_experts]
 
 
@@ -165,6 +167,14 @@ def _linear_backward(
     return passes.linear_grads(g, LinearOut(g, z, mean, rstd), linear, norm, runs, ending, needs)
 
 
+def _norm_apart(linear: Linear, norm: Norm, runs: Runs, ending: Ending) -> Any:
+    """The norm, and the product."""
+    if not norm.gammas:
+        return None
+    x = ROUTED_NORM(linear.x, norm, runs)[0].to(linear.weights[0].dtype)
+    return ROUTED_LINEAR(replace(linear, x=x), _NO_NORM, runs, ending)
+
+
 def _halves(x: Tensor) -> Routing:
     return Routing.from_split(1, len(x), len(x) // 2, device=x.device)
 
@@ -187,7 +197,7 @@ ROUTED_LINEAR = Operator(
     ],
     example=lambda x, **how: routed_linear(x, x.new_ones(2, 4, x.shape[1]), None, _halves(x), **how),
     size=Size("products", _linear_products),
-    export=OpSpec("MmfuseRoutedLinear"),
+    export=OpSpec("MmfuseRoutedLinear", launches=_norm_apart),
 )
 
 
@@ -277,6 +287,14 @@ def _ffn_backward(
     return passes.ffn_grads(g, saved, ffn, norm, runs, ending, needs)
 
 
+def _layers_apart(ffn: FFN, norm: Norm, runs: Runs, ending: Ending) -> Any:
+    """Both products, each behind its norm."""
+    inner = Norm(ffn.inner_gammas, ffn.inner_betas, True, ffn.inner_eps)
+    first = Linear(ffn.x, ffn.weights_in, ffn.biases_in, ffn.activation)
+    x = ROUTED_LINEAR(first, norm, runs, Ending(None, None, None))[0]
+    return ROUTED_LINEAR(Linear(x, ffn.weights_out, ffn.biases_out, "none"), inner, runs, ending)
+
+
 def _not_gelu(ffn: FFN) -> str | None:
     return None if ffn.activation in ("gelu", "none") else f"activation is {ffn.activation}, the compiled part has gelu"
 
@@ -320,7 +338,7 @@ ROUTED_FFN = Operator(
         x, x.new_ones(2, 4, x.shape[1]), None, x.new_ones(2, 3, 4), None, _halves(x), **how
     ),
     size=Size("products", _ffn_products),
-    export=OpSpec("MmfuseRoutedFFN"),
+    export=OpSpec("MmfuseRoutedFFN", launches=_layers_apart),
 )
 
 
@@ -509,7 +527,7 @@ def _product(
 def _before(name: str, norm: Any, width: int, routing: Routing, x: Tensor) -> Norm:
     """The LayerNorm before a product, or none."""
     if norm is None:
-        return Norm([], [], True, 0.0)
+        return _NO_NORM
     if not isinstance(norm, (tuple, list)) or len(norm) != 3:
         raise TypeError(f"{name} is {type(norm).__name__}, expected (weight [E, {width}], bias [E, {width}], eps)")
     gammas, betas = (

@@ -396,6 +396,11 @@ def _half(q: Tensor) -> str | None:
     return "q W_k may leave the range of torch.float16" if q.dtype == torch.float16 else None
 
 
+def _keys_apart(q: Tensor, tokens: Tokens, wants_lse: bool) -> Any:
+    """Keys and values by torch, and the attention."""
+    return None if tokens.bias is not None else FEW_QUERY(q, tokens.keys(q.shape[2]), None, 0.0, wants_lse)
+
+
 TOKEN_ATTENTION = Operator(
     "token_attention",
     forward=_tokens,
@@ -412,7 +417,7 @@ TOKEN_ATTENTION = Operator(
         Implementation("torch", function=reference.of_tokens),
     ],
     size=Size("products saved for an image", _saved, _grad_or_not),
-    export=OpSpec("MmfuseTokenAttention"),
+    export=OpSpec("MmfuseTokenAttention", launches=_keys_apart),
     example=lambda x, **how: token_attention(x[None, :2, None], x[None], *[x.new_ones(2 * [x.shape[1]])] * 2, **how)[0],
 )
 

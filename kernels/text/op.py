@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,13 @@ def too_wide(words: Words) -> str | None:
     return f"D is {d}: a program holds rows of at most {_WIDEST}" if d > _WIDEST else None
 
 
+def _shift_apart(words: Words) -> Any:
+    """The sum of positions and type, which is of weights, and the rest."""
+    if words.text_position is None or words.text_type is None:
+        return None
+    return EMBED_TEXT(replace(words, text_position=words.shift, text_type=None))
+
+
 EMBED_TEXT = Operator(
     "embed_text",
     forward=_forward,
@@ -62,7 +70,7 @@ EMBED_TEXT = Operator(
         Implementation("torch", function=lambda words: (reference.embed_text(words),)),
     ],
     size=Size("numbers", lambda words: math.prod(words.shape)),
-    export=OpSpec("MmfuseEmbedText"),
+    export=OpSpec("MmfuseEmbedText", launches=_shift_apart),
     example=lambda x, **how: embed_text(torch.zeros(1, len(x), dtype=torch.int64, device=x.device), x, **how),
 )
 

@@ -495,3 +495,19 @@ def test_read_weights(tmp_path: Path) -> None:
     for name, message in (("nested.pt", "nothing around them"), ("text.safetensors", "cannot be read")):
         with pytest.raises(ValueError, match=message):
             read_weights(tmp_path / name)
+
+
+class Named(nn.Module):
+    """Two values that torch calls "linear", of which the second is an output of that name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"linear": self.second(self.first(x))}
+
+
+def test_an_output_with_the_name_of_a_value_inside(tmp_path: Path) -> None:
+    path = export_onnx(Named(), {"x": torch.randn(3, 4)}, tmp_path / "named.onnx")
+    onnx.checker.check_model(path, full_check=True)

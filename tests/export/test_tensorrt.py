@@ -26,8 +26,9 @@ from mmfuse.export import build_cli, engine_build, engine_check, engine_plugins,
 from mmfuse.export.tensorrt import TensorRTModule, build_tensorrt, write_bundle
 from mmfuse.kernels._runtime import UnsupportedError
 from mmfuse.kernels.contrastive import max_query_similarity
-from mmfuse.kernels.multiway import routed_layer_norm, routed_linear
-from mmfuse.kernels.multiway.routing import Routing
+from mmfuse.kernels.multiway import packed_attention, routed_ffn, routed_layer_norm, routed_linear
+from mmfuse.kernels.multiway.routing import Part, Routing
+from mmfuse.kernels.qformer import few_query_attention, token_attention
 from mmfuse.kernels.text import embed_text
 
 onnx = pytest.importorskip("onnx")
@@ -86,6 +87,59 @@ class Retrieved(nn.Module):
         return {"tokens": tokens, "typed": typed, "similar": max_query_similarity(image, tokens[:, 0])}
 
 
+class Attended(nn.Module):
+    """Queries over images, padded and packed, and a stream in which a text sees what came before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        shapes = {"queries": (1, 5, 2, 16), "bias": (4, 9, 9), "weight": (2, 128, 64)}
+        self.weights = nn.ParameterDict({name: torch.randn(shape, generator=draw) for name, shape in shapes.items()})
+
+    def forward(
+        self, tokens: Tensor, words: Tensor, index: Tensor, lengths: Tensor, ends: Tensor, stream: Tensor
+    ) -> dict[str, Tensor]:
+        queries, samples, x = self.weights["queries"], len(stream), stream.flatten(0, 1)
+        parts = [Part(0, samples, 5, place=3), Part(1, samples, 4, kept=lengths.new_full((samples,), 3))]
+        routing = Routing.of(parts, 2, samples=samples)
+        gated = routed_linear(x, self.weights["weight"] / 8, None, routing, activation="swiglu")
+        q, (k, v) = x.unflatten(1, (4, 16)), gated.unflatten(1, (2, 2, 16)).unbind(1)
+        sees = ("all", "none"), ("all", "causal")
+        return {
+            "shared": few_query_attention(queries, tokens, tokens.tanh(), index, lengths).o,
+            "own": few_query_attention(words[:, :3], words, words.tanh()).o,
+            "packed": few_query_attention(
+                queries, words.flatten(0, 1), words.tanh().flatten(0, 1), cu_seqlens=ends, longest=8
+            ).o,
+            "gated": gated,
+            "biased": packed_attention(q, k, v, routing, sees, self.weights["bias"]),
+            "grouped": packed_attention(q, k, v, routing),
+        }
+
+
+class Apart(nn.Module):
+    """Operators of several launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        shapes = {"table": (40, 32), "position": (12, 32), "kind": (32,), "queries": (1, 5, 2, 16), "key": (32, 32)}
+        shapes |= {"w1": (2, 48, 32), "b1": (2, 48), "w2": (2, 32, 48), "b2": (2, 32), "inner": (2, 48)}
+        self.weights = nn.ParameterDict({name: torch.randn(s, generator=draw) / 4 for name, s in shapes.items()})
+
+    def forward(self, ids: Tensor, tokens: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        w, x, routing = self.weights, tokens.flatten(0, 1), Routing.from_split(len(tokens), 8, 3)
+        norm, inner = ((w[name], w[name] / 2, 1e-5) for name in ("b2", "inner"))
+        return {
+            "text": embed_text(ids, w["table"], position=w["position"], type_embed=w["kind"], norm=(None, None, 1e-5)),
+            "seen": token_attention(w["queries"], tokens, w["key"], w["key"] + 1, lengths=lengths).o,
+            "linear": routed_linear(x, w["w1"], w["b1"], routing, input_norm=norm),
+            "ffn": routed_ffn(
+                x, w["w1"], w["b1"], w["w2"], w["b2"], routing, norm=inner, input_norm=norm, residual=x
+            ),
+        }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlp") / "mlp.onnx"
@@ -108,6 +162,34 @@ def words(images: int, texts: int) -> dict[str, Tensor]:
 def retrieved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     free = {"ids": {0: "texts"}, "pad": {0: "texts"}, "image": {0: "images"}}
     return export_onnx(Retrieved(), words(2, 3), tmp_path_factory.mktemp("words") / "words.onnx", dynamic=free)
+
+
+def seen(images: int, tokens: int, samples: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(tokens)
+    given = {"tokens": (images, 7, 2, 16), "words": (images, tokens, 2, 16), "stream": (samples, 9, 64)}
+    found = {name: torch.randn(shape, generator=draw) for name, shape in given.items()}
+    found["index"], found["lengths"] = torch.arange(images + 3) % images, torch.arange(images) % 8
+    return found | {"ends": torch.arange(images + 2).clamp(max=images) * 4}  # the last one has none
+
+
+@pytest.fixture(scope="module")
+def attended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    free = {name: {0: "images"} for name in ("tokens", "lengths")} | {"words": {0: "images", 1: "tokens"}}
+    free |= {"index": {0: "rows"}, "ends": {0: "ends"}, "stream": {0: "samples"}}
+    return export_onnx(Attended(), seen(4, 10, 2), tmp_path_factory.mktemp("seen") / "seen.onnx", dynamic=free)
+
+
+def several(batch: int, length: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(batch)
+    ids, tokens = torch.randint(0, 40, (batch, length), generator=draw), torch.randn(batch, 8, 32, generator=draw)
+    return {"ids": ids, "tokens": tokens, "lengths": torch.arange(batch) % 9}
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    free = {"ids": {0: "batch", 1: "length"}, "tokens": {0: "batch"}, "lengths": {0: "batch"}}
+    path = tmp_path_factory.mktemp("apart") / "apart.onnx"
+    return export_onnx(Apart(), several(3, 6), path, dynamic=free, target="trt")
 
 
 PROFILE = {"batch": (1, 4, 8)}
@@ -511,32 +593,96 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def values_of(path: Path, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of every input and output of our nodes, as onnxruntime computes them by their functions."""
+    file = onnx.load(path)
+    weights = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in file.graph.initializer}
+    names = {name for node in file.graph.node if node.domain for name in (*node.input, *node.output)}
+    said = {value.name for value in (*file.graph.output, *file.graph.input)} | weights.keys()
+    file.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names - said))
+    session = onnxruntime.InferenceSession(file.SerializeToString(), providers=["CPUExecutionProvider"])
+    outputs = [output.name for output in session.get_outputs()]
+    found = session.run(outputs, {name: t.numpy() for name, t in given.items()})
+    return weights | given | {name: torch.from_numpy(t) for name, t in zip(outputs, found, strict=True)}
+
+
 @compiler
-def test_launches_compute_what_the_nodes_do(retrieved: Path) -> None:
+@pytest.mark.parametrize(
+    ("which", "given"),
+    [
+        ("retrieved", words(9, 20)),
+        ("attended", seen(5, 6, 3)),
+        ("attended", seen(8, 90, 1)),
+        ("apart", several(4, 5)),
+    ],
+)
+def test_launches_compute_what_the_nodes_do(
+    which: str, given: dict[str, Tensor], request: pytest.FixtureRequest
+) -> None:
     """As they are declared, with Triton's interpreter in TensorRT's place."""
-    given = words(9, 20)
-    session = onnxruntime.InferenceSession(retrieved, providers=["CPUExecutionProvider"])
-    expected = session.run(["tokens", "typed", "similar"], {name: t.numpy() for name, t in given.items()})
-    initializers = onnx.load(retrieved).graph.initializer
-    weights = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in initializers}
-    position = next(t for t in weights.values() if t.shape == (5, 48))  # what the words have of it
-    given |= {"text": torch.from_numpy(expected[0][:, 0]), "pad_mask": given["pad"]}
-    for node, wanted in zip(plugins.nodes_of(retrieved), expected, strict=True):
+    path = request.getfixturevalue(which)
+    values, nodes = values_of(path, given), {n.op_type: n for n in onnx.load(path).graph.node}
+    for node in plugins.nodes_of(path):
         launch = plugins.PLUGINS[node.operator](node)
-        shift = weights["weights.beta"] if wanted is expected[1] else position
-        of = {name: weights.get(f"weights.{name}", given.get(name, shift)) for name in launch.pointers.values()}
-        sizes = {d: n for name, dims in launch.dims.items() for d, n in zip(dims.split(), of[name].shape, strict=True)}
-        numbers = {name: engine_plugins.evaluate(of_sizes, sizes, cdiv) for name, of_sizes in launch.scalars.items()}
+        of = {name: values[value] for name, value in zip(node.inputs, nodes[node.name].input, strict=True)}
+        sizes: dict[str, int] = {}
+        for name, dims in launch.dims.items():
+            for dim, n in zip(dims.split(), of[name].shape, strict=True):
+                assert sizes.setdefault(dim, n) == n, f"{dim} of {node.name}"
+
+        def number(expression: str, sizes: dict[str, int] = sizes) -> int:
+            return engine_plugins.evaluate(expression, sizes, cdiv)
+
         outputs = {
-            name: torch.empty([sizes[d] for d in dims.split()], dtype=torch.int32 if kind == "INT32" else torch.float32)
+            name: torch.empty(
+                [number(dim) for dim in dims.split()], dtype=torch.int32 if kind == "INT32" else torch.float32
+            )
             for name, (dims, kind) in launch.outputs.items()
         }
         module, function = launch.kernel.split(":")
-        grid = tuple(engine_plugins.evaluate(of_sizes, sizes, cdiv) for of_sizes in launch.grid)
         pointers = {name: of[argument].contiguous() for name, argument in launch.pointers.items()}
+        numbers = {name: number(expression) for name, expression in launch.scalars.items()}
+        grid = tuple(map(number, launch.grid))
         getattr(import_module(module), function)[grid](**outputs, **pointers, **numbers, **launch.constants)
-        found = next(iter(outputs.values()))
-        torch.testing.assert_close(found, torch.from_numpy(wanted), rtol=1e-5, atol=1e-5)
+        expected = values[nodes[node.name].output[0]]
+        torch.testing.assert_close(next(iter(outputs.values())), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_operator_of_several_launches_is_a_node_for_each(apart: Path) -> None:
+    nodes = [node.operator for node in plugins.nodes_of(apart)]
+    ffn = ["routed_layer_norm", "routed_linear"] * 2
+    assert sorted(nodes) == sorted(["embed_text", "few_query_attention", "routed_linear", *ffn])
+    assert all(node.operator in plugins.PLUGINS for node in plugins.nodes_of(apart))
+    given = several(2, 7)
+    with torch.no_grad():
+        expected = Apart().eval()(**given)
+    session = onnxruntime.InferenceSession(apart, providers=["CPUExecutionProvider"])
+    found = session.run(list(expected), {name: t.numpy() for name, t in given.items()})
+    for name, got in zip(expected, found, strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), expected[name], rtol=1e-4, atol=1e-5)
+
+
+@compiler
+@classic
+def test_plugins_over_images_and_streams(attended: Path, tmp_path: Path, run_classic: Any) -> None:
+    names = plugins.compile_plugins(attended, tmp_path / "plugins")
+    manifest = tmp_path / "plugins" / "manifest.json"
+    assert json.loads(manifest.read_text())["without"] == {}
+    values, nodes = values_of(attended, seen(5, 70, 3)), {n.op_type: n for n in onnx.load(attended).graph.node}
+    types = {torch.float32: "FLOAT", torch.int64: "INT64", torch.bool: "BOOL"}
+    kinds = {n: [(tuple(values[i].shape), types[values[i].dtype]) for i in nodes[n].input] for n in names}
+    launches = run_classic(REGISTERED, str(engine_plugins.__file__), str(manifest), json.dumps(kinds))["launches"]
+    for name, launch in launches.items():
+        assert launch["entry"] and launch["shapes"][0] == list(values[nodes[name].output[0]].shape)
+    shared, own, packed, gated, biased, grouped = (launches[n.op_type] for n in nodes.values() if n.domain)
+    # rows of queries x heads, and tiles of queries
+    assert shared["grid"] == 8 * 2 and shared["scalars"] == [2, 5, 5, 7, 0, 32, 16, 224, 32, 16, 224, 32, 16]
+    assert own["grid"] == 5 * 2 and own["scalars"] == [2, 3, 5, 70, 96, 32, 16, 2240, 32, 16, 2240, 32, 16]
+    assert packed["grid"] == 6 * 2 and packed["scalars"][:7] == [2, 5, 6, 8, 0, 32, 16]
+    assert gated["shapes"] == [[27, 64]]
+    # samples x heads x tiles of 16 rows, of which two segments have one more
+    assert biased["grid"] == 3 * 4 * 2 and biased["scalars"] == [2, 4, 27, 9, 64, 16, 32, 16, 32, 16]
+    assert grouped["scalars"] == [2, 4, 27, 64, 16, 32, 16, 32, 16]
 
 
 # --- running --------------------------------------------------------------------------------------------------------
