@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             samples = None if inputs is None else [inputs]
             report = check_onnx(args.file, model, samples, weights=args.weights, also=args.also)
-    if args.markdown is not None:
-        args.markdown.write_text(markdown(report))
     if args.json:
         print(json.dumps(report, indent=1))
     else:
         _print(report)
+    if args.markdown is not None:
+        args.markdown.write_text(markdown(report))
     return 0 if report["ok"] else 1
 
 

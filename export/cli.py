@@ -151,7 +151,10 @@ def _export_generation(what: str, args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> Any:
     if not args.config and args.preset is None:
         raise ValueError("neither --preset nor --config is given, expected one of them")
-    return json.loads(args.config) if args.config else args.preset
+    try:
+        return json.loads(args.config) if args.config else args.preset
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config is {args.config!r}, expected JSON: {error}") from error
 
 
 def made(what: str) -> tuple[nn.Module, Any, Mapping[str, Mapping[int, str]]]:

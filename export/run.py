@@ -116,7 +116,11 @@ def run_onnx(
     binding, held = _bound(session, given, "cpu" if provider == "cpu" else "cuda")
 
     def once() -> None:
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime has no class for it
+            what = ", ".join(f"{name} {list(t.shape)}" for name, t in given.items())
+            raise ValueError(f"onnxruntime does not run {str(path)!r} with {what}: {error}") from error
         binding.synchronize_outputs()
 
     milliseconds = _timed(once, repeat)
@@ -209,10 +213,13 @@ def draw(signature: Mapping[str, tuple[str, Any]], sizes: Mapping[str, int], see
         if kind not in TYPES:
             raise ValueError(f"input {name!r} is a {kind}, for which inputs must be given")
         dtype = TYPES[kind]
-        if dtype.is_floating_point:
-            inputs[name] = torch.randn(shape, generator=generator).to(dtype)
-        else:
-            inputs[name] = torch.randint(256 if dtype == torch.uint8 else 2, shape, generator=generator).to(dtype)
+        try:
+            if dtype.is_floating_point:
+                inputs[name] = torch.randn(shape, generator=generator).to(dtype)
+            else:
+                inputs[name] = torch.randint(256 if dtype == torch.uint8 else 2, shape, generator=generator).to(dtype)
+        except RuntimeError as error:  # of memory
+            raise ValueError(f"input {name!r} cannot be drawn, {shape}: {error}") from error
     return inputs
 
 

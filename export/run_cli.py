@@ -37,15 +37,12 @@ def run(args: argparse.Namespace) -> int:
     library, sizes = ort_library() if args.ops == "" else args.ops, _sizes(args.size)
     with Console(stderr=True).status(f"running {args.file}"):
         done = run_onnx(args.file, inputs, provider=args.provider, sizes=sizes, repeat=args.repeat, library=library)
-    if args.outputs is not None:
-        require("safetensors")
-        from safetensors.torch import save_file
-
-        save_file({name: t.contiguous() for name, t in done.outputs.items()}, args.outputs)
     if args.json:
         print(json.dumps(_record(done), indent=1))
     else:
         _print(done)
+    if args.outputs is not None:
+        _write(done.outputs, args.outputs)
     return 0
 
 
@@ -57,6 +54,16 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except Exception as error:  # safetensors has its own
         raise ValueError(f"inputs is {str(file)!r}, which cannot be read: {error}") from error
+
+
+def _write(outputs: dict[str, Tensor], file: Path) -> None:
+    require("safetensors")
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: t.contiguous() for name, t in outputs.items()}, file)
+    except Exception as error:  # safetensors has its own
+        raise ValueError(f"outputs is {str(file)!r}, which cannot be written: {error}") from error
 
 
 def _sizes(words: list[str]) -> dict[str, int]:

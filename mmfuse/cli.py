@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return import_module(COMMANDS[args.command][0]).run(args)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        print(f"mmfuse {args.command}: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader left, e.g. `| head`
         sys.stderr.close()
         return 1
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        print(f"mmfuse {args.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

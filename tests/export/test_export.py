@@ -357,6 +357,7 @@ def test_command_exit_codes(vit: Path, tmp_path: Path) -> None:
     onnx.save(file, other)
     for file in (truncated, empty, other, tmp_path, tmp_path / "absent.onnx"):
         assert main(["export", "check", str(file)]) == 2, file
+    assert main(["export", "check", str(vit), "--markdown", str(tmp_path / "absent" / "report.md")]) == 2
 
     process = [sys.executable, "-m", "mmfuse.cli", "export", "check", str(changed)]
     done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "100"})
@@ -373,6 +374,7 @@ def test_command_exit_codes(vit: Path, tmp_path: Path) -> None:
         ("--weights", "absent.pt", "weights is 'absent.pt', which cannot be read"),
         ("--onnx", "absent/clip.onnx", "path is 'absent/clip.onnx', which cannot be written"),
         ("--onnx", ".", "path is '.', which is a folder"),
+        ("--config", "{embed_dim: 4}", "config is '{embed_dim: 4}', expected JSON"),
     ],
 )
 def test_command_errors(
@@ -384,6 +386,12 @@ def test_command_errors(
     assert main(["export", "clip", *(word for pair in options.items() for word in pair)]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_is_looked_at_before_the_model_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmfuse.export.served.build", lambda *_, **__: pytest.fail("it was made"))
+    with pytest.raises(ValueError, match="cannot be written"):
+        export_served("clip", tmp_path / "absent" / "clip.onnx", "vit-b-16")
 
 
 def test_export_refuses(tmp_path: Path) -> None:

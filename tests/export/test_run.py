@@ -317,9 +317,21 @@ def test_the_command_runs_a_file(file: Path, tmp_path: Path, capsys: pytest.Capt
     save_file({"x": torch.randn(1, 5, 16)}, tmp_path / "inputs.safetensors")
     assert main(["export", "run", str(file), "--inputs", str(tmp_path / "inputs.safetensors")]) == 0
     assert "[1, 8]" in capsys.readouterr().out
-    for wrong in (["--size", "batch"], ["--size", "rows=3"], ["--inputs", str(file)]):
+    for said, *wrong in (
+        ("expected NAME=N", "--size", "batch"),
+        ("expected free dimensions", "--size", "rows=3"),
+        ("cannot be drawn", "--size", f"batch={10**15}"),
+        ("cannot be read", "--inputs", str(file)),
+        ("cannot be written", "--outputs", str(tmp_path)),
+    ):
         assert main(["export", "run", str(file), *wrong]) == 2
-        assert "expected" in (said := capsys.readouterr().err) or "cannot be read" in said
+        assert said in capsys.readouterr().err
+
+
+def test_a_run_that_fails(tmp_path: Path) -> None:
+    path = export_onnx(nn.Embedding(1, 4), {"input": torch.zeros(9, dtype=torch.int64)}, tmp_path / "ids.onnx")
+    with pytest.raises(ValueError, match=r"onnxruntime does not run .* with input \[9\]: .*out of data bounds"):
+        run_onnx(path)  # with ids of 0 and 1
 
 
 @openvino

@@ -589,6 +589,13 @@ def test_plugins_over_words(retrieved: Path, tmp_path: Path, run_classic: Any) -
     assert launches[similar]["scalars"] == [48, 48, 48, 9, 300, 7] and all(of["entry"] for of in launches.values())
 
 
+def test_a_file_that_is_none(mlp: Path, tmp_path: Path) -> None:
+    file = tmp_path / "half.onnx"
+    file.write_bytes(mlp.read_bytes()[:500])
+    with pytest.raises(ValueError, match="which is not a readable ONNX file"):
+        plugins.nodes_of(file)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
