@@ -330,10 +330,11 @@ def _packed_attention(node: Node) -> Launch:
     from mmfuse.kernels.multiway import attention_kernel as kernel
 
     d, heads, of_keys, runs = _head(node), _fixed(node, "q", 1), _fixed(node, "k", 1), _fixed(node, "first", 1)
-    biased, places = "bias" in node.inputs, node.attributes.get("places")
+    biased = "bias" in node.inputs
+    places = node.attributes.get("places") if biased else [0] * runs
     if runs > _MOST_SEGMENTS:
         raise UnsupportedError(f"{node.name} has samples of {runs} segments, a plugin takes {_MOST_SEGMENTS} at most")
-    if biased and places is None:
+    if places is None:
         raise UnsupportedError(f"{node.name} has a bias in places that are known when the model runs")
     _floats(node, "q", "k", "v", "bias")
     longest = node.inputs["row"][1][1]
@@ -357,7 +358,7 @@ def _packed_attention(node: Node) -> Launch:
         constants={
             **({} if biased else {"bias_ptr": None, "P": 0}), "scale": d**-0.5, "G": heads // of_keys,
             "ACC": tl.float32, "PRECISION": "ieee", "D": d, "UNIT": gcd(16, d), **tile,
-            **kernel.of_runs(places if biased else [0] * runs, node.attributes.get("sees", ())),
+            **kernel.of_runs(places, node.attributes.get("sees", ())),
         },
         options=options,
         aligned=tuple(strides) if d % 16 == 0 else (),
