@@ -53,7 +53,7 @@ def _program(tiles, H, lengths_ptr, RUNS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _kind(sees, i, j, RUNS: tl.constexpr):
     """What run i sees of run j."""
-    return ((sees >> (2 * (i * RUNS + j))) & 3).to(tl.int32)
+    return ((tl.full((), sees, tl.int64) >> (2 * (i * RUNS + j))) & 3).to(tl.int32)
 
 
 @triton.jit

@@ -589,6 +589,25 @@ def test_plugins_over_words(retrieved: Path, tmp_path: Path, run_classic: Any) -
     assert launches[similar]["scalars"] == [48, 48, 48, 9, 300, 7] and all(of["entry"] for of in launches.values())
 
 
+@compiler
+def test_samples_of_the_most_segments(tmp_path: Path) -> None:
+    """What they see and where they lie are the kernel's largest numbers."""
+    script = """
+import sys
+from pathlib import Path
+from mmfuse.export import plugins
+inputs = {name: (1, (None, 1, 16)) for name in "qkv"} | {"row": (7, (None, 16)), "bias": (1, (1, 60000, 60000))}
+inputs |= {name: (7, (None, 4)) for name in ("first", "lengths", "kept")}
+node = plugins.Node("four", "packed_attention", inputs, {"places": [0, 197, 400, 50000]})
+plugins.ARCHS = (80,)
+plugins._compiled(node, plugins.PLUGINS["packed_attention"](node), Path(sys.argv[1]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    whole = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(whole, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_file_that_is_none(mlp: Path, tmp_path: Path) -> None:
     file = tmp_path / "half.onnx"
     file.write_bytes(mlp.read_bytes()[:500])
