@@ -17,7 +17,7 @@ from judge import Results, cast, compared, judge
 from mmfuse._compat import allow_torchvision
 from mmfuse.kernels.patch.positions import interpolate_position
 from mmfuse.kernels.patch.ragged import drop_patches, pack_first_fit, pack_images, patch_embed_packed
-from mmfuse.kernels.patch.ragged.layout import layout
+from mmfuse.kernels.patch.ragged.layout import layout, layout_of
 from registered import backends, opcheck
 
 allow_torchvision()
@@ -262,6 +262,24 @@ def test_nothing_is_read_from_the_device() -> None:
                 torch.randn(20, 4), grids, weight, table=table, padded_length=padded, backend="torch"
             )  # fmt: skip
             assert out.tokens.shape == ((20, 6) if padded is None else (3, 8, 6))
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"padded_out": 17}, {"padded_in": 17}, {"padded_in": 17, "pad_first": True}, {"keep_aspect": True}],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "sizes", [[[2, 4], [0, 6], [2, 4], [4, 2]], [[1, 2, 4], [2, 0, 2], [2, 2, 4]], [[2, 2]]], ids=str
+)
+def test_the_host_finds_places_as_the_device(sizes: list[list[int]], how: dict[str, Any], merge: int) -> None:
+    grids = torch.tensor(sizes)
+    rows = len(sizes) * how["padded_in"] if "padded_in" in how else 29
+    of_host, of_device = layout_of(sizes, rows, merge=merge, **how), layout(grids, rows, merge=merge, **how)
+    for got, want in zip(of_host, of_device, strict=True):
+        assert (got is None) == (want is None)
+        assert want is None or got.dtype == want.dtype and torch.equal(got, want)
 
 
 def test_what_lies_past_the_end_has_no_position() -> None:

@@ -5,9 +5,14 @@ Every semantics but a factorised sum is separable: P' = (R_h x R_w) P, with one 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmfuse.kernels._runtime.arguments import outside_a_trace
 
 MODES = (
     "bicubic",
@@ -29,8 +34,14 @@ CLOSED = ("bilinear_aa", "bilinear_corners", "nearest_bucket", "lookup")
 def axis_matrix(mode: str, size: int, source: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """R [size, source], bit for bit the weights of the official code.
 
-    Where that calls `F.interpolate` or `F.grid_sample`, they are what these make of the unit vectors.
+    Where that calls `F.interpolate` or `F.grid_sample`, they are what these make of the unit vectors. On a CPU a matrix
+    is made once: it takes more operations than its products.
     """
+    given = mode, size, source, dtype, device
+    return _made_once(*given) if device.type == "cpu" and outside_a_trace() else _axis_matrix(*given)
+
+
+def _axis_matrix(mode: str, size: int, source: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if mode in CLOSED:
         index = torch.arange(size, device=device)
         return axis_weights(mode, index, torch.full_like(index, size), source, dtype)
@@ -45,6 +56,12 @@ def axis_matrix(mode: str, size: int, source: int, dtype: torch.dtype, device: t
         return F.grid_sample(eye[None, :, None], at, "bicubic", "border", align_corners=False)[0, :, 0].t()
     kind, _, option = mode.partition("_")
     return F.interpolate(eye[None, None], (source, size), mode=kind, antialias=option == "aa")[0, 0].t()
+
+
+@functools.lru_cache(256)
+def _made_once(*given: Any) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the mode, and may be saved for a gradient then
+        return _axis_matrix(*given)
 
 
 def axis_weights(mode: str, index: Tensor, size: Tensor, source: int, dtype: torch.dtype) -> Tensor:

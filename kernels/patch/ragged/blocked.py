@@ -26,7 +26,7 @@ class Positions:
     """The table at the grids of a batch: [S, D] with S = gh gw, or gh + gw of two tables."""
 
     def __init__(self, places: Places):
-        self.grids: list[tuple[int, int, int]] = [tuple(g) for g in places.grids.tolist()]
+        self.grids: list[tuple[int, int, int]] = [(1, *g)[-3:] for g in places.grids.tolist()]
         self.start: list[int] = places.start.tolist()
         self.shape, self.mode, self.factored = places.shape, places.mode, places.factored
         self.keep_aspect, self.merge = places.keep_aspect, places.merge

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -159,7 +160,7 @@ def forward(x: Tensor, f: Folded, table: Tensor | None, places: Places, dtype: t
 
 def table_grad(g: Tensor, patches: int, places: Places, acc: torch.dtype) -> Tensor:
     """[S, D] of g [R, D]."""
-    t, h, w = places.grids.unbind(1)
+    t, h, w = F.pad(places.grids, (3 - places.grids.shape[1], 0), value=1).unbind(1)
     height, width = (torch.maximum(h, w),) * 2 if places.keep_aspect else (h, w)
     grids = torch.stack([t, h, w, height, width], 1).to(torch.int32)
     rows = extra = None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +24,11 @@ class Layout(NamedTuple):
     start: Tensor  # [B] int64: the first patch of each image
 
 
-@dataclass(frozen=True)
+@dataclass
 class Places:
     """Which patch every token is, and where its position lies in a table."""
 
-    grids: Tensor  # [B, 3] int64 (frames, h, w)
+    grids: Tensor  # [B, 2 | 3] int64 ([frames,] h, w)
     place: Tensor
     source: Tensor | None
     start: Tensor
@@ -98,6 +102,37 @@ def layout(
     height = torch.where(size > 0 if pad_first else inside, height, 0)
     place = torch.stack([y, x, height, width], 1).to(torch.int32)
     return Layout(cu_seqlens.to(torch.int32), ids, place, source, start)
+
+
+def layout_of(
+    sizes: Sequence[Sequence[int]],
+    patches: int,
+    *,
+    padded_in: int | None = None,
+    padded_out: int | None = None,
+    **how: Any,
+) -> Layout:
+    """The same on a CPU, of at least one image, whose sizes the host knows: what one of a size has is made once."""
+    begin, length = [0, *accumulate(map(prod, sizes))], padded_out if padded_in is None else padded_in
+    each = [_of_one(tuple(size), prod(size) if length is None else length, **how) for size in sizes]
+    rest = patches - begin[-1] if length is None else 0
+    if rest:
+        each.append(_of_one((0,) * len(sizes[0]), rest, **how))
+    ids, place = map(torch.cat, zip(*each, strict=True))
+    start = torch.tensor(begin[:-1] if padded_in is None else [i * padded_in for i in range(len(sizes))])
+    source = None
+    if padded_out is not None:
+        source = start[:, None] + torch.arange(padded_out)
+        source = source.where(source < torch.tensor(begin[1:])[:, None], -1).flatten()
+    return Layout(torch.tensor(begin, dtype=torch.int32), ids, place, source, start)
+
+
+@functools.lru_cache(64)
+def _of_one(size: tuple[int, ...], rows: int, **how: Any) -> tuple[Tensor, Tensor]:
+    """(ids, place) of an image of so many rows."""
+    with torch.inference_mode(False):  # they outlive the mode, and may be saved for a gradient then
+        at = layout(torch.tensor([size]), rows, padded_in=rows, **how)
+    return at.ids, at.place
 
 
 def _image(begin: Tensor, row: Tensor) -> Tensor:

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size, products
-from mmfuse.kernels._runtime.arguments import PIXELS, autocast_dtype, check, constant, one_of, require_integer
+from mmfuse.kernels._runtime.arguments import (
+    PIXELS,
+    autocast_dtype,
+    check,
+    constant,
+    one_of,
+    outside_a_trace,
+    require_integer,
+)
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels.patch.arguments import check_dtype, vector
 from mmfuse.kernels.patch.positions.op import check_factors, check_table
 from mmfuse.kernels.patch.ragged import blocked, reference
-from mmfuse.kernels.patch.ragged.layout import Places, layout
+from mmfuse.kernels.patch.ragged.layout import Places, layout, layout_of
 from mmfuse.kernels.patch.ragged.stem import fold, weight_grad
 
 
@@ -172,7 +180,8 @@ def patch_embed_packed(
     one_of("pad_position", pad_position, ("first", "none"))
     merge = _MERGES[order]
     bias = vector("bias", bias, (d,), patches, "[D]")
-    mean, std = (_channel_values(n, v, k, channels_last, patches) for n, v in (("mean", mean), ("std", std)))
+    mean = _channel_values("mean", mean, k, channels_last, patches)
+    std = _channel_values("std", std, k, channels_last, patches)
     joined, shape, factored, mode = _table(table, mode, d, patches, keep_aspect)
     padded_in = patches.shape[1] if patches.dim() == 3 else None
     if padded_length is not None:
@@ -186,24 +195,33 @@ def patch_embed_packed(
     if ids_keep is not None:
         check("ids_keep", ids_keep, ("T'",), "", torch.int64, ("patches", patches))
     x, length = patches.reshape(-1, k), padded_length if padded_in is None else padded_in
+    sizes = None
     if grids.device.type == "cpu" and not torch.compiler.is_compiling() and type(grids) is Tensor:
-        _check_grids(grids, merge, length, len(x), ids_keep)
+        sizes = grids.tolist()  # one wait for the host, whatever is asked of them
+        _check_grids(sizes, merge, length, len(x), ids_keep)
     grids = grids.to(torch.int64)
     pads = bool(padded_in) and pad_position == "first"
-    at = layout(
-        grids, x.shape[0], padded_in=padded_in, padded_out=padded_length, merge=merge, keep_aspect=keep_aspect,
-        pad_first=pads, ids_keep=ids_keep,
-    )  # fmt: skip
+    how: dict[str, Any] = {
+        "padded_in": padded_in,
+        "padded_out": padded_length,
+        "merge": merge,
+        "keep_aspect": keep_aspect,
+        "pad_first": pads,
+    }
+    if not sizes or ids_keep is not None or not outside_a_trace() or torch.jit.is_tracing():
+        at = layout(grids, x.shape[0], **how, ids_keep=ids_keep)
+    else:
+        at = layout_of(sizes, x.shape[0], **how)
 
     compute = autocast_dtype(weight) or weight.dtype
-    thw = torch.nn.functional.pad(grids, (3 - grids.shape[1], 0), value=1)
     places = Places(
-        thw, at.place, at.source, at.start, padded_in or 0, pads, merge, keep_aspect, *shape, factored, mode
+        grids, at.place, at.source, at.start, padded_in or 0, pads, merge, keep_aspect, *shape, factored, mode
     )  # fmt: skip
     tokens = PACKED(x, weight, bias, joined, mean, std, places, compute, dtype or compute, backend=backend)
     ids = at.ids
     if length is not None:
-        tokens, ids = (t.view(grids.shape[0], length, t.shape[1]) for t in (tokens, ids))
+        b = grids.shape[0]
+        tokens, ids = tokens.view(b, length, tokens.shape[1]), ids.view(b, length, ids.shape[1])
     return PackedTokens(tokens, at.cu_seqlens, ids)
 
 
@@ -223,13 +241,12 @@ def _check(patches: Tensor, grids: Tensor, weight: Tensor) -> tuple[int, int]:
     return k, d
 
 
-def _check_grids(grids: Tensor, merge: int, length: int | None, patches: int, ids_keep: Tensor | None) -> None:
-    sizes = grids.tolist()  # one wait for the host, whatever is asked of them
-    if any(n < 0 for size in sizes for n in size):
+def _check_grids(sizes: list[list[int]], merge: int, length: int | None, patches: int, ids_keep: Tensor | None) -> None:
+    if sizes and min(map(min, sizes)) < 0:
         raise ValueError("grids has a negative number, expected (h, w) >= 0")
     if merge > 1 and any(n % merge for size in sizes for n in size[-2:]):
         raise ValueError(f"grids has a size that is not a multiple of {merge}, expected even ones for order merge2")
-    count = [prod(size) for size in sizes]
+    count = list(map(prod, sizes))
     if length is not None and max(count, default=0) > length:
         raise ValueError(f"grids has an image of {max(count)} patches, expected at most {length}")
     if length is None and sum(count) > patches:
@@ -249,7 +266,7 @@ def _table(
         joined, shape, mode = torch.cat([y, x]), (len(y), len(x)), "bilinear" if mode == "linear_1d" else mode
     else:
         given = check_table(table, mode)
-        joined, shape = given.flatten(0, 1), (given.shape[0], given.shape[1])
+        joined, shape = table if table.dim() == 2 else table.flatten(0, 1), (given.shape[0], given.shape[1])
     check("table", joined, ("S", d), " as weight has rows", like=("patches", like))
     return joined, shape, isinstance(table, (tuple, list)), mode
 

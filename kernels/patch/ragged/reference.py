@@ -54,8 +54,9 @@ def positions(table: Tensor, place: Tensor, shape: tuple[int, int], mode: str, f
 def dense(place: Tensor, shape: tuple[int, int], mode: str, factored: bool, acc: torch.dtype) -> list[Tensor]:
     """The weights of every row of the table, [rows, S] for each block of tokens; a graph of any size has one block."""
     blocks = []
-    for some in place.split(_ROWS) if isinstance(place.shape[0], int) else [place]:
-        at, size = some.split(2, 1)  # both axes [rows, 2]
+    rows = place.shape[0]
+    for some in place.split(_ROWS) if isinstance(rows, int) and rows > _ROWS else [place]:
+        at, size = some.chunk(2, 1)  # both axes [rows, 2]
         real = (size[:, :1] > 0)[..., None]
         if shape[0] == shape[1]:
             y, x = torch.where(real, axis_weights(mode, at, size.clamp(min=1), shape[0], acc), 0).unbind(1)
