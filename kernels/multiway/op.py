@@ -123,7 +123,7 @@ def _linear_products(linear: Linear) -> int | None:
 
 
 def _ffn_products(ffn: FFN) -> int | None:
-    w1, w2 = (math.prod(of[0].shape[-2:]) for of in (ffn.weights_in, ffn.weights_out))
+    w1, w2 = math.prod(ffn.weights_in[0].shape[-2:]), math.prod(ffn.weights_out[0].shape[-2:])
     return _unless_compiled(ffn.x.shape[0] * (w1 + w2))
 
 
@@ -246,9 +246,11 @@ def routed_linear(
     weights, biases, n = _product("weight", weight, "bias", bias, x.shape[1], activation, routing, x)
     before = _before("input_norm", input_norm, x.shape[1], routing, x)
     ending = _ending(residual, scale, row_scale, x, n)
-    rounded, *parameters = autocast(x, *weights, *biases)
-    x = x if before.gammas else rounded  # autocast leaves a norm's rows alone
-    linear = Linear(x, parameters[: len(weights)], parameters[len(weights) :], activation)
+    if autocast_dtype(x) is not None:
+        rounded, *parameters = autocast(x, *weights, *biases)
+        x = x if before.gammas else rounded  # autocast leaves a norm's rows alone
+        weights, biases = parameters[: len(weights)], parameters[len(weights) :]
+    linear = Linear(x, weights, biases, activation)
     return ROUTED_LINEAR(linear, before, runs, ending, backend=backend)[0]
 
 
@@ -390,10 +392,11 @@ def routed_ffn(
     inner = _before("norm", norm, f, routing, x)
     before = _before("input_norm", input_norm, x.shape[1], routing, x)
     ending = _ending(residual, scale, row_scale, x, n)
-    rounded, *all_ = autocast(x, *w1, *b1, *w2, *b2)
-    parameters = iter(all_)
-    w1, b1, w2, b2 = ([next(parameters) for _ in of] for of in (w1, b1, w2, b2))
-    x = x if before.gammas else rounded
+    if autocast_dtype(x) is not None:
+        rounded, *all_ = autocast(x, *w1, *b1, *w2, *b2)
+        parameters = iter(all_)
+        w1, b1, w2, b2 = ([next(parameters) for _ in of] for of in (w1, b1, w2, b2))
+        x = x if before.gammas else rounded
     ffn = FFN(x, w1, b1, inner.gammas, inner.betas, w2, b2, activation, inner.eps)
     return ROUTED_FFN(ffn, before, runs, ending, backend=backend)[0]
 
@@ -514,9 +517,9 @@ def _product(
     weights = experts_of(name, weight, ("N", k), routing, x)
     wide = weights[0].shape[-2]
     biases = [] if bias is None else experts_of(bias_name, bias, (wide,), routing, x)
-    dtype = None if autocast_dtype(x) is not None else x.dtype
-    for t in (*weights, *biases) if dtype is not None else ():
-        if t.dtype != dtype:
+    dtype = x.dtype
+    for t in (*weights, *biases):
+        if t.dtype != dtype and autocast_dtype(x) is None:
             which = name if any(t is w for w in weights) else bias_name
             raise TypeError(f"{which} has dtype {t.dtype}, expected {dtype} as x")
     if activation in GATED and wide % 2:
@@ -530,14 +533,15 @@ def _before(name: str, norm: Any, width: int, routing: Routing, x: Tensor) -> No
         return _NO_NORM
     if not isinstance(norm, (tuple, list)) or len(norm) != 3:
         raise TypeError(f"{name} is {type(norm).__name__}, expected (weight [E, {width}], bias [E, {width}], eps)")
-    gammas, betas = (
-        experts_of(f"{name}'s {of}", t, (width,), routing, x) for of, t in zip(("weight", "bias"), norm, strict=False)
-    )
+    gammas = experts_of(f"{name}'s weight", norm[0], (width,), routing, x)
+    betas = experts_of(f"{name}'s bias", norm[1], (width,), routing, x)
     return Norm(gammas, betas, True, real(f"{name}'s eps", norm[2]))
 
 
 def _ending(residual: Tensor | None, scale: Tensor | None, row_scale: Tensor | None, x: Tensor, n: int) -> Ending:
     t = x.shape[0]
+    if residual is scale is row_scale is None:
+        return Ending(None, None, None)
     for name, given, shape in (("residual", residual, (t, n)), ("scale", scale, (n,)), ("row_scale", row_scale, (t,))):
         if given is not None:
             check(name, given, shape, like=("x", x))

@@ -95,8 +95,10 @@ def _normed(norm: Norm) -> Expert:
 
 def _operand(norm: Norm, dtype: torch.dtype) -> Expert:
     """A product's: the rows, or their norm in the product's dtype."""
+    if not norm.gammas:
+        return lambda rows, e: rows
     normed = _normed(norm)
-    return lambda rows, e: cast(normed(rows, e), dtype) if norm.gammas else rows
+    return lambda rows, e: cast(normed(rows, e), dtype)
 
 
 def routed_ffn(ffn: FFN, norm: Norm, runs: Runs, ending: Ending) -> Tensor:

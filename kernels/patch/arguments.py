@@ -42,14 +42,16 @@ def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | N
     expected = _SHAPES.get((layout, weight.dim()))
     if expected is None:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, which layout {layout!r} does not go with")
-    still = is_still(pixels, weight, layout)
+    still = is_still(pixels.dim(), weight.dim(), layout)
     if pixels.dim() != weight.dim() - still:
         raise ValueError(f"pixels has shape {tuple(pixels.shape)}, expected {expected} for layout {layout!r}")
-    found, channels = view_shape(pixels, layout)[1], weight.shape[1]
+    found, channels = view_shape(pixels.shape, layout)[1], weight.shape[1]
     if found != channels:
         raise ValueError(f"pixels has {found} channels, expected {channels} as weight")
+    if stride is None:
+        return channels
     dims = weight.dim() - 2
-    steps = weight.shape[2:] if stride is None else stride if isinstance(stride, Sequence) else (stride,) * dims
+    steps = stride if isinstance(stride, Sequence) else (stride,) * dims
     if len(steps) != dims or not all(type(s) in (int, torch.SymInt) and s > 0 for s in steps):
         raise ValueError(f"stride is {stride}, expected a positive integer or {dims} of them")
     if still and steps[0] != weight.shape[2]:
@@ -86,13 +88,15 @@ def channel_values(name: str, given: Any, channels: int, layout: str, pixels: Te
     """mean or std as a tensor [C]; patches take one for each of K, or for each of C leading blocks of K / C."""
     if given is None:
         return None
-    if not isinstance(given, Tensor):
+    numbers = not isinstance(given, Tensor)
+    if numbers:
         given = constant((given,) * channels if isinstance(given, (int, float)) else given, pixels.device)
     n = given.numel()
     blocks = layout == "patches" and n > 0 and channels % n == 0
     if given.dim() != 1 or not (n == channels or blocks):
         raise ValueError(f"{name} has shape {tuple(given.shape)}, expected [{channels}], one for each channel")
-    check(name, given, dtype=given.dtype, like=("pixels", pixels))
+    if not numbers:
+        check(name, given, dtype=given.dtype, like=("pixels", pixels))
     return given if n == channels else given.reshape(-1).repeat_interleave(channels // n)
 
 

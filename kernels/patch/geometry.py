@@ -5,6 +5,7 @@ A signal has T = H = 1, an image T = 1, and rows of patches [B, N, K] are K chan
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +13,8 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmfuse.kernels._runtime.arguments import outside_a_trace
 
 LAYOUTS = ("nchw", "nhwc", "ntchw", "patches")
 Three = tuple[int, int, int]
@@ -42,9 +45,9 @@ def view(pixels: Tensor, weight_dims: int, layout: str) -> Tensor:
     return x[missing]
 
 
-def view_shape(pixels: Tensor, layout: str) -> tuple[int, ...]:
-    """That of `view`, without the view."""
-    b, *sizes = pixels.shape
+def view_shape(shape: Sequence[int], layout: str) -> tuple[int, ...]:
+    """That of `view`, of pixels of this shape."""
+    b, *sizes = shape
     if layout == "patches":
         return b, sizes[1], 1, 1, sizes[0]
     if layout == "nchw":
@@ -72,8 +75,8 @@ def kernel_of(weight: Tensor, layout: str, still: bool) -> Tensor:
     return w.sum(2, keepdim=True) if still else w
 
 
-def is_still(pixels: Tensor, weight: Tensor, layout: str) -> bool:
-    return layout in ("nchw", "nhwc") and weight.dim() == 5 and pixels.dim() == 4
+def is_still(dims: int, weight_dims: int, layout: str) -> bool:
+    return layout in ("nchw", "nhwc") and weight_dims == 5 and dims == 4
 
 
 def source(
@@ -84,14 +87,25 @@ def source(
     Raises:
         ValueError: as `geometry`.
     """
+    shape = pixels.shape
+    find = _known_source if outside_a_trace() and type(shape[-1]) is int else _source  # in a trace sizes are symbols
+    return find(shape, weight.shape, None if stride is None else tuple(stride), layout, padding)
+
+
+def _source(
+    shape: Sequence[int], kernel_shape: Sequence[int], stride: Sequence[int] | None, layout: str, padding: str
+) -> tuple[Geometry, bool]:
     if layout == "patches":
-        return geometry((1, 1, pixels.shape[1]), (1, 1, 1), (1, 1, 1), padding), False
-    ones = (1,) * (5 - weight.dim())
-    kernel, steps = ones + tuple(weight.shape[2:]), ones + tuple(weight.shape[2:] if stride is None else stride)
-    still = is_still(pixels, weight, layout)
+        return geometry((1, 1, shape[1]), (1, 1, 1), (1, 1, 1), padding), False
+    ones = (1,) * (5 - len(kernel_shape))
+    kernel, steps = ones + tuple(kernel_shape[2:]), ones + tuple(kernel_shape[2:] if stride is None else stride)
+    still = is_still(len(shape), len(kernel_shape), layout)
     if still:  # every frame is the image
         kernel, steps = (1, *kernel[1:]), (1, *steps[1:])
-    return geometry(view_shape(pixels, layout)[2:], kernel, steps, padding), still
+    return geometry(view_shape(shape, layout)[2:], kernel, steps, padding), still
+
+
+_known_source = functools.lru_cache(256)(_source)
 
 
 def geometry(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: str) -> Geometry:

@@ -25,8 +25,9 @@ def patch_embed(stem: Stem) -> Tensor:
     if w.dim() == s.pixels.dim() == 4 and mask is None and s.ids_keep is None:
         # what a library runs, on the pixels as they lie
         x = s.pixels.movedim(-1, 1) if s.layout == "nhwc" else s.pixels
-        h, width = (n - m for n, m in zip(s.geometry.padded[1:], x.shape[2:], strict=True))
-        x = F.pad(_normalised(x, s), (0, width, 0, h)) if h or width else _normalised(x, s)
+        (_, height, width), x = s.geometry.padded, _normalised(x, s)
+        if (height, width) != x.shape[2:]:
+            x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
         y = F.conv2d(x, w, bias, s.geometry.stride[1:]).flatten(2).transpose(1, 2)
     elif s.layout == "patches" and mask is s.ids_keep is s.mean is s.std is None:
         y = F.linear(cast(s.pixels, s.compute), w.flatten(1), bias)
@@ -52,7 +53,9 @@ def patch_embed(stem: Stem) -> Tensor:
         # the prefix first: a convolution's tokens are transposed, and are put in a row here
         y = torch.cat([front.expand(y.shape[0], -1, -1), y], dim=1)
         if y.requires_grad or transforming():
-            y = y + torch.cat([t.expand(*table[1].shape[:-2], -1, -1) for t in table], dim=-2)
+            if s.ids_keep is not None:
+                table = [t.expand(y.shape[0], -1, -1) for t in table]
+            y = y + torch.cat(table, dim=-2)
         else:
             y[:, : front.shape[-2]].add_(table[0])
             y[:, front.shape[-2] :].add_(table[1])
@@ -71,7 +74,8 @@ def _normalised(x: Tensor, s: Stem) -> Tensor:
     if s.mean is not None or s.std is not None:
         of_channels = (-1, *(1,) * (x.dim() - 2))
         x, bytes_ = x.to(torch.promote_types(x.dtype, s.acc)), x.dtype == torch.uint8
-        mean, std = (None if v is None else v.to(x.dtype).view(of_channels) for v in (s.mean, s.std))
+        mean = None if s.mean is None else s.mean.to(x.dtype).view(of_channels)
+        std = None if s.std is None else s.std.to(x.dtype).view(of_channels)
         if bytes_:  # what they were converted to is nobody else's, and gone over as seldom as can be
             x = x if mean is None else x.sub_(255 * mean)
             x = x.div_(255 if std is None else 255 * std)

@@ -73,11 +73,9 @@ class Stem:
     @property
     def bare(self) -> bool:
         """Whether it is a convolution and nothing else."""
-        more = (
-            self.stem_weight, self.prefix, self.position, self.mask, self.ids_keep, self.type_embed, self.pre_weight,
-            self.mean, self.std,
-        )  # fmt: skip
-        return self.pixels.is_floating_point() and all(t is None for t in more)
+        bare = self.stem_weight is self.prefix is self.position is self.mask is self.ids_keep is None
+        bare = bare and self.type_embed is self.pre_weight is self.mean is self.std is None
+        return bare and self.pixels.is_floating_point()
 
 
 # the fields that may need a gradient

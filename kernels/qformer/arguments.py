@@ -66,7 +66,7 @@ class Keys:
         return first, first + (self.longest if self.lengths is None else self.lengths)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tokens:
     """Tokens, and what makes keys and values of them."""
 

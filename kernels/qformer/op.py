@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -330,8 +329,7 @@ def few_query_attention(
     dropout = real("dropout", dropout)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}, expected 0 <= dropout < 1")
-    q, k, v = autocast(q, keys.k, keys.v)
-    keys = replace(keys, k=k, v=v)
+    q, keys.k, keys.v = autocast(q, keys.k, keys.v)
     if return_map:
         if backend not in (None, "torch"):
             raise UnsupportedError(f"backend is {backend!r}: with return_map plain torch forms the probabilities")
@@ -473,14 +471,15 @@ def token_attention(
         check("value_bias", value_bias, (width,), " as q has features", like=("q", q))
     if bias is not None:
         check("bias", bias, tuple(x.shape[:2]), " as x has tokens", like=("x", x))
-    given = {"x": x, "key_weight": key_weight, "value_weight": value_weight, "value_bias": value_bias, "bias": bias}
-    for name, t in given.items():  # type: ignore[assignment]
-        _same_dtype(name, t, "q", q)
+    given = (x, key_weight, value_weight, value_bias, bias)
+    for name, other in zip(("x", "key_weight", "value_weight", "value_bias", "bias"), given, strict=True):
+        _same_dtype(name, other, "q", q)
     if lengths is not None:
         lengths = _checked_lengths(lengths, x.shape[:1], x.shape[1], ("x", x))
         bias = None if bias is None else zero_behind(bias, lengths)
-    q, x, key_weight, value_weight = autocast(q, x, key_weight, value_weight)
-    value_bias, bias = (None if t is None else autocast(t)[0] for t in (value_bias, bias))
+    if autocast_dtype(q) is not None:
+        q, x, key_weight, value_weight = autocast(q, x, key_weight, value_weight)
+        value_bias, bias = (None if t is None else autocast(t)[0] for t in (value_bias, bias))
     tokens = Tokens(x, key_weight, value_weight, value_bias, lengths, bias)
     found = TOKEN_ATTENTION(q, tokens, bool(return_lse), backend=backend)
     return _attended(found, return_lse)

@@ -101,7 +101,7 @@ def sdpa(q: Tensor, keys: Keys, dropout: float = 0.0) -> Outputs:
     k, v, kv_index, lengths = padded(keys)
     if kv_index is not None:
         k, v, lengths = k[kv_index], v[kv_index], None if lengths is None else lengths[kv_index]
-    q, mask = q.expand(k.shape[0], -1, -1, -1), None
+    q, mask = q if q.shape[0] == k.shape[0] else q.expand(k.shape[0], -1, -1, -1), None
     if lengths is not None:
         # where there is no key all are seen, and the result is 0 in the end
         seen = torch.where(lengths > 0, lengths, k.shape[1])
@@ -110,7 +110,8 @@ def sdpa(q: Tensor, keys: Keys, dropout: float = 0.0) -> Outputs:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
     o = o if lengths is None else torch.where((lengths > 0)[:, None, None, None], o, 0)
-    return Outputs(o, q.new_empty(0), q.new_empty(0))
+    none = q.new_empty(0)
+    return Outputs(o, none, none)
 
 
 def of_tokens(q: Tensor, tokens: Tokens) -> Outputs:
