@@ -169,16 +169,13 @@ def _by_length(
 ) -> tuple[Tensor]:
     order, back, groups = reading.alike
     rows = [of.row.numel() for of in groups]
-    of_groups = ((t if reading.in_order else taken(t, order, back)).split(rows) for t in (q, k, v))
-    found = [
-        reference.packed_attention(*given, of, places, sees, bias, dropout)
-        for of, *given in zip(groups, *of_groups, strict=True)
-    ]
-    y = torch.cat(found)
+    q, k, v = (t if reading.in_order else taken(t, order, back) for t in (q, k, v))
+    each = zip(q.split(rows), k.split(rows), v.split(rows), groups, strict=True)
+    y = torch.cat([reference.packed_attention(*of_group, places, sees, bias, dropout) for of_group in each])
     return (y if reading.in_order else taken(y, back, order),)
 
 
-_CALL = 1 << 20  # what one more call costs, in pairs of places times features
+_CALL = 1 << 20  # what a group costs, in multiplications
 
 
 def _one_length(q: Tensor, reading: Reading, sees: Sequence[int], bias: Tensor | None) -> str | None:
@@ -190,11 +187,13 @@ def _one_length(q: Tensor, reading: Reading, sees: Sequence[int], bias: Tensor |
         return "there are no rows"
     if reading.full and not sees and bias is None:
         return "all samples have one length"
-    groups = reading.alike[2]
-    pairs = sum(of.row.numel() * of.row.shape[1] for of in groups)
-    fewer = reading.row.numel() * reading.row.shape[1] - pairs
-    if fewer * q.shape[1] * q.shape[2] < _CALL * (len(groups) - 1):
-        return f"{len(groups)} groups have {fewer} fewer pairs of places than all samples, padded"
+    groups, pairs = reading.alike[2], reading.row.numel() * reading.row.shape[1]
+    fewer = (pairs - sum(of.row.numel() * of.row.shape[1] for of in groups)) * q.shape[1] * q.shape[2]
+    # of a mask there is one for all samples of a group
+    of_masks = (0 if bias is None else q.shape[1]) + bool(sees)
+    fewer += (pairs - sum(of.row.shape[1] ** 2 for of in groups)) * of_masks
+    if fewer < _CALL * len(groups):
+        return f"by {len(groups)} groups of samples there are {fewer} fewer multiplications, too few to pay"
     return None
 
 

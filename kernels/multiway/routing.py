@@ -78,8 +78,9 @@ class Reading:
                 row, attended = (t[of, :longest] for t in (self.row, self.attended))
                 segment, within = (t[of[:1], :longest] for t in (self.segment, self.within))
                 place = torch.arange(row.numel(), device=row.device)
-                counts = (t[of] for t in (self.first, self.lengths, self.kept))
-                found.append(Reading(row, place, segment, within, attended, *counts, bool(attended.all()), True))
+                first, counts, kept = (t[of] for t in (self.first, self.lengths, self.kept))
+                full = bool(attended.all())
+                found.append(Reading(row, place, segment, within, attended, first, counts, kept, full, in_order=True))
             order = torch.cat([of.row.flatten() for of in found])
             return order, _inverted(order), found
 
