@@ -187,10 +187,13 @@ def _one_length(q: Tensor, reading: Reading, sees: Sequence[int], bias: Tensor |
         return "there are no rows"
     if reading.full and not sees and bias is None:
         return "all samples have one length"
-    groups, pairs = reading.alike[2], reading.row.numel() * reading.row.shape[1]
-    fewer = (pairs - sum(of.row.numel() * of.row.shape[1] for of in groups)) * q.shape[1] * q.shape[2]
+    _, heads, d = q.shape
     # of a mask there is one for all samples of a group
-    of_masks = (0 if bias is None else q.shape[1]) + bool(sees)
+    pairs, of_masks = reading.row.numel() * reading.row.shape[1], (0 if bias is None else heads) + bool(sees)
+    if pairs * (heads * d + of_masks) < _CALL:
+        return "there is too little to do: it is not worth a look at the lengths"
+    groups = reading.alike[2]
+    fewer = (pairs - sum(of.row.numel() * of.row.shape[1] for of in groups)) * heads * d
     fewer += (pairs - sum(of.row.shape[1] ** 2 for of in groups)) * of_masks
     if fewer < _CALL * len(groups):
         return f"by {len(groups)} groups of samples there are {fewer} fewer multiplications, too few to pay"
