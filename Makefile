@@ -62,7 +62,7 @@ build/compat/%/ready: tests/compat/%.txt $(VENV)/ready
 	$(call environment,$(@D),--requirement $<)
 	touch $@
 
-compat: TESTS = $(addprefix tests/fused/test_,accelerate.py accelerate_coca.py accelerate_cosmos.py accelerate_stems.py losses.py quantizer.py tools.py upstream.py)
+compat: TESTS = $(addprefix tests/fused/test_,accelerate.py accelerate_coca.py accelerate_cosmos.py accelerate_qformers.py accelerate_stems.py losses.py quantizer.py tools.py upstream.py)
 compat: build/compat/oldest/ready build/compat/newest/ready
 	for ready in $^; do OMP_NUM_THREADS=1 $$(dirname $$ready)/bin/python -m $(PYTEST) -n $(JOBS) --dist loadgroup || exit; done
 

@@ -53,7 +53,8 @@ def blip2(text: bool = False, **options: Any) -> Any:
 
 def instruct(kind: str = "instructblip") -> Any:
     cls = INSTRUCT[kind]
-    return random(cls(cls.config_class(**HF_QFORMER | {"num_hidden_layers": 3})))
+    config = getattr(transformers, cls.__name__.replace("Model", "Config"))
+    return random(cls(config(**HF_QFORMER | {"num_hidden_layers": 3})))
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,8 @@ def assert_same(model: Any, twin: Any, run: Callable[[Any], Tensor], *given: Ten
 # --- BLIP-2's Q-Former ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+# releases before 5.10 have no other attention
+@pytest.mark.parametrize("implementation", ["eager", *["sdpa"] * Blip2QFormerModel._supports_sdpa])
 @pytest.mark.parametrize("image_mask", [None, torch.ones(IMAGES, TOKENS)])
 def test_blip2(image_mask: Tensor | None, implementation: str, fused: list[int]) -> None:
     model, twin = pair(blip2(attn_implementation=implementation).double())
@@ -283,7 +285,11 @@ def test_blip2_in_float16_keeps_its_qformer_in_float32(large: bool, fused: list[
 
 def test_is_no_further_from_float64(fused: list[int]) -> None:
     def draw() -> tuple[dict[str, Tensor], ...]:
-        model, twin = pair(blip2())
+        model = blip2()
+        for m in model.modules():  # by small ones rounding grows a thousandfold, and either error is luck
+            if isinstance(m, nn.LayerNorm):
+                nn.init.ones_(m.weight)
+        model, twin = pair(model)
         query, x = inputs(torch.float32)
         results = []
         for m, dtype in ((twin, torch.float32), (model, torch.float32), (copy.deepcopy(model).double(), torch.float64)):
