@@ -117,7 +117,8 @@ def _least(family: str, operator: str, implementation: str, device: torch.device
     if device.type in ("cpu", "cuda") and not alike:
         entries = in_force(family, "least", device)
     elif device.type == "cpu":
-        entries = next((t.get("least", {}) for t in tables(family).values() if "threads" in t), {})
+        cpus = [t for t in tables(family).values() if "threads" in t]
+        entries = max(cpus, key=lambda t: _BITS[t["vectors"]], default=Table()).get("least", {})
     for name in (f"{operator}/{implementation}/{kind}", f"{operator}/{implementation}"):
         columns = {k: k[len(name) + 1 :] or "0" for k in entries if k == name or k.startswith(f"{name}/")}
         steps = [(int(n), entries[k]) for k, n in columns.items() if n.isdecimal()]

@@ -489,7 +489,7 @@ class Sizes:
     def constant(self, value): return Size(value)
     def operation(self, what, a, b):
         a, b = a.value, b.value
-        operations = {"SUM": a + b, "PROD": a * b, "CEIL_DIV": -(-a // b) if b else 0}
+        operations = {"SUM": a + b, "SUB": a - b, "PROD": a * b, "CEIL_DIV": -(-a // b) if b else 0}
         return Size(operations[what.name])
 
 trt.IDimensionExpr = Size
@@ -700,7 +700,7 @@ def test_plugins_over_images_and_streams(attended: Path, tmp_path: Path, run_cla
     launches = run_classic(REGISTERED, str(engine_plugins.__file__), str(manifest), json.dumps(kinds))["launches"]
     for name, launch in launches.items():
         assert launch["entry"] and launch["shapes"][0] == list(values[nodes[name].output[0]].shape)
-    shared, own, packed, gated, biased, grouped = (launches[n.op_type] for n in nodes.values() if n.domain)
+    gated, shared, own, packed, biased, grouped = (launches[n.op_type] for n in nodes.values() if n.domain)
     # rows of queries x heads, and tiles of queries
     assert shared["grid"] == 8 * 2 and shared["scalars"] == [2, 5, 5, 7, 0, 32, 16, 224, 32, 16, 224, 32, 16]
     assert own["grid"] == 5 * 2 and own["scalars"] == [2, 3, 5, 70, 96, 32, 16, 2240, 32, 16, 2240, 32, 16]
