@@ -56,10 +56,11 @@ def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 30.0, ma
                 process.kill()
         silent = [r for r in range(size) if not Path(folder, str(r)).exists()]
         found = [_load(Path(folder, str(r))) for r in range(size)]
+    ended = f"ranks {silent} ended without a result, by {[ranks[r].exitcode for r in silent]}"
     if errors := [e for e in found if isinstance(e, str) and e.startswith("Traceback")]:
-        raise AssertionError("\n".join(errors))
+        raise AssertionError("\n".join([*errors, ended] if silent else errors))
     if silent and not may_end:
-        raise AssertionError(f"ranks {silent} ended without a result")
+        raise AssertionError(ended)
     return found
 
 
