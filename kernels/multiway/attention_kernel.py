@@ -59,7 +59,7 @@ def _kind(sees, i, j, RUNS: tl.constexpr):
 @triton.jit
 def _place(places, i):
     """Of run i's first row in the bias."""
-    return (tl.full((), places, tl.int64) >> (16 * i)) & 0xFFFF
+    return ((tl.full((), places, tl.int64) >> (16 * i)) & 0xFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -401,7 +401,7 @@ def _packed_bias_grad_kernel(
         i, j = pair // RUNS, pair % RUNS
         kind = _kind(sees, i, j, RUNS)
         # may be less than 0: the tile begins before the run
-        at_q, at_k = q0 - _place(places, i).to(tl.int32), k0 - _place(places, j).to(tl.int32)
+        at_q, at_k = q0 - _place(places, i), k0 - _place(places, j)
         queries, keys = at_q + tl.arange(0, BLOCK_M), at_k + tl.arange(0, BLOCK_N)
         reached = ((kind == _ALL) | (kind == _CAUSAL)) & (at_q + BLOCK_M > 0) & (at_k + BLOCK_N > 0)
         for b in range(tl.where(reached, B, 0)):
@@ -438,9 +438,10 @@ def _tile(longest: int, d: int, itemsize: int) -> dict[str, int]:
     return tile | {"num_warps": 8 if rows > 32 else 2, "num_stages": 2}
 
 
-def _for_grads(tile: dict[str, int]) -> dict[str, int]:
-    """Gradients are of more operands at once."""
-    return tile | {"BLOCK_M": min(64, tile["BLOCK_M"]), "BLOCK_N": min(32, tile["BLOCK_N"])}
+def _for_grads(tile: dict[str, int], itemsize: int) -> dict[str, int]:
+    """Gradients are of more operands at once: in 32 bits none waits in registers."""
+    tile = tile | {"BLOCK_M": min(64, tile["BLOCK_M"]), "BLOCK_N": min(32, tile["BLOCK_N"])}
+    return tile | {"num_stages": 1} if itemsize > 2 else tile
 
 
 def _for_keys(tile: dict[str, int], itemsize: int, biased: bool) -> dict[str, int]:
@@ -528,7 +529,7 @@ def attend_grads(
     delta = torch.empty_like(attended.row_max)
     stats = {"g_ptr": g, "delta_ptr": delta, "max_ptr": attended.row_max, "sum_ptr": attended.row_sum}
     if q.numel():
-        tile = _for_grads(_tile(longest, d, q.dtype.itemsize))
+        tile = _for_grads(_tile(longest, d, q.dtype.itemsize), q.dtype.itemsize)
         tiles = _tiles(longest, runs, tile["BLOCK_M"])
         launch(
             _packed_query_grad_kernel, (samples * heads * tiles,), q, dq_ptr=dq, o_ptr=attended.out, tiles=tiles,
@@ -573,7 +574,7 @@ def _spec(
 ) -> Spec:
     name, d, itemsize = kernel.__name__, sizes["D"], dtype.itemsize
     tile = _tile(sizes["S"], d, itemsize)
-    tile = tile if kernel is _packed_attend_kernel else _for_grads(tile)
+    tile = tile if kernel is _packed_attend_kernel else _for_grads(tile, itemsize)
     tile = _for_keys(tile, itemsize, bool(given)) if kernel is _packed_key_grad_kernel else tile
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     constants: dict[str, Any] = {"RUNS": 2, "ACC": tl.float32, "PRECISION": "tf32" if dot == "tf32" else "ieee", "D": d}
