@@ -98,7 +98,6 @@ docs: $(VENV)/ready build/typing
 # The CPU part, and with MMFUSE_ORT_INCLUDE that for onnxruntime, under the sanitizers of addresses and of undefined
 # behaviour, beside the installed ones. The first report ends the process. LD_PRELOAD: Python itself is built without
 # them, and exceptions are thrown to a libtorch that is.
-# The rounding of a wide head is judged elsewhere: at -O1 its sums have another order.
 SANITIZED := build/sanitized/_C_cpu.so $(if $(MMFUSE_ORT_INCLUDE),build/sanitized/_C_ort.so)
 SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED_TESTS := tests/csrc $(if $(MMFUSE_ORT_INCLUDE),tests/export/test_ort_library.py) $(addprefix tests/kernels/test_,codebook.py few_query.py max_query.py negatives.py patch.py points.py topk.py)
@@ -109,7 +108,7 @@ sanitize: $(VENV)/ready
 	$(MAKE) --jobs $(JOBS) $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MMFUSE_LIBRARY_DIR=$(CURDIR)/build/sanitized \
-	  OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(SANITIZED_TESTS) -x -q -k "(csrc or cpu) and not compiles and not opcheck and not library and not wide or test_ort_library"
+	  OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(SANITIZED_TESTS) -x -q -k "(csrc or cpu) and not compiles and not opcheck and not library or test_ort_library"
 
 build/sanitized/_C_cpu.so: $(patsubst csrc/cpu/%.cpp,build/sanitized/%.o,$(wildcard csrc/cpu/*.cpp))
 	$(CXX) -shared $(SANITIZERS) $^ -o $@ -L$(TORCH_DIR)/lib -Wl,--no-as-needed -ltorch
