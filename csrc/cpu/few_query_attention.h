@@ -20,19 +20,32 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 
 using Strides = FewQueries::Strides;
 
+// features whose products are added up by themselves: a sum of sums rounds less, however a compiler orders each
+constexpr int64_t PART = 64;
+
 // <x, y_0> .. <x, y_3>, where y_j is `stride` behind the one before
 MMFUSE_INLINE void dots(const float* x, const float* y, int64_t stride, int64_t d, float* to) {
     const float *y1 = y + stride, *y2 = y1 + stride, *y3 = y2 + stride;
-    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    to[0] = to[1] = to[2] = to[3] = 0;
+    for (int64_t first = 0; first < d; first += PART) {
+        const int64_t end = std::min(d, first + PART);
+        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t c = 0; c < d; ++c) s0 += x[c] * y[c], s1 += x[c] * y1[c], s2 += x[c] * y2[c], s3 += x[c] * y3[c];
-    to[0] = s0, to[1] = s1, to[2] = s2, to[3] = s3;
+        for (int64_t c = first; c < end; ++c)
+            s0 += x[c] * y[c], s1 += x[c] * y1[c], s2 += x[c] * y2[c], s3 += x[c] * y3[c];
+        to[0] += s0, to[1] += s1, to[2] += s2, to[3] += s3;
+    }
 }
 
 MMFUSE_INLINE float dot(const float* x, const float* y, int64_t d) {
     float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < d; ++c) sum += x[c] * y[c];
+    for (int64_t first = 0; first < d; first += PART) {
+        const int64_t end = std::min(d, first + PART);
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t c = first; c < end; ++c) part += x[c] * y[c];
+        sum += part;
+    }
     return sum;
 }
 
