@@ -86,7 +86,9 @@ class Reading:
 
     def up_to(self, kept: Tensor) -> Reading:
         """The same, of whose segments only the first `kept` [B, K] rows are attended to."""
-        kept = kept.minimum(self.lengths).contiguous()
+        if not (kept.is_cpu and outside_a_trace()):  # there it has been looked at
+            kept = kept.minimum(self.lengths)
+        kept = kept.contiguous()
         attended = self.attended & (self.within < kept.gather(1, self.segment))
         return dataclasses.replace(self, attended=attended, kept=kept, full=False)
 
@@ -164,8 +166,10 @@ class Routing:
                     check(f"parts[{k}].{name}", t, (part.sequences,), ", one for each sequence", torch.int64)
             if part.samples is not None:
                 check_range(f"parts[{k}].samples", part.samples, count, "the number of samples")
-            if part.kept is not None:
-                check_range(f"parts[{k}].kept", part.kept, part.length + 1, "the length, and 1")
+            if part.kept is not None and outside_a_trace():
+                # two operations where nothing is wrong
+                if part.kept.is_cpu and not torch.equal(part.kept.clamp(0, part.length), part.kept):
+                    check_range(f"parts[{k}].kept", part.kept, part.length + 1, "the length, and 1")
         numbers = outside_a_trace() and all(p.samples is None for p in parts)
         make = _of_numbers if numbers else _of_parts
         routing = make(tuple(p._replace(kept=None) for p in parts), experts, count, torch.device(device))
@@ -230,6 +234,7 @@ class Routing:
         if kept is not None:
             check("kept", kept, (samples,), ", one for each sample", torch.int64)
             check_range("kept", kept, length + 1, "the length, and 1")
+            kept = kept.minimum(lengths[1])
         attended = lengths if kept is None else torch.stack([splits, kept])
         reading = Reading.of(first.t(), lengths.t(), len(order), length, True)
         return Routing(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfuse.kernels._runtime import Deferred, Implementation, Operator, OpSpec, Size
 from mmfuse.kernels._runtime.arguments import check, check_range, norm_of, real, require_integer
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
 from mmfuse.kernels.text import blocked, reference
 from mmfuse.kernels.text.blocked import Words
 
@@ -134,7 +134,7 @@ def words_of(
     v, d = table.shape
     if d == 0:
         raise ValueError(f"table has shape {tuple(table.shape)}, expected at least one feature")
-    ids = ids.to(torch.int64).contiguous()
+    ids = cast(ids, torch.int64).contiguous()
     check_range("ids", ids, v, "the rows of table")
     length = ids.shape[1]
     require_integer("position_offset", position_offset)
