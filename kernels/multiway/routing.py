@@ -166,10 +166,11 @@ class Routing:
                     check(f"parts[{k}].{name}", t, (part.sequences,), ", one for each sequence", torch.int64)
             if part.samples is not None:
                 check_range(f"parts[{k}].samples", part.samples, count, "the number of samples")
-            if part.kept is not None and outside_a_trace():
-                # two operations where nothing is wrong
-                if part.kept.is_cpu and not torch.equal(part.kept.clamp(0, part.length), part.kept):
-                    check_range(f"parts[{k}].kept", part.kept, part.length + 1, "the length, and 1")
+            if (kept := part.kept) is not None and kept.is_cpu and outside_a_trace():
+                # fewer operations than to look for the wrong one
+                within = torch.equal(kept.clamp(0, part.length), kept)
+                if not within:
+                    check_range(f"parts[{k}].kept", kept, part.length + 1, "the length, and 1")
         numbers = outside_a_trace() and all(p.samples is None for p in parts)
         make = _of_numbers if numbers else _of_parts
         routing = make(tuple(p._replace(kept=None) for p in parts), experts, count, torch.device(device))
