@@ -57,10 +57,22 @@ def cpu(fact: str) -> str:
 
 
 def vectors() -> str:
-    """The instructions that torch has for this CPU's vectors: amx_bf16, avx512_bf16, avx512, avx2 or default."""
+    """The instructions that torch has for this CPU's vectors: amx_bf16, avx512_bf16, avx512, avx2 or default.
+
+    Those of 512 bits that are twice 256 have "_2x256" behind them.
+    """
     used, flags = torch.backends.cpu.get_cpu_capability().lower(), cpu("flags").split()
+    if used != "avx512":
+        return used
     bf16 = next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), used)  # oneDNN's products
-    return bf16 if used == "avx512" else used
+    return bf16 + "_2x256" * twice_256_bits()
+
+
+@once
+def twice_256_bits() -> bool:
+    """Whether an instruction of 512 bits takes two cycles, as on AMD's CPUs up to Zen 4."""
+    family = cpu("cpu family")
+    return cpu("vendor_id") == "AuthenticAMD" and family.isdecimal() and int(family) < 26
 
 
 def slug(device: str) -> str:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(load("cpu") is not None, reason=f"{load('cpu')}"
 def _faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on the CPUs that it is for, at any size."""
     monkeypatch.setattr(products, "half_vectors", lambda: True)
+    monkeypatch.setattr(products, "twice_256_bits", lambda: False)
     monkeypatch.setattr(products, "LEAST", 1)
 
 
@@ -163,6 +164,14 @@ def test_small_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "half_vectors", lambda: True)
     x, w = torch.randn(32, 256), torch.randn(256, 256)
     assert fast(lambda: products.linear(x, w)) == 1 and not fast(lambda: products.linear(x[:8], w))
+
+
+def test_where_512_bits_are_twice_256(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has to be packed is MKL's: its own vectors of 256 bits are as fast."""
+    monkeypatch.setattr(products, "twice_256_bits", lambda: True)
+    x, w, y = torch.randn(9, 40), torch.randn(30, 40), torch.randn(9, 30)
+    assert fast(lambda: (products.linear(x, w), products.mm(x, w.t()), products.add_mm_(y.clone(), x, w.t()))) == 3
+    assert not fast(lambda: (products.mm(y, w), products.mm(x.t(), y), products.add_mm_(x.clone(), y, w)))
 
 
 @pytest.mark.parametrize("once", [True, False])
