@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,9 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    count = None if args.suite in (None, "all") else getattr(suite_module(args.suite), "run", None)
-    if count is not None:  # counted, not timed
-        return count(args)
+    module = None if args.suite in (None, "all") else suite_module(args.suite)
+    if (own := getattr(module, "run", None)) is not None:
+        _require_taken(args, module.OPTIONS)  # type: ignore[union-attr]
+        return own(args)
     device = torch.device(args.device)
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.set_device(device)
@@ -94,6 +95,16 @@ def run(args: argparse.Namespace) -> int:
         plots.draw(records, args.plot)
         print(f"plot: {args.plot}", file=sys.stderr)
     return 0 if runner.holds(records) else 1
+
+
+def _require_taken(args: argparse.Namespace, taken: Sequence[str]) -> None:
+    """A suite with a `run` of its own knows few of the options."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, default in vars(parser.parse_args([args.suite])).items():
+        if name not in taken and getattr(args, name) != default:
+            options = " and ".join(f"--{option}" for option in taken)
+            raise ValueError(f"--{name.replace('source', 'from')} is given, expected only {options} for {args.suite}")
 
 
 def _jobs(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Job]:

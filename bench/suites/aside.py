@@ -25,6 +25,7 @@ from mmfuse.bench.cases import Shape, everything, label
 from mmfuse.bench.row import Row, first_line
 from mmfuse.fused import accelerate
 
+OPTIONS = ("dtype", "cases", "json")
 _RATIO, _DISPATCH = 1.05, 60e-6
 _SECONDS = 0.3  # of timing per row
 _LONG = 0.3  # seconds of one call, beyond which a size is not small

@@ -35,6 +35,7 @@ from mmfuse.kernels.contrastive.distributed import peers
 
 allow_torchvision()  # open_clip is imported after this module, by the server that the processes fork from
 
+OPTIONS = ("sizes", "out", "json")
 WORLDS = (1, 2, 4, 8)
 SIZE = "64x64"  # pairs per rank, features
 _MODES = {f"clip local={int(a)} grad={int(b)}": (a, b) for a in (False, True) for b in (False, True)}

@@ -23,6 +23,7 @@ import mmfuse
 from mmfuse._compat import allow_torchvision
 from mmfuse.export.engine_check import ALLOWED, relative
 
+OPTIONS = ("json",)
 _TURNS = 30
 _PAUSE = 0.05  # seconds, in which the threads of the session before, which wait in a loop, leave the cores
 

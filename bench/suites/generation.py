@@ -18,6 +18,7 @@ import torch
 
 from mmfuse._compat import allow_torchvision
 
+OPTIONS = ("json",)
 _PROMPTS, _WORDS, _TURNS = 4, 20, 8
 
 

@@ -36,6 +36,7 @@ from mmfuse.kernels import clip_loss
 from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.contrastive.blocked import _BLOCK_BYTES
 
+OPTIONS = ("sizes", "json")
 MEMORIES = (24, 80, 141)  # GB: 10^9 bytes
 WIDTHS = (512, 768, 1024)
 WORLDS = (1, 8)

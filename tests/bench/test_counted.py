@@ -31,6 +31,20 @@ def test_sizes_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pairs per rank x features" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("suite", "given"),
+    [
+        ("export", ["--list"]),
+        ("generation", ["--dtype", "float32"]),
+        ("max-batch", ["--from", "x"]),
+        ("aside", ["--sizes", "8x8"]),
+    ],
+)
+def test_other_options_are_refused(suite: str, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmfuse.cli.main(["bench", suite, *given]) != 0
+    assert f"{given[0]} is given, expected only --" in capsys.readouterr().err
+
+
 def test_largest_batch() -> None:
     for provider, formula in max_batch.FORMULAS.items():
         for world in (1, 8):
