@@ -225,5 +225,9 @@ def test_reasons() -> None:
     five = Routing.of([Part(0, 2, 1) for _ in range(5)], 1, device=DEVICE)
     told = reasons(lambda: packed_attention(*(torch.randn(10, 1, 4, device=DEVICE) for _ in "qkv"), five))
     assert "a sample has 5 segments, the kernel knows 4 at most" in told["triton"]
+    for place in (65535, 65536):
+        far = Routing.of([Part(0, 2, 3, place=place)], 1, device=DEVICE)
+        told = reasons(lambda far=far: packed_attention(*(torch.randn(6, 1, 4, device=DEVICE) for _ in "qkv"), far))
+        assert ("a segment has place 65536, the kernel knows 65535 at most" in told["triton"]) == (place > 65535)
     if DEVICE == "cpu":
         assert "device is cpu" in told["xformers"]
