@@ -67,7 +67,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """x weight^T + bias + add, of x [..., K], weight [N, K] and bias [N]; with add or out [M, N], of x [M, K]."""
-    together = _features_lie_together(weight.mT)
+    together = _features_lie_together(weight, -1)
     if _is_torchs(weight.shape[0], together, x, weight, bias, add):
         return _by_torch(x, weight, bias, add, out)
     rows, w_t = x.reshape(-1, x.shape[-1]), weight.t()
@@ -107,7 +107,7 @@ def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None
 
 
 def _is_torchs(columns: int, together: bool, a: Tensor, *others: Tensor | None) -> bool:
-    if a.dtype != torch.float32 or a.device.type != "cpu" or a.numel() * columns < LEAST or not half_vectors():
+    if a.dtype != torch.float32 or not a.is_cpu or a.numel() * columns < LEAST or not half_vectors():
         return True
     if twice_256_bits() and not together:
         return True
@@ -122,8 +122,8 @@ def _is_torchs(columns: int, together: bool, a: Tensor, *others: Tensor | None) 
     )
 
 
-def _features_lie_together(b: Tensor) -> bool:
-    return b.stride(-2) == 1 or b.shape[-2] == 1
+def _features_lie_together(b: Tensor, dim: int = -2) -> bool:
+    return b.stride(dim) == 1 or b.shape[dim] == 1
 
 
 def _unit(t: Tensor) -> Tensor:
