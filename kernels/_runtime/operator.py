@@ -243,8 +243,7 @@ class Operator:
             # the last one steps aside for none
             if size and i != self._names[-1] and self._below(i, x.device, *size):
                 continue
-            # one reason is enough
-            if not (self._reasons[i] and any(ask(args) is not None for ask in self._reasons[i])):
+            if self._accepts(i, args):
                 # logging would break a graph
                 if not compiling and logger.isEnabledFor(logging.INFO):
                     self._tell(i, args)
@@ -258,6 +257,13 @@ class Operator:
         if failed:
             error.__cause__ = failed[0]
         return error
+
+    def _accepts(self, name: str, args: Sequence[Any]) -> bool:
+        # a loop: one reason is enough, and a generator costs as much as most of them
+        for ask in self._reasons[name]:  # noqa: SIM110
+            if ask(args) is not None:
+                return False
+        return True
 
     def _other_reasons(self, name: str, args: Sequence[Any]) -> list[str]:
         return [why for ask in self._reasons[name] if (why := ask(args)) is not None]

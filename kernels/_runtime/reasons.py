@@ -75,9 +75,17 @@ def _chunked(device: torch.device, dtype: torch.dtype) -> list[str]:
     return [] if device.type in ("cpu", "cuda") else [f"device is {device.type}"]
 
 
+def _half_on_a_gpu(device: torch.device, dtype: torch.dtype) -> list[str]:
+    if device.type != "cuda":
+        return [f"device is {device.type}"]
+    return [] if dtype in (torch.float16, torch.bfloat16) else [f"dtype is {dtype}, it has 16 bits"]
+
+
 _AGAINST: dict[str, Callable[[torch.device, torch.dtype], list[str]]] = {
     "cuda": partial(_compiled, "cuda"),
     "triton": _triton,
     "cpu": partial(_compiled, "cpu"),
     "chunked": _chunked,
+    "flash_attn": _half_on_a_gpu,
+    "varlen": _half_on_a_gpu,
 }

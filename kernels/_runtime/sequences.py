@@ -151,12 +151,6 @@ def _xformers_is_missing() -> str | None:
 HAS_WINDOW, HAS_GROUPS = (n in signature(varlen_attn).parameters for n in ("window_size", "enable_gqa"))
 
 
-def not_half(q: Tensor) -> str | None:
-    if q.device.type != "cuda":
-        return f"device is {q.device.type}"
-    return None if q.dtype in (torch.float16, torch.bfloat16) else f"dtype is {q.dtype}, it has 16 bits"
-
-
 def head_against(q: Tensor) -> str | None:
     d = q.shape[-1]
     return f"d is {d}, expected a multiple of 8 up to 256" if d % 8 or d > 256 else None

@@ -21,7 +21,6 @@ from mmfuse.kernels._runtime.sequences import (
     head_against,
     no_flash,
     no_xformers,
-    not_half,
     torch_varlen,
     xformers,
 )
@@ -273,7 +272,7 @@ def _too_wide(q: Tensor) -> str | None:
     return None if 0 < d <= _WIDEST else f"d is {d}, a program holds 1 to {_WIDEST}"
 
 
-_SEQUENCES: list[Any] = [not_half, head_against, _biased, _not_by_segments]
+_SEQUENCES: list[Any] = [head_against, _biased, _not_by_segments]
 PACKED_ATTENTION = Operator(
     "packed_attention",
     forward=_attend,

@@ -21,7 +21,7 @@ from mmfuse.kernels._runtime.arguments import (
 )
 from mmfuse.kernels._runtime.device import shared_memory
 from mmfuse.kernels._runtime.dtypes import dtype_name
-from mmfuse.kernels._runtime.sequences import flash, head_against, no_flash, no_xformers, not_half, xformers
+from mmfuse.kernels._runtime.sequences import flash, head_against, no_flash, no_xformers, xformers
 from mmfuse.kernels.qformer import absorbed, blocked, compiled, reference, sequences
 from mmfuse.kernels.qformer.arguments import Attended, Keys, Mapped, Outputs, Tokens, outputs_of, zero_behind
 
@@ -226,7 +226,7 @@ FEW_QUERY = Operator(
         Implementation(
             "flash_attn",
             function=partial(sequences.attend, flash),
-            against=[no_flash, not_half, head_against, _wants_lse, _nothing],
+            against=[no_flash, head_against, _wants_lse, _nothing],
         ),
         Implementation(
             "xformers",
@@ -385,8 +385,10 @@ def _grad_or_not(q: Tensor, tokens: Tokens) -> str:
 
 
 def _many_products(q: Tensor, tokens: Tokens) -> str | None:
+    if not q.is_cuda:
+        return None
     formed, own = absorbed.multiplications(q, tokens)
-    few = not q.is_cuda or 4 * own <= formed
+    few = 4 * own <= formed
     return None if few else "it takes more than a quarter of the products of keys and values, which are large ones"
 
 
