@@ -40,8 +40,13 @@ def why_not_plain(module: nn.Module, children: Children) -> str | None:
 
 def are_plain(classes: tuple[type, ...], *modules: nn.Module) -> bool:
     """Whether modules of these classes are no more than their tensors, which may be read in place of calls."""
-    names = tuple(map(_name, classes))
-    return not any(_HOOKS_OF_ALL) and all(_why_child_not_plain(m, names) is None for m in modules)
+    if any(_HOOKS_OF_ALL):
+        return False
+    # a loop: a generator costs as much as all else that is asked
+    for m in modules:  # noqa: SIM110
+        if type(m) not in classes or _why_not_its_tensors(m) is not None:
+            return False
+    return True
 
 
 def read(child: M) -> M:
@@ -65,11 +70,19 @@ def _why_child_not_plain(child: Any, classes: tuple[str, ...]) -> str | None:
         return f"is {_readable(_name(type(child)))}, expected {' or '.join(_readable(c) for c in classes)}"
     if child is None:
         return None
+    return _why_not_its_tensors(child) if classes else _why_hooked(child)
+
+
+def _why_hooked(child: Any) -> str | None:
     # as attributes, on which torch.compile can guard
     if child._forward_pre_hooks or child._forward_hooks or child._backward_pre_hooks or child._backward_hooks:
         return "has hooks, which fused code passes over"
-    if not classes:
-        return None
+    return None
+
+
+def _why_not_its_tensors(child: Any) -> str | None:
+    if why := _why_hooked(child):
+        return why
     if "forward" in child.__dict__ and not is_fused(child.__dict__["forward"]):
         return "has a forward of its own, which fused code passes over"
     if why := _unusual_tensor(child):
