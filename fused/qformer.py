@@ -162,22 +162,25 @@ class _Attention(nn.Module):
 
 
 class SelfAttention(_Attention):
-    """Of the rows [T, hidden] of a stream, with residual and LayerNorm; the first `rows` of the result."""
+    """Of the rows [T, hidden] of a stream, with residual and LayerNorm; of the result the first `rows`, or all."""
 
-    def forward(self, x: Tensor, routing: Routing, sees: Sees | None, rows: int) -> Tensor:
-        q, k, v = (self._heads_of(project(x)) for project in (self.self.query, self.self.key, self.self.value))
-        return self.output(packed_attention(q, k, v, routing, sees, dropout=self._dropout())[:rows], x[:rows])
+    def forward(self, x: Tensor, routing: Routing, sees: Sees | None, rows: int | None) -> Tensor:
+        of = self.self
+        q, k, v = (self._heads_of(project(x)) for project in (of.query, of.key, of.value))
+        o = packed_attention(q, k, v, routing, sees, dropout=self._dropout())
+        return self.output(o, x) if rows is None else self.output(o[:rows], x[:rows])
 
 
 class CrossAttention(_Attention):
     """Of queries [B, Q, hidden] or [1, Q, hidden] over images: [B, Q, hidden], with residual and LayerNorm."""
 
     def forward(self, x: Tensor, kv: QFormerKV, layer: int) -> Tensor:
-        q, of_keys, of_values = self._heads_of(self.self.query(x)), self.self.key, self.self.value
+        of = self.self
+        q, of_keys, of_values = self._heads_of(of.query(x)), of.key, of.value
         if not kv.formed and not self._dropout() and are_plain((Linear,), of_keys, of_values):
             o = token_attention(q, kv.kv, of_keys.weight, of_values.weight, of_values.bias, kv.lengths).o
         else:
-            k, v = kv.layer(layer) if kv.formed else (self._heads_of(of(kv.kv)) for of in (of_keys, of_values))
+            k, v = kv.layer(layer) if kv.formed else (self._heads_of(m(kv.kv)) for m in (of_keys, of_values))
             o = few_query_attention(q, k, v, kv.index, kv.lengths, self._dropout()).o
         return self.output(o.flatten(2), x)
 
@@ -206,14 +209,14 @@ class QFormerLayer(nn.Module):
         With images, queries of one sample become those of all rows of kv. query_only: nobody reads the texts' states.
         """
         of_queries = queries * routing.first.shape[0]
-        x = self.attention(x, routing, sees, of_queries if query_only else x.shape[0])
-        query, text = x.tensor_split([of_queries])
+        x = self.attention(x, routing, sees, of_queries if query_only else None)
+        query, text = (x, None) if of_queries == x.shape[0] else (x[:of_queries], x[of_queries:])
         parts = []
         if queries:
             if self.crossattention is not None and kv is not None:
                 query = self.crossattention(query.unflatten(0, (-1, queries)), kv, layer).flatten(0, 1)
             parts.append(self.output_query(self.intermediate_query(query), query))
-        if text.shape[0]:
+        if text is not None:
             parts.append(self.output(self.intermediate(text), text))
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
@@ -237,24 +240,33 @@ class QFormerEncoder(nn.Module):
         first: Any = self.layer[0]
         return first.attention._dropout() > 0 or _active(first.attention.output.dropout)
 
+    @property
+    def _crossing(self) -> list[Any]:
+        """The projections of each layer with cross-attention."""
+        every: Any = self.layer
+        return [layer.crossattention.self for layer in every if layer.crossattention is not None]
+
+    @property
+    def _reads_weights(self) -> bool:
+        """Whether those of keys and values may be read in place of calls."""
+        return are_plain((Linear,), *(m for p in self._crossing for m in (p.key, p.value)))
+
     def project(
         self, x: Tensor, lengths: Tensor | None = None, norm: nn.LayerNorm | None = None, once: bool = False
     ) -> QFormerKV:
         """Keys and values of images x [I, N, encoder_width]; arguments as `QFormer.project`'s."""
         check("x", x, ("I", "N", self.config.encoder_width))
-        of: list[Any] = [layer.crossattention.self for layer in self.layer if layer.crossattention is not None]
-        plain = are_plain((Linear,), *(m for p in of for m in (p.key, p.value)))
-        if norm is not None and not (plain and are_plain((nn.LayerNorm,), norm)):
+        if norm is not None and not (self._reads_weights and are_plain((nn.LayerNorm,), norm)):
             x, norm = norm(x), None
         free = x.is_cpu and norm is None and not torch.is_grad_enabled()
         # weights that are sharded layer by layer are there while a layer runs
-        if once and (not plain or (free and not self.draws)):
+        if once and ((free and not self.draws) or not self._reads_weights):
             return QFormerKV(x, lengths)
-        heads = self.config.num_attention_heads
-        if not plain or (free and is_plain([x])):
+        of, heads, d = self._crossing, self.config.num_attention_heads, self.config.hidden_size
+        if (free and is_plain([x])) or not self._reads_weights:
             # product by product: no weight is copied, and adapters and hooks are called
             each = [y for p in of for y in (p.key(x), p.value(x))]
-            return QFormerKV(torch.stack(each, 2).unflatten(-1, (heads, -1)).unflatten(2, (-1, 2)), lengths)
+            return QFormerKV(torch.stack(each, 2).view(*x.shape[:2], len(of), 2, heads, d // heads), lengths)
         weight = torch.stack([torch.stack([p.key.weight, p.value.weight]) for p in of])
         bias = torch.stack([torch.stack([p.key.bias, p.value.bias]) for p in of])
         affine = None if norm is None else (norm.weight, norm.bias, norm.eps)
@@ -278,7 +290,8 @@ class QFormerEncoder(nn.Module):
             segments.insert(0, query if once else query.expand(batch, -1, -1))
         queries = 0 if query is None else query.shape[1]
         lengths = [None] * (len(segments) - len(texts)) + list(kept or [None] * len(texts))
-        x = torch.cat([t.flatten(0, 1) for t in segments])
+        rows = [t.flatten(0, 1) for t in segments]
+        x = torch.cat(rows) if len(rows) != 1 else rows[0]
 
         def route(samples: int) -> Routing:
             parts = [
@@ -293,7 +306,7 @@ class QFormerEncoder(nn.Module):
             if routing.first.shape[0] != batch:
                 routing = route(batch)
         sizes = [t.shape[1] for t in segments[: 1 if query_only else None]]
-        rows = x.split([batch * size for size in sizes])
+        rows = x.split([batch * size for size in sizes]) if len(sizes) != 1 else [x]
         return [t.unflatten(0, (batch, size)) for t, size in zip(rows, sizes, strict=True)]
 
 
@@ -411,7 +424,7 @@ class QFormer(nn.Module):
             raise ValueError(f"kv has {kv.rows} rows, expected {batch} as {of}")
         if query is not None and len(query) not in (1, batch):
             raise ValueError(f"query has {len(query)} rows, expected {batch} as {of}, or 1")
-        if query is not None and (self.encoder.draws or _active(self.embeddings.dropout)):
+        if query is not None and _active(self.embeddings.dropout):
             query = query.expand(batch, -1, -1)
         embedded = None if query is None else self.embeddings.query(query)
         return self.encoder(embedded, [self.embeddings(ids) for ids in texts], kept, sees, kv, query_only)

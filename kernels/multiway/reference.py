@@ -152,7 +152,7 @@ def packed_attention(
     # the fused ones have no forward mode
     with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
         y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
-    y = y.transpose(1, 2).flatten(0, 1).flatten(1)
+    y = y.transpose(1, 2).reshape(row.numel(), q.shape[1] * q.shape[2])
     if reading.in_order:
         return y
     return taken(y, back, at) if reading.full else y.index_select(0, back)
