@@ -6,7 +6,6 @@ and they have an FFN of their own. Parameters have the official names (LAVIS, `Q
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +101,7 @@ class QFormerKV:
             raise ValueError("these are tokens for one pass, expected keys and values: project without once=True")
         check("index", index, ("B",), dtype=torch.int64, like=("kv", self.kv))
         check_range("index", index, self.rows, "the number of rows")
-        return dataclasses.replace(self, index=index if self.index is None else self.index[index])
+        return QFormerKV(self.kv, self.lengths, index if self.index is None else self.index[index])
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
         """(keys, values) of the i-th layer that has cross-attention, [I, N, heads, head dim]."""
@@ -260,7 +259,7 @@ class QFormerEncoder(nn.Module):
             x, norm = norm(x), None
         free = x.is_cpu and norm is None and not torch.is_grad_enabled()
         # weights that are sharded layer by layer are there while a layer runs
-        if once and ((free and not self.draws) or not self._reads_weights):
+        if once and ((free and not (self.training and self.draws)) or not self._reads_weights):
             return QFormerKV(x, lengths)
         of, heads, d = self._crossing, self.config.num_attention_heads, self.config.hidden_size
         if (free and is_plain([x])) or not self._reads_weights:
@@ -290,8 +289,8 @@ class QFormerEncoder(nn.Module):
             segments.insert(0, query if once else query.expand(batch, -1, -1))
         queries = 0 if query is None else query.shape[1]
         lengths = [None] * (len(segments) - len(texts)) + list(kept or [None] * len(texts))
-        rows = [t.flatten(0, 1) for t in segments]
-        x = torch.cat(rows) if len(rows) != 1 else rows[0]
+        each = [t.flatten(0, 1) for t in segments]
+        x = torch.cat(each) if len(each) != 1 else each[0]
 
         def route(samples: int) -> Routing:
             parts = [

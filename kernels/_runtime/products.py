@@ -41,9 +41,9 @@ def half_vectors() -> bool:
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b, of [M, K] and [K, N] or of H of them."""
-    together = _features_lie_together(b)
-    if _is_torchs(b.shape[-1], together, a, b):
+    if _is_torchs(b.shape[-1], b, -2, a):
         return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+    together = _features_lie_together(b, -2)
     if a.dim() == 2 and not together:
         y = _onednn(a, b, None)
         return y if out is None else out.copy_(y)
@@ -57,22 +57,20 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total [M, N] += a b."""
-    together = _features_lie_together(b)
-    if _is_torchs(b.shape[-1], together, a, b, total):
+    if _is_torchs(b.shape[-1], b, -2, a, total):
         return total.addmm_(a, b)
-    return _compiled(a, b.t(), total, adds=True) if together else total.add_(_onednn(a, b, None))
+    return _compiled(a, b.t(), total, adds=True) if _features_lie_together(b, -2) else total.add_(_onednn(a, b, None))
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """x weight^T + bias + add, of x [..., K], weight [N, K] and bias [N]; with add or out [M, N], of x [M, K]."""
-    together = _features_lie_together(weight, -1)
-    if _is_torchs(weight.shape[0], together, x, weight, bias, add):
+    if _is_torchs(weight.shape[0], weight, -1, x, bias, add):
         return _by_torch(x, weight, bias, add, out)
     rows, w_t = x.reshape(-1, x.shape[-1]), weight.t()
     y = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
-    if together:
+    if _features_lie_together(weight, -1):
         _compiled(rows, weight, y.view(len(rows), -1), bias)
     else:
         y.copy_(_onednn(rows, w_t, bias).view_as(y))
@@ -88,7 +86,7 @@ class _Linears(TorchFunctionMode):
 
 def linears(x: Tensor) -> AbstractContextManager[Any]:
     """Within it every `F.linear` is `linear`, be it of layers that are called as they are; for inference on rows x."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_torchs(x.shape[-1], True, x):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_torchs(x.shape[-1], x, -1, x):
         return nullcontext()
     return _Linears()
 
@@ -106,12 +104,13 @@ def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None
     return torch.addmm(first, x, w_t) if out is None else torch.addmm(first, x, w_t, out=out)
 
 
-def _is_torchs(columns: int, together: bool, a: Tensor, *others: Tensor | None) -> bool:
+def _is_torchs(columns: int, b: Tensor, features: int, a: Tensor, *others: Tensor | None) -> bool:
+    """Whether a product with `columns` is; `features`: the dimension of b that is summed over."""
     if a.dtype != torch.float32 or not a.is_cpu or a.numel() * columns < LEAST or not half_vectors():
         return True
-    if twice_256_bits() and not together:
+    if twice_256_bits() and not _features_lie_together(b, features):
         return True
-    given = [a, *(t for t in others if t is not None)]
+    given = [a, b, *(t for t in others if t is not None)]
     return not (
         is_plain(given)
         and all(t.is_cpu and t.dtype == torch.float32 for t in given)
@@ -122,8 +121,8 @@ def _is_torchs(columns: int, together: bool, a: Tensor, *others: Tensor | None) 
     )
 
 
-def _features_lie_together(b: Tensor, dim: int = -2) -> bool:
-    return b.stride(dim) == 1 or b.shape[dim] == 1
+def _features_lie_together(b: Tensor, features: int) -> bool:
+    return b.stride(features) == 1 or b.shape[features] == 1
 
 
 def _unit(t: Tensor) -> Tensor:

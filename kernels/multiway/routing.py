@@ -166,23 +166,19 @@ class Routing:
                     check(f"parts[{k}].{name}", t, (part.sequences,), ", one for each sequence", torch.int64)
             if part.samples is not None:
                 check_range(f"parts[{k}].samples", part.samples, count, "the number of samples")
-            if (kept := part.kept) is not None and kept.is_cpu and outside_a_trace():
-                # fewer operations than to look for the wrong one
-                within = torch.equal(kept.clamp(0, part.length), kept)
-                if not within:
-                    check_range(f"parts[{k}].kept", kept, part.length + 1, "the length, and 1")
+        # what the host knows to be whole needs no mask
+        padded = [(k, p, p.kept) for k, p in enumerate(parts) if p.kept is not None and not _whole(k, p, p.kept)]
         numbers = outside_a_trace() and all(p.samples is None for p in parts)
         make = _of_numbers if numbers else _of_parts
         routing = make(tuple(p._replace(kept=None) for p in parts), experts, count, torch.device(device))
         on_host = not numbers and routing.lengths.device.type == "cpu" and outside_a_trace()
         if on_host and int(routing.lengths.sum()) != routing.rows:
             raise ValueError("samples of a part has one twice, expected each once")
-        if all(p.kept is None for p in parts):
+        if not padded:
             return routing
         kept = routing.kept.clone()
-        for k, part in enumerate(parts):
-            if part.kept is not None:
-                kept[slice(part.sequences) if part.samples is None else part.samples, k] = part.kept
+        for k, part, of_part in padded:
+            kept[slice(part.sequences) if part.samples is None else part.samples, k] = of_part
         return dataclasses.replace(routing, kept=kept, reading=routing.reading and routing.reading.up_to(kept))
 
     @staticmethod
@@ -339,6 +335,16 @@ def _of_numbers(*given: Any) -> Routing:
     """`_of_parts` of what the host knows, made once: it costs more than a small layer."""
     with torch.inference_mode(False):  # it outlives the mode, and may be saved for a gradient then
         return _of_parts(*given)
+
+
+def _whole(k: int, part: Part, kept: Tensor) -> bool:
+    """Whether the host knows that nothing of a part is padding. What it can see is in range."""
+    if not (kept.is_cpu and outside_a_trace() and kept.numel()):
+        return False
+    least, most = map(int, kept.aminmax())
+    if least < 0 or most > part.length:
+        check_range(f"parts[{k}].kept", kept, part.length + 1, "the length, and 1")
+    return least == part.length == most
 
 
 def _permuted(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
