@@ -297,8 +297,8 @@ def test_is_no_further_from_float64(fused: list[int]) -> None:
             results.append((output.detach(), gradients(m, output)))
         return in_units(results)
 
-    judge([draw() for _ in range(6)])
-    assert len(fused) == 12
+    judge([draw() for _ in range(18)])  # of few, the largest error of either is luck
+    assert len(fused) == 36
 
 
 def in_units(results: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[dict[str, Tensor], ...]:
