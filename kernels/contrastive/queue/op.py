@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,7 +72,6 @@ class ItcOutputs(NamedTuple):
 def _itc_forward(
     passes: Any, given: Directions, k: int, mixture: float, seeds: Tensor | None, needs: Any
 ) -> ItcOutputs:
-    given = replace(given, alpha=given.alpha.to(given.temp.dtype))
     if seeds is None:
         row, g = passes.scan(given, True, any(needs))
         drawn = _empty_draws(given, k)
@@ -281,7 +279,7 @@ def _itc(
     if not 0.0 <= mixture < math.inf:
         raise ValueError(f"mixture is {mixture}, expected a finite number >= 0")
     # as a number it would be compiled anew for each value, and it is warmed up step by step
-    weight = number(alpha, torch.float64, temp.device)
+    weight = number(alpha, temp.dtype, temp.device)
     teacher = None if teachers[0] is None else _stacked(teachers)
     other_queue = queues[1] if len(queues) == 2 else None
     given = Directions(_stacked(queries), _stacked(keys), queues[0], temp, weight, teacher, other_queue, *ids)

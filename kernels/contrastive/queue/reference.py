@@ -19,32 +19,33 @@ from mmfuse.kernels.contrastive.queue.blocked import Directions
 
 def queue_itc_loss(given: Directions) -> Tensor:
     """The losses of all directions [W]."""
-    query, temp, alpha, ids = given.query, given.temp, given.alpha, given.ids
+    query, temp, ids = given.query, given.temp, given.ids
     pairs = zip(given.keys.unbind(), given.queues, strict=True)
     rows = torch.cat([cast(t, query.dtype) for pair in pairs for t in pair]).detach()
-    ways, _, width = query.shape
-    everything = rows.view(ways, rows.shape[0] // ways, width)
-    log_p = F.log_softmax(_logits(query, everything, temp), dim=2)
+    ways, b, width = query.shape
+    n = rows.shape[0] // ways
+    keys = rows.view(ways, n, width).mT
+    log_p = F.log_softmax(_logits(torch.bmm(query, keys), temp), dim=2)
     with torch.no_grad():
-        soft = None if given.query_m is None else alpha * F.softmax(_logits(given.query_m, everything, temp), dim=2)
         if ids is None or given.key_ids is None or given.queue_ids is None:
-            targets = torch.zeros_like(log_p) if soft is None else soft
-            targets.diagonal(dim1=1, dim2=2).add_(1 - alpha)
+            targets = torch.eye(b, n, dtype=temp.dtype, device=temp.device)
         else:
-            hard = (ids[:, None] == torch.cat([given.key_ids, given.queue_ids])).to(temp.dtype)
-            targets = (1 - alpha) * hard / hard.sum(1, keepdim=True).clamp_min(1)
-            targets = targets if soft is None else targets + soft
-    return -(targets * log_p).sum(2).mean(1)
+            same = (ids[:, None] == torch.cat([given.key_ids, given.queue_ids])).to(temp.dtype)
+            targets = same / same.sum(1, keepdim=True).clamp_min(1)
+        if given.query_m is not None:
+            soft = F.softmax(_logits(torch.bmm(given.query_m, keys), temp), dim=2)
+            targets = targets.lerp(soft, given.alpha)
+    return (targets * log_p).sum((1, 2)) / -b
 
 
 def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor) -> Tensor:
     own = (query.to(temp.dtype) * key.detach()).sum(1, keepdim=True) / temp
     # a copy: the queue may change before the backward
     negatives = queue.detach().to(query.dtype, copy=True)
-    s = torch.cat([own, _logits(query, negatives, temp)], dim=1)
+    s = torch.cat([own, _logits(query @ negatives.t(), temp)], dim=1)
     return F.cross_entropy(s, torch.zeros(len(s), dtype=torch.long, device=s.device))
 
 
-def _logits(x: Tensor, keys: Tensor, temp: Tensor) -> Tensor:
+def _logits(products: Tensor, temp: Tensor) -> Tensor:
     # products in the operands' dtype, as eager code computes them; the loss itself in float32 or float64
-    return cast(x @ keys.mT, temp.dtype) / temp
+    return cast(products, temp.dtype) / temp
