@@ -40,9 +40,14 @@ def _when_traced(flag: Tensor) -> bool:
     return bool(flag)
 
 
+def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """`F.normalize` of rows, without its layers of Python."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
+
+
 def statistics(x: Tensor, codes: Tensor, K: int, reduce: bool) -> tuple[Tensor, Tensor]:
     """(counts [K], sums [K, D]) over all processes if `reduce`."""
-    counts, sums = code_statistics(x.detach(), codes, K)
+    counts, sums = code_statistics(x, codes, K)
     if not reduce:
         return counts, sums
     packed = torch.cat([sums, counts[:, None]], 1)
@@ -85,7 +90,7 @@ def kmeans(
         sizes, sums = statistics(x, codes, num_clusters, reduce)
         found = sums / sizes.clamp_min(1)[:, None]
         if use_cosine_sim:
-            found = F.normalize(found, dim=-1, eps=eps)
+            found = unit(found, eps)
         means = torch.where(sizes[:, None] > 0, found.to(means.dtype), means)
     return means, sizes
 
@@ -114,7 +119,7 @@ class EmbeddingEMA(nn.Module):
         elif kmeans_init:
             weight = torch.zeros(num_tokens, codebook_dim)
         else:
-            weight = F.normalize(torch.randn(num_tokens, codebook_dim), dim=-1)
+            weight = unit(torch.randn(num_tokens, codebook_dim))
         self.register_buffer("initted", torch.tensor([float(bool(codebook_init_path) or not kmeans_init)]))
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.cluster_size = nn.Parameter(torch.zeros(num_tokens), requires_grad=False)
@@ -178,19 +183,20 @@ class NormEMAVectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # b c h w -> b h w c
-        z = F.normalize(z.permute(0, 2, 3, 1), dim=-1)
+        z = unit(z.permute(0, 2, 3, 1))
         rows, codes_of = z.flatten(0, 2), self.embedding
+        together = rows.detach().contiguous()  # codes and averages would each have a copy
         if not is_set(codes_of, codes_of.initted):
-            means, sizes = kmeans(rows.detach(), self.num_tokens, use_cosine_sim=True, reduce=_distributed())
+            means, sizes = kmeans(together, self.num_tokens, use_cosine_sim=True, reduce=_distributed())
             codes_of.weight.data.copy_(means)
             codes_of.cluster_size.data.copy_(sizes)
             codes_of.initted.fill_(1)
         # a copy: the update must not reach the backward
         weight = codes_of.weight.detach().clone()
-        codes = nearest_code(rows, weight)
+        codes = nearest_code(together, weight)
         z_q, loss = assign_code(rows, weight, codes, beta=self.beta, codebook_weight=0.0, masked=False)
         if self.training and codes_of.update:
-            _follow_directions(self, rows, codes)
+            _follow_directions(self, together, codes)
         elif not self.training and self.statistic_code_usage:
             counts = _counts(codes, self.num_tokens).to(self.cluster_size)
             if _distributed():
@@ -203,12 +209,12 @@ class NormEMAVectorQuantizer(nn.Module):
 def _follow_directions(quantizer: Any, rows: Tensor, codes: Tensor) -> None:
     counts, sums = statistics(rows, codes, quantizer.num_tokens, _distributed())
     if quantizer.statistic_code_usage:
-        quantizer.cluster_size.mul_(quantizer.decay).add_(counts, alpha=1 - quantizer.decay)
+        quantizer.cluster_size.lerp_(counts.to(quantizer.cluster_size), 1 - quantizer.decay)
     weight = quantizer.embedding.weight.data
     # the direction of a mean is that of its sum, up to rounding; the original divides first
-    means = F.normalize(sums / counts.clamp_min(1)[:, None], dim=-1)
+    means = unit(sums / counts.clamp_min(1)[:, None])
     means = torch.where(counts[:, None] > 0, means, weight)
-    weight.copy_(F.normalize(weight * quantizer.decay + means * (1 - quantizer.decay), dim=-1))
+    weight.copy_(unit((weight * quantizer.decay).add_(means, alpha=1 - quantizer.decay)))
 
 
 def _counts(codes: Tensor, K: int) -> Tensor:
@@ -265,7 +271,7 @@ class Codebook(nn.Module):
         if not kmeans_init:
             nn.init.kaiming_uniform_(embed)
             if use_cosine_sim:
-                embed = F.normalize(embed, dim=-1, eps=_EPS)
+                embed = unit(embed, _EPS)
         self.register_buffer("initted", torch.tensor(not kmeans_init))
         self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
         self.register_buffer("embed_avg", embed.clone())
@@ -487,7 +493,7 @@ def quantize(
     heads = 1 if vq.separate_codebook_per_head else vq.heads  # that share a codebook
     x = x.movedim(2, 0).flatten(1, 2) if vq.separate_codebook_per_head else x.transpose(1, 2).flatten(0, 2)[None]
     if vq.use_cosine_sim:
-        x = F.normalize(x, dim=-1, eps=_EPS)
+        x = unit(x, _EPS)
     wanted = None if mask is None else mask.repeat_interleave(heads, 0).flatten()
     rows = x.float()
     with torch.autocast(rows.device.type, enabled=False):
@@ -588,7 +594,7 @@ def take_averages(book: Any) -> None:
     total = book.cluster_size.sum(-1, keepdim=True)
     smoothed = (book.cluster_size + book.eps) / (total + book.codebook_size * book.eps) * total
     embed = book.embed_avg / smoothed[..., None]
-    book.embed.copy_(F.normalize(embed, dim=-1, eps=_EPS) if book.use_cosine_sim else embed)
+    book.embed.copy_(unit(embed, _EPS) if book.use_cosine_sim else embed)
 
 
 def _replace_dead(book: Any, rows: Tensor, wanted: Tensor | None) -> None:
@@ -609,7 +615,7 @@ def _replace_dead(book: Any, rows: Tensor, wanted: Tensor | None) -> None:
             order = torch.where(wanted, torch.rand(n, device=x.device), 2).argsort()
         fresh = x[order[(chosen.cumsum(0) - 1).clamp(0, n - 1)]].to(book.embed)
         if book.use_cosine_sim:
-            fresh = F.normalize(fresh, dim=-1, eps=_EPS)
+            fresh = unit(fresh, _EPS)
         if book.use_ddp:
             fresh = shard_rows(fresh)
         taken = chosen[:, None]

@@ -64,13 +64,13 @@ def assign(
         # what has no code is 0 from here on: no gradient comes out of it, be it NaN
         x, y = (torch.where(kept, t, 0) for t in (x, y))
     gap = x - y.detach()
-    terms = beta * gap**2
+    loss = beta * gap.square().sum()
     if codebook_weight:
-        terms = terms + codebook_weight * (x.detach() - y) ** 2
+        loss = loss + codebook_weight * (x.detach() - y).square().sum()
     elif y.requires_grad:
         # a weight of 0 leaves a gradient of 0, also where it would multiply NaN
-        terms = terms + 0 * y.nan_to_num()
-    loss = terms.sum() / (count * z.shape[1])
+        loss = loss + 0 * y.nan_to_num().sum()
+    loss = loss / (count * z.shape[1])
     if gradient == "straight_through":
         routed = x - gap.detach()
     elif gradient == "rotation":
