@@ -52,8 +52,8 @@ def check(
 def _fits(shape: Sequence[int | str], sizes: Sequence[int]) -> bool:
     if len(shape) != len(sizes):
         return False
-    # a loop: a generator costs as much as all else that is checked
-    for expected, size in zip(shape, sizes, strict=True):  # noqa: SIM110
+    # a loop: a generator costs as much as all else that is checked, and "strict" as much as the loop
+    for expected, size in zip(shape, sizes):  # noqa: B905, SIM110
         if not isinstance(expected, str) and expected != size:
             return False
     return True
@@ -105,7 +105,7 @@ def require_integer(name: str, value: object) -> None:
 def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """As a 0-d tensor."""
     if not torch.compiler.is_compiling():
-        return torch.full((), value, dtype=dtype, device=device)
+        return torch.scalar_tensor(value, dtype=dtype, device=device)
     # as a factor it stays a variable of the graph; any other use compiles it anew for each value
     return torch.ones((), dtype=dtype, device=device) * value
 
