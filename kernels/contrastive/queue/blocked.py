@@ -23,7 +23,7 @@ _PASS_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 _KEYS = 4096
 
 
-@dataclass(frozen=True)
+@dataclass
 class Directions:
     """W directions alike: each has queries, keys and, after the keys, a queue; W is 1 or 2."""
 

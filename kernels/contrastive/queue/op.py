@@ -375,9 +375,10 @@ def _features(**named: Tensor) -> tuple[Tensor, ...]:
     if query.shape[1] == 0:
         raise ValueError(f"{first} has shape {tuple(query.shape)}, expected at least one feature per row")
     (query,) = autocast(query)
+    shape, note = ("N", query.shape[1]), f", as many features per row as {first}"
+    dtypes, like = _dtypes_beside(query), (first, query)
     for name, t in others:
-        shape, note = ("N", query.shape[1]), f", as many features per row as {first}"
-        check(name, t, shape, note, _dtypes_beside(query), (first, query))
+        check(name, t, shape, note, dtypes, like)
     return query, *(t for _, t in others)
 
 

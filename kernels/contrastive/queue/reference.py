@@ -25,7 +25,7 @@ def queue_itc_loss(given: Directions) -> Tensor:
     ways, b, width = query.shape
     n = rows.shape[0] // ways
     keys = rows.view(ways, n, width).mT
-    log_p = F.log_softmax(_logits(torch.bmm(query, keys), temp), dim=2)
+    log_p = torch.log_softmax(_logits(torch.bmm(query, keys), temp), 2)
     with torch.no_grad():
         if ids is None or given.key_ids is None or given.queue_ids is None:
             targets = torch.eye(b, n, dtype=temp.dtype, device=temp.device)
@@ -33,7 +33,7 @@ def queue_itc_loss(given: Directions) -> Tensor:
             same = (ids[:, None] == torch.cat([given.key_ids, given.queue_ids])).to(temp.dtype)
             targets = same / same.sum(1, keepdim=True).clamp_min(1)
         if given.query_m is not None:
-            soft = F.softmax(_logits(torch.bmm(given.query_m, keys), temp), dim=2)
+            soft = torch.softmax(_logits(torch.bmm(given.query_m, keys), temp), 2)
             targets = targets.lerp(soft, given.alpha)
     return (targets * log_p).sum((1, 2)) / -b
 
