@@ -112,7 +112,7 @@ def experts_of(
     """
     e = routing.experts
     if isinstance(given, Tensor):
-        flat = given.dim() == len(shape) and len(given) % e == 0
+        flat = given.dim() == len(shape) and given.shape[0] % e == 0
         whole = given.unflatten(0, (e, -1)) if flat else given
         check(name, whole, (e, *shape), ", one for each expert", like=("x", x))
         return [whole]

@@ -23,7 +23,7 @@ Expert = Callable[[Tensor, int], Tensor]
 def routed(x: Tensor, experts: int, runs: Runs, expert: Expert) -> Tensor:
     """Each row by its expert."""
     if runs.bounds is not None:
-        parts = list(zip(x.split([b - a for a, b in pairwise(runs.bounds)]), runs.experts, strict=True))
+        parts = list(zip(x.split_with_sizes([b - a for a, b in pairwise(runs.bounds)]), runs.experts, strict=True))
         # one without rows has the gradient 0
         parts += [(x[:0], e) for e in range(experts) if e not in runs.experts]
         return torch.cat([expert(rows, e) for rows, e in parts])
@@ -88,7 +88,8 @@ def _normed(norm: Norm) -> Expert:
 
     def expert(rows: Tensor, e: int) -> Tensor:
         g, b = cast(gamma[e], rows.dtype), cast(beta[e], rows.dtype) if beta else None
-        return F.layer_norm(rows, g.shape, g, b, eps) if norm.centred else F.rms_norm(rows, g.shape, g, eps)
+        # not torch.nn.functional's, which looks for cuDNN at every call
+        return torch.layer_norm(rows, g.shape, g, b, eps) if norm.centred else torch.rms_norm(rows, g.shape, g, eps)
 
     return expert
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.arguments import outside_a_trace
+from mmfuse.kernels._runtime.dtypes import cast
 
 MODES = (
     "bicubic",
@@ -69,17 +70,17 @@ def axis_weights(mode: str, index: Tensor, size: Tensor, source: int, dtype: tor
 
     As `axis_matrix`, but for the rounding of a weight where torch's own functions contract products and sums.
     """
-    at = torch.arange(source, device=index.device)
+    at = torch.arange(source, dtype=dtype, device=index.device)
     if mode == "lookup":
         return (index.clamp(max=source - 1)[..., None] == at).to(dtype)
     if mode == "nearest_bucket":
         # float32 whatever the table: the boundaries decide which row is taken
-        fraction = (index * (1.0 / size.float())).clamp(max=1.0 - 1e-6)
+        fraction = (index.float() * (1.0 / size.float())).clamp(max=1.0 - 1e-6)
         bounds = torch.arange(1 / source, 1.0, 1 / source, device=index.device)
         return (torch.bucketize(fraction, bounds, right=True)[..., None] == at).to(dtype)
 
-    i, n = index.to(dtype), size.to(dtype)
-    step = source / n
+    i, n = cast(index, dtype), cast(size, dtype)
+    step = n.reciprocal() * source  # as source / n, which asks Python first
     if mode == "bilinear_aa":
         centre = (i + 0.5) * step - 0.5
         w = (1 - (at - centre[..., None]).abs() / step.clamp(min=1)[..., None]).clamp(min=0)

@@ -92,8 +92,8 @@ def interpolate_position(
         size = (max(h, w),) * 2 if keep_aspect else (h, w)
         rows = _along(y, h, size[0], mode, backend)
         return (rows[:, None] + _along(x, w, size[1], mode, backend)).flatten(0, 1)
-    table = check_table(table, mode)
-    gh, gw, d = table.shape
+    gh, gw = check_table(table, mode)
+    table, d = table.unflatten(0, (gh, gw)) if table.dim() == 2 else table, table.shape[-1]
     if mode == "bicubic_scale" and not (h == w and gh == gw):
         raise ValueError(f"grid is {grid} and the table's {gh, gw}, expected squares for mode bicubic_scale")
     size = (max(h, w),) * 2 if keep_aspect else (h, w)
@@ -113,18 +113,18 @@ def _along(table: Tensor, n: int, size: int, mode: str, backend: str | None) -> 
     return INTERPOLATE(table[:, None], n, 1, (size, 1), mode, backend=backend)
 
 
-def check_table(table: Tensor, mode: str) -> Tensor:
-    """The table as [gh, gw, D]."""
+def check_table(table: Tensor, mode: str) -> tuple[int, int]:
+    """(gh, gw) of a table."""
     check("table", table, note="or a pair of them")
     one_of("mode of one table", mode, MODES)
-    if table.dim() == 2:
-        side = round(table.shape[0] ** 0.5)
-        if side * side != table.shape[0]:
-            raise ValueError(f"table has {table.shape[0]} rows, expected a square number of them or [gh, gw, D]")
-        table = table.unflatten(0, (side, side))
-    if table.dim() != 3 or 0 in table.shape:
+    if table.dim() not in (2, 3) or 0 in table.shape:
         raise ValueError(f"table has shape {tuple(table.shape)}, expected [gh, gw, D] or [g * g, D], not empty")
-    return table
+    if table.dim() == 3:
+        return table.shape[0], table.shape[1]
+    side = round(table.shape[0] ** 0.5)
+    if side * side != table.shape[0]:
+        raise ValueError(f"table has {table.shape[0]} rows, expected a square number of them or [gh, gw, D]")
+    return side, side
 
 
 def check_factors(table: Any, mode: str) -> tuple[Tensor, Tensor]:

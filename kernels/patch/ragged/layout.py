@@ -119,7 +119,7 @@ def layout_of(
     if rest:
         each.append(_of_one((0,) * len(sizes[0]), rest, **how))
     ids, place = map(torch.cat, zip(*each, strict=True))
-    start = torch.tensor(begin[:-1] if padded_in is None else [i * padded_in for i in range(len(sizes))])
+    start = torch.tensor(begin[:-1]) if padded_in is None else _every(padded_in, len(sizes))
     source = None
     if padded_out is not None:
         source = start[:, None] + torch.arange(padded_out)
@@ -128,9 +128,16 @@ def layout_of(
 
 
 @functools.lru_cache(64)
+def _every(rows: int, images: int) -> Tensor:
+    """The first patch of images of so many rows."""
+    with torch.inference_mode(False):  # it outlives the mode, and may be saved for a gradient then
+        return torch.arange(images) * rows
+
+
+@functools.lru_cache(64)
 def _of_one(size: tuple[int, ...], rows: int, **how: Any) -> tuple[Tensor, Tensor]:
     """(ids, place) of an image of so many rows."""
-    with torch.inference_mode(False):  # they outlive the mode, and may be saved for a gradient then
+    with torch.inference_mode(False):  # as above
         at = layout(torch.tensor([size]), rows, padded_in=rows, **how)
     return at.ids, at.place
 

@@ -19,7 +19,7 @@ from mmfuse.kernels._runtime.arguments import (
     outside_a_trace,
     require_integer,
 )
-from mmfuse.kernels._runtime.dtypes import dtype_name
+from mmfuse.kernels._runtime.dtypes import cast, dtype_name
 from mmfuse.kernels.patch.arguments import check_dtype, vector
 from mmfuse.kernels.patch.positions.op import check_factors, check_table
 from mmfuse.kernels.patch.ragged import blocked, reference
@@ -81,11 +81,6 @@ def _backward(
     return grads
 
 
-def _reference(places: Places, **given: Any) -> Tensor:
-    at = (places.place, places.source, places.shape, places.mode, places.factored)
-    return reference.patch_embed_packed(*at, **given)
-
-
 def _elsewhere(x: Tensor) -> str | None:
     return None if x.device.type == "cpu" else f"device is {x.device.type}: it reads the grids on the host"
 
@@ -105,7 +100,7 @@ PACKED = Operator(
     implementations=[
         Implementation("triton", passes=Deferred("mmfuse.kernels.patch.ragged.kernel"), traceable=True),
         Implementation("chunked", passes=blocked, against=[_elsewhere]),
-        Implementation("torch", function=_reference),
+        Implementation("torch", function=reference.patch_embed_packed),
     ],
     # "torch" goes over the rows in a loop, which a graph of any size cannot
     size=Size("patches", lambda x: x.shape[0], kind=lambda compute: dtype_name(compute)),
@@ -198,8 +193,8 @@ def patch_embed_packed(
     sizes = None
     if grids.device.type == "cpu" and not torch.compiler.is_compiling() and type(grids) is Tensor:
         sizes = grids.tolist()  # one wait for the host, whatever is asked of them
-        _check_grids(sizes, merge, length, len(x), ids_keep)
-    grids = grids.to(torch.int64)
+        _check_grids(sizes, merge, length, x.shape[0], ids_keep)
+    grids = cast(grids, torch.int64)
     pads = bool(padded_in) and pad_position == "first"
     how: dict[str, Any] = {
         "padded_in": padded_in,
@@ -265,8 +260,8 @@ def _table(
         y, x = check_factors(table, mode)
         joined, shape, mode = torch.cat([y, x]), (len(y), len(x)), "bilinear" if mode == "linear_1d" else mode
     else:
-        given = check_table(table, mode)
-        joined, shape = table if table.dim() == 2 else table.flatten(0, 1), (given.shape[0], given.shape[1])
+        shape = check_table(table, mode)
+        joined = table if table.dim() == 2 else table.flatten(0, 1)
     check("table", joined, ("S", d), " as weight has rows", like=("patches", like))
     return joined, shape, isinstance(table, (tuple, list)), mode
 
