@@ -21,7 +21,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """As `t.to(dtype)`, which takes its time where there is nothing to do, too."""
-    return t if t.dtype == dtype else t.to(dtype)
+    # by name: torch takes longer to see that a number is no device
+    return t if t.dtype == dtype else t.to(dtype=dtype)
 
 
 def autocast_is_on(kind: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime.arguments import PIXELS, check, constant, one_of
-from mmfuse.kernels.patch.geometry import LAYOUTS, is_still, view_shape
+from mmfuse.kernels.patch.geometry import CHANNELS, LAYOUTS, is_still
 
 Norm = tuple[Tensor, Tensor | None, float]
 
@@ -45,7 +45,7 @@ def check_source(pixels: Tensor, weight: Tensor, stride: int | Sequence[int] | N
     still = is_still(pixels.dim(), weight.dim(), layout)
     if pixels.dim() != weight.dim() - still:
         raise ValueError(f"pixels has shape {tuple(pixels.shape)}, expected {expected} for layout {layout!r}")
-    found, channels = view_shape(pixels.shape, layout)[1], weight.shape[1]
+    found, channels = pixels.shape[CHANNELS[layout]], weight.shape[1]
     if found != channels:
         raise ValueError(f"pixels has {found} channels, expected {channels} as weight")
     if stride is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime.arguments import outside_a_trace
 
 LAYOUTS = ("nchw", "nhwc", "ntchw", "patches")
+CHANNELS = {"nchw": 1, "nhwc": -1, "ntchw": 2}  # their dimension
 Three = tuple[int, int, int]
 
 

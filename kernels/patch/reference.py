@@ -55,7 +55,8 @@ def patch_embed(stem: Stem) -> Tensor:
         if y.requires_grad or transforming():
             if s.ids_keep is not None:
                 table = [t.expand(y.shape[0], -1, -1) for t in table]
-            y = y + torch.cat(table, dim=-2)
+            rows = torch.cat(table, dim=-2)
+            y = y + rows if transforming() else y.add_(rows)
         else:
             y[:, : front.shape[-2]].add_(table[0])
             y[:, front.shape[-2] :].add_(table[1])
@@ -73,11 +74,11 @@ def _normalised(x: Tensor, s: Stem) -> Tensor:
     """x [B, C, ...], (x / 255 - mean) / std, as the product takes it."""
     if s.mean is not None or s.std is not None:
         of_channels = (-1, *(1,) * (x.dim() - 2))
-        x, bytes_ = x.to(torch.promote_types(x.dtype, s.acc)), x.dtype == torch.uint8
-        mean = None if s.mean is None else s.mean.to(x.dtype).view(of_channels)
-        std = None if s.std is None else s.std.to(x.dtype).view(of_channels)
+        x, bytes_ = cast(x, torch.promote_types(x.dtype, s.acc)), x.dtype == torch.uint8
+        mean = None if s.mean is None else cast(s.mean, x.dtype).view(of_channels)
+        std = None if s.std is None else cast(s.std, x.dtype).view(of_channels)
         if bytes_:  # what they were converted to is nobody else's, and gone over as seldom as can be
-            x = x if mean is None else x.sub_(255 * mean)
+            x = x if mean is None else x.sub_(mean, alpha=255)
             x = x.div_(255 if std is None else 255 * std)
         else:
             x = x if mean is None else x - mean
@@ -88,4 +89,5 @@ def _normalised(x: Tensor, s: Stem) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     if weight is None:
         return x
-    return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+    # not torch.nn.functional's, which looks for cuDNN at every call
+    return torch.layer_norm(x, weight.shape, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype), eps)
