@@ -153,9 +153,10 @@ def embed_pair(
     if position.shape[0] < position_offset + rows:
         least = f"expected at least {rows} rows + position_offset {position_offset}"
         raise ValueError(f"position has shape {tuple(position.shape)}, {least}")
-    seen = position[position_offset : position_offset + rows]
+    sizes = [position_offset, prefix, rows - prefix, position.shape[0] - position_offset - rows]
+    _, of_prefix, stem.position, _ = position.split_with_sizes(sizes)
     # without a mask its token has a gradient all the same, of zeros
-    stem.position, stem.mask_token = seen, mask_token
+    stem.mask_token = mask_token
     if cls_token is not None:
-        stem.prefix, (stem.prefix_position, stem.position) = cls_token[None], seen.split([1, rows - 1])
+        stem.prefix, stem.prefix_position = cls_token[None], of_prefix
     return EMBED_PAIR(stem, words, backend=backend)
