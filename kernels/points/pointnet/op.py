@@ -128,7 +128,7 @@ TRAINING = Operator(
     backward=blocked.training_backward,
     fake=_train_fake,
     differentiable=("x", *_LAYERS, "scale"),
-    implementations=_implementations(lambda x, layers, scale, eps: reference.training(x, *layers, scale, eps)),
+    implementations=_implementations(lambda x, layers, **norm: reference.training(x, *layers, **norm)),
     size=_SIZE,
     example=lambda x, **how: mini_pointnet_training(*_example(x), x.new_empty(x.shape[1]), **how),
 )
