@@ -103,7 +103,7 @@ def _require_taken(args: argparse.Namespace, taken: Sequence[str]) -> None:
     add_arguments(parser)
     for name, default in vars(parser.parse_args([args.suite])).items():
         if name not in taken and getattr(args, name) != default:
-            options = " and ".join(f"--{option}" for option in taken)
+            options = ", ".join(f"--{option}" for option in taken)
             raise ValueError(f"--{name.replace('source', 'from')} is given, expected only {options} for {args.suite}")
 
 

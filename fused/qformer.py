@@ -259,7 +259,7 @@ class QFormerEncoder(nn.Module):
             x, norm = norm(x), None
         free = x.is_cpu and norm is None and not torch.is_grad_enabled()
         # weights that are sharded layer by layer are there while a layer runs
-        if once and ((free and not (self.training and self.draws)) or not self._reads_weights):
+        if once and ((free and not self.draws) or not self._reads_weights):
             return QFormerKV(x, lengths)
         of, heads, d = self._crossing, self.config.num_attention_heads, self.config.hidden_size
         if (free and is_plain([x])) or not self._reads_weights:

@@ -36,8 +36,15 @@ from mmfuse.kernels._runtime.device import device_name, slug, vectors
 SHIPPED = Path(__file__).resolve().parents[1]
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-_BITS = {"amx_bf16": 512, "avx512_bf16": 512, "avx512": 512, "avx512_bf16_2x256": 256, "avx512_2x256": 256}
-_BITS |= {"avx2": 256, "default": 128}
+_BITS = {
+    "amx_bf16": 512,
+    "avx512_bf16": 512,
+    "avx512": 512,
+    "avx512_bf16_2x256": 256,
+    "avx512_2x256": 256,
+    "avx2": 256,
+    "default": 128,
+}
 
 Table = dict[str, Any]
 Steps = tuple[tuple[int, int | None], ...]  # (columns, size from which on it is taken), from the most columns down

@@ -388,8 +388,9 @@ def _many_products(q: Tensor, tokens: Tokens) -> str | None:
     if not q.is_cuda:
         return None
     formed, own = absorbed.multiplications(q, tokens)
-    few = 4 * own <= formed
-    return None if few else "it takes more than a quarter of the products of keys and values, which are large ones"
+    if 4 * own <= formed:
+        return None
+    return "it takes more than a quarter of the products of keys and values, which are large ones"
 
 
 def _half(q: Tensor) -> str | None:

@@ -104,7 +104,6 @@ def test_by_length_pads_nothing() -> None:
         assert attended.found == [((2, 8, n, 64), m) for n, m in zip((50, 70, 20), masked, strict=True)]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="it reads lengths on the host")
 @pytest.mark.parametrize(("kept", "masked"), [([4, 4, 4], False), ([4, 3, 4], True)])
 def test_no_mask_where_all_rows_are_kept(kept: list[int], masked: bool) -> None:
     routing = Routing.of([Part(0, 3, 2), Part(1, 3, 4, kept=torch.tensor(kept))], 2)
