@@ -134,17 +134,18 @@ void products(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bia
     const Matrix from{floats_of(a, "a"), a.stride(1)}, to{floats_of(out, "out"), out.stride(1)};
     const Matrix of{floats_of(b, "b"), b.stride(1)};
     const float* add = bias ? floats_of(*bias, "bias") : nullptr;
-    // columns of a matrix that a thread takes at least, of whole tiles
-    constexpr int64_t TILE = 192;
-    const int64_t tiles = ceil_div(n, TILE);
     if (heads * rows * n == 0) return;
-    const int64_t grain = ceil_div(1 << 19, rows * (k + 1) * TILE);
+    // columns of a matrix that a thread takes at once: at most WIDE, in tiles of 6, as many for each thread
+    constexpr int64_t WIDE = 192;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t width = 6 * ceil_div(n, 6 * threads * ceil_div(n, WIDE * threads)), tiles = ceil_div(n, width);
+    const int64_t grain = ceil_div(1 << 19, rows * (k + 1) * width);
     torch::stable::parallel_for(0, heads * tiles, grain, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-            const int64_t h = t / tiles, j = t % tiles * TILE;
+            const int64_t h = t / tiles, j = t % tiles * width;
             const Matrix c{to.at + h * out.stride(0) + j, to.stride}, x{from.at + h * a.stride(0), from.stride};
             const Matrix y{of.at + h * b.stride(0) + j * of.stride, of.stride};
-            multiply(c, x, y, rows, std::min(TILE, n - j), k, add ? add + j : nullptr, adds);
+            multiply(c, x, y, rows, std::min(width, n - j), k, add ? add + j : nullptr, adds);
         }
     });
 }

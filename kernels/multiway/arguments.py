@@ -33,6 +33,11 @@ class Runs:
                 found.append((e, slice(a, b)))
         return found
 
+    def within(self, rows: slice) -> Runs:
+        """The same of a part of the stream, where the host knows the bounds."""
+        bounds = [min(max(b, rows.start), rows.stop) - rows.start for b in self.bounds or ()]
+        return Runs(self.experts, bounds, self.offsets.clamp(rows.start, rows.stop) - rows.start)
+
 
 @dataclass
 class Linear:
@@ -66,6 +71,10 @@ class Ending:
     residual: Tensor | None  # [T, N]
     scale: Tensor | None  # [N]
     row_scale: Tensor | None  # [T]
+
+    def within(self, rows: slice) -> Ending:
+        residual, row_scale = (None if t is None else t[rows] for t in (self.residual, self.row_scale))
+        return Ending(residual, self.scale, row_scale)
 
 
 @dataclass

@@ -573,7 +573,7 @@ def backward(
     return Grads(dz, z.new_empty(0) if y is None else y, dgammas, dbetas)
 
 
-rows = SimpleNamespace(forward=forward, backward=backward)
+rows = SimpleNamespace(forward=forward, backward=backward, AT_ONCE=None)
 
 
 # --- ahead of time --------------------------------------------------------------------------------------------------

@@ -265,8 +265,8 @@ def _ffn_fake(ffn: FFN, norm: Norm, ending: Ending, needs: Any) -> FFNOut:
     w1, w2 = (by_expert(of, 2)[0] for of in (ffn.weights_in, ffn.weights_out))
     t, wide, n = ffn.x.shape[0], w1.shape[0], w2.shape[0]
     out = w2.new_empty(t, n, dtype=w2.dtype if ending.residual is None else ending.residual.dtype)
-    z, y = w1.new_empty(t, wide), w2.new_empty((t, n) if needs and needs.scale else 0)
-    inner_mean, inner_rstd = _statistics(z, Norm(ffn.inner_gammas, ffn.inner_betas, True, ffn.inner_eps))
+    z, y = w1.new_empty((t, wide) if needs else 0), w2.new_empty((t, n) if needs and needs.scale else 0)
+    inner_mean, inner_rstd = _statistics(ffn.x, Norm(ffn.inner_gammas, ffn.inner_betas, True, ffn.inner_eps))
     return FFNOut(out, z, inner_mean, inner_rstd, y, *_statistics(ffn.x, norm))
 
 

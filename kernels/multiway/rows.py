@@ -36,6 +36,8 @@ class Grads(NamedTuple):
 class TorchRows:
     """In the dtype of accumulation, rounded at the end."""
 
+    AT_ONCE = None
+
     @staticmethod
     def forward(z: Tensor, activation: str, norm: Norm, runs: Runs) -> Normed:
         h, acc = activate(z, activation), accumulation_dtype(z.dtype)
@@ -72,6 +74,8 @@ class TorchRows:
 
 class CompiledRows:
     """One pass each way, of GELU or no activation, in float32 and bfloat16 on a CPU."""
+
+    AT_ONCE = 5 << 19  # numbers of [n, F] that stay in the cache, and whose memory the system gives once: 10 MiB
 
     @staticmethod
     def forward(z: Tensor, activation: str, norm: Norm, runs: Runs) -> Normed:

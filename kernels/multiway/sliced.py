@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +38,17 @@ def finished(
     return ended(activate(z, activation), ending), z if keep else none
 
 
-def product(x: Tensor, weights: Parameters, biases: Parameters, runs: Runs, residual: Tensor | None = None) -> Tensor:
+def product(
+    x: Tensor,
+    weights: Parameters,
+    biases: Parameters,
+    runs: Runs,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """x W_e^T + b_e, and the residual."""
     w, b = by_expert(weights, 2), by_expert(biases, 1)
-    out = x.new_empty(x.shape[0], w[0].shape[0])
+    out = x.new_empty(x.shape[0], w[0].shape[0]) if out is None else out
     for e, rows in runs.slices():
         add = None if residual is None else residual[rows]
         products.linear(x[rows], w[e], b[e] if b else None, add, out[rows])
@@ -62,14 +71,14 @@ def parameter_grads(
     of_weights: Sequence[bool],
     of_biases: Sequence[bool],
     runs: Runs,
+    others: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(dW, db): those that are needed."""
+    """(dW, db): those that are needed; added to what other rows gave."""
     acc = accumulation_dtype(dz.dtype)
-    dw = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights]
-    db = sums(biases, acc)
+    dw, db = others or ([torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights], sums(biases, acc))
     dw_of, db_of = by_expert(dw, 2), by_expert(db, 1)
     w_wanted, b_wanted = (flags_by_expert(needs, len(dw_of)) for needs in (of_weights, of_biases))
-    fresh = set(range(len(dw_of)))
+    fresh = set() if others else set(range(len(dw_of)))
     for e, rows in runs.slices():
         if rows.start == rows.stop:
             continue
@@ -165,13 +174,22 @@ def _through(g: Tensor, y: Tensor, ending: Ending, needs: Any, grads: dict[str, 
 
 
 def _parameter_grads(
-    by: Any, dz: Tensor, x: Tensor, weights: Parameters, biases: Parameters, runs: Runs, needs: Any, of: str = ""
+    by: Any,
+    dz: Tensor,
+    x: Tensor,
+    weights: Parameters,
+    biases: Parameters,
+    runs: Runs,
+    needs: Any,
+    of: str = "",
+    others: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     names = f"weights{of}", f"biases{of}"
     wanted = [getattr(needs, name) for name in names]
     if not any(map(any, wanted)):
         return {}
-    return dict(zip(names, by.parameter_grads(dz, x, weights, biases, *wanted, runs), strict=True))
+    to = [tuple(others[name] for name in names)] if names[0] in others else []
+    return dict(zip(names, by.parameter_grads(dz, x, weights, biases, *wanted, runs, *to), strict=True))
 
 
 # --- two products ---------------------------------------------------------------------------------------------------
@@ -188,12 +206,44 @@ class FFNOut(NamedTuple):
 
 
 def ffn(by: Any, rows: Any, ffn: FFN, norm: Norm, runs: Runs, ending: Ending, needs: Any) -> FFNOut:
+    blocks = _blocks(rows, ffn)
+    if len(blocks) == 1:
+        return _ffn(by, rows, ffn, norm, runs, ending, needs)
+    w = by_expert(ffn.weights_in, 2)[0]
+    z = w.new_empty(len(ffn.x), len(w)) if needs else None
+    found = []
+    for i in blocks:
+        of_rows = _within(ffn, i), norm, runs.within(i), ending.within(i)
+        found.append(_ffn(by, rows, *of_rows, needs, None if z is None else z[i]))
+    parts = (f._replace(z=f.mean) for f in found)  # z is whole already
+    return FFNOut(*map(torch.cat, zip(*parts, strict=True)))._replace(z=w.new_empty(0) if z is None else z)
+
+
+def _blocks(rows: Any, ffn: FFN) -> list[slice]:
+    """Of the rows that are seen at a time; in 16 bits sums over them would be rounded between."""
+    t, w = len(ffn.x), by_expert(ffn.weights_in, 2)[0]
+    if rows.AT_ONCE is None or w.dtype.itemsize == 2:
+        return [slice(None)]
+    count = max(1, -(-t * len(w) // rows.AT_ONCE))
+    return [slice(t * i // count, t * (i + 1) // count) for i in range(count)]
+
+
+def _within(ffn: FFN, rows: slice) -> FFN:
+    return replace(ffn, x=ffn.x[rows])
+
+
+def _ffn(
+    by: Any, rows: Any, ffn: FFN, norm: Norm, runs: Runs, ending: Ending, needs: Any, z: Tensor | None = None
+) -> FFNOut:
     x, mean, rstd = normed(rows, ffn.x, norm, runs, ffn.weights_in[0].dtype)
-    z, _ = by.finished(x, ffn.weights_in, ffn.biases_in, runs, "none", _NOTHING, False)
+    if z is None:
+        z, _ = by.finished(x, ffn.weights_in, ffn.biases_in, runs, "none", _NOTHING, False)
+    else:
+        by.product(x, ffn.weights_in, ffn.biases_in, runs, out=z)
     h, inner_mean, inner_rstd = rows.forward(z, ffn.activation, _inner(ffn), runs)
     keep = bool(needs) and needs.scale
     out, y = by.finished(h, ffn.weights_out, ffn.biases_out, runs, "none", ending, keep)
-    return FFNOut(out, z, inner_mean, inner_rstd, y, mean, rstd)
+    return FFNOut(out, z if needs else z.new_empty(0), inner_mean, inner_rstd, y, mean, rstd)
 
 
 def _inner(ffn: FFN) -> Norm:
@@ -206,6 +256,38 @@ _NOTHING = Ending(None, None, None)
 def ffn_grads(
     by: Any, rows: Any, g: Tensor, saved: FFNOut, ffn: FFN, norm: Norm, runs: Runs, ending: Ending, needs: Any
 ) -> dict[str, Any]:
+    blocks = _blocks(rows, ffn)
+    if len(blocks) == 1:
+        return _ffn_grads(by, rows, g, saved, ffn, norm, runs, ending, needs, {})
+    total, dx = dict[str, Any](), list[Tensor]()
+    for i in blocks:
+        of_rows = FFNOut(*(t[i] for t in saved)), _within(ffn, i), norm, runs.within(i), ending.within(i)
+        more = _ffn_grads(by, rows, g[i], *of_rows, needs, total)
+        if "x" in more:
+            dx.append(more.pop("x"))
+        for name in total.keys() & _SUMS:
+            more[name] = [a + b for a, b in zip(total[name], more[name], strict=True)]
+        if "scale" in total:
+            more["scale"] += total["scale"]
+        total |= more
+    return total | {"residual": g} | ({"x": torch.cat(dx)} if dx else {})
+
+
+_SUMS = {"gammas", "betas", "inner_gammas", "inner_betas"}  # over rows, beside the weights' and biases'
+
+
+def _ffn_grads(
+    by: Any,
+    rows: Any,
+    g: Tensor,
+    saved: FFNOut,
+    ffn: FFN,
+    norm: Norm,
+    runs: Runs,
+    ending: Ending,
+    needs: Any,
+    others: Mapping[str, Any],
+) -> dict[str, Any]:
     grads: dict[str, Any] = {"residual": g}
     z, inner, w1, w2 = saved.z, _inner(ffn), ffn.weights_in, ffn.weights_out
     dy = _through(g, saved.y, ending, needs, grads, w2[0].dtype)
@@ -216,7 +298,7 @@ def ffn_grads(
         given = dh, z, ffn.activation, inner, saved.inner_mean, saved.inner_rstd, runs
         dz, h, grads["inner_gammas"], grads["inner_betas"] = rows.backward(*given, again=True)
         x, below = normed_grads(by, rows, dz, ffn.x, norm, saved.mean, saved.rstd, w1, runs, needs)
-        grads |= below | _parameter_grads(by, dz, x, w1, ffn.biases_in, runs, needs, "_in")
+        grads |= below | _parameter_grads(by, dz, x, w1, ffn.biases_in, runs, needs, "_in", others)
     else:
         h = rows.forward(z, ffn.activation, inner, runs).out
-    return grads | _parameter_grads(by, dy, h, w2, ffn.biases_out, runs, needs, "_out")
+    return grads | _parameter_grads(by, dy, h, w2, ffn.biases_out, runs, needs, "_out", others)
