@@ -1,14 +1,18 @@
-// Products of float32 matrices on a CPU with vectors of 512 bits, read as they lie: nothing is packed or padded.
+// Products of float32 matrices, or of bfloat16 with a result of float32, on a CPU with vectors of 512 bits.
 //
-//     out[h] = a[h] b[h]^T + bias,   or added to out[h];   features are of unit stride
+//     out[h] = a[h] b[h]^T + bias,   or added to out[h]
 //
-// A tile of out stays in registers. Sums are of at most DEPTH numbers, in 16 parts; blocks of them are added up in order.
-// No number of threads changes a bit.
+// A tile of out stays in registers. Of many rows, b is packed a few panels at a time (packed.h); of a few it is read as it
+// lies: then sums are of at most DEEP numbers, in 16 parts. Blocks of sums are added up in order, and no number of threads
+// changes a bit.
 
 #include "../tensor.h"
+#include "packed.h"
 #include "simd.h"
+#include "threads.h"
 
 #include <algorithm>
+#include <memory>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +21,7 @@ namespace mmfuse {
 namespace {
 
 constexpr int64_t LANES = 16;
-constexpr int64_t DEPTH = 768;
+constexpr int64_t DEEP = 768;
 constexpr int64_t ROWS = 8;  // of a, that deep in the first-level cache beside a tile's of b
 
 typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
@@ -108,33 +112,65 @@ MMFUSE_INLINE void all_dots(Matrix c, Matrix a, Matrix b, int64_t rows, int64_t 
 // c [rows, n] of one matrix
 MMFUSE_CLONES
 void multiply(Matrix c, Matrix a, Matrix b, int64_t rows, int64_t n, int64_t k, const float* bias, bool adds) {
-    for (int64_t e = 0; e < std::max<int64_t>(k, 1); e += DEPTH)
+    for (int64_t e = 0; e < std::max<int64_t>(k, 1); e += DEEP)
         for (int64_t i = 0; i < rows; i += ROWS)
             all_dots<4, 6>(part(c, i, 0), part(a, i, e), part(b, 0, e), std::min(ROWS, rows - i), n,
-                           std::min(DEPTH, k - e), bias, adds || e > 0);
+                           std::min(DEEP, k - e), bias, adds || e > 0);
 }
 
-float* floats_of(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && !t.is_cuda(), name, ": expected float32 on a CPU");
+template <class T>
+T* numbers_of(const Tensor& t, const char* name, ScalarType dtype) {
+    STD_TORCH_CHECK(t.scalar_type() == dtype && !t.is_cuda(), name, ": expected float32 on a CPU, or bfloat16 as a and b");
     STD_TORCH_CHECK(t.numel() == 0 || t.data_ptr() != nullptr, name, ": expected memory, got none");
-    return static_cast<float*>(t.data_ptr());
+    return static_cast<T*>(t.data_ptr());
 }
 
-// a [H, M, K], b [H, N, K], bias [N], out [H, M, N]; `adds` to out, without a bias
-void products(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, Tensor out, bool adds) {
-    check_sizes(a, "a", {FREE, FREE, FREE});
-    const int64_t heads = a.size(0), rows = a.size(1), k = a.size(2);
-    check_sizes(b, "b", {heads, FREE, k});
-    const int64_t n = b.size(1);
-    check_sizes(out, "out", {heads, rows, n});
-    const auto unit = [](const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; };
-    STD_TORCH_CHECK(unit(a) && unit(b) && unit(out), "a, b, out: expected a unit stride of the last dimension");
-    if (bias) check_sizes(*bias, "bias", {n});
-    STD_TORCH_CHECK(!bias || (unit(*bias) && !adds), "bias: expected a unit stride, and none beside what is added to");
-    const Matrix from{floats_of(a, "a"), a.stride(1)}, to{floats_of(out, "out"), out.stride(1)};
-    const Matrix of{floats_of(b, "b"), b.stride(1)};
-    const float* add = bias ? floats_of(*bias, "bias") : nullptr;
-    if (heads * rows * n == 0) return;
+// of a and b with any strides: a panel's part of b is packed where it stays in the cache, and of a what is not of unit stride
+template <class T>
+void packed(const Tensor& a, const Tensor& b, const float* bias, const Tensor& out, bool adds, ScalarType dtype) {
+    const int64_t heads = a.size(0), rows = a.size(1), k = a.size(2), n = b.size(1);
+    const T *from = numbers_of<T>(a, "a", dtype), *of = numbers_of<T>(b, "b", dtype);
+    float* to = numbers_of<float>(out, "out", ScalarType::Float);
+    constexpr int64_t PANELS = 3, LINES = DEPTH / 2, DEEP = LINES * PackedLine<T>::FEATURES;
+    // panels that a thread takes at once, as many for each thread
+    const int64_t panels = ceil_div(n, COLUMNS), threads = torch::stable::get_num_threads();
+    const int64_t some = ceil_div(panels, threads * ceil_div(panels, PANELS * threads)), groups = ceil_div(panels, some);
+    const int64_t height = 6 * ceil_div(rows, 6 * ceil_div(rows, ROWS_AT_ONCE));  // of whole tiles
+    const int64_t grain = ceil_div(1 << 19, rows * (k + 1) * some * COLUMNS);
+    torch::stable::parallel_for(0, heads * groups, grain, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<PackedLine<T>[]> lines(new PackedLine<T>[PANELS * LINES]);
+        const std::unique_ptr<T[]> dense(a.stride(2) == 1 ? nullptr : new T[ROWS_AT_ONCE * DEEP]);
+        for (int64_t t = begin; t < end; ++t) {
+            const int64_t h = t / groups, first = t % groups * some, last = std::min(panels, first + some);
+            for (int64_t e = 0; e < std::max<int64_t>(k, 1); e += DEEP) {
+                const int64_t deep = std::min(DEEP, k - e);
+                const T* part = of + h * b.stride(0) + e * b.stride(2);
+                for (int64_t p = first; p < last; ++p)
+                    pack(part + p * COLUMNS * b.stride(1), b.stride(1), b.stride(2), std::min(COLUMNS, n - p * COLUMNS), deep,
+                         &lines[(p - first) * LINES]);
+                for (int64_t i = 0; i < rows; i += height) {
+                    const int64_t count = std::min(height, rows - i);
+                    const T* x = from + h * a.stride(0) + i * a.stride(1) + e * a.stride(2);
+                    if (dense) transposed(x, a.stride(2), a.stride(1), deep, count, dense.get(), DEEP);
+                    for (int64_t p = first; p < last; ++p) {
+                        const int64_t width = std::min(COLUMNS, n - p * COLUMNS);
+                        PackedLine<float> add{};
+                        if (bias) std::copy_n(bias + p * COLUMNS, width, add.x[0]);
+                        rows_of_panel(dense ? dense.get() : x, dense ? DEEP : a.stride(1), count, &lines[(p - first) * LINES],
+                                      deep, to + h * out.stride(0) + i * out.stride(1) + p * COLUMNS, out.stride(1), width,
+                                      add.x[0], adds || e > 0);
+                    }
+                }
+            }
+        }
+    });
+}
+
+void as_it_lies(const Tensor& a, const Tensor& b, const float* add, const Tensor& out, bool adds) {
+    const int64_t heads = a.size(0), rows = a.size(1), k = a.size(2), n = b.size(1);
+    const Matrix from{numbers_of<float>(a, "a", ScalarType::Float), a.stride(1)};
+    const Matrix to{numbers_of<float>(out, "out", ScalarType::Float), out.stride(1)};
+    const Matrix of{numbers_of<float>(b, "b", ScalarType::Float), b.stride(1)};
     // columns of a matrix that a thread takes at once: at most WIDE, in tiles of 6, as many for each thread
     constexpr int64_t WIDE = 192;
     const int64_t threads = torch::stable::get_num_threads();
@@ -148,6 +184,31 @@ void products(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bia
             multiply(c, x, y, rows, std::min(width, n - j), k, add ? add + j : nullptr, adds);
         }
     });
+}
+
+// a [H, M, K], b [H, N, K], bias [N], out [H, M, N]; `adds` to out, without a bias
+void products(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, Tensor out, bool adds) {
+    check_sizes(a, "a", {FREE, FREE, FREE});
+    check_sizes(b, "b", {a.size(0), FREE, a.size(2)});
+    check_sizes(out, "out", {a.size(0), a.size(1), b.size(1)});
+    const auto unit = [](const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; };
+    STD_TORCH_CHECK(unit(out), "out: expected a unit stride of the last dimension");
+    if (bias) check_sizes(*bias, "bias", {b.size(1)});
+    STD_TORCH_CHECK(!bias || (unit(*bias) && !adds), "bias: expected a unit stride, and none beside what is added to");
+    const float* add = bias ? numbers_of<float>(*bias, "bias", ScalarType::Float) : nullptr;
+    if (out.numel() == 0) return;
+    if (a.scalar_type() != ScalarType::BFloat16) {
+        // to pack takes longer than the products of few rows, and to add up vectors longer than those of few features
+        const bool few = a.size(1) < ROWS_AT_ONCE && a.size(2) >= 256;
+        return few && unit(a) && unit(b) ? as_it_lies(a, b, add, out, adds) : packed<float>(a, b, add, out, adds, ScalarType::Float);
+    }
+#ifdef MMFUSE_HAS_PAIRS
+    STD_TORCH_CHECK(__builtin_cpu_supports("avx512bf16"), "a: expected float32 on this CPU, got bfloat16");
+    STD_TORCH_CHECK(unit(a), "a: expected a unit stride of the last dimension of bfloat16");
+    packed<Bfloat16>(a, b, add, out, adds, ScalarType::BFloat16);
+#else
+    STD_TORCH_CHECK(false, "a: expected float32 in this build, got bfloat16");
+#endif
 }
 
 }  // namespace

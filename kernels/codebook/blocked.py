@@ -34,12 +34,12 @@ def _in_float32(z: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor
     return z.to(acc), weight.to(acc) if scale is None else (weight * scale[:, None]).to(acc)
 
 
-def _scores(z: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def _scores(z: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their scores) of one block after another, in the same memory."""
     (n, _), k = z.shape, len(weight)
-    offset = weight.new_zeros(()) if bias is None else bias.to(weight.dtype)
-    height = max(1, min(n, _BLOCK_BYTES[z.device.type] // (k * z.dtype.itemsize)))
-    memory = torch.empty(height, k, dtype=z.dtype, device=z.device)
+    offset = weight.new_zeros((), dtype=dtype) if bias is None else bias.to(dtype)
+    height = max(1, min(n, _BLOCK_BYTES[z.device.type] // (k * dtype.itemsize)))
+    memory = torch.empty(height, k, dtype=dtype, device=z.device)
     for i in range(0, n, height):
         block = z[i : i + height]
         yield slice(i, i + height), products.mm(block, weight.t(), memory[: len(block)]).add_(offset)
@@ -47,7 +47,7 @@ def _scores(z: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[sl
 
 def _largest(z: Tensor, weight: Tensor, tie: Tensor | None, bias: Tensor | None) -> Tensor:
     codes = torch.empty(len(z), dtype=torch.int64, device=z.device)
-    for rows, s in _scores(z, weight, bias):
+    for rows, s in _scores(z, weight, bias, z.dtype):
         codes[rows] = s.argmax(1) if tie is None else first_of_largest(s, tie[rows])
     return codes
 
@@ -66,6 +66,7 @@ def _of_candidates(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor
     """What a fast product cannot tell from its largest score is scored again in float64, on a CPU."""
     d, native = z.shape[1], z.dtype == torch.bfloat16 and scale is None
     x, w = (z, weight) if native else _in_float32(z, weight, scale)
+    rounded = native and not products.pairs()
     # 1.01, as a norm in 16 bits is rounded
     norm, largest = 1.01 * torch.linalg.vector_norm(x, dim=1).double(), 1.01 * torch.linalg.vector_norm(w, dim=1).amax()
     size = norm * largest.double() + (0 if bias is None else bias.abs().amax())
@@ -73,8 +74,8 @@ def _of_candidates(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor
     # neither overflows, nor counts what underflows
     safe = (norm > 2.0**-60) & (norm < 2.0**60) & (largest > 2.0**-60) & (largest < 2.0**60) & (size < 2.0**120)
     codes = torch.full((len(z),), -1)
-    for rows, s in _scores(x, w, None if native else bias):
-        if native and bias is not None:
+    for rows, s in _scores(x, w, None if rounded else bias, x.dtype if rounded else torch.float32):
+        if rounded and bias is not None:
             rounding = 2.0**-7 * s.abs().float()
             s = s.float().add_(bias.float())
             best, s = (s - rounding).amax(1), s.add_(rounding)
@@ -83,14 +84,19 @@ def _of_candidates(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor
         # scores are rounded, and so is this threshold
         least = best.double() - gap[rows] - (2.0**-6 if s.dtype == torch.bfloat16 else 2.0**-21) * best.abs()
         row, code = (s >= least.to(s.dtype)[:, None]).nonzero(as_tuple=True)
-        few = safe[rows] & (row.bincount(minlength=len(s)) <= _FEW) & best.isfinite()
+        count = row.bincount(minlength=len(s))
+        few = safe[rows] & (count <= _FEW) & best.isfinite()
         row, code = row[few[row]], code[few[row]]
+        codes[rows] = torch.where(few, len(w), -1).scatter_reduce_(0, row, code, "amin")
+        several = few & (count > 1)
+        row, code = row[several[row]], code[several[row]]
         exact = (z[rows][row].double() * weight[code].double()).sum(1)
         exact = exact if scale is None else exact * scale[code]
         exact = exact if bias is None else exact + bias[code]
         top = exact.new_full((len(s),), -torch.inf).scatter_reduce_(0, row, exact, "amax")
         wins = exact >= (top - 2.0**-51 * (d + 8) * size[rows])[row]
-        codes[rows] = torch.where(few, len(w), -1).scatter_reduce_(0, row[wins], code[wins], "amin")
+        nearest = codes[rows].masked_fill_(several, len(w)).scatter_reduce_(0, row[wins], code[wins], "amin")
+        codes[rows] = nearest
     left = (codes < 0).nonzero().squeeze(1)
     if len(left):
         codes[left] = _in_float64(z[left], weight, scale, bias)

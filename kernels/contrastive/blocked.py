@@ -197,9 +197,8 @@ class Blocks:
 
     def __init__(self, x: Tensor, y: Tensor):
         self.acc = accumulation_dtype(x.dtype)
-        # products of 16-bit operands: in float32 out of CUDA's, but rounded to 16 bits out of a CPU's
-        self.dtype = x.dtype if x.is_cuda else self.acc
-        self.x, self.y = x.to(self.dtype), y.to(self.dtype)
+        self.dtype = x.dtype if x.is_cuda else self.acc  # of the gradient's products, whose G a CPU does not round
+        self.x, self.y = (products.operand(t, self.acc) for t in (x, y))
         b, n = len(x), len(y)
         rows = _BLOCK_BYTES[x.device.type] // max(1, n * self.acc.itemsize)
         self.rows = max(64, min(_MAX_ROWS if x.device.type == "cpu" else 4096, rows))
@@ -209,13 +208,7 @@ class Blocks:
         return torch.empty(min(self.rows, len(self.x)), len(self.y), dtype=dtype, device=self.x.device)
 
     def logits(self, i: int, j: int, out: Tensor) -> Tensor:
-        return self.product(self.x[i:j], self.y.t(), out)
-
-    def product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-        """left @ right in the accumulation dtype."""
-        if left.dtype == self.acc:
-            return products.mm(left, right, out)
-        return torch.mm(left, right, out_dtype=self.acc, out=out)
+        return products.mm(self.x[i:j], self.y.t(), out)
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         if left.dtype == self.acc:
@@ -387,6 +380,7 @@ class Gradients:
     ):
         self.blocks, self.x, self.y, self.x_inv, self.y_inv = blocks, x, y, x_inv, y_inv
         self.need_x, self.need_y, self.dy_dtype = need_x, need_y, dy_dtype or y.dtype
+        self.left, self.right = x.to(blocks.dtype), y.to(blocks.dtype)
         self.unscale = 1 / FP16_SCALE if blocks.dtype == torch.float16 else 1.0
         self.factor = factor * self.unscale
         new = {"dtype": blocks.acc, "device": x.device}
@@ -399,11 +393,11 @@ class Gradients:
         if g.dtype != self.blocks.dtype:
             g = (g / self.unscale).to(self.blocks.dtype)
         if self.need_x:
-            gx = self.blocks.product(g, self.blocks.y, self.gx[: j - i])
+            gx = products.mm(g, self.right, self.gx[: j - i])
             inv = None if self.x_inv is None else self.x_inv[i:j]
             self.xgy += finish(gx, self.x[i:j], self.factor, inv, self.dx[i:j])
         if self.need_y:
-            self.blocks.add_product(self.gy, g.t(), self.blocks.x[i:j])
+            self.blocks.add_product(self.gy, g.t(), self.left[i:j])
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         dy = torch.zeros(self.y.shape if self.need_y else 0, dtype=self.dy_dtype, device=self.y.device)

@@ -75,7 +75,7 @@ def parameter_grads(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(dW, db): those that are needed; added to what other rows gave."""
     acc = accumulation_dtype(dz.dtype)
-    dw, db = others or ([torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights], sums(biases, acc))
+    dw, db = others or ([t.new_empty(t.shape) for t in weights], sums(biases, acc))
     dw_of, db_of = by_expert(dw, 2), by_expert(db, 1)
     w_wanted, b_wanted = (flags_by_expert(needs, len(dw_of)) for needs in (of_weights, of_biases))
     fresh = set() if others else set(range(len(dw_of)))

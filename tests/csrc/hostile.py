@@ -123,6 +123,7 @@ VALID: dict[str, list[Callable[..., list[Any]]]] = {
     "products": [
         lambda h=2, m=9, k=20, n=70: [F(h, m, k), F(h, n, k), F(n), F(h, m, n), False],
         lambda h=2, m=9, k=20, n=70: [F(h, m, k), F(h, n, k), None, F(h, m, n), True],
+        lambda h=1, m=9, k=300, n=70: [F(h, m, k), F(h, n, k), F(n), F(h, m, n), False],
     ],
     "query_max": [lambda m=2, q=3, n=20: [F(m, q, n), F(m, n), ints(m, n, dtype=torch.uint8)]],
     "query_grad": [

@@ -70,15 +70,12 @@ def maximum(tile: Any, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     acc = accumulation_dtype(image.dtype)
     u = torch.empty(b, n, dtype=acc, device=image.device)
     k = torch.empty(b, n, dtype=index_dtype(queries), device=image.device)
-    # products of 16-bit operands: in float32 out of CUDA's, but rounded to 16 bits out of a CPU's
-    low = image.is_cuda and image.dtype != acc
-    t = text.t() if low else text.to(acc).t()
+    t = products.operand(text, acc).t()
     spans = _spans(image, n) if n else []
     block = torch.empty(max((j - i for i, j in spans), default=0) * queries, n, dtype=acc, device=image.device)
     for i, j in spans:
-        q = image[i:j].reshape(-1, d)
-        s = block[: len(q)]
-        torch.mm(q, t, out_dtype=acc, out=s) if low else products.mm(q.to(acc), t, s)
+        q = products.operand(image[i:j].reshape(-1, d), acc)
+        s = products.mm(q, t, block[: len(q)])
         tile.query_max(s.view(j - i, queries, n), u[i:j], k[i:j])
     return u, k
 

@@ -172,14 +172,14 @@ def hard_negatives(tile: Any, given: Candidates) -> tuple[Tensor, Tensor]:
     options = {"row_offset": given.row_offset, "mixture": given.mixture, "tile": tile}
     rows = Draw(len(query), given.k, given.seed, acc, dim=1, **options)
     columns = Draw(len(keys) if both else 0, given.k, given.seed, acc, dim=0, **options)
-    x, y = (query, keys) if query.is_cuda else (query.to(acc), keys.to(acc))
+    x, y = (products.operand(t, acc) for t in (query, keys))
     kind = "cuda" if x.is_cuda else "chunked" if tile is TorchTile else "cpu"
     step = max(16, _BLOCK_BYTES[kind] // max(1, len(y) * acc.itemsize))
     logits = torch.empty(min(step, len(x)), len(y), dtype=acc, device=x.device)
     for i in range(0, len(x), step):
         block = slice(i, i + step)
         u = logits[: len(x) - i]
-        products.mm(x[block], y.t(), u) if x.dtype == acc else torch.mm(x[block], y.t(), out_dtype=acc, out=u)
+        products.mm(x[block], y.t(), u)
         for draw in (rows, columns)[: 1 + both]:
             draw.add(u, given.scale, given.ids[block], given.key_ids, row=i)
     return rows.result(), columns.result()

@@ -108,12 +108,13 @@ def _scan(
     logits = torch.empty(len(queries) * min(height, b), n, **new)
     for i in range(0, b, height):
         # the teacher's rows below the student's: one product reads the keys once for both
-        both = torch.cat([q[i : i + height] for q in queries]).to(acc) / temp
+        both = products.operand(torch.cat([q[i : i + height] for q in queries]), acc)
         u = logits[: len(both)]
         # keys first: a tall product is so much faster than a wide one that it pays for the transposition
         tall = torch.empty(min(_KEYS, n), len(both), **new)
-        for at, k in _blocks(keys, queue, x.dtype, acc):
-            u[:, at : at + len(k)] = products.mm(k, both.t(), tall[: len(k)]).t()
+        for at, k in _blocks(keys, queue, x.dtype):
+            product = products.mm(products.operand(k, acc), both.t(), tall[: len(k)])
+            torch.div(product.t(), temp, out=u[:, at : at + len(k)])
         s, teacher = u[: len(both) // len(queries)], u[len(both) // len(queries) :]
         if see is not None:
             see(way, s, i)
@@ -122,16 +123,16 @@ def _scan(
             span = slice(first, first + len(s[j : j + step]))
             hard = None if ids is None or all_ids is None else ids[span, None] == all_ids
             row[span] = _rows(s[j : j + step], teacher[j : j + step], alpha, hard, first, paired, need)
-        for at, k in _blocks(keys, queue, x.dtype, acc) if need else ():
-            products.add_mm_(g[i : i + height], s[:, at : at + len(k)], k)
+        for at, k in _blocks(keys, queue, x.dtype) if need else ():
+            products.add_mm_(g[i : i + height], s[:, at : at + len(k)], k.to(acc))
     return row, g
 
 
-def _blocks(keys: Tensor, queue: Tensor, dtype: torch.dtype, acc: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def _blocks(keys: Tensor, queue: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """The keys and then the queue, as (first column, [k, D] rounded to the queries' dtype)."""
     for first, source in ((0, keys), (len(keys), queue)):
         for i in range(0, len(source), _KEYS):
-            yield first + i, source[i : i + _KEYS].to(dtype).to(acc)
+            yield first + i, source[i : i + _KEYS].to(dtype)
 
 
 def _rows(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels._runtime import products
-from mmfuse.kernels._runtime.dtypes import accumulation_dtype, cast
+from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.contrastive.topk.reference import numbers
 
 _ROWS = 1024
@@ -48,7 +48,7 @@ def similarity_topk(tile: Any, queries: Tensor, gallery: Tensor, k: int) -> tupl
     b, n = queries.shape[0], gallery.shape[0]
     value = torch.full((b, k), -torch.inf, dtype=acc, device=device)
     index = torch.full((b, k), -1, device=device)
-    x, y = (queries, gallery) if queries.is_cuda else (cast(queries, acc), cast(gallery, acc))
+    x, y = (products.operand(t, acc) for t in (queries, gallery))
     rows = max(1, min(b, _ROWS))
     cols = min(n, max(1024, _BLOCK_BYTES[device.type] // (rows * acc.itemsize)))
     memory = torch.empty(rows, cols, dtype=acc, device=device)
@@ -58,8 +58,7 @@ def similarity_topk(tile: Any, queries: Tensor, gallery: Tensor, k: int) -> tupl
             left = _some(x, i, rows)
             shape = (left.shape[0], keys.shape[1])
             s = memory if memory.shape == shape else memory.view(-1)[: math.prod(shape)].view(shape)
-            u = products.mm(left, keys, s) if x.dtype == acc else torch.mm(left, keys, out_dtype=acc, out=s)
-            tile.top_scores(u, j, _some(value, i, rows), _some(index, i, rows))
+            tile.top_scores(products.mm(left, keys, s), j, _some(value, i, rows), _some(index, i, rows))
     return value, index
 
 
