@@ -131,36 +131,40 @@ void packed(const Tensor& a, const Tensor& b, const float* bias, const Tensor& o
     const int64_t heads = a.size(0), rows = a.size(1), k = a.size(2), n = b.size(1);
     const T *from = numbers_of<T>(a, "a", dtype), *of = numbers_of<T>(b, "b", dtype);
     float* to = numbers_of<float>(out, "out", ScalarType::Float);
-    constexpr int64_t PANELS = 3, LINES = DEPTH / 2, DEEP = LINES * PackedLine<T>::FEATURES;
+    // out is read and written again after every PARTS sums of DEEP features
+    constexpr int64_t PANELS = 3, PARTS = 3, LINES = DEPTH / 2, DEEP = LINES * PackedLine<T>::FEATURES;
     // panels that a thread takes at once, as many for each thread
     const int64_t panels = ceil_div(n, COLUMNS), threads = torch::stable::get_num_threads();
     const int64_t some = ceil_div(panels, threads * ceil_div(panels, PANELS * threads)), groups = ceil_div(panels, some);
     const int64_t height = 6 * ceil_div(rows, 6 * ceil_div(rows, ROWS_AT_ONCE));  // of whole tiles
     const int64_t grain = ceil_div(1 << 19, rows * (k + 1) * some * COLUMNS);
     torch::stable::parallel_for(0, heads * groups, grain, [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<PackedLine<T>[]> lines(new PackedLine<T>[PANELS * LINES]);
+        const std::unique_ptr<PackedLine<T>[]> lines(new PackedLine<T>[PARTS * PANELS * LINES]);
         const std::unique_ptr<T[]> dense(a.stride(2) == 1 ? nullptr : new T[ROWS_AT_ONCE * DEEP]);
+        const auto line = [&](int64_t part, int64_t panel) { return &lines[(part * PANELS + panel) * LINES]; };
         for (int64_t t = begin; t < end; ++t) {
             const int64_t h = t / groups, first = t % groups * some, last = std::min(panels, first + some);
-            for (int64_t e = 0; e < std::max<int64_t>(k, 1); e += DEEP) {
-                const int64_t deep = std::min(DEEP, k - e);
-                const T* part = of + h * b.stride(0) + e * b.stride(2);
-                for (int64_t p = first; p < last; ++p)
-                    pack(part + p * COLUMNS * b.stride(1), b.stride(1), b.stride(2), std::min(COLUMNS, n - p * COLUMNS), deep,
-                         &lines[(p - first) * LINES]);
-                for (int64_t i = 0; i < rows; i += height) {
-                    const int64_t count = std::min(height, rows - i);
-                    const T* x = from + h * a.stride(0) + i * a.stride(1) + e * a.stride(2);
-                    if (dense) transposed(x, a.stride(2), a.stride(1), deep, count, dense.get(), DEEP);
-                    for (int64_t p = first; p < last; ++p) {
-                        const int64_t width = std::min(COLUMNS, n - p * COLUMNS);
-                        PackedLine<float> add{};
-                        if (bias) std::copy_n(bias + p * COLUMNS, width, add.x[0]);
-                        rows_of_panel(dense ? dense.get() : x, dense ? DEEP : a.stride(1), count, &lines[(p - first) * LINES],
-                                      deep, to + h * out.stride(0) + i * out.stride(1) + p * COLUMNS, out.stride(1), width,
-                                      add.x[0], adds || e > 0);
+            for (int64_t e0 = 0; e0 < std::max<int64_t>(k, 1); e0 += PARTS * DEEP) {
+                const int64_t parts = std::max<int64_t>(1, std::min(PARTS, ceil_div(k - e0, DEEP)));
+                for (int64_t q = 0; q < parts; ++q)
+                    for (int64_t p = first; p < last; ++p)
+                        pack(of + h * b.stride(0) + p * COLUMNS * b.stride(1) + (e0 + q * DEEP) * b.stride(2), b.stride(1),
+                             b.stride(2), std::min(COLUMNS, n - p * COLUMNS), std::min(DEEP, k - e0 - q * DEEP),
+                             line(q, p - first));
+                for (int64_t i = 0; i < rows; i += height)
+                    for (int64_t q = 0; q < parts; ++q) {
+                        const int64_t count = std::min(height, rows - i), e = e0 + q * DEEP, deep = std::min(DEEP, k - e);
+                        const T* x = from + h * a.stride(0) + i * a.stride(1) + e * a.stride(2);
+                        if (dense) transposed(x, a.stride(2), a.stride(1), deep, count, dense.get(), DEEP);
+                        for (int64_t p = first; p < last; ++p) {
+                            const int64_t width = std::min(COLUMNS, n - p * COLUMNS);
+                            PackedLine<float> add{};
+                            if (bias) std::copy_n(bias + p * COLUMNS, width, add.x[0]);
+                            rows_of_panel(dense ? dense.get() : x, dense ? DEEP : a.stride(1), count, line(q, p - first), deep,
+                                          to + h * out.stride(0) + i * out.stride(1) + p * COLUMNS, out.stride(1), width,
+                                          add.x[0], adds || e > 0);
+                        }
                     }
-                }
             }
         }
     });

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from judge import Results, compared, judge
+from judge import Results, assert_no_worse, cast, compared, judge
 from mmfuse.kernels import Routing, routed_ffn, routed_layer_norm, routed_linear, routed_rms_norm
 from mmfuse.kernels._runtime.device import INTERPRET
+from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.multiway.arguments import ACTIVATIONS, GATED
+from mmfuse.kernels.multiway.rows import CompiledRows
 from registered import backends, opcheck, reasons
 
 K, N, F_ = 10, 6, 12
@@ -132,6 +134,30 @@ def test_ffn(name: str, activation: str, norm: bool, dtype: torch.dtype) -> None
     ending = "residual scale" if norm else "row_scale"
     draw = ffn_case(routing, activation, norm, ending, stacked=name != "two")
     compare(routed_ffn, routing, draw, dtype, activation=activation)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or load("cpu") is not None, reason=f"a CPU's compiled part: {load('cpu')}")
+@pytest.mark.parametrize("norms", ["both", "none"])
+@pytest.mark.parametrize("ending", ["", "residual scale row_scale"])
+@pytest.mark.parametrize("name", ["two", "empty", "more runs", "no rows"])
+def test_ffn_in_blocks_of_rows(name: str, ending: str, norms: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block may end within a run, have rows of several, or none of an expert's."""
+    routing, forward, seen = routing_of(name, DEVICE), CompiledRows.forward, []
+    monkeypatch.setattr(CompiledRows, "AT_ONCE", 4 * F_)
+    monkeypatch.setattr(CompiledRows, "forward", lambda z, *given: seen.append(len(z)) or forward(z, *given))
+    whole = ffn_case(routing, "gelu", norms == "both", ending, stacked=True)
+
+    def draw() -> dict[str, Any]:
+        e = routing.experts
+        first = {"input_norm": (parameter(True, e, K), parameter(True, e, K), 1e-5)} if norms == "both" else {}
+        return whole() | first
+
+    assert "cpu" in backends(lambda: routed_ffn(**cast(draw(), torch.float32), routing=routing))
+    judge(compared(runner(routed_ffn, routing), draw, "cpu"))
+    assert max(seen) <= 4 and (name == "no rows" or len(seen) > 4)
+    given = cast(draw(), torch.float32)
+    y = routed_ffn(**given, routing=routing, backend="cpu")
+    assert_no_worse(y, *(routed_ffn(**cast(given, d), routing=routing, backend="torch") for d in DTYPES[::3]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
