@@ -1,12 +1,13 @@
 """A ragged batch on a CPU: positions of each grid once, written where the product is then added.
 
-rows <- P' + c for each image, P' = (R_h x R_w) P for each different grid;      rows += x VT, a block at a time
-In bfloat16 a CPU multiplies at twice the speed; a block's product is then rounded once, as eager's is.
+rows <- P' + c for each image, P' = (R_h x R_w) P for each different grid;      rows += x VT
+In bfloat16 a CPU multiplies at twice the speed; P' + c is then rounded once, as eager's P' is.
 dP = (R_h x R_w)T of what tokens of images with the same grid add up to
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -15,11 +16,10 @@ from torch import Tensor
 from mmfuse.kernels._runtime import products
 from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 from mmfuse.kernels.patch.positions.axes import axis_matrix
-from mmfuse.kernels.patch.positions.reference import resample, resample_adjoint
 from mmfuse.kernels.patch.ragged.layout import Places
 from mmfuse.kernels.patch.ragged.stem import Folded
 
-_ROWS = 1024  # of a block
+_ROWS = 1024  # of a block, where a product's operands are copies
 
 
 class Positions:
@@ -36,75 +36,82 @@ class Positions:
         ends = zip(size, self.shape, (h, w), strict=True)
         return [axis_matrix(self.mode, n, g, like.dtype, like.device)[:m] for n, g, m in ends]
 
-    def of(self, table: Tensor, h: int, w: int) -> Tensor:
-        """[h w, D] in the order of the tokens."""
+    def plus(self, bias: Tensor, table: Tensor, h: int, w: int) -> Tensor:
+        """[h w, D] in the order of the tokens, with the bias."""
         rows, columns = self.axes(h, w, table)
+        gh, gw = self.shape
         if self.factored:
-            gh = self.shape[0]
-            p = (rows @ table[:gh])[:, None] + columns @ table[gh:]
+            p = (rows @ table[:gh])[:, None] + torch.addmm(bias, columns, table[gh:])
         else:
-            p = resample(table.unflatten(0, self.shape), rows, columns)
+            y = (rows @ table.reshape(gh, -1)).view(h, gw, -1)
+            p = torch.baddbmm(bias, columns.expand(h, -1, -1), y)
         m = self.merge
         if m > 1:
             p = p.unflatten(1, (w // m, m)).unflatten(0, (h // m, m)).transpose(1, 2)
         return p.reshape(h * w, -1)
 
-    def adjoint(self, g: Tensor, h: int, w: int) -> Tensor:
-        """[S, D] of a gradient [h w, D]."""
+    def add_adjoint(self, total: Tensor, g: Tensor, h: int, w: int) -> None:
+        """total [S, D] += that of a gradient [h w, D]."""
         m = self.merge
         if m > 1:
             g = g.view(h // m, w // m, m, m, -1).transpose(1, 2)
         g = g.reshape(h, w, -1)
         rows, columns = self.axes(h, w, g)
+        gh, gw = self.shape
         if self.factored:
-            return torch.cat([rows.t() @ g.sum(1), columns.t() @ g.sum(0)])
-        return resample_adjoint(g, rows, columns).flatten(0, 1)
+            total[:gh].addmm_(rows.t(), g.sum(1))
+            total[gh:].addmm_(columns.t(), g.sum(0))
+        else:
+            y = (rows.t() @ g.view(h, -1)).view(gh, w, -1)
+            total.view(gh, gw, -1).baddbmm_(columns.t().expand(gh, -1, -1), y)
 
-    def images(self) -> Iterator[tuple[tuple[int, int, int], int]]:
-        """(grid, first patch) of every image that has patches, images of the same size one after the other."""
-        for grid, first in sorted(zip(self.grids, self.start, strict=True), key=lambda image: image[0][1:]):
-            if all(grid):
-                yield grid, first
+    def images(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """(frames, first patch) of every image that has patches, by its size."""
+        of_size: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for (t, h, w), first in zip(self.grids, self.start, strict=True):
+            if t and h and w:
+                of_size.setdefault((h, w), []).append((t, first))
+        return of_size
 
 
 def preload(rows: Tensor, table: Tensor, bias: Tensor, places: Places) -> None:
     """rows [T, D] <- the positions of every patch, plus the bias."""
     p = Positions(places)
-    known, one = (0, 0), bias[None]
     done = torch.zeros(len(rows), dtype=torch.bool)
-    for (t, h, w), first in p.images():
-        if known != (h, w):
-            known, one = (h, w), p.of(table, h, w) + bias
-        last = first + t * h * w
-        rows[first:last].view(t, h * w, -1).copy_(one.expand(t, -1, -1))
-        if places.pads:
-            rows[last : first + places.padded] = one[0]
-            last = first + places.padded
-        done[first:last] = True
-    rows[~done] = bias
+    for (h, w), images in p.images().items():
+        one = p.plus(bias, table, h, w)
+        for t, first in images:
+            last = first + t * h * w
+            rows[first:last].view(t, h * w, -1).copy_(one.expand(t, -1, -1))
+            if places.pads:
+                rows[last : first + places.padded] = one[0]
+                last = first + places.padded
+            done[first:last] = True
+    rows[~done] = bias.to(rows.dtype)
 
 
 def forward(x: Tensor, f: Folded, table: Tensor | None, places: Places, dtype: torch.dtype) -> Tensor:
     """x [T, K] to [R, D]."""
     acc, source = f.bias.dtype, places.source
     v = f.weight.t() if f.weight.dtype == torch.bfloat16 else f.weight.to(acc).t()
-    rows = f.bias.new_empty(len(x), len(f.bias))
+    rows = v.new_empty(len(x), len(f.bias))
     if table is None:
         rows.copy_(f.bias.expand_as(rows))
     else:
         preload(rows, table.to(acc), f.bias, places)
     out = rows if source is None else at_source(rows, source)
-    for i in range(0, len(out), _ROWS):
-        block = slice(i, i + _ROWS)
+    for block in blocks(len(out), source is f.subtract is None and x.dtype == v.dtype):
         a = x[block] if source is None else at_source(x, source[block])
         a = a if f.subtract is None else a.to(acc) - f.subtract
-        if v.dtype == acc:
-            products.add_mm_(out[block], a.to(acc), v)
-        else:
-            out[block] += a.to(v.dtype) @ v
+        products.add_mm_(out[block], a.to(v.dtype), v)
     if source is not None:
         out.masked_fill_((source < 0)[:, None], 0)
     return out.to(dtype)
+
+
+def blocks(rows: int, whole: bool) -> Iterator[slice]:
+    step = max(1, rows) if whole else _ROWS
+    return (slice(i, i + step) for i in range(0, rows, step))
 
 
 def at_source(rows: Tensor, source: Tensor) -> Tensor:
@@ -121,9 +128,9 @@ def backward(
     acc = accumulation_dtype(compute)
     product = torch.zeros(g.shape[1], x.shape[1] if need_weight else 0, dtype=acc, device=g.device)
     total = torch.zeros(g.shape[1], dtype=acc, device=g.device)
-    step = _ROWS if g.device.type == "cpu" else max(1, len(g))
-    for i in range(0, len(g), step):
-        block = slice(i, i + step)
+    operand = compute if g.is_cuda or compute == torch.bfloat16 else acc
+    as_they_are = source is subtract is None and g.dtype == x.dtype == operand
+    for block in blocks(len(g), g.is_cuda or as_they_are):
         dy = g[block]
         if source is not None:
             dy = dy.masked_fill((source[block] < 0)[:, None], 0)
@@ -132,12 +139,12 @@ def backward(
             a = x[block] if source is None else at_source(x, source[block])
             if subtract is not None:
                 a = a.to(acc) - subtract
-            if g.is_cuda and compute != acc:
-                product = torch.mm(dy.t().to(compute), a.to(compute), out_dtype=acc)
-            elif compute == torch.bfloat16:
-                product += dy.t().to(compute) @ a.to(compute)
-            else:
+            if operand == acc:
                 products.add_mm_(product, dy.t().to(acc), a.to(acc))
+            elif g.is_cuda:
+                product = torch.mm(dy.t().to(operand), a.to(operand), out_dtype=acc)
+            else:
+                product += dy.t().to(operand) @ a.to(operand)
     return product, total
 
 
@@ -147,17 +154,18 @@ def table_grad(g: Tensor, patches: int, places: Places, acc: torch.dtype) -> Ten
         g = of_patches(g, places.source, patches)
     d, p = g.shape[1], Positions(places)
     out = torch.zeros(sum(p.shape) if p.factored else p.shape[0] * p.shape[1], d, dtype=acc)
-    known, one = (0, 0), torch.zeros(0, d, dtype=acc)
-    for (t, h, w), first in p.images():
-        if known != (h, w):
-            if one.numel():
-                out += p.adjoint(one, *known)
-            known, one = (h, w), torch.zeros(h * w, d, dtype=acc)
-        last = first + t * h * w
-        one += g[first:last].view(t, h * w, d).sum(0, dtype=acc)
+
+    def of_image(t: int, first: int, n: int) -> Tensor:
+        last = first + t * n
+        # a sum of one takes longer than a copy
+        one = g[first:last].to(acc, copy=True) if t == 1 else g[first:last].view(t, n, d).sum(0, dtype=acc)
         if places.pads:
             one[0] += g[last : first + places.padded].sum(0, dtype=acc)
-    return out + p.adjoint(one, *known) if one.numel() else out
+        return one
+
+    for (h, w), images in p.images().items():
+        p.add_adjoint(out, functools.reduce(Tensor.add_, (of_image(*image, h * w) for image in images)), h, w)
+    return out
 
 
 def of_patches(g: Tensor, source: Tensor, patches: int) -> Tensor:
