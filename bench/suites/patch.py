@@ -95,7 +95,7 @@ def _embed(pixels: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, positio
 
 
 def _ours(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor, **options: Any) -> Tensor:
-    first, rest = position.split([1, len(position) - 1])
+    first, rest = position.split_with_sizes([1, position.shape[0] - 1])
     return _embed(pixels, weight, bias, cls, rest, prefix_position=first, **options)
 
 

@@ -428,7 +428,8 @@ def few_products(path: str, bare: bool = False) -> Callable[..., bool]:
 
 def _split(table: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """The first rows and the others, by one operation: the gradient is put together by one, too."""
-    first, rest = table.split([rows, len(table) - rows])
+    # not `split`, which asks in Python what it is given
+    first, rest = table.split_with_sizes([rows, table.shape[0] - rows])
     return first, rest
 
 

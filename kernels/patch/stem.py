@@ -57,14 +57,17 @@ class Stem:
 
     @property
     def products(self) -> int:
-        b, _, n = self.shape
-        return b * n * self.weight.numel()
+        return self.pixels.shape[0] * self.patches * self.weight.numel()
+
+    @property
+    def patches(self) -> int:
+        """Those of an image that are computed."""
+        return self.geometry.patches if self.ids_keep is None else self.ids_keep.shape[1]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(B, R, N) of the tokens: prefix rows and patches that are computed."""
-        patches = self.geometry.patches if self.ids_keep is None else self.ids_keep.shape[1]
-        return self.pixels.shape[0], 0 if self.prefix is None else self.prefix.shape[0], patches
+        return self.pixels.shape[0], 0 if self.prefix is None else self.prefix.shape[0], self.patches
 
     @property
     def acc(self) -> torch.dtype:
