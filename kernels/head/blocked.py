@@ -23,7 +23,7 @@ from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 TINY = 1e-12
 
 
-@dataclass(frozen=True)
+@dataclass
 class Head:
     """What `select_head` takes beside x, checked."""
 

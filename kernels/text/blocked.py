@@ -22,7 +22,7 @@ from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 _BLOCK = 1 << 19  # elements of a block
 
 
-@dataclass(frozen=True)
+@dataclass
 class Words:
     """What `embed_text` takes, checked."""
 

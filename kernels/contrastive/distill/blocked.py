@@ -19,7 +19,7 @@ from torch import Tensor
 from mmfuse.kernels.contrastive.blocked import Blocks, Gradients, Statistics
 
 
-@dataclass(frozen=True)
+@dataclass
 class Models:
     """A student, its teacher, and how much the directions count."""
 

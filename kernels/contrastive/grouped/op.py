@@ -38,7 +38,7 @@ class Outputs(NamedTuple):
     y_inv: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Groups:
     """Whose rows follow each other, each with its first features; the rest are zeros."""
 

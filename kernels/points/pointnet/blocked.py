@@ -24,7 +24,7 @@ from mmfuse.kernels._runtime.dtypes import accumulation_dtype
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layers:
     """Weights and biases of the four layers."""
 

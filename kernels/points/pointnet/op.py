@@ -67,7 +67,7 @@ POINTNET = Operator(
     backward=blocked.backward,
     fake=_fake,
     differentiable=("x", *_LAYERS),
-    implementations=_implementations(lambda x, layers: (reference.mini_pointnet(x, *layers),)),
+    implementations=_implementations(lambda x, layers: (reference.mini_pointnet(x, layers),)),
     size=_SIZE,
     export=OpSpec("MmfuseMiniPointNet"),
     example=lambda x, **how: mini_pointnet(*_example(x), **how),
@@ -128,7 +128,7 @@ TRAINING = Operator(
     backward=blocked.training_backward,
     fake=_train_fake,
     differentiable=("x", *_LAYERS, "scale"),
-    implementations=_implementations(lambda x, layers, **norm: reference.training(x, *layers, **norm)),
+    implementations=_implementations(reference.training),
     size=_SIZE,
     example=lambda x, **how: mini_pointnet_training(*_example(x), x.new_empty(x.shape[1]), **how),
 )
@@ -188,12 +188,15 @@ def _arguments(groups: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Layers]
     tensors = [t for pair in layers for t in pair]
     if len(tensors) != 8:
         raise ValueError(f"layers has {len(tensors) // 2} pairs, expected 4 of (weight, bias)")
-    width = groups.shape[-1]
-    for name, t in zip(_NAMES, tensors, strict=True):
-        check(name, t, ("out", width) if name.endswith("weight") else (width,), like=("groups", groups))
-        width = 2 * t.shape[0] if name == "layers[1] bias" else t.shape[0]
+    width, like = groups.shape[-1], ("groups", groups)
+    for i in range(0, 8, 2):
+        weight, bias = tensors[i : i + 2]
+        check(_NAMES[i], weight, ("out", width), like=like)
+        width = weight.shape[0]
+        check(_NAMES[i + 1], bias, (width,), like=like)
+        width = 2 * width if i == 2 else width
     x, *operands = autocast(groups, *tensors)
-    for name, t in zip(_NAMES, operands, strict=True):
+    for i, t in enumerate(operands):
         if t.dtype != x.dtype:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected {x.dtype} as groups")
+            raise TypeError(f"{_NAMES[i]} has dtype {t.dtype}, expected {x.dtype} as groups")
     return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:]), Layers(*operands)
