@@ -116,9 +116,7 @@ def _padding(module: Any) -> Literal["error", "zero"]:
 
 def against_timm_patch_embed(module: Any) -> str | None:
     """Why timm's PatchEmbed stays, or None."""
-    from timm.layers import Format
-
-    if not module.flatten and module.output_fmt != Format.NHWC:
+    if not module.flatten and module.output_fmt != "NHWC":
         return f"its output is {module.output_fmt.value}, expected NLC or NHWC"
     return _against_projection(module.proj) or against_norm("norm", module.norm)
 

@@ -241,7 +241,7 @@ class Operator:
             if i == "triton" and INTERPRET:
                 continue
             # the last one steps aside for none
-            if size and i != self._names[-1] and self._below(i, x.device, *size):
+            if size and i != self._names[-1] and self.below(i, x.device, *size):
                 continue
             if self._accepts(i, args):
                 # logging would break a graph
@@ -281,13 +281,13 @@ class Operator:
 
     def aside(self, name: str, device: torch.device, size: int | None, kind: str, columns: int = 0) -> str | None:
         """Why calls of this size are not for an implementation."""
-        if (step := self._below(name, device, size, kind, columns)) is None:
+        if (step := self.below(name, device, size, kind, columns)) is None:
             return None
         _, least = step
         return f"a later one is faster {f'for fewer than {least} {self.unit} ' if least else ''}in {kind}"
 
-    def _below(
-        self, name: str, device: torch.device, size: int | None, kind: str, columns: int
+    def below(
+        self, name: str, device: torch.device, size: int | None, kind: str, columns: int = 0
     ) -> tuple[int, int | None] | None:
         """The step of a table that such a call does not reach."""
         # a dynamic size is not worth a graph for each side

@@ -16,7 +16,7 @@ from mmfuse.kernels._runtime.dispatch import exported_by, forced_backend
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels._runtime.library import load
 from mmfuse.kernels.patch import blocked, reference
-from mmfuse.kernels.patch.arguments import Norm, channel_values, check_dtype, check_source, norm, vector
+from mmfuse.kernels.patch.arguments import Norm, channel_values, check_dtype, check_source, norm
 from mmfuse.kernels.patch.stem import DIFFERENTIABLE, Stem
 
 
@@ -72,12 +72,10 @@ def steps_aside(pixels: Any, weight: Tensor, bare: bool = False) -> bool:
         return False
     if forced_backend() is not None or exported_by() is not None:
         return False
-    compute = weight.dtype
-    if torch.is_autocast_enabled("cpu") and compute != torch.float64:
-        compute = torch.get_autocast_dtype("cpu")
+    compute = autocast_dtype(weight) or weight.dtype
     products = pixels.numel() * weight.shape[0]  # of patches that tile the images
     name = "cpu" if load("cpu") is None else "chunked"
-    return PATCH_EMBED.aside(name, pixels.device, products, _kind(compute, bare)) is not None
+    return PATCH_EMBED.below(name, pixels.device, products, _kind(compute, bare)) is not None
 
 
 def _example(x: Tensor, **how: Any) -> Tensor:
@@ -199,13 +197,13 @@ def stem_of(
     """The checked arguments of `patch_embed`."""
     channels = check_source(pixels, weight, stride, layout, padding)
     check_dtype(dtype)
-    b, d = pixels.shape[0], weight.shape[0]
+    b, d, like = pixels.shape[0], weight.shape[0], ("pixels", pixels)
     if prefix is not None:
-        check("prefix", prefix, ("R", d), like=("pixels", pixels))
+        check("prefix", prefix, ("R", d), like=like)
     if mask is not None:
-        check("mask", mask, (b, "N"), ": one for each patch", torch.bool, ("pixels", pixels))
+        check("mask", mask, (b, "N"), ": one for each patch", torch.bool, like)
     if ids_keep is not None:
-        check("ids_keep", ids_keep, (b, "M"), "", torch.int64, ("pixels", pixels))
+        check("ids_keep", ids_keep, (b, "M"), "", torch.int64, like)
     mean = channel_values("mean", mean, channels, layout, pixels)
     std = channel_values("std", std, channels, layout, pixels)
     stem_weight, stem_bias, stem_eps = norm("stem_norm", stem_norm, weight)
@@ -214,7 +212,7 @@ def stem_of(
     stride = (stride,) * (weight.dim() - 2) if isinstance(stride, int) else stride
     for name, t in (("bias", bias), ("mask_token", mask_token), ("type_embed", type_embed)):
         if t is not None:
-            vector(name, t, (d,), pixels, "[D]")
+            check(name, t, (d,), ": [D]", like=like)
     vectors = (bias, stem_weight, stem_bias, mask_token, type_embed, pre_weight, pre_bias, mean, std)
     # the kernels read a vector without its stride
     dense = [None if t is None else t.contiguous() for t in vectors]
@@ -230,11 +228,11 @@ def stem_of(
     if (mask is None) != (mask_token is None):
         raise ValueError("mask and mask_token go together, expected both or neither")
     for name, t, shape, meaning in (
-        ("position", position, (n, d), "[N, D], one row for each patch"),
-        ("prefix_position", prefix_position, (r, d), "[R, D] as prefix"),
+        ("position", position, (n, d), ": [N, D], one row for each patch"),
+        ("prefix_position", prefix_position, (r, d), ": [R, D] as prefix"),
     ):
         if t is not None:
-            vector(name, t, shape, pixels, meaning)
+            check(name, t, shape, meaning, like=like)
     if mask is not None and mask.shape[1] != n:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected [{b}, {n}]: one for each patch")
     return stem
