@@ -140,7 +140,7 @@ void packed(const Tensor& a, const Tensor& b, const float* bias, const Tensor& o
     const int64_t grain = ceil_div(1 << 19, rows * (k + 1) * some * COLUMNS);
     torch::stable::parallel_for(0, heads * groups, grain, [&](int64_t begin, int64_t end) {
         const std::unique_ptr<PackedLine<T>[]> lines(new PackedLine<T>[PARTS * PANELS * LINES]);
-        const std::unique_ptr<T[]> dense(a.stride(2) == 1 ? nullptr : new T[ROWS_AT_ONCE * DEEP]);
+        const std::unique_ptr<T[]> dense(k <= 1 || a.stride(2) == 1 ? nullptr : new T[ROWS_AT_ONCE * DEEP]);
         const auto line = [&](int64_t part, int64_t panel) { return &lines[(part * PANELS + panel) * LINES]; };
         for (int64_t t = begin; t < end; ++t) {
             const int64_t h = t / groups, first = t % groups * some, last = std::min(panels, first + some);
