@@ -65,10 +65,10 @@ def plain(model: Any, query: Tensor | None, ids: Tensor | None, x: Tensor | None
     embeddings, parts = model.bert.embeddings, []
     queries = 0 if query is None else query.shape[1]
     if query is not None:
-        parts.append(embeddings.LayerNorm(query))
+        parts.append(_norm(embeddings.LayerNorm, query))
     if ids is not None:
         words = embeddings.word_embeddings(ids) + embeddings.position_embeddings.weight[: ids.shape[1]]
-        parts.append(embeddings.LayerNorm(words))
+        parts.append(_norm(embeddings.LayerNorm, words))
     h = torch.cat(parts, dim=1)
     for layer in model.bert.encoder.layer:
         h = _attend(layer.attention, h, h, sees)
@@ -86,8 +86,14 @@ def _linear(module: Any, x: Tensor) -> Tensor:
     return F.linear(x, module.weight, module.bias)
 
 
+def _norm(module: Any, x: Tensor) -> Tensor:
+    """As nn.LayerNorm does it."""
+    return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+
+
 def _output(out: Any, x: Tensor, residual: Tensor) -> Tensor:
-    return out.LayerNorm(residual + out.dropout(_linear(out.dense, x)))
+    y = F.dropout(_linear(out.dense, x), out.dropout.p, out.dropout.training)
+    return _norm(out.LayerNorm, residual + y)
 
 
 def _feed_forward(into: Any, out: Any, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from mmfuse.fused.acceleration.plain import are_plain
 from mmfuse.kernels._runtime.arguments import check, check_range
 from mmfuse.kernels._runtime.products import linear
 from mmfuse.kernels._runtime.registration import is_plain
-from mmfuse.kernels.multiway.attention import packed_attention
+from mmfuse.kernels.multiway.attention import PACKED_ATTENTION, kinds_of
 from mmfuse.kernels.multiway.routing import Part, Routing
 from mmfuse.kernels.qformer import few_query_attention, project_kv, token_attention
 from mmfuse.kernels.text import embed_text
@@ -84,7 +84,7 @@ class QFormerKV:
     @property
     def rows(self) -> int:
         """B."""
-        return len(self.kv if self.index is None else self.index)
+        return (self.kv if self.index is None else self.index).shape[0]
 
     @property
     def formed(self) -> bool:
@@ -116,6 +116,24 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class _LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm by torch's operator itself: its function in Python looks for cuDNN at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _Dropout(nn.Dropout):
+    """nn.Dropout, which calls nothing where it drops nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if _active(self) else x
+
+
+def _active(dropout: nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0
+
+
 class _Projections(nn.Module):
     def __init__(self, config: QFormerConfig, key_width: int):
         super().__init__()
@@ -124,17 +142,21 @@ class _Projections(nn.Module):
         self.value = Linear(key_width, config.hidden_size)
 
 
+# Children are read from `_modules`: as attributes they are sought in vain before, which takes as long as a view.
+
+
 class _Output(nn.Module):
     """LayerNorm(residual + dropout(dense(x)))."""
 
     def __init__(self, config: QFormerConfig, width: int):
         super().__init__()
         self.dense = Linear(width, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.LayerNorm = _LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = _Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+        of = self._modules
+        return of["LayerNorm"](residual + of["dropout"](of["dense"](x)))
 
 
 class _Intermediate(nn.Module):
@@ -143,7 +165,7 @@ class _Intermediate(nn.Module):
         self.dense = Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))
+        return F.gelu(self._modules["dense"](x))
 
 
 class _Attention(nn.Module):
@@ -163,25 +185,26 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
     """Of the rows [T, hidden] of a stream, with residual and LayerNorm; of the result the first `rows`, or all."""
 
-    def forward(self, x: Tensor, routing: Routing, sees: Sees | None, rows: int | None) -> Tensor:
-        of = self.self
-        q, k, v = (self._heads_of(project(x)) for project in (of.query, of.key, of.value))
-        o = packed_attention(q, k, v, routing, sees, dropout=self._dropout())
-        return self.output(o, x) if rows is None else self.output(o[:rows], x[:rows])
+    def forward(self, x: Tensor, routing: Routing, kinds: Sequence[int], rows: int | None) -> Tensor:
+        of, out = self._modules["self"]._modules, self._modules["output"]
+        q, k, v = [self._heads_of(of[name](x)) for name in ("query", "key", "value")]
+        # the operator itself: nothing is left to check of what was made here
+        o = PACKED_ATTENTION(q, k, v, routing.reading, routing.places, kinds, None, self._dropout())[0]
+        return out(o, x) if rows is None else out(o[:rows], x[:rows])
 
 
 class CrossAttention(_Attention):
     """Of queries [B, Q, hidden] or [1, Q, hidden] over images: [B, Q, hidden], with residual and LayerNorm."""
 
     def forward(self, x: Tensor, kv: QFormerKV, layer: int) -> Tensor:
-        of = self.self
-        q, of_keys, of_values = self._heads_of(of.query(x)), of.key, of.value
+        of = self._modules["self"]._modules
+        q, of_keys, of_values = self._heads_of(of["query"](x)), of["key"], of["value"]
         if not kv.formed and not self._dropout() and are_plain((Linear,), of_keys, of_values):
             o = token_attention(q, kv.kv, of_keys.weight, of_values.weight, of_values.bias, kv.lengths).o
         else:
             k, v = kv.layer(layer) if kv.formed else (self._heads_of(m(kv.kv)) for m in (of_keys, of_values))
             o = few_query_attention(q, k, v, kv.index, kv.lengths, self._dropout()).o
-        return self.output(o.flatten(2), x)
+        return self._modules["output"](o.flatten(2), x)
 
 
 class QFormerLayer(nn.Module):
@@ -197,7 +220,7 @@ class QFormerLayer(nn.Module):
         self,
         x: Tensor,
         routing: Routing,
-        sees: Sees | None,
+        kinds: Sequence[int],
         queries: int,
         kv: QFormerKV | None,
         layer: int,
@@ -205,23 +228,23 @@ class QFormerLayer(nn.Module):
     ) -> Tensor:
         """x [T, hidden], of which the first rows are `queries` for each sample; `layer`: of those with cross-attention.
 
+        kinds: what is seen, as `kinds_of`.
+
         With images, queries of one sample become those of all rows of kv. query_only: nobody reads the texts' states.
         """
         of_queries = queries * routing.first.shape[0]
-        x = self.attention(x, routing, sees, of_queries if query_only else None)
+        of = self._modules
+        x = of["attention"](x, routing, kinds, of_queries if query_only else None)
         query, text = (x, None) if of_queries == x.shape[0] else (x[:of_queries], x[of_queries:])
         parts = []
         if queries:
-            if self.crossattention is not None and kv is not None:
-                query = self.crossattention(query.unflatten(0, (-1, queries)), kv, layer).flatten(0, 1)
-            parts.append(self.output_query(self.intermediate_query(query), query))
+            cross = of.get("crossattention")
+            if cross is not None and kv is not None:
+                query = cross(query.unflatten(0, (-1, queries)), kv, layer).flatten(0, 1)
+            parts.append(of["output_query"](of["intermediate_query"](query), query))
         if text is not None:
-            parts.append(self.output(self.intermediate(text), text))
+            parts.append(of["output"](of["intermediate"](text), text))
         return torch.cat(parts) if len(parts) != 1 else parts[0]
-
-
-def _active(dropout: nn.Dropout) -> bool:
-    return dropout.training and dropout.p > 0
 
 
 class QFormerEncoder(nn.Module):
@@ -236,8 +259,8 @@ class QFormerEncoder(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether something is dropped up to the first cross-attention: each row then has its own."""
-        first: Any = self.layer[0]
-        return first.attention._dropout() > 0 or _active(first.attention.output.dropout)
+        first: Any = next(iter(self.layer)).attention
+        return first._dropout() > 0 or _active(first.output.dropout)
 
     @property
     def _crossing(self) -> list[Any]:
@@ -281,11 +304,14 @@ class QFormerEncoder(nn.Module):
         query_only: bool = False,
     ) -> list[Tensor]:
         """The states of the queries, if there are any, and of each text; arguments as `QFormer`'s, but embedded."""
-        batch = len(texts[0]) if texts else kv.rows if kv is not None else len(query) if query is not None else 0
-        segments = list(texts)
+        segments, batch = list(texts), 0 if query is None else query.shape[0]
+        if texts:
+            batch = texts[0].shape[0]
+        elif kv is not None:
+            batch = kv.rows
         if query is not None:
             # the first layer sees no image before its cross-attention: once for all rows, where nothing is drawn
-            once = len(query) == 1 and not texts and not self.draws
+            once = query.shape[0] == 1 and not texts and not self.draws
             segments.insert(0, query if once else query.expand(batch, -1, -1))
         queries = 0 if query is None else query.shape[1]
         lengths = [None] * (len(segments) - len(texts)) + list(kept or [None] * len(texts))
@@ -298,10 +324,10 @@ class QFormerEncoder(nn.Module):
             ]
             return Routing.of(parts, 2, samples, x.device)
 
-        routing, seen = route(len(segments[0])), 0
+        routing, kinds, seen = route(segments[0].shape[0]), kinds_of(sees, len(segments)), 0
         for i, layer in enumerate(self.layer, 1):
-            x = layer(x, routing, sees, queries, kv, seen, query_only and i == len(self.layer))
-            seen += layer.crossattention is not None
+            x = layer(x, routing, kinds, queries, kv, seen, query_only and i == len(self.layer))
+            seen += layer._modules.get("crossattention") is not None
             if routing.first.shape[0] != batch:
                 routing = route(batch)
         sizes = [t.shape[1] for t in segments[: 1 if query_only else None]]
@@ -318,8 +344,8 @@ class _Embeddings(nn.Module):
         if config.text:
             self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.LayerNorm = _LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = _Dropout(config.hidden_dropout_prob)
         self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None])
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -328,7 +354,7 @@ class _Embeddings(nn.Module):
         if ids.dim() != 2 or ids.shape[1] > longest:
             raise ValueError(f"token ids have shape {tuple(ids.shape)}, expected [B, T] with T <= {longest}")
         words, positions, norm = self.word_embeddings, self.position_embeddings, self.LayerNorm
-        if not are_plain((nn.Embedding, nn.LayerNorm), words, positions, norm):
+        if not are_plain((nn.Embedding, _LayerNorm), words, positions, norm):
             return self.query(words(ids) + positions(self.position_ids[:, : ids.shape[1]]))
         of_norm, padding = (norm.weight, norm.bias, norm.eps), words.padding_idx
         return self.dropout(embed_text(ids, words.weight, position=positions.weight, norm=of_norm, padding_idx=padding))
@@ -416,17 +442,17 @@ class QFormer(nn.Module):
         if query is not None:
             check("query", query, ("B", "Q", self.config.hidden_size))
         if texts:
-            batch, of = len(texts[0]), "texts"
+            batch, of = texts[0].shape[0], "texts"
         else:
-            batch, of = (len(query), "query") if kv is None else (kv.rows, "kv")
+            batch, of = (query.shape[0], "query") if kv is None else (kv.rows, "kv")
         if kv is not None and kv.rows != batch:
             raise ValueError(f"kv has {kv.rows} rows, expected {batch} as {of}")
-        if query is not None and len(query) not in (1, batch):
-            raise ValueError(f"query has {len(query)} rows, expected {batch} as {of}, or 1")
-        if query is not None and _active(self.embeddings.dropout):
-            query = query.expand(batch, -1, -1)
-        embedded = None if query is None else self.embeddings.query(query)
-        return self.encoder(embedded, [self.embeddings(ids) for ids in texts], kept, sees, kv, query_only)
+        if query is not None and query.shape[0] not in (1, batch):
+            raise ValueError(f"query has {query.shape[0]} rows, expected {batch} as {of}, or 1")
+        embed, embedded = self.embeddings, None
+        if query is not None:
+            embedded = embed.query(query.expand(batch, -1, -1) if _active(embed.dropout) else query)
+        return self.encoder(embedded, [embed(ids) for ids in texts], kept, sees, kv, query_only)
 
 
 class ImageQueries(nn.Module):

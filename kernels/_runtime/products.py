@@ -9,7 +9,7 @@ With a gradient, a transform, autocast or a graph a product is torch's. Results 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from mmfuse.kernels._runtime.device import cpu, once, vectors
 from mmfuse.kernels._runtime.dtypes import autocast_is_on
 from mmfuse.kernels._runtime.library import load
-from mmfuse.kernels._runtime.registration import is_plain
+from mmfuse.kernels._runtime.registration import AS_IT_IS, is_plain
 
 LEAST = 1 << 20  # multiplications, from which on choosing costs nothing
 
@@ -70,7 +70,7 @@ def linear(
 ) -> Tensor:
     """x weight^T + bias + add, of x [..., K], weight [N, K] and bias [N]; with add or out [M, N], of x [M, K]."""
     if _is_torchs(weight.shape[0], x, weight, bias, add):
-        return _by_torch(x, weight, bias, add, out)
+        return F.linear(x, weight, bias) if add is None and out is None else _ended(x, weight, bias, add, out)
     rows = x.reshape(-1, x.shape[-1])
     y = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
     _compiled(rows, weight, y.view(len(rows), -1), bias)
@@ -87,13 +87,12 @@ class _Linears(TorchFunctionMode):
 def linears(x: Tensor) -> AbstractContextManager[Any]:
     """Within it every `F.linear` is `linear`, be it of layers that are called as they are; for inference on rows x."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_torchs(x.shape[-1], x):
-        return nullcontext()
+        return AS_IT_IS
     return _Linears()
 
 
-def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, out: Tensor | None) -> Tensor:
-    if add is None and out is None:
-        return F.linear(x, weight, bias)
+def _ended(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, out: Tensor | None) -> Tensor:
+    """By torch, with something to add or a place to go."""
     w_t = weight.t()
     if add is not None and bias is not None:
         y = torch.add(add, bias) if out is None else torch.add(add, bias, out=out)

@@ -63,7 +63,7 @@ def register(operator: Operator, implementation: Implementation) -> Callable[[Se
         elif backward is not None and any(needs):
             outputs = _Eager.apply(backward, args, flat, needs, *leaves)
         else:
-            with torch.no_grad() if graph else _AS_IT_IS:  # what is no leaf may ask for a gradient all the same
+            with torch.no_grad() if graph else AS_IT_IS:  # what is no leaf may ask for a gradient all the same
                 return operator.compute(implementation, args, needs)
         return outputs if single else operator.Outputs(*outputs)  # type: ignore[misc]
 
@@ -245,15 +245,15 @@ def _version(t: Any) -> int:
     return t._version if isinstance(t, Tensor) and not t.is_inference() else 0
 
 
-_AS_IT_IS = nullcontext()
+AS_IT_IS = nullcontext()
 
 
 def without_autocast(on: Tensor) -> AbstractContextManager[Any]:
     """Autocast is off for the device of a tensor."""
     if not torch._C._is_any_autocast_enabled():  # as a rule: to name a device takes longer
-        return _AS_IT_IS
+        return AS_IT_IS
     kind = on.device.type
-    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else _AS_IT_IS
+    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else AS_IT_IS
 
 
 def differentiated_again(*grads: Tensor | None) -> bool:

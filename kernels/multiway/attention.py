@@ -355,17 +355,12 @@ def packed_attention(
         raise ValueError(
             "routing has no samples, expected one of Routing.of, Routing.from_split or Routing.from_splits"
         )
-    check("q", q, (len(reading.place), "H", "d"))
+    check("q", q, (reading.place.shape[0], "H", "d"))
     check("k", k, (q.shape[0], "heads", q.shape[2]), dtype=q.dtype, like=("q", q))
     check("v", v, k.shape, ", as k", dtype=q.dtype, like=("q", q))
     if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         raise ValueError(f"k has {k.shape[1]} heads, expected a divisor of q's {q.shape[1]}")
-    segments = len(routing.places)
-    kinds: list[int] = []
-    if sees is not None:
-        if [len(of) for of in sees] != [segments] * segments or not all(kind in KINDS for of in sees for kind in of):
-            raise ValueError(f"sees is {sees}, expected {segments} x {segments} of {', '.join(KINDS)}")
-        kinds = [KINDS.index(kind) for of in sees for kind in of]
+    kinds = kinds_of(sees, len(routing.places))
     if bias is not None:
         p = bias.shape[1] if isinstance(bias, Tensor) and bias.dim() == 3 else "P"
         check("bias", bias, (q.shape[1], p, p), like=("q", q))
@@ -374,3 +369,12 @@ def packed_attention(
     if not 0 <= real("dropout", dropout) <= 1:
         raise ValueError(f"dropout is {dropout}, expected a probability")
     return PACKED_ATTENTION(q, k, v, reading, routing.places, kinds, bias, dropout, backend=backend)[0]
+
+
+def kinds_of(sees: Sequence[Sequence[str]] | None, segments: int) -> list[int]:
+    """What segments see of each other as numbers of `KINDS`; none: all see all."""
+    if sees is None:
+        return []
+    if [len(of) for of in sees] != [segments] * segments or not all(kind in KINDS for of in sees for kind in of):
+        raise ValueError(f"sees is {sees}, expected {segments} x {segments} of {', '.join(KINDS)}")
+    return [KINDS.index(kind) for of in sees for kind in of]

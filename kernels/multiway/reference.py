@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmfuse.kernels._runtime.arguments import constant
 from mmfuse.kernels._runtime.dtypes import cast
 from mmfuse.kernels._runtime.reasons import transforming
+from mmfuse.kernels._runtime.registration import AS_IT_IS
 from mmfuse.kernels.multiway.arguments import FFN, GATED, Ending, Linear, Norm, Runs, by_expert
 from mmfuse.kernels.multiway.routing import Reading, experts_of, taken
 
@@ -135,25 +135,26 @@ def packed_attention(
     sees: K x K numbers of `KINDS`, or none: all see all.
     """
     row, segment, within = reading.row, reading.segment, reading.within
-    device, mask = q.device, None if reading.full else reading.attended[:, None, None, :]  # [B, 1, 1, S]
+    mask = None if reading.full else reading.attended[:, None, None, :]  # [B, 1, 1, S]
     if sees:
-        kinds = constant(sees, device).view(len(places), -1)
+        kinds = constant(sees, q.device).view(len(places), -1)
         kind = kinds[segment[:, :, None], segment[:, None, :]]  # [B, S, S]
         seen = ((kind == 2) | ((kind == 1) & (within[:, None, :] <= within[:, :, None])))[:, None]
         mask = seen if mask is None else mask & seen
     if bias is not None:
-        place = constant(places, device).long()[segment] + within
+        place = constant(places, q.device).long()[segment] + within
         of_pairs = bias[:, place[:, :, None], place[:, None, :]].transpose(0, 1)  # [B, H, S, S]
         mask = of_pairs if mask is None else of_pairs.masked_fill(~mask, float("-inf"))
-    # [B, H, S, d]; a place behind the last row has no gradient
-    at, back = row.flatten(), reading.place
-    of_samples = (q, k, v) if reading.in_order else (taken(t, at, back) for t in (q, k, v))
-    q_of, k_of, v_of = (t.reshape(*row.shape, *t.shape[1:]).transpose(1, 2) for t in of_samples)
-    grouped = q.shape[1] != k.shape[1]
+    (b, s), (_, heads, d), of_samples = row.shape, q.shape, [q, k, v]
+    if not reading.in_order:  # a place behind the last row has no gradient
+        at, back = row.flatten(), reading.place
+        of_samples = [taken(t, at, back) for t in of_samples]
+    q_of, k_of, v_of = [t.reshape(b, s, *t.shape[1:]).transpose(1, 2) for t in of_samples]  # [B, H, S, d]
     # the fused ones have no forward mode
-    with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
+    with sdpa_kernel(SDPBackend.MATH) if transforming() else AS_IT_IS:
+        grouped = heads != k.shape[1]
         y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
-    y = y.transpose(1, 2).reshape(row.numel(), q.shape[1] * q.shape[2])
+    y = y.transpose(1, 2).reshape(b * s, heads * d)
     if reading.in_order:
         return y
     return taken(y, back, at) if reading.full else y.index_select(0, back)

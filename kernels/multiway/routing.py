@@ -148,32 +148,21 @@ class Routing:
         """
         if not parts:
             raise ValueError("parts is empty, expected at least one")
-        _require_count("experts", experts, 1)
+        device, numbers = torch.device(device), [n for p in parts for n in (*p[:3], p.place)]
+        if outside_a_trace() and all(p.samples is None for p in parts):
+            routing = _of_numbers(experts, samples, device, *numbers)
+        else:
+            routing = _of_parts(parts, experts, samples, device)
+            on_host = routing.lengths.device.type == "cpu" and outside_a_trace()
+            if on_host and int(routing.lengths.sum()) != routing.rows:
+                raise ValueError("samples of a part has one twice, expected each once")
+        padded = []
         for k, part in enumerate(parts):
-            for name in ("expert", "sequences", "length", "place"):
-                _require_count(f"parts[{k}].{name}", getattr(part, name))
-        count = max(p.sequences for p in parts) if samples is None else samples
-        _require_count("samples", count)
-        for k, part in enumerate(parts):
-            if not 0 <= part.expert < experts:
-                raise ValueError(f"parts[{k}] has expert {part.expert}, expected 0 <= expert < {experts}")
-            if part.samples is None and part.sequences > count:
-                raise ValueError(
-                    f"parts[{k}] has {part.sequences} sequences, expected at most {count}, one for each sample"
-                )
-            for name, t in (("samples", part.samples), ("kept", part.kept)):
-                if t is not None:
-                    check(f"parts[{k}].{name}", t, (part.sequences,), ", one for each sequence", torch.int64)
-            if part.samples is not None:
-                check_range(f"parts[{k}].samples", part.samples, count, "the number of samples")
-        # what the host knows to be whole needs no mask
-        padded = [(k, p, p.kept) for k, p in enumerate(parts) if p.kept is not None and not _whole(k, p, p.kept)]
-        numbers = outside_a_trace() and all(p.samples is None for p in parts)
-        make = _of_numbers if numbers else _of_parts
-        routing = make(tuple(p._replace(kept=None) for p in parts), experts, count, torch.device(device))
-        on_host = not numbers and routing.lengths.device.type == "cpu" and outside_a_trace()
-        if on_host and int(routing.lengths.sum()) != routing.rows:
-            raise ValueError("samples of a part has one twice, expected each once")
+            if part.kept is not None:
+                check(f"parts[{k}].kept", part.kept, (part.sequences,), ", one for each sequence", torch.int64)
+                # what the host knows to be whole needs no mask
+                if not _whole(k, part, part.kept):
+                    padded.append((k, part, part.kept))
         if not padded:
             return routing
         kept = routing.kept.clone()
@@ -308,8 +297,24 @@ class Routing:
         return self.bounds
 
 
-def _of_parts(parts: tuple[Part, ...], experts: int, samples: int, device: torch.device) -> Routing:
-    """Of parts without padding."""
+def _of_parts(parts: Sequence[Part], experts: int, samples: int | None, device: torch.device) -> Routing:
+    """Of parts, whatever padding they have."""
+    _require_count("experts", experts, 1)
+    for k, part in enumerate(parts):
+        for name in ("expert", "sequences", "length", "place"):
+            _require_count(f"parts[{k}].{name}", getattr(part, name))
+    samples = max(p.sequences for p in parts) if samples is None else samples
+    _require_count("samples", samples)
+    for k, part in enumerate(parts):
+        if not 0 <= part.expert < experts:
+            raise ValueError(f"parts[{k}] has expert {part.expert}, expected 0 <= expert < {experts}")
+        if part.samples is not None:
+            check(f"parts[{k}].samples", part.samples, (part.sequences,), ", one for each sequence", torch.int64)
+            check_range(f"parts[{k}].samples", part.samples, samples, "the number of samples")
+        elif part.sequences > samples:
+            raise ValueError(
+                f"parts[{k}] has {part.sequences} sequences, expected at most {samples}, one for each sample"
+            )
     first, lengths = (torch.zeros((samples, len(parts)), dtype=torch.int64, device=device) for _ in range(2))
     bounds, sample = [0], []
     for k, part in enumerate(parts):
@@ -330,11 +335,13 @@ def _of_parts(parts: tuple[Part, ...], experts: int, samples: int, device: torch
     )  # fmt: skip
 
 
-@functools.lru_cache(64)
-def _of_numbers(*given: Any) -> Routing:
-    """`_of_parts` of what the host knows, made once: it costs more than a small layer."""
+@functools.lru_cache(64, typed=True)
+def _of_numbers(experts: int, samples: int | None, device: torch.device, *numbers: int) -> Routing:
+    """`_of_parts` of what the host knows, checked and made once: it costs more than a small layer."""
+    every = zip(*[iter(numbers)] * 4, strict=True)
+    parts = [Part(expert, sequences, length, place=place) for expert, sequences, length, place in every]
     with torch.inference_mode(False):  # it outlives the mode, and may be saved for a gradient then
-        return _of_parts(*given)
+        return _of_parts(parts, experts, samples, device)
 
 
 def _whole(k: int, part: Part, kept: Tensor) -> bool:
