@@ -109,18 +109,28 @@ class QFormerKV:
         return k, v
 
 
+# nn.Module seeks an attribute elsewhere before it looks among parameters and children, which takes as long as a view:
+# here they are read from where they lie.
+
+
+def _affine(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """(weight, bias); tools that change a parameter have an attribute in its place."""
+    of: Any = module._parameters
+    return (of["weight"], of["bias"]) if "weight" in of and "bias" in of else (module.weight, module.bias)
+
+
 class Linear(nn.Linear):
     """nn.Linear; without a gradient by the fastest product of this CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, *_affine(self))
 
 
 class _LayerNorm(nn.LayerNorm):
     """nn.LayerNorm by torch's operator itself: its function in Python looks for cuDNN at every call."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return torch.layer_norm(x, self.normalized_shape, *_affine(self), self.eps)
 
 
 class _Dropout(nn.Dropout):
@@ -140,9 +150,6 @@ class _Projections(nn.Module):
         self.query = Linear(config.hidden_size, config.hidden_size)
         self.key = Linear(key_width, config.hidden_size)
         self.value = Linear(key_width, config.hidden_size)
-
-
-# Children are read from `_modules`: as attributes they are sought in vain before, which takes as long as a view.
 
 
 class _Output(nn.Module):
@@ -200,7 +207,7 @@ class CrossAttention(_Attention):
         of = self._modules["self"]._modules
         q, of_keys, of_values = self._heads_of(of["query"](x)), of["key"], of["value"]
         if not kv.formed and not self._dropout() and are_plain((Linear,), of_keys, of_values):
-            o = token_attention(q, kv.kv, of_keys.weight, of_values.weight, of_values.bias, kv.lengths).o
+            o = token_attention(q, kv.kv, _affine(of_keys)[0], *_affine(of_values), kv.lengths).o
         else:
             k, v = kv.layer(layer) if kv.formed else (self._heads_of(m(kv.kv)) for m in (of_keys, of_values))
             o = few_query_attention(q, k, v, kv.index, kv.lengths, self._dropout()).o
@@ -259,8 +266,8 @@ class QFormerEncoder(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether something is dropped up to the first cross-attention: each row then has its own."""
-        first: Any = next(iter(self.layer)).attention
-        return first._dropout() > 0 or _active(first.output.dropout)
+        first: Any = next(iter(self.layer))._modules["attention"]
+        return first._dropout() > 0 or _active(first._modules["output"].dropout)
 
     @property
     def _crossing(self) -> list[Any]:
@@ -361,7 +368,8 @@ class _Embeddings(nn.Module):
 
     def query(self, tokens: Tensor) -> Tensor:
         """Of queries, which have no positions."""
-        return self.dropout(self.LayerNorm(tokens))
+        of = self._modules
+        return of["dropout"](of["LayerNorm"](tokens))
 
 
 class QFormer(nn.Module):

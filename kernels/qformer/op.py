@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -94,8 +95,8 @@ def project_kv(
     for name, t in (("norm's weight", gamma), ("norm's bias", beta)) if norm is not None else ():
         one = isinstance(t, Tensor) and t.dim() == 1
         check(name, t, (e,) if one else (layers, e), ", or of one layer for all", like=("x", x))
-    for name, t in (("weight", weight), ("bias", bias), ("norm's weight", gamma), ("norm's bias", beta)):
-        _same_dtype(name, t, "x", x)
+    parameters = {"weight": weight, "bias": bias, "norm's weight": gamma, "norm's bias": beta}
+    _same_dtype("x", x, parameters)
     return PROJECT_KV(x, weight, bias, gamma, beta, eps, heads, backend=backend)
 
 
@@ -463,22 +464,22 @@ def token_attention(
     """
     _check_queries(q)
     check("x", x, ("B", "N", "E"), like=("q", q))
-    width, e = q.shape[2] * q.shape[3], x.shape[2]
+    (rows, _, heads, d), (images, n, e) = q.shape, x.shape
+    width = heads * d
     if e == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected at least one feature")
-    if q.shape[0] not in (1, x.shape[0]):
-        raise ValueError(f"q has {q.shape[0]} rows, expected {x.shape[0]} as x, or 1")
+    if rows not in (1, images):
+        raise ValueError(f"q has {rows} rows, expected {images} as x, or 1")
     for name, t in (("key_weight", key_weight), ("value_weight", value_weight)):
         check(name, t, (width, e), " as q has features and x has", like=("q", q))
     if value_bias is not None:
         check("value_bias", value_bias, (width,), " as q has features", like=("q", q))
     if bias is not None:
-        check("bias", bias, tuple(x.shape[:2]), " as x has tokens", like=("x", x))
-    given = (x, key_weight, value_weight, value_bias, bias)
-    for name, other in zip(("x", "key_weight", "value_weight", "value_bias", "bias"), given, strict=True):
-        _same_dtype(name, other, "q", q)
+        check("bias", bias, (images, n), " as x has tokens", like=("x", x))
+    given = {"x": x, "key_weight": key_weight, "value_weight": value_weight, "value_bias": value_bias, "bias": bias}
+    _same_dtype("q", q, given)
     if lengths is not None:
-        lengths = _checked_lengths(lengths, x.shape[:1], x.shape[1], ("x", x))
+        lengths = _checked_lengths(lengths, (images,), n, ("x", x))
         bias = None if bias is None else zero_behind(bias, lengths)
     if autocast_dtype(q) is not None:
         q, x, key_weight, value_weight = autocast(q, x, key_weight, value_weight)
@@ -493,7 +494,7 @@ def token_attention(
 
 def _check_queries(q: Tensor) -> None:
     check("q", q, ("B", "Q", "H", "d"))
-    if q.shape[2] == 0 or q.shape[3] == 0:
+    if 0 in q.shape[2:]:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected at least one head of at least one feature")
 
 
@@ -510,8 +511,7 @@ def _keys(
     shape: tuple[int | str, ...] = ("I", "N", heads, d) if cu_seqlens is None else ("T", heads, d)
     check("k", k, shape, " as q", like=("q", q))
     check("v", v, k.shape, " as k", like=("q", q))
-    for name, t in (("k", k), ("v", v)):
-        _same_dtype(name, t, "q", q)
+    _same_dtype("q", q, {"k": k, "v": v})
     images, n = k.shape[0], k.shape[1]
     if cu_seqlens is None:
         if longest is not None:
@@ -552,6 +552,8 @@ def _check_bounds(cu_seqlens: Tensor, total: int, longest: int) -> None:
         raise ValueError(f"longest is {longest}, expected at least {max(sizes)}, the most tokens of an image")
 
 
-def _same_dtype(name: str, t: Tensor | None, of: str, like: Tensor) -> None:
-    if t is not None and t.dtype != like.dtype and autocast_dtype(like) is None:
-        raise TypeError(f"{name} has dtype {t.dtype}, expected {like.dtype} as {of}")
+def _same_dtype(of: str, like: Tensor, given: Mapping[str, Tensor | None]) -> None:
+    dtype = like.dtype
+    for name, t in given.items():
+        if t is not None and t.dtype != dtype and autocast_dtype(like) is None:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected {dtype} as {of}")

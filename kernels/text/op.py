@@ -144,7 +144,7 @@ def words_of(
             raise ValueError(
                 f"position has {position.shape[0]} rows, expected at least {length} + position_offset {position_offset}"
             )
-        position = position[position_offset : position_offset + length]
+        position = position.narrow(0, position_offset, length)
     gamma, beta, eps = (None, None, None) if norm is None else norm_of(norm)
     for name, t in (("type_embed", type_embed), ("norm's weight", gamma), ("norm's bias", beta)):
         if t is not None:

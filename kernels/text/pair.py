@@ -158,5 +158,5 @@ def embed_pair(
     # without a mask its token has a gradient all the same, of zeros
     stem.mask_token = mask_token
     if cls_token is not None:
-        stem.prefix, stem.prefix_position = cls_token[None], of_prefix
+        stem.prefix, stem.prefix_position = cls_token.unsqueeze(0), of_prefix
     return EMBED_PAIR(stem, words, backend=backend)

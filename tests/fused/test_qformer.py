@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 import tool_worlds
 import worlds
@@ -266,6 +267,29 @@ def test_hooks_are_called(path: str) -> None:
     hooked.register_forward_hook(lambda *given: seen.append(given))
     close(states(), want)
     assert len(seen) == (2 if path == "embeddings.LayerNorm" else 1)
+
+
+@pytest.mark.parametrize("path", ["attention.self.query", "crossattention.self.value", "output_query.LayerNorm"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_changed_parameters_are_read(path: str, name: str) -> None:
+    model, query, tokens = make(), normal(1, QUERIES, 24), normal(2, 9, WIDTH)
+    changed = model.encoder.layer[0].get_submodule(path)
+
+    def states() -> Tensor:
+        return model(query, kv=model.project(tokens, once=True))[0]
+
+    with torch.no_grad():
+        own = getattr(changed, name).normal_()
+        before, _ = states(), own.mul_(2)
+        want, _ = states(), own.div_(2)
+        parametrize.register_parametrization(changed, name, _Twice())
+        close(states(), want)
+    assert not want.equal(before)
+
+
+class _Twice(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
 
 
 def test_tokens_for_one_pass_drop_in_training() -> None:
