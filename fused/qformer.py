@@ -113,6 +113,10 @@ class QFormerKV:
 # here they are read from where they lie.
 
 
+def _children(module: nn.Module) -> Any:
+    return module._modules
+
+
 def _affine(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """(weight, bias); tools that change a parameter have an attribute in its place."""
     of: Any = module._parameters
@@ -162,7 +166,7 @@ class _Output(nn.Module):
         self.dropout = _Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        of = self._modules
+        of = _children(self)
         return of["LayerNorm"](residual + of["dropout"](of["dense"](x)))
 
 
@@ -172,7 +176,7 @@ class _Intermediate(nn.Module):
         self.dense = Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self._modules["dense"](x))
+        return F.gelu(_children(self)["dense"](x))
 
 
 class _Attention(nn.Module):
@@ -193,7 +197,8 @@ class SelfAttention(_Attention):
     """Of the rows [T, hidden] of a stream, with residual and LayerNorm; of the result the first `rows`, or all."""
 
     def forward(self, x: Tensor, routing: Routing, kinds: Sequence[int], rows: int | None) -> Tensor:
-        of, out = self._modules["self"]._modules, self._modules["output"]
+        own = _children(self)
+        of, out = _children(own["self"]), own["output"]
         q, k, v = [self._heads_of(of[name](x)) for name in ("query", "key", "value")]
         # the operator itself: nothing is left to check of what was made here
         o = PACKED_ATTENTION(q, k, v, routing.reading, routing.places, kinds, None, self._dropout())[0]
@@ -204,14 +209,15 @@ class CrossAttention(_Attention):
     """Of queries [B, Q, hidden] or [1, Q, hidden] over images: [B, Q, hidden], with residual and LayerNorm."""
 
     def forward(self, x: Tensor, kv: QFormerKV, layer: int) -> Tensor:
-        of = self._modules["self"]._modules
+        own = _children(self)
+        of = _children(own["self"])
         q, of_keys, of_values = self._heads_of(of["query"](x)), of["key"], of["value"]
         if not kv.formed and not self._dropout() and are_plain((Linear,), of_keys, of_values):
             o = token_attention(q, kv.kv, _affine(of_keys)[0], *_affine(of_values), kv.lengths).o
         else:
             k, v = kv.layer(layer) if kv.formed else (self._heads_of(m(kv.kv)) for m in (of_keys, of_values))
             o = few_query_attention(q, k, v, kv.index, kv.lengths, self._dropout()).o
-        return self._modules["output"](o.flatten(2), x)
+        return own["output"](o.flatten(2), x)
 
 
 class QFormerLayer(nn.Module):
@@ -240,7 +246,7 @@ class QFormerLayer(nn.Module):
         With images, queries of one sample become those of all rows of kv. query_only: nobody reads the texts' states.
         """
         of_queries = queries * routing.first.shape[0]
-        of = self._modules
+        of = _children(self)
         x = of["attention"](x, routing, kinds, of_queries if query_only else None)
         query, text = (x, None) if of_queries == x.shape[0] else (x[:of_queries], x[of_queries:])
         parts = []
@@ -266,8 +272,8 @@ class QFormerEncoder(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether something is dropped up to the first cross-attention: each row then has its own."""
-        first: Any = next(iter(self.layer))._modules["attention"]
-        return first._dropout() > 0 or _active(first._modules["output"].dropout)
+        first = _children(next(iter(self.layer)))["attention"]
+        return first._dropout() > 0 or _active(_children(first)["output"].dropout)
 
     @property
     def _crossing(self) -> list[Any]:
@@ -334,7 +340,7 @@ class QFormerEncoder(nn.Module):
         routing, kinds, seen = route(segments[0].shape[0]), kinds_of(sees, len(segments)), 0
         for i, layer in enumerate(self.layer, 1):
             x = layer(x, routing, kinds, queries, kv, seen, query_only and i == len(self.layer))
-            seen += layer._modules.get("crossattention") is not None
+            seen += _children(layer).get("crossattention") is not None
             if routing.first.shape[0] != batch:
                 routing = route(batch)
         sizes = [t.shape[1] for t in segments[: 1 if query_only else None]]
@@ -368,7 +374,7 @@ class _Embeddings(nn.Module):
 
     def query(self, tokens: Tensor) -> Tensor:
         """Of queries, which have no positions."""
-        of = self._modules
+        of = _children(self)
         return of["dropout"](of["LayerNorm"](tokens))
 
 
