@@ -178,14 +178,14 @@ _CALL = 1 << 20  # what a group costs, in multiplications
 
 
 def _one_length(q: Tensor, reading: Reading, sees: Sequence[int], bias: Tensor | None) -> str | None:
-    if q.device.type != "cpu":
+    if reading.full and not sees and bias is None:
+        return "all samples have one length"
+    if not q.is_cpu:
         return f"device is {q.device.type}, and the host reads lengths"
     if not outside_a_trace():
         return "the host reads lengths, which a graph does not know"
     if not q.numel():
         return "there are no rows"
-    if reading.full and not sees and bias is None:
-        return "all samples have one length"
     _, heads, d = q.shape
     # of a mask there is one for all samples of a group
     pairs, of_masks = reading.row.numel() * reading.row.shape[1], (0 if bias is None else heads) + bool(sees)
