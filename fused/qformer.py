@@ -272,8 +272,8 @@ class QFormerEncoder(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether something is dropped up to the first cross-attention: each row then has its own."""
-        first = _children(next(iter(self.layer)))["attention"]
-        return first._dropout() > 0 or _active(_children(first)["output"].dropout)
+        first = _children(next(iter(_children(self)["layer"])))["attention"]
+        return first._dropout() > 0 or _active(first.output.dropout)
 
     @property
     def _crossing(self) -> list[Any]:
@@ -338,8 +338,9 @@ class QFormerEncoder(nn.Module):
             return Routing.of(parts, 2, samples, x.device)
 
         routing, kinds, seen = route(segments[0].shape[0]), kinds_of(sees, len(segments)), 0
-        for i, layer in enumerate(self.layer, 1):
-            x = layer(x, routing, kinds, queries, kv, seen, query_only and i == len(self.layer))
+        layers = _children(self)["layer"]
+        for i, layer in enumerate(layers, 1):
+            x = layer(x, routing, kinds, queries, kv, seen, query_only and i == len(layers))
             seen += _children(layer).get("crossattention") is not None
             if routing.first.shape[0] != batch:
                 routing = route(batch)
@@ -366,11 +367,13 @@ class _Embeddings(nn.Module):
         longest = self.position_ids.shape[1]
         if ids.dim() != 2 or ids.shape[1] > longest:
             raise ValueError(f"token ids have shape {tuple(ids.shape)}, expected [B, T] with T <= {longest}")
-        words, positions, norm = self.word_embeddings, self.position_embeddings, self.LayerNorm
+        of = _children(self)
+        words, positions, norm = of["word_embeddings"], of["position_embeddings"], of["LayerNorm"]
         if not are_plain((nn.Embedding, _LayerNorm), words, positions, norm):
             return self.query(words(ids) + positions(self.position_ids[:, : ids.shape[1]]))
-        of_norm, padding = (norm.weight, norm.bias, norm.eps), words.padding_idx
-        return self.dropout(embed_text(ids, words.weight, position=positions.weight, norm=of_norm, padding_idx=padding))
+        of_norm, padding = (*_affine(norm), norm.eps), words.padding_idx
+        embedded = embed_text(ids, words.weight, position=positions.weight, norm=of_norm, padding_idx=padding)
+        return of["dropout"](embedded)
 
     def query(self, tokens: Tensor) -> Tensor:
         """Of queries, which have no positions."""
@@ -463,10 +466,11 @@ class QFormer(nn.Module):
             raise ValueError(f"kv has {kv.rows} rows, expected {batch} as {of}")
         if query is not None and query.shape[0] not in (1, batch):
             raise ValueError(f"query has {query.shape[0]} rows, expected {batch} as {of}, or 1")
-        embed, embedded = self.embeddings, None
+        parts = _children(self)
+        embed, embedded = parts["embeddings"], None
         if query is not None:
             embedded = embed.query(query.expand(batch, -1, -1) if _active(embed.dropout) else query)
-        return self.encoder(embedded, [embed(ids) for ids in texts], kept, sees, kv, query_only)
+        return parts["encoder"](embedded, [embed(ids) for ids in texts], kept, sees, kv, query_only)
 
 
 class ImageQueries(nn.Module):

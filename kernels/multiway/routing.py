@@ -148,9 +148,9 @@ class Routing:
         """
         if not parts:
             raise ValueError("parts is empty, expected at least one")
-        device, numbers = torch.device(device), [n for p in parts for n in (*p[:3], p.place)]
+        device = torch.device(device)
         if outside_a_trace() and all(p.samples is None for p in parts):
-            routing = _of_numbers(experts, samples, device, *numbers)
+            routing = _of_numbers(experts, samples, device, *[n for p in parts for n in (*p[:3], p.place)])
         else:
             routing = _of_parts(parts, experts, samples, device)
             on_host = routing.lengths.device.type == "cpu" and outside_a_trace()
