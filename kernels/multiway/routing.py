@@ -148,9 +148,10 @@ class Routing:
         """
         if not parts:
             raise ValueError("parts is empty, expected at least one")
-        device = torch.device(device)
-        if outside_a_trace() and all(p.samples is None for p in parts):
-            routing = _of_numbers(experts, samples, device, *[n for p in parts for n in (*p[:3], p.place)])
+        device, numbers = torch.device(device), [n for p in parts for n in (*p[:3], p.place)]
+        plain = {type(n) for n in (experts, samples, *numbers)} <= {int, type(None)}
+        if plain and outside_a_trace() and all(p.samples is None for p in parts):
+            routing = _of_numbers(experts, samples, device, *numbers)
         else:
             routing = _of_parts(parts, experts, samples, device)
             on_host = routing.lengths.device.type == "cpu" and outside_a_trace()
@@ -335,7 +336,7 @@ def _of_parts(parts: Sequence[Part], experts: int, samples: int | None, device: 
     )  # fmt: skip
 
 
-@functools.lru_cache(64, typed=True)
+@functools.lru_cache(64)
 def _of_numbers(experts: int, samples: int | None, device: torch.device, *numbers: int) -> Routing:
     """`_of_parts` of what the host knows, checked and made once: it costs more than a small layer."""
     every = zip(*[iter(numbers)] * 4, strict=True)

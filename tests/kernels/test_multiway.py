@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -387,3 +388,14 @@ def test_errors_of_routings(make, message: str) -> None:  # type: ignore[no-unty
 def test_experts_are_integers(runs) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(TypeError, match="expected an integer"):
         Routing.from_cu_seqlens(torch.tensor([0, 1, 2]), runs, 2)
+
+
+@pytest.mark.parametrize("wrong", [[0], "0", 0.0, True])
+def test_what_is_no_integer_is_named(wrong: Any) -> None:
+    for name, expert, experts, samples in (
+        ("parts[0].expert", wrong, 2, 1),
+        ("experts", 0, wrong, 1),
+        ("samples", 0, 1, wrong),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"{name} is {wrong!r}, expected an integer")):
+            Routing.of([Part(expert, 1, 3)], experts, samples)
