@@ -15,6 +15,8 @@
 #include <memory>
 #include <utility>
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // of vectors as results: everything is inlined
+
 namespace mmfuse {
 namespace {
 
@@ -125,11 +127,9 @@ void panel_rows(const float* a, int64_t of_a, int64_t rows, const PackedLine<flo
 }
 
 #ifdef MMFUSE_HAS_PAIRS
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void panel_rows(const Bfloat16* a, int64_t of_a,
-                                                                                  int64_t rows,
-                                                                                  const PackedLine<Bfloat16>* panel,
-                                                                                  int64_t k, float* out, int64_t of_out,
-                                                                                  const float* bias, bool adds) {
+[[maybe_unused]] __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void panel_rows(
+    const Bfloat16* a, int64_t of_a, int64_t rows, const PackedLine<Bfloat16>* panel, int64_t k, float* out, int64_t of_out,
+    const float* bias, bool adds) {
     tiles<16, 6, 4>(a, of_a, rows, panel, k, out, of_out, bias, adds);
 }
 #endif
@@ -193,7 +193,7 @@ void transposed(const float* from, int64_t of_row, int64_t of_feature, int64_t r
     transpose(from, of_row, of_feature, rows, k, to, of_to);
 }
 
-MMFUSE_CLONES
+[[maybe_unused]] MMFUSE_CLONES
 void transposed(const Bfloat16* from, int64_t of_row, int64_t of_feature, int64_t rows, int64_t k, Bfloat16* to,
                 int64_t of_to) {
     transpose(from, of_row, of_feature, rows, k, to, of_to);

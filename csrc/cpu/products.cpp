@@ -28,8 +28,6 @@ typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Half __attribute__((vector_size(32)));
 typedef float Quarter __attribute__((vector_size(16)));
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // of vectors as results: everything is inlined
-
 #if __has_builtin(__builtin_shufflevector)
 MMFUSE_INLINE Half half(const Vector& x) {
     return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
