@@ -113,8 +113,7 @@ def _scan(
         # keys first: a tall product is so much faster than a wide one that it pays for the transposition
         tall = torch.empty(min(_KEYS, n), len(both), **new)
         for at, k in _blocks(keys, queue, x.dtype):
-            product = products.mm(products.operand(k, acc), both.t(), tall[: len(k)])
-            torch.div(product.t(), temp, out=u[:, at : at + len(k)])
+            u[:, at : at + len(k)] = products.mm(products.operand(k, acc), both.t(), tall[: len(k)]).div_(temp).t()
         s, teacher = u[: len(both) // len(queries)], u[len(both) // len(queries) :]
         if see is not None:
             see(way, s, i)

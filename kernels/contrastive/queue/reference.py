@@ -9,8 +9,6 @@ with rho_i = logsumexp_j S_ij and Y the positives, 1 / count each: key i, or the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,8 +24,8 @@ def queue_itc_loss(given: Directions) -> Tensor:
     rows = torch.cat([cast(t, query.dtype) for pair in pairs for t in pair]).detach()
     ways, b, width = query.shape
     n = rows.shape[0] // ways
-    keys = rows.view(ways, n, width).mT.unbind()
-    log_p = torch.log_softmax(_logits(_each(query, keys), temp), 2)
+    keys = rows.view(ways, n, width).mT
+    log_p = torch.log_softmax(_logits(torch.bmm(query, keys), temp), 2)
     with torch.no_grad():
         if ids is None or given.key_ids is None or given.queue_ids is None:
             targets = torch.eye(b, n, dtype=temp.dtype, device=temp.device)
@@ -35,7 +33,7 @@ def queue_itc_loss(given: Directions) -> Tensor:
             same = (ids[:, None] == torch.cat([given.key_ids, given.queue_ids])).to(temp.dtype)
             targets = same / same.sum(1, keepdim=True).clamp_min(1)
         if given.query_m is not None:
-            soft = torch.softmax(_logits(_each(given.query_m, keys), temp), 2)
+            soft = torch.softmax(_logits(torch.bmm(given.query_m, keys), temp), 2)
             targets = targets.lerp(soft, given.alpha)
     return (targets * log_p).sum((1, 2)) / -b
 
@@ -46,12 +44,6 @@ def moco_loss(query: Tensor, key: Tensor, queue: Tensor, temp: Tensor) -> Tensor
     negatives = queue.detach().to(query.dtype, copy=True)
     s = torch.cat([own, _logits(query @ negatives.t(), temp)], dim=1)
     return F.cross_entropy(s, torch.zeros(len(s), dtype=torch.long, device=s.device))
-
-
-def _each(queries: Tensor, keys: Sequence[Tensor]) -> Tensor:
-    """The products of each direction [W, B, K + M]."""
-    # not `bmm`: oneDNN takes longer to make ready for a small one in 16 bits than for both products
-    return torch.stack([torch.mm(q, k) for q, k in zip(queries.unbind(), keys, strict=True)])
 
 
 def _logits(products: Tensor, temp: Tensor) -> Tensor:
