@@ -215,7 +215,7 @@ void rows_of_panel(const T* a, int64_t of_a, int64_t rows, const PackedLine<T>* 
     float part[ROWS_AT_ONCE][COLUMNS];
     for (int64_t i = 0; i < rows; i += ROWS_AT_ONCE) {
         const int64_t some = std::min(ROWS_AT_ONCE, rows - i);
-        for (int64_t r = 0; r < some; ++r) std::copy_n(out + (i + r) * of_out, width, part[r]);
+        for (int64_t r = 0; adds && r < some; ++r) std::copy_n(out + (i + r) * of_out, width, part[r]);
         panel_rows(a + i * of_a, of_a, some, panel, k, part[0], COLUMNS, bias, adds);
         for (int64_t r = 0; r < some; ++r) std::copy_n(part[r], width, out + (i + r) * of_out);
     }

@@ -136,7 +136,7 @@ def test_ffn(name: str, activation: str, norm: bool, dtype: torch.dtype) -> None
     compare(routed_ffn, routing, draw, dtype, activation=activation)
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or load("cpu") is not None, reason=f"a CPU's compiled part: {load('cpu')}")
+@pytest.mark.skipif(DEVICE == "cuda" or load("cpu") is not None, reason="blocks are of a CPU's compiled part alone")
 @pytest.mark.parametrize("norms", ["both", "none"])
 @pytest.mark.parametrize("ending", ["", "residual scale row_scale"])
 @pytest.mark.parametrize("name", ["two", "empty", "more runs", "no rows"])
@@ -155,7 +155,7 @@ def test_ffn_in_blocks_of_rows(name: str, ending: str, norms: str, monkeypatch: 
     assert "cpu" in backends(lambda: routed_ffn(**cast(draw(), torch.float32), routing=routing))
     judge(compared(runner(routed_ffn, routing), draw, "cpu"))
     assert max(seen) <= 4 and (name == "no rows" or len(seen) > 4)
-    given = cast(draw(), torch.float32)
+    given = cast(draw(), torch.float32)  # without a gradient, for which nothing is kept
     y = routed_ffn(**given, routing=routing, backend="cpu")
     assert_no_worse(y, *(routed_ffn(**cast(given, d), routing=routing, backend="torch") for d in DTYPES[::3]))
 
