@@ -120,14 +120,12 @@ def vit_tokens(
     Rows have the dtype of `proj`, under autocast too: the residual stream begins here.
     """
     (h, w), (ph, pw) = pixels.shape[-2:], read(proj).kernel_size
-    first, rest = position.split_with_sizes([1, position.shape[0] - 1])
     return patch_embed(
         pixels[..., : h // ph * ph, : w // pw * pw],
         proj.weight,
         proj.bias,
         prefix=cls[None],
-        prefix_position=first,
-        position=rest,
+        pos_embed=position,
         ids_keep=ids_keep,
         dtype=proj.weight.dtype,
     )

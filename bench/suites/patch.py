@@ -90,13 +90,12 @@ def _trained(load: Load) -> Load:
     return lambda device, dtype: then(_squares, load(device, dtype))
 
 
-def _embed(pixels: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, position: Tensor, **options: Any) -> Tensor:
-    return patch_embed(pixels, weight, bias, mean=MEAN, std=STD, prefix=prefix, position=position, **options)
+def _embed(pixels: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, **options: Any) -> Tensor:
+    return patch_embed(pixels, weight, bias, mean=MEAN, std=STD, prefix=prefix, **options)
 
 
 def _ours(weight: Tensor, bias: Tensor, cls: Tensor, position: Tensor, pixels: Tensor, **options: Any) -> Tensor:
-    first, rest = position.split_with_sizes([1, position.shape[0] - 1])
-    return _embed(pixels, weight, bias, cls, rest, prefix_position=first, **options)
+    return _embed(pixels, weight, bias, cls, pos_embed=position, **options)
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------
@@ -169,12 +168,14 @@ def _check_norms(*given: Tensor, backend: str | None) -> Tensor:
     pixels, _, bias, *_, mask_token, norm = given
     mask = torch.arange(18, device=pixels.device).view(3, 6) % 4 == 1
     norms: dict[str, Any] = {"stem_norm": (norm, None, 1e-5), "pre_norm": (norm, bias, 1e-6)}
-    return weighted(_embed(*given[:5], mask=mask, mask_token=mask_token, **norms, backend=backend))
+    return weighted(_embed(*given[:4], position=given[4], mask=mask, mask_token=mask_token, **norms, backend=backend))
 
 
 def _check_kept(*given: Tensor, backend: str | None) -> Tensor:
     ids = torch.tensor([[4, 0], [1, 5], [3, 2]], device=given[0].device)
-    return weighted(_embed(*given[:5], ids_keep=ids, backend=backend)) + 0 * sum(t.sum() for t in given[5:])
+    return weighted(_embed(*given[:4], position=given[4], ids_keep=ids, backend=backend)) + 0 * sum(
+        t.sum() for t in given[5:]
+    )
 
 
 CHECKS = [

@@ -83,9 +83,7 @@ def _timm_stem(model: Any, x: Tensor, uint8: Statistics | None) -> Tensor:
         keep = torch.randn(x.shape[0], patches, device=x.device).argsort(-1)[:, :count]
         keep = keep.sort(-1)[0] if drop.ordered else keep
     stem_norm, pre_norm = _norm(embed.norm), None if dropped else _norm(model.norm_pre)
-    first, rest = None, None if position is None else position[0]
-    if rest is not None and rows:
-        first, rest = _split(rest, rows)
+    positions = {} if position is None else {"pos_embed" if rows else "position": position[0]}
     tokens = _rows(
         embed.proj,
         pixels,
@@ -94,8 +92,7 @@ def _timm_stem(model: Any, x: Tensor, uint8: Statistics | None) -> Tensor:
         padding=_padding(embed),
         stem_norm=stem_norm,
         prefix=torch.cat(prefix) if prefix else None,
-        position=rest,
-        prefix_position=first,
+        **positions,
         ids_keep=keep,
         pre_norm=pre_norm,
     )
@@ -227,15 +224,13 @@ def open_clip_embeds(model: Any, x: Tensor, uint8: Statistics | None = None) -> 
         patches = len(model.positional_embedding) - 1
         count = max(1, int(patches * (1 - drop.prob)))
         keep = torch.randn(x.shape[0], patches).topk(count, dim=-1).indices.to(x.device)
-    first, rest = _split(model.positional_embedding, 1)
     return _rows(
         model.conv1,
         _whole(model.conv1, x),
         uint8,
         dtype=_dtype(model.conv1),
         prefix=model.class_embedding[None],
-        position=rest,
-        prefix_position=first,
+        pos_embed=model.positional_embedding,
         ids_keep=keep,
         pre_norm=_norm(model.ln_pre),
     )
@@ -366,15 +361,13 @@ def _masked_rows(
     module: Any, pixels: Tensor, mask: Tensor | None, position: Tensor | None, uint8: Statistics | None = None
 ) -> Tensor:
     proj = module.patch_embeddings.projection
-    first, rest = (None, None) if position is None else _split(position[0], 1)
     return _rows(
         proj,
         _whole(proj, pixels),
         uint8,
         dtype=_dtype(proj, module.cls_token, position),
         prefix=module.cls_token[0],
-        position=rest,
-        prefix_position=first,
+        pos_embed=None if position is None else position[0],
         mask=None if mask is None else mask.bool(),
         mask_token=None if mask is None else module.mask_token[0, 0],
     )
@@ -390,8 +383,7 @@ def _classed(
 ) -> Tensor:
     dtype = dtype or _dtype(proj, token, position)
     pixels = _cast(proj, _whole(proj, pixels), uint8)
-    first, rest = _split(position, 1)
-    return _rows(proj, pixels, uint8, dtype=dtype, prefix=token, position=rest, prefix_position=first)
+    return _rows(proj, pixels, uint8, dtype=dtype, prefix=token, pos_embed=position)
 
 
 def _interpolated(module: Any, proj: Any, table: Tensor, pixels: Tensor, prefix: int = 1) -> Tensor:
@@ -422,13 +414,6 @@ def few_products(path: str, bare: bool = False) -> Callable[..., bool]:
 
 
 # --- common -------------------------------------------------------------------------------------------------------
-
-
-def _split(table: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The first rows and the others, by one operation: the gradient is put together by one, too."""
-    # not `split`, which asks in Python what it is given
-    first, rest = table.split_with_sizes([rows, table.shape[0] - rows])
-    return first, rest
 
 
 def _rows(proj: Any, pixels: Tensor, uint8: Statistics | None, **options: Any) -> Tensor:

@@ -99,6 +99,13 @@ class Backward:
         # and the other arguments, should the gradients be differentiated: until then they may change
         self.others = [n for n in operator.signature.flat if n not in self.kept]
         self.constant = [i for i in range(len(operator.outputs)) if i not in self.grads.values()]
+        # where these lie among the arguments, the outputs and what is told, and the backward's own among what is kept
+        told = [f"{n}_{what}" for n in self.told for what in ("shape", "dtype")]
+        at = {n: i for i, n in enumerate([*operator.signature.flat, *operator.outputs, *told])}
+        self._at = [[at[n] for n in names] for names in (self.told, self.tensors, self.options, self.others)]
+        self._instead = [(at[absent], at[argument]) for absent, argument in operator.instead.items()]
+        given, self._of = [*self.grads, *self.tensors, *self.options], list(self.grads.values())
+        self._order = [given.index(n) for n in flat]
         self.ask = asking(operator.backward, (*self.signature.names, "passes", "needs"))  # type: ignore[arg-type]
         self.op: Callable[..., Sequence[Tensor | None]] = self.compute
         if registered:
@@ -147,19 +154,17 @@ class Backward:
         return [d if need else g.new_empty(0) for d, need in zip(every, needs, strict=True)]
 
     def setup(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        op, outputs = self.operator, (output,) if isinstance(output, Tensor) else output
-        values = dict(zip(op.signature.flat, inputs, strict=False))
-        values.update(zip(op.outputs, outputs, strict=True))
-        for absent, argument in op.instead.items():
+        outputs = (output,) if isinstance(output, Tensor) else output
+        values = [*inputs[: len(self.operator.signature.flat)], *outputs]
+        for absent, argument in self._instead:
             if values[absent].dim() == 1 and values[absent].shape[0] == 0:
                 values[absent] = values[argument]
-        for n in self.told:
-            values[f"{n}_shape"], values[f"{n}_dtype"] = values[n].shape, values[n].dtype
-        kept = [values[n] for n in self.tensors]
+        told, *at = self._at
+        for i in told:
+            values += [values[i].shape, values[i].dtype]
+        kept, ctx.options, ctx.others = [[values[i] for i in names] for names in at]
         ctx.save_for_backward(*(spread(kept) if self.lists else kept))
         ctx.like = [(None,) * len(t) if isinstance(t, (list, tuple)) else None for t in kept] if self.lists else None
-        ctx.options = [values[n] for n in self.options]
-        ctx.others = [values[n] for n in self.others]
         ctx.versions = [_version(t) for t in ctx.others]
         ctx.mark_non_differentiable(*[outputs[i] for i in self.constant])
         ctx.set_materialize_grads(False)  # zeros for every other output, kept logits among them
@@ -169,19 +174,19 @@ class Backward:
     ) -> list[Any]:
         """Of the differentiable arguments; None where it is not needed."""
         # memory of a negated view is without its sign
-        values = {n: None if grads[i] is None else grads[i].resolve_neg() for n, i in self.grads.items()}
-        if all(g is None for g in values.values()):
+        of_outputs = [g if g is None or not g.is_neg() else g.resolve_neg() for g in (grads[i] for i in self._of)]
+        if all(g is None for g in of_outputs):
             return [None] * len(needs)
         tensors = grouped(ctx.saved_tensors, ctx.like) if self.lists else ctx.saved_tensors
-        values.update(zip(self.tensors, tensors, strict=True))
-        values.update(zip(self.options, ctx.options, strict=True))
+        given = [*of_outputs, *tensors, *ctx.options]
         if differentiated_again(*grads):
+            values = dict(zip([*self.grads, *self.tensors, *self.options], given, strict=True))
             values |= zip(self.others, ctx.others, strict=True)
             for n, before in zip(self.others, ctx.versions, strict=True):
                 if _version(values[n]) != before:
                     raise RuntimeError(f"{self.operator.name}: {n} was changed in place, which its formula needs again")
             return self.of_formula([values[n] for n in self.operator.signature.flat], grads, needs)
-        found = op(*[values[n] for n in self.signature.flat], list(needs))
+        found = op(*[given[i] for i in self._order], list(needs))
         return [d if need else None for d, need in zip(found, needs, strict=True)]
 
     def of_formula(self, flat: Sequence[Any], grads: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
@@ -260,8 +265,13 @@ def differentiated_again(*grads: Tensor | None) -> bool:
     """Whether gradients are to be functions, or are asked for in batches: then plain torch computes them."""
     if torch.compiler.is_compiling():
         return False
+    if torch.is_grad_enabled() or transforming():
+        return True
     batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd.grad(..., is_grads_batched=True)
-    return torch.is_grad_enabled() or transforming() or any(g is not None and batched(g) for g in grads)
+    for g in grads:  # noqa: SIM110  (a generator costs as much as all else)
+        if g is not None and batched(g):
+            return True
+    return False
 
 
 def gradients_with_graph(

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmfuse.kernels._runtime import Implementation, Operator
 from mmfuse.kernels._runtime.dtypes import cast
 
-_LEAST = 1 << 16  # logits, from which on two passes less of float32 are worth a call
+_LEAST = 1 << 18  # logits, from which on two passes less of float32 are worth two calls
 
 
 class Rows(NamedTuple):

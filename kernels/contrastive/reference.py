@@ -130,7 +130,7 @@ def siglip_loss(
     """The loss."""
     if normalize:
         image, text = unit(image), unit(text)
-    s = _logits(image, text, -scale) - bias  # -S
+    s = _logits(image, text, -scale) + -bias  # -S; to subtract, the gradient would be negated whole
     if not negative_only:
         if torch.compiler.is_compiling() or s.numel() > _FEW:
             s.diagonal(row_offset).neg_()  # z S

@@ -124,6 +124,7 @@ def patch_embed(
     prefix: Tensor | None = None,
     position: Tensor | None = None,
     prefix_position: Tensor | None = None,
+    pos_embed: Tensor | None = None,
     mask: Tensor | None = None,
     mask_token: Tensor | None = None,
     ids_keep: Tensor | None = None,
@@ -153,6 +154,7 @@ def patch_embed(
         stem_norm: (weight [D], bias [D] or None, eps), LayerNorm of the patch tokens.
         prefix: [R, D], class and register tokens in front.
         position: [N, D], added to the patch tokens. prefix_position: [R, D], added to the prefix.
+        pos_embed: [R + N, D], in place of both.
         mask: bool [B, N]; the token of a masked patch is `mask_token` [D] (before the position), by selection: not even
             a NaN in its pixels is seen.
         ids_keep: int64 [B, M], the patches to compute, in this order; position and mask go with them.
@@ -180,8 +182,8 @@ def patch_embed(
     """
     stem = stem_of(
         pixels, weight, bias, stride=stride, layout=layout, mean=mean, std=std, stem_norm=stem_norm, prefix=prefix,
-        position=position, prefix_position=prefix_position, mask=mask, mask_token=mask_token, ids_keep=ids_keep,
-        type_embed=type_embed, pre_norm=pre_norm, padding=padding, dtype=dtype,
+        position=position, prefix_position=prefix_position, pos_embed=pos_embed, mask=mask, mask_token=mask_token,
+        ids_keep=ids_keep, type_embed=type_embed, pre_norm=pre_norm, padding=padding, dtype=dtype,
     )  # fmt: skip
     return PATCH_EMBED(stem, backend=backend)
 
@@ -190,9 +192,9 @@ def stem_of(
     pixels: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int | tuple[int, ...] | None = None,
     layout: str = "nchw", mean: Any = None, std: Any = None, stem_norm: Norm | None = None,
     prefix: Tensor | None = None, position: Tensor | None = None, prefix_position: Tensor | None = None,
-    mask: Tensor | None = None, mask_token: Tensor | None = None, ids_keep: Tensor | None = None,
-    type_embed: Tensor | None = None, pre_norm: Norm | None = None, padding: str = "error",
-    dtype: torch.dtype | None = None,
+    pos_embed: Tensor | None = None, mask: Tensor | None = None, mask_token: Tensor | None = None,
+    ids_keep: Tensor | None = None, type_embed: Tensor | None = None, pre_norm: Norm | None = None,
+    padding: str = "error", dtype: torch.dtype | None = None,
 ) -> Stem:  # fmt: skip
     """The checked arguments of `patch_embed`."""
     channels = check_source(pixels, weight, stride, layout, padding)
@@ -225,14 +227,19 @@ def stem_of(
     n, r = stem.geometry.patches, 0 if prefix is None else prefix.shape[0]
     if prefix_position is not None and prefix is None:
         raise ValueError("prefix_position is given without prefix, expected both")
+    if pos_embed is not None and not (position is prefix_position is None):
+        raise ValueError("pos_embed is given with position or prefix_position, expected it in place of both")
     if (mask is None) != (mask_token is None):
         raise ValueError("mask and mask_token go together, expected both or neither")
     for name, t, shape, meaning in (
         ("position", position, (n, d), ": [N, D], one row for each patch"),
         ("prefix_position", prefix_position, (r, d), ": [R, D] as prefix"),
+        ("pos_embed", pos_embed, (r + n, d), ": [R + N, D], one row for each of prefix and for each patch"),
     ):
         if t is not None:
             check(name, t, shape, meaning, like=like)
     if mask is not None and mask.shape[1] != n:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected [{b}, {n}]: one for each patch")
+    if pos_embed is not None:
+        stem.place(pos_embed)
     return stem

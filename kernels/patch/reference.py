@@ -52,11 +52,12 @@ def patch_embed(stem: Stem) -> Tensor:
     if front is not None and front.dtype == y.dtype and len(table) == 2:
         # the prefix first: a convolution's tokens are transposed, and are put in a row here
         y = torch.cat([front.expand(y.shape[0], -1, -1), y], dim=1)
-        if y.requires_grad or transforming():
+        whole = s.table if s.ids_keep is None else None
+        if whole is not None or y.requires_grad or transforming():
             if s.ids_keep is not None:
                 table = [t.expand(y.shape[0], -1, -1) for t in table]
-            rows = torch.cat(table, dim=-2)
-            y = y + rows if transforming() else y.add_(rows)
+            whole = torch.cat(table, dim=-2) if whole is None else whole
+            y = y + whole if transforming() else y.add_(whole)
         else:
             y[:, : front.shape[-2]].add_(table[0])
             y[:, front.shape[-2] :].add_(table[1])

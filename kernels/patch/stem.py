@@ -49,6 +49,7 @@ class Stem:
     pre_eps: float
     compute: torch.dtype  # of the product: the weight's, or that of autocast
     dtype: torch.dtype  # of the tokens
+    table: Tensor | None = field(default=None, init=False)  # of which prefix_position and position are parts
     geometry: Geometry = field(init=False)
     still: bool = field(init=False)  # a still image meets a temporal kernel
 
@@ -72,6 +73,15 @@ class Stem:
     @property
     def acc(self) -> torch.dtype:
         return accumulation_dtype(self.compute)
+
+    def place(self, table: Tensor) -> None:
+        """The positions of the prefix and of the patches as one table [R + N, D]."""
+        if self.prefix is None:
+            self.position = table
+        else:
+            # not `split`, which asks in Python what it is given
+            sizes, self.table = [len(self.prefix), self.geometry.patches], table
+            self.prefix_position, self.position = table.split_with_sizes(sizes)
 
     @property
     def bare(self) -> bool:

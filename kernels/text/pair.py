@@ -153,10 +153,11 @@ def embed_pair(
     if position.shape[0] < position_offset + rows:
         least = f"expected at least {rows} rows + position_offset {position_offset}"
         raise ValueError(f"position has shape {tuple(position.shape)}, {least}")
-    sizes = [position_offset, prefix, rows - prefix, position.shape[0] - position_offset - rows]
-    _, of_prefix, stem.position, _ = position.split_with_sizes(sizes)
+    # all of it is itself, which has no gradient to put together
+    used = position if len(position) == rows else position.narrow(0, position_offset, rows)
     # without a mask its token has a gradient all the same, of zeros
     stem.mask_token = mask_token
-    if cls_token is not None:
-        stem.prefix, stem.prefix_position = cls_token.unsqueeze(0), of_prefix
+    stem.prefix = None if cls_token is None else cls_token.unsqueeze(0)
+    stem.place(used)
+    return EMBED_PAIR(stem, words, backend=backend)
     return EMBED_PAIR(stem, words, backend=backend)

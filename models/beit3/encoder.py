@@ -105,16 +105,13 @@ class BEiT3(nn.Module):
         """
         tokens = []
         if image is not None:
-            position = read(self.image_position).weight[_FIRST:]
-            cls, table = position.split([1, len(position) - 1])
             tokens.append(
                 patch_embed(
                     image,
                     read(self.patch).weight,
                     self.patch.bias,
                     prefix=self.cls_token[None],
-                    prefix_position=cls if positions else None,
-                    position=table if positions else None,
+                    pos_embed=read(self.image_position).weight[_FIRST:] if positions else None,
                     mask=None if masked is None else masked.bool(),
                     mask_token=None if masked is None else self.mask_token,
                     dtype=self.patch.weight.dtype,

@@ -168,6 +168,5 @@ class IMUTokens(nn.Module):
 
     def forward(self, imu: Tensor) -> Tensor:
         weight = read(self.imu_stem.layer).weight.unflatten(1, (self.CHANNELS, self.KERNEL))
-        cls, position = self.pos_embed[0].split([1, self.pos_embed.shape[1] - 1])
-        rows = {"prefix": self.cls_token[0], "prefix_position": cls, "position": position}
+        rows = {"prefix": self.cls_token[0], "pos_embed": self.pos_embed[0]}
         return self.imu_stem.embed(imu, weight, (self.KERNEL,), **rows)

@@ -99,14 +99,12 @@ class MultiwayTransformer(nn.Module):
 
     def embed(self, image: Tensor, type_embed: Tensor) -> Tensor:
         """The rows [B, 1 + N, D] of images [B, 3, H, W], with the embedding [D] of their kind."""
-        cls, position = (None, None) if self.position is None else self.position.split([1, len(self.position) - 1])
         return patch_embed(
             image,
             read(self.patch).weight,
             self.patch.bias,
             prefix=self.cls_token[None],
-            prefix_position=cls,
-            position=position,
+            pos_embed=self.position,
             type_embed=type_embed,
             dtype=self.patch.weight.dtype,
         )

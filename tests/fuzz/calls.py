@@ -412,6 +412,10 @@ def patch_embed(d: Draw) -> Arguments:
     if d.flag():
         rows = d.one(0, 1, 2)
         args |= {"prefix": d.floats(rows, width), "prefix_position": d.maybe(lambda: d.floats(rows, width))}
+        if args["prefix_position"] is None and d.flag():
+            args["pos_embed"] = d.floats(rows + n, width)
+    if "pos_embed" not in args:
+        args["position"] = d.maybe(lambda: d.floats(n, width))
     return (
         args
         | _moments(d, channels)
@@ -419,7 +423,6 @@ def patch_embed(d: Draw) -> Arguments:
             "pixels": _pixels(d, *shape),
             "bias": d.maybe(lambda: d.floats(width)),
             "stem_norm": d.maybe(lambda: _norm(d, width)),
-            "position": d.maybe(lambda: d.floats(n, width)),
             "type_embed": d.maybe(lambda: d.floats(width)),
             "pre_norm": d.maybe(lambda: _norm(d, width)),
             "dtype": d.one(None, None, torch.float32, torch.float16),

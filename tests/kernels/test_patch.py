@@ -55,7 +55,7 @@ ROWS = {"bias": (D,), "mask_token": (D,), "type_embed": (D,), "prefix": (2, D), 
 
 
 def rows(*names: str, n: int = 0) -> dict[str, Tensor]:
-    return {name: real(*((n, D) if name == "position" else ROWS[name])) for name in names}
+    return {name: real(*ROWS.get(name, (n, D))) for name in names}
 
 
 # name: pixels, weight shape, options
@@ -134,6 +134,13 @@ CASES: dict[str, Any] = {
     "one picture, many times": lambda: (u8(1, 3, 32, 48).expand(3, -1, -1, -1), (D, 3, 16, 16), RGB),
     "odd stride": lambda: (u8(2, 3, 23, 31), (D, 3, 5, 7), RGB | {"stride": (3, 11)}),
     "1 x N": lambda: (u8(2, 3, 16, 80), (D, 3, 16, 16), RGB | rows("bias", "position", n=5)),
+    "one table": lambda: (u8(3, 3, 32, 48), (D, 3, 16, 16), RGB | rows("bias", "prefix", "pos_embed", n=8)),
+    "one table kept": lambda: (
+        u8(3, 3, 32, 48),
+        (D, 3, 16, 16),
+        RGB | rows("prefix", "pos_embed", n=8) | {"ids_keep": ids(3, 6, 2)},
+    ),
+    "one table alone": lambda: (u8(2, 3, 16, 80), (D, 3, 16, 16), RGB | rows("bias", "pos_embed", n=5)),
     "one patch": lambda: (u8(2, 3, 14, 14), (D, 3, 14, 14), RGB | rows("bias", "prefix", "position", n=1)),
     "no images": lambda: (u8(0, 3, 32, 32), (D, 3, 16, 16), RGB | rows("bias", "prefix", "position", n=4)),
     "none kept": lambda: (u8(2, 3, 32, 32), (D, 3, 16, 16), RGB | rows("prefix") | {"ids_keep": ids(2, 4, 0)}),
@@ -189,8 +196,8 @@ def check(case: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
 
 def written_out(
     x: Tensor, weight: Tensor, bias=None, *, stride=None, layout="nchw", mean=None, std=None, padding="error",
-    stem_norm=None, prefix=None, position=None, prefix_position=None, mask=None, mask_token=None, ids_keep=None,
-    type_embed=None, pre_norm=None,
+    stem_norm=None, prefix=None, position=None, prefix_position=None, pos_embed=None, mask=None, mask_token=None,
+    ids_keep=None, type_embed=None, pre_norm=None,
 ) -> Tensor:  # type: ignore[no-untyped-def]  # fmt: skip
     """The convolution of the normalised pixels, and then what the docstring of `patch_embed` says, step by step."""
     channels = {"nchw": 1, "nhwc": x.dim() - 1, "ntchw": 2, "patches": 2}[layout]
@@ -215,6 +222,8 @@ def written_out(
         y = conv(x, weight, bias, stride=stride or tuple(weight.shape[2:])).flatten(2).mT
     if stem_norm is not None:
         y = F.layer_norm(y, (len(weight),), *stem_norm)
+    if pos_embed is not None:
+        prefix_position, position = pos_embed[: -y.shape[1]], pos_embed[-y.shape[1] :]
     if mask is not None:
         y = torch.where(mask[:, :, None], mask_token, y)
     y = y if position is None else y + position
@@ -623,6 +632,9 @@ def test_ids_out_of_range(backend: str) -> None:
         ({"position": torch.zeros(5, D)}, ValueError, "position has shape .5, 24., expected .4, 24."),
         ({"prefix": torch.zeros(1, 1, D)}, ValueError, "prefix has shape"),
         ({"prefix_position": torch.zeros(1, D)}, ValueError, "prefix_position is given without prefix"),
+        ({"pos_embed": torch.zeros(5, D)}, ValueError, "pos_embed has shape .5, 24., expected .4, 24."),
+        ({"pos_embed": torch.zeros(4, D), "prefix": torch.zeros(1, D)}, ValueError, "pos_embed .* expected .5, 24."),
+        ({"pos_embed": torch.zeros(4, D), "position": torch.zeros(4, D)}, ValueError, "pos_embed is given with"),
         ({"mask": torch.zeros(1, 4, dtype=torch.bool)}, ValueError, "mask and mask_token go together"),
         ({"mask": torch.zeros(1, 4), "mask_token": torch.zeros(D)}, TypeError, "mask has dtype"),
         ({"ids_keep": torch.zeros(1, 2)}, TypeError, "ids_keep has dtype torch.float32, expected torch.int64"),
