@@ -18,7 +18,7 @@ def of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(3 * loss, leaf)[0]
 
 
-@pytest.mark.parametrize("size", [(300, 333), (7, 32000), (70000, 1)])
+@pytest.mark.parametrize("size", [(800, 333), (9, 32000), (270000, 1)])
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_matches_float64(size: tuple[int, int], spread: float) -> None:
     logits = (spread * torch.randn(size)).bfloat16()
@@ -32,7 +32,7 @@ def test_matches_float64(size: tuple[int, int], spread: float) -> None:
 
 
 def test_what_is_no_number_stays_in_its_row() -> None:
-    logits, labels = torch.randn(300, 333).bfloat16(), torch.zeros(300, dtype=torch.int64)
+    logits, labels = torch.randn(800, 333).bfloat16(), torch.zeros(800, dtype=torch.int64)
     logits[3, 5], logits[7, 2], logits[9] = torch.nan, torch.inf, -torch.inf
     loss, grad = of(logits, labels)
     assert loss.isnan() and grad.isnan().any(1).nonzero().flatten().tolist() == [3, 7, 9]
@@ -41,11 +41,11 @@ def test_what_is_no_number_stays_in_its_row() -> None:
 def test_a_label_out_of_range() -> None:
     for label in (333, -1):
         with pytest.raises(RuntimeError, match="expected 0 <= label < 333"):
-            of(torch.randn(300, 333).bfloat16(), torch.full((300,), label))
+            of(torch.randn(800, 333).bfloat16(), torch.full((800,), label))
 
 
 def test_second_derivatives_are_those_of_the_formula() -> None:
-    logits, labels = torch.randn(300, 333).bfloat16(), torch.randint(333, (300,))
+    logits, labels = torch.randn(800, 333).bfloat16(), torch.randint(333, (800,))
 
     def second() -> Tensor:
         leaf = logits.detach().requires_grad_()
@@ -71,7 +71,7 @@ def test_it_is_taken_where_it_pays() -> None:
 
 
 def test_soft_targets_and_smoothing() -> None:
-    logits, labels = torch.randn(300, 333).bfloat16(), torch.randint(333, (300,))
+    logits, labels = torch.randn(800, 333).bfloat16(), torch.randint(333, (800,))
     for target, options in ((F.one_hot(labels, 333).float(), {}), (labels, {"label_smoothing": 0.1})):
         want = F.cross_entropy(logits.float(), target, **options)
         assert torch.equal(mean_cross_entropy(logits, target, torch.float32, **options), want)
