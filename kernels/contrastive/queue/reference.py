@@ -16,14 +16,18 @@ from torch import Tensor
 from mmfuse.kernels._runtime.dtypes import cast
 from mmfuse.kernels.contrastive.queue.blocked import Directions
 
+_FEW = 1 << 17  # multiplications, up to which a product of 16 bits takes longer than one of float32 with the casts
+
 
 def queue_itc_loss(given: Directions) -> Tensor:
     """The losses of all directions [W]."""
-    query, temp, ids = given.query, given.temp, given.ids
+    temp, ids = given.temp, given.ids
+    (ways, b, width), n = given.query.shape, given.keys.shape[1] + given.queue.shape[0]
+    # a graph is for any size
+    few = not torch.compiler.is_compiling() and given.query.is_cpu and ways * b * n * width <= _FEW
+    query, query_m = (None if t is None else cast(t, temp.dtype) if few else t for t in (given.query, given.query_m))
     pairs = zip(given.keys.unbind(), given.queues, strict=True)
     rows = torch.cat([cast(t, query.dtype) for pair in pairs for t in pair]).detach()
-    ways, b, width = query.shape
-    n = rows.shape[0] // ways
     keys = rows.view(ways, n, width).mT
     log_p = torch.log_softmax(_logits(torch.bmm(query, keys), temp), 2)
     with torch.no_grad():
@@ -32,8 +36,8 @@ def queue_itc_loss(given: Directions) -> Tensor:
         else:
             same = (ids[:, None] == torch.cat([given.key_ids, given.queue_ids])).to(temp.dtype)
             targets = same / same.sum(1, keepdim=True).clamp_min(1)
-        if given.query_m is not None:
-            soft = torch.softmax(_logits(torch.bmm(given.query_m, keys), temp), 2)
+        if query_m is not None:
+            soft = torch.softmax(_logits(torch.bmm(query_m, keys), temp), 2)
             targets = targets.lerp(soft, given.alpha)
     return (targets * log_p).sum((1, 2)) / -b
 
