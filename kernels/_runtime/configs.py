@@ -23,11 +23,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,6 +52,21 @@ Steps = tuple[tuple[int, int | None], ...]  # (columns, size from which on it is
 # the implementations of each operator that has a size
 _declared: dict[str, list[str]] = {}
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+_known: list[Any] = []
+
+
+def until_forgotten(fn: _F) -> _F:
+    """`functools.cache` of what depends on tables."""
+    _known.append(cache(fn))
+    return _known[-1]
+
+
+def forget() -> None:
+    """Tables are read anew."""
+    for fn in _known:
+        fn.cache_clear()
+
 
 def declare(operator: str, implementations: list[str]) -> None:
     _declared[operator] = implementations
@@ -74,7 +89,7 @@ def key(*parts: str | int) -> str:
     return "/".join(p if isinstance(p, str) else str(1 << max(0, p - 1).bit_length()) for p in parts)
 
 
-@cache
+@until_forgotten
 def tables(family: str) -> dict[str, Table]:
     """Every table shipped for a family, by device."""
     return {p.stem: read(p) for p in sorted(SHIPPED.glob(f"{family}/configs/*.json"))}
@@ -92,6 +107,15 @@ def shipped(family: str) -> Iterator[tuple[list[str], dict[str, int], int]]:
             yield name.split("/"), settings, table["arch"]
 
 
+def unreached(steps: Steps, size: Any, columns: int) -> tuple[int, int | None] | None:
+    """The step that a call does not reach; one of a dynamic size, which is not worth a graph for each side, does."""
+    if isinstance(size, int):
+        for step in steps:
+            if columns >= step[0]:
+                return step if step[1] is None or size < step[1] else None
+    return None
+
+
 @contextmanager
 def trying(family: str, device: torch.device, key_: str, settings: dict[str, int] | None) -> Iterator[None]:
     """Launch settings in place of a table's; None: those there are."""
@@ -105,12 +129,6 @@ def trying(family: str, device: torch.device, key_: str, settings: dict[str, int
         entries.update({} if before is None else {key_: before})
 
 
-def forget() -> None:
-    """Tables are read anew."""
-    for fn in (tables, in_force, _least):
-        fn.cache_clear()
-
-
 @torch.compiler.assume_constant_result
 def least(
     family: str, operator: str, implementation: str, device: torch.device, kind: str, alike: bool = False
@@ -119,7 +137,7 @@ def least(
     return _least(family, operator, implementation, device, kind, alike)
 
 
-@cache
+@until_forgotten
 def _least(family: str, operator: str, implementation: str, device: torch.device, kind: str, alike: bool) -> Steps:
     entries = {}
     if device.type in ("cpu", "cuda") and not alike:
@@ -135,7 +153,7 @@ def _least(family: str, operator: str, implementation: str, device: torch.device
     return ()
 
 
-@cache
+@until_forgotten
 def in_force(family: str, kind: str, device: torch.device) -> dict[str, Any]:
     """The entries of a kind for a device: the user's own before what ships, or in its place a model."""
     shipped = tables(family)

@@ -42,7 +42,7 @@ from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels._runtime.dispatch import UnsupportedError
 from mmfuse.kernels._runtime.dtypes import dtype_name
 from mmfuse.kernels._runtime.library import failure
-from mmfuse.kernels._runtime.reasons import against, without_reasons
+from mmfuse.kernels._runtime.reasons import against, transforming
 from mmfuse.kernels._runtime.registration import register, without_autocast
 from mmfuse.kernels._runtime.signature import Signature, asking, grouped, hints_of, is_tensor
 
@@ -236,12 +236,11 @@ class Operator:
             if why:
                 raise self._unsupported({name: why})
             return name
-        compiling, size = torch.compiler.is_compiling(), self.measured(args) if self.unit else None
-        for i in without_reasons(self._names, x, compiling):
-            if i == "triton" and INTERPRET:
-                continue
-            # the last one steps aside for none
-            if size and i != self._names[-1] and self.below(i, x.device, *size):
+        compiling = torch.compiler.is_compiling()
+        size, kind, columns = self.measured(args) if self.unit else (None, "", 0)
+        of = _candidates if compiling or transforming() else _known_candidates
+        for i, steps in of(self, x.device, x.dtype, kind):
+            if steps and configs.unreached(steps, size, columns):
                 continue
             if self._accepts(i, args):
                 # logging would break a graph
@@ -290,16 +289,18 @@ class Operator:
         self, name: str, device: torch.device, size: int | None, kind: str, columns: int = 0
     ) -> tuple[int, int | None] | None:
         """The step of a table that such a call does not reach."""
-        # a dynamic size is not worth a graph for each side
-        if isinstance(size, int):
-            for step in configs.least(self.family, self.name, name, device, kind, self._alike):
-                if columns >= step[0]:
-                    return step if step[1] is None or size < step[1] else None
-        return None
+        return configs.unreached(self.steps(name, device, kind), size, columns)
+
+    def steps(self, name: str, device: torch.device, kind: str) -> configs.Steps:
+        """From which sizes on an implementation is taken."""
+        # the last one steps aside for none
+        last = not self.unit or name == self._names[-1]
+        return () if last else configs.least(self.family, self.name, name, device, kind, self._alike)
 
     def reasons_against(self, name: str, args: Sequence[Any]) -> list[str]:
         """Why an implementation cannot run for these arguments."""
-        return against(name, self._on(args)) + self._other_reasons(name, args)
+        x = self._on(args)
+        return against(name, x.device, x.dtype) + self._other_reasons(name, args)
 
     def explain(self, args: Sequence[Any]) -> dict[str, list[str]]:
         """Each implementation's reasons not to run for these arguments, in order of preference."""
@@ -353,6 +354,17 @@ class Operator:
         if why and why not in self._told:
             self._told.add(why)
             logger.info("%s: using %s (%s)", self.name, chosen, why)
+
+
+def _candidates(
+    operator: Operator, device: torch.device, dtype: torch.dtype, kind: str
+) -> list[tuple[str, configs.Steps]]:
+    """The implementations for a device and a dtype, and from which sizes on each is taken."""
+    names = [i for i in operator.implementations if not (i == "triton" and INTERPRET) and not against(i, device, dtype)]
+    return [(i, operator.steps(i, device, kind)) for i in names]
+
+
+_known_candidates = configs.until_forgotten(_candidates)
 
 
 def operators() -> dict[str, Operator]:

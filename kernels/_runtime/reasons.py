@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmfuse.kernels._runtime.device import INTERPRET, triton_missing
@@ -15,21 +14,13 @@ from mmfuse.kernels._runtime.dtypes import COMPILED
 from mmfuse.kernels._runtime.library import error_on, load
 
 
-def against(name: str, x: Tensor) -> list[str]:
-    """Reasons of every implementation of this name against operands like `x`."""
-    kind = (name, x.device, x.dtype)
+def against(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Reasons of every implementation of this name against operands of a device and a dtype."""
     # a compiler traces what is cached otherwise
-    why = _against(*kind) if torch.compiler.is_compiling() else _known(*kind)
+    why = (_against if torch.compiler.is_compiling() else _known)(name, device, dtype)
     if name != "torch" and transforming():
         why = [*why, "torch.func or forward-mode differentiation is active, which knows plain torch alone"]
     return why
-
-
-def without_reasons(names: tuple[str, ...], x: Tensor, compiling: bool) -> Sequence[str]:
-    """The names that have no such reason."""
-    if compiling or transforming():
-        return [name for name in names if not against(name, x)]
-    return _known_without(names, x.device, x.dtype)
 
 
 def _against(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -37,11 +28,6 @@ def _against(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 _known = functools.cache(_against)
-
-
-@functools.cache
-def _known_without(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Sequence[str]:
-    return [name for name in names if not _known(name, device, dtype)]
 
 
 def transforming() -> bool:

@@ -128,8 +128,11 @@ def experts_of(
     if not isinstance(given, (list, tuple)) or len(given) != e:
         what = f"{len(given)} of them" if isinstance(given, (list, tuple)) else type(given).__name__
         raise ValueError(f"{name} is {what}, expected a tensor or {e} tensors, one for each expert")
+    first, like = given[0], ("x", x)
+    check(f"{name}[0]", first, shape, ", one for each expert", like=like)
     for i, t in enumerate(given):
-        check(f"{name}[{i}]", t, shape if i == 0 else given[0].shape, ", one for each expert", like=("x", x))
+        if type(t) is not type(first) or t.shape != first.shape or t.dtype != first.dtype or t.device != x.device:
+            check(f"{name}[{i}]", t, first.shape, ", one for each expert", like=like)
     return list(given)
 
 

@@ -23,9 +23,11 @@ def queue_itc_loss(given: Directions) -> Tensor:
     """The losses of all directions [W]."""
     temp, ids = given.temp, given.ids
     (ways, b, width), n = given.query.shape, given.keys.shape[1] + given.queue.shape[0]
+    query, query_m = given.query, given.query_m
     # a graph is for any size
-    few = not torch.compiler.is_compiling() and given.query.is_cpu and ways * b * n * width <= _FEW
-    query, query_m = (None if t is None else cast(t, temp.dtype) if few else t for t in (given.query, given.query_m))
+    if query.is_cpu and not torch.compiler.is_compiling() and ways * b * n * width <= _FEW:
+        query = cast(query, temp.dtype)
+        query_m = None if query_m is None else cast(query_m, temp.dtype)
     pairs = zip(given.keys.unbind(), given.queues, strict=True)
     rows = torch.cat([cast(t, query.dtype) for pair in pairs for t in pair]).detach()
     keys = rows.view(ways, n, width).mT
