@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfuse.fused.acceleration.plain import are_plain
-from mmfuse.kernels._runtime.arguments import check, check_range
+from mmfuse.fused.acceleration.plain import HOOKS_OF_ALL, are_plain
+from mmfuse.kernels._runtime.arguments import autocast_dtype, check, check_range
 from mmfuse.kernels._runtime.products import linear
 from mmfuse.kernels._runtime.registration import is_plain
 from mmfuse.kernels.multiway.attention import PACKED_ATTENTION, kinds_of
 from mmfuse.kernels.multiway.routing import Part, Routing
-from mmfuse.kernels.qformer import few_query_attention, project_kv, token_attention
+from mmfuse.kernels.qformer import project_kv
+from mmfuse.kernels.qformer.arguments import Keys, Tokens
+from mmfuse.kernels.qformer.op import attend, attend_tokens
 from mmfuse.kernels.text import embed_text
 
 Sees = Sequence[Sequence[str]]
@@ -81,6 +83,17 @@ class QFormerKV:
     lengths: Tensor | None = None
     index: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        images, n, like = *self.kv.shape[:2], ("kv", self.kv)
+        if self.lengths is not None:
+            check("lengths", self.lengths, (images,), ", one for each image", torch.int64, like)
+            check_range("lengths", self.lengths, n + 1, "the tokens of an image, and 1")
+            object.__setattr__(self, "lengths", self.lengths.contiguous())
+        if self.index is not None:
+            check("index", self.index, ("B",), dtype=torch.int64, like=like)
+            check_range("index", self.index, images, "the number of images")
+            object.__setattr__(self, "index", self.index.contiguous())
+
     @property
     def rows(self) -> int:
         """B."""
@@ -99,9 +112,11 @@ class QFormerKV:
         """
         if not self.formed:
             raise ValueError("these are tokens for one pass, expected keys and values: project without once=True")
-        check("index", index, ("B",), dtype=torch.int64, like=("kv", self.kv))
-        check_range("index", index, self.rows, "the number of rows")
-        return QFormerKV(self.kv, self.lengths, index if self.index is None else self.index[index])
+        if self.index is not None:
+            check("index", index, ("B",), dtype=torch.int64, like=("kv", self.kv))
+            check_range("index", index, self.rows, "the number of rows")
+            index = self.index[index]
+        return QFormerKV(self.kv, self.lengths, index)
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
         """(keys, values) of the i-th layer that has cross-attention, [I, N, heads, head dim]."""
@@ -123,21 +138,31 @@ def _affine(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
     return (of["weight"], of["bias"]) if "weight" in of and "bias" in of else (module.weight, module.bias)
 
 
-class Linear(nn.Linear):
+class _Module(nn.Module):
+    """Its call is its forward where nobody watches it: what nn.Module looks at takes as long as a small operation."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        watched = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if watched or any(HOOKS_OF_ALL) or self._compiled_call_impl or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        return self.forward(*args, **kwargs)
+
+
+class Linear(_Module, nn.Linear):
     """nn.Linear; without a gradient by the fastest product of this CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, *_affine(self))
 
 
-class _LayerNorm(nn.LayerNorm):
+class _LayerNorm(_Module, nn.LayerNorm):
     """nn.LayerNorm by torch's operator itself: its function in Python looks for cuDNN at every call."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.layer_norm(x, self.normalized_shape, *_affine(self), self.eps)
 
 
-class _Dropout(nn.Dropout):
+class _Dropout(_Module, nn.Dropout):
     """nn.Dropout, which calls nothing where it drops nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,7 +181,7 @@ class _Projections(nn.Module):
         self.value = Linear(key_width, config.hidden_size)
 
 
-class _Output(nn.Module):
+class _Output(_Module):
     """LayerNorm(residual + dropout(dense(x)))."""
 
     def __init__(self, config: QFormerConfig, width: int):
@@ -170,7 +195,7 @@ class _Output(nn.Module):
         return of["LayerNorm"](residual + of["dropout"](of["dense"](x)))
 
 
-class _Intermediate(nn.Module):
+class _Intermediate(_Module):
     def __init__(self, config: QFormerConfig):
         super().__init__()
         self.dense = Linear(config.hidden_size, config.intermediate_size)
@@ -179,7 +204,7 @@ class _Intermediate(nn.Module):
         return F.gelu(_children(self)["dense"](x))
 
 
-class _Attention(nn.Module):
+class _Attention(_Module):
     def __init__(self, config: QFormerConfig, key_width: int):
         super().__init__()
         self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
@@ -212,15 +237,19 @@ class CrossAttention(_Attention):
         own = _children(self)
         of = _children(own["self"])
         q, of_keys, of_values = self._heads_of(of["query"](x)), of["key"], of["value"]
-        if not kv.formed and not self._dropout() and are_plain((Linear,), of_keys, of_values):
-            o = token_attention(q, kv.kv, _affine(of_keys)[0], *_affine(of_values), kv.lengths).o
+        dropout, dtype = self._dropout(), kv.kv.dtype if autocast_dtype(q) else q.dtype
+        # the operators themselves: kv has looked at its lengths and index
+        if not kv.formed and not dropout and are_plain((Linear,), of_keys, of_values):
+            check("kv", kv.kv, ("I", "N", of_keys.in_features), dtype=dtype)
+            o = attend_tokens(q, Tokens(kv.kv, _affine(of_keys)[0], *_affine(of_values), kv.lengths, None)).o
         else:
             k, v = kv.layer(layer) if kv.formed else (self._heads_of(m(kv.kv)) for m in (of_keys, of_values))
-            o = few_query_attention(q, k, v, kv.index, kv.lengths, self._dropout()).o
+            check("kv", k, ("I", "N", *q.shape[2:]), dtype=(dtype, q.dtype))
+            o = attend(q, Keys(k, v, kv.index, kv.lengths, None, k.shape[1]), dropout).o
         return own["output"](o.flatten(2), x)
 
 
-class QFormerLayer(nn.Module):
+class QFormerLayer(_Module):
     def __init__(self, config: QFormerConfig, cross: bool):
         super().__init__()
         self.attention = SelfAttention(config, config.hidden_size)
@@ -260,7 +289,7 @@ class QFormerLayer(nn.Module):
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
-class QFormerEncoder(nn.Module):
+class QFormerEncoder(_Module):
     """The layers, over embeddings of queries and of any number of texts."""
 
     def __init__(self, config: QFormerConfig):
@@ -349,7 +378,7 @@ class QFormerEncoder(nn.Module):
         return [t.unflatten(0, (batch, size)) for t, size in zip(rows, sizes, strict=True)]
 
 
-class _Embeddings(nn.Module):
+class _Embeddings(_Module):
     position_ids: Tensor
 
     def __init__(self, config: QFormerConfig):
@@ -381,7 +410,7 @@ class _Embeddings(nn.Module):
         return of["dropout"](of["LayerNorm"](tokens))
 
 
-class QFormer(nn.Module):
+class QFormer(_Module):
     """Queries [B, Q, hidden] and texts of ids [B, T] to their last states.
 
     An image's keys and values are computed once (`project`) and shared by passes and by rows:

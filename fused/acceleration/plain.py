@@ -22,7 +22,7 @@ Children = Mapping[str, tuple[str, ...]]
 # fake and functional tensors stand for ordinary ones while a graph is traced
 _ORDINARY = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_HOOKS_OF_ALL = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
+HOOKS_OF_ALL = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
 _READ = "its tensors are read, it is not called"
 
 
@@ -30,7 +30,7 @@ def why_not_plain(module: nn.Module, children: Children) -> str | None:
     """Why the tensors of `module` and of `children` are not all that there is to them, or None."""
     if why := _unusual_tensor(module):
         return f"its {why}"
-    if children and any(_HOOKS_OF_ALL):
+    if children and any(HOOKS_OF_ALL):
         return "hooks of all modules are registered, which fused code passes over"
     for path, child, classes in _found(module, children):
         if why := _why_child_not_plain(child, classes):
@@ -40,7 +40,7 @@ def why_not_plain(module: nn.Module, children: Children) -> str | None:
 
 def are_plain(classes: tuple[type, ...], *modules: nn.Module) -> bool:
     """Whether modules of these classes are no more than their tensors, which may be read in place of calls."""
-    if any(_HOOKS_OF_ALL):
+    if any(HOOKS_OF_ALL):
         return False
     # a loop: a generator costs as much as all else that is asked
     for m in modules:  # noqa: SIM110
@@ -160,7 +160,7 @@ class Snapshot:
         watched = {id(child): child for _, child, _ in found}.values()
         self._hooks = [vars(child)[name] for child in watched for name in _HOOKS]
         if watched:
-            self._hooks += _HOOKS_OF_ALL
+            self._hooks += HOOKS_OF_ALL
         tensors = [kind for m in (module, *read.values()) for kind in (m._parameters, m._buffers)]
         self._tensors = [kind for kind in tensors if kind]
 

@@ -330,14 +330,19 @@ def few_query_attention(
     dropout = real("dropout", dropout)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}, expected 0 <= dropout < 1")
-    q, keys.k, keys.v = autocast(q, keys.k, keys.v)
     if return_map:
+        q, keys.k, keys.v = autocast(q, keys.k, keys.v)
         if backend not in (None, "torch"):
             raise UnsupportedError(f"backend is {backend!r}: with return_map plain torch forms the probabilities")
         return reference.mapped_attention(q, *reference.padded(keys), dropout)
+    return _attended(attend(q, keys, dropout, return_lse, backend), return_lse)
+
+
+def attend(q: Tensor, keys: Keys, dropout: float, wants_lse: bool = False, backend: str | None = None) -> Outputs:
+    """What is checked, under autocast as a product would take it."""
+    q, keys.k, keys.v = autocast(q, keys.k, keys.v)
     seed = torch.randint(2**31 - 1, (1,), device=q.device) if dropout else None
-    found = FEW_QUERY(q, keys, seed, dropout, bool(return_lse), backend=backend)
-    return _attended(found, return_lse)
+    return FEW_QUERY(q, keys, seed, dropout, bool(wants_lse), backend=backend)
 
 
 def _attended(found: Outputs, return_lse: bool) -> Attended:
@@ -481,12 +486,17 @@ def token_attention(
     if lengths is not None:
         lengths = _checked_lengths(lengths, (images,), n, ("x", x))
         bias = None if bias is None else zero_behind(bias, lengths)
-    if autocast_dtype(q) is not None:
-        q, x, key_weight, value_weight = autocast(q, x, key_weight, value_weight)
-        value_bias, bias = (None if t is None else autocast(t)[0] for t in (value_bias, bias))
     tokens = Tokens(x, key_weight, value_weight, value_bias, lengths, bias)
-    found = TOKEN_ATTENTION(q, tokens, bool(return_lse), backend=backend)
-    return _attended(found, return_lse)
+    return _attended(attend_tokens(q, tokens, return_lse, backend), return_lse)
+
+
+def attend_tokens(q: Tensor, tokens: Tokens, wants_lse: bool = False, backend: str | None = None) -> Outputs:
+    """What is checked, under autocast as a product would take it."""
+    if autocast_dtype(q) is not None:
+        q, x, key_weight, value_weight = autocast(q, tokens.x, tokens.key_weight, tokens.value_weight)
+        value_bias, bias = (None if t is None else autocast(t)[0] for t in (tokens.value_bias, tokens.bias))
+        tokens = Tokens(x, key_weight, value_weight, value_bias, tokens.lengths, bias)
+    return TOKEN_ATTENTION(q, tokens, bool(wants_lse), backend=backend)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
