@@ -182,10 +182,10 @@ def eager_texts(x: Tensor, ids: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _our_texts(x: Tensor, ids: Tensor, sizes: Tensor, backend: str | None = None) -> Tensor:
-    model, (rows, length) = _of(x, sizes), ids.shape
+    model = _of(x, sizes)
     with _using(backend):
-        kv = model.bert.project(x).at(torch.zeros(rows, dtype=torch.int64, device=x.device))
-        return model.match(kv, ids, torch.full((rows,), length, device=x.device))
+        kv = model.bert.project(x).at(torch.zeros(len(ids), dtype=torch.int64, device=x.device))
+        return model.match(kv, ids)
 
 
 # --- a step of the first stage ----------------------------------------------------------------------------------------

@@ -161,11 +161,11 @@ class QFormerPretraining(ImageQueries):
         labels[len(own) :] = 0
         return F.cross_entropy(logits, labels), logits
 
-    def match(self, kv: QFormerKV, ids: Tensor, kept: Tensor) -> Tensor:
-        """ITM logits [B, 2] of images and texts [B, T] with `kept` [B] tokens; column 1 is "they match"."""
+    def match(self, kv: QFormerKV, ids: Tensor, kept: Tensor | None = None) -> Tensor:
+        """ITM logits [B, 2] of images and texts [B, T] with `kept` [B] tokens, or all; column 1 is "they match"."""
         return self.itm_head(self.fuse(kv, ids, kept)).mean(1)
 
-    def fuse(self, kv: QFormerKV, ids: Tensor, kept: Tensor) -> Tensor:
+    def fuse(self, kv: QFormerKV, ids: Tensor, kept: Tensor | None = None) -> Tensor:
         """What the queries find in images together with texts: [B, Q, hidden]."""
         (query,) = self.bert(self.query_tokens, [ids], [kept], kv=kv, query_only=True)
         return query

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmfuse.fused.acceleration.plain import HOOKS_OF_ALL, are_plain
 from mmfuse.kernels._runtime.arguments import autocast_dtype, check, check_range
+from mmfuse.kernels._runtime.dtypes import cast
 from mmfuse.kernels._runtime.products import linear
 from mmfuse.kernels._runtime.registration import is_plain
 from mmfuse.kernels.multiway.attention import PACKED_ATTENTION, kinds_of
@@ -23,7 +24,8 @@ from mmfuse.kernels.multiway.routing import Part, Routing
 from mmfuse.kernels.qformer import project_kv
 from mmfuse.kernels.qformer.arguments import Keys, Tokens
 from mmfuse.kernels.qformer.op import attend, attend_tokens
-from mmfuse.kernels.text import embed_text
+from mmfuse.kernels.text.blocked import Words
+from mmfuse.kernels.text.op import EMBED_TEXT
 
 Sees = Sequence[Sequence[str]]
 
@@ -84,14 +86,15 @@ class QFormerKV:
     index: Tensor | None = None
 
     def __post_init__(self) -> None:
-        images, n, like = *self.kv.shape[:2], ("kv", self.kv)
+        like = ("kv", self.kv)
         if self.lengths is not None:
+            images, n = self.kv.shape[:2]
             check("lengths", self.lengths, (images,), ", one for each image", torch.int64, like)
             check_range("lengths", self.lengths, n + 1, "the tokens of an image, and 1")
             object.__setattr__(self, "lengths", self.lengths.contiguous())
         if self.index is not None:
             check("index", self.index, ("B",), dtype=torch.int64, like=like)
-            check_range("index", self.index, images, "the number of images")
+            check_range("index", self.index, self.kv.shape[0], "the number of images")
             object.__setattr__(self, "index", self.index.contiguous())
 
     @property
@@ -120,7 +123,7 @@ class QFormerKV:
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
         """(keys, values) of the i-th layer that has cross-attention, [I, N, heads, head dim]."""
-        k, v = self.kv[:, :, i].unbind(2)
+        k, v = self.kv.select(2, i).unbind(2)
         return k, v
 
 
@@ -138,12 +141,16 @@ def _affine(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
     return (of["weight"], of["bias"]) if "weight" in of and "bias" in of else (module.weight, module.bias)
 
 
+_CALL = nn.Module.__call__
+
+
 class _Module(nn.Module):
     """Its call is its forward where nobody watches it: what nn.Module looks at takes as long as a small operation."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watched = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        if watched or any(HOOKS_OF_ALL) or self._compiled_call_impl or torch.compiler.is_compiling():
+        # what makes a graph puts a call of its own there
+        if watched or any(HOOKS_OF_ALL) or self._compiled_call_impl or nn.Module.__call__ is not _CALL:
             return super().__call__(*args, **kwargs)
         return self.forward(*args, **kwargs)
 
@@ -224,7 +231,8 @@ class SelfAttention(_Attention):
     def forward(self, x: Tensor, routing: Routing, kinds: Sequence[int], rows: int | None) -> Tensor:
         own = _children(self)
         of, out = _children(own["self"]), own["output"]
-        q, k, v = [self._heads_of(of[name](x)) for name in ("query", "key", "value")]
+        heads = (x.shape[0], self.heads, x.shape[1] // self.heads)
+        q, k, v = [of[name](x).reshape(heads) for name in ("query", "key", "value")]
         # the operator itself: nothing is left to check of what was made here
         o = PACKED_ATTENTION(q, k, v, routing.reading, routing.places, kinds, None, self._dropout())[0]
         return out(o, x) if rows is None else out(o[:rows], x[:rows])
@@ -307,8 +315,8 @@ class QFormerEncoder(_Module):
     @property
     def _crossing(self) -> list[Any]:
         """The projections of each layer with cross-attention."""
-        every: Any = self.layer
-        return [layer.crossattention.self for layer in every if layer.crossattention is not None]
+        every = [_children(layer).get("crossattention") for layer in _children(_children(self)["layer"]).values()]
+        return [_children(of)["self"] for of in every if of is not None]
 
     @property
     def _reads_weights(self) -> bool:
@@ -329,7 +337,7 @@ class QFormerEncoder(_Module):
         of, heads, d = self._crossing, self.config.num_attention_heads, self.config.hidden_size
         if (free and is_plain([x])) or not self._reads_weights:
             # product by product: no weight is copied, and adapters and hooks are called
-            each = [y for p in of for y in (p.key(x), p.value(x))]
+            each = [_children(p)[name](x) for p in of for name in ("key", "value")]
             return QFormerKV(torch.stack(each, 2).view(*x.shape[:2], len(of), 2, heads, d // heads), lengths)
         weight = torch.stack([torch.stack([p.key.weight, p.value.weight]) for p in of])
         bias = torch.stack([torch.stack([p.key.bias, p.value.bias]) for p in of])
@@ -400,9 +408,13 @@ class _Embeddings(_Module):
         words, positions, norm = of["word_embeddings"], of["position_embeddings"], of["LayerNorm"]
         if not are_plain((nn.Embedding, _LayerNorm), words, positions, norm):
             return self.query(words(ids) + positions(self.position_ids[:, : ids.shape[1]]))
-        of_norm, padding = (*_affine(norm), norm.eps), words.padding_idx
-        embedded = embed_text(ids, words.weight, position=positions.weight, norm=of_norm, padding_idx=padding)
-        return of["dropout"](embedded)
+        check("token ids", ids, dtype=(torch.int64, torch.int32))
+        ids, table = cast(ids, torch.int64).contiguous(), words.weight
+        check_range("token ids", ids, table.shape[0], "the word embeddings")
+        position, of_norm = positions.weight.narrow(0, 0, ids.shape[1]), _affine(norm)
+        # the operator itself: the tables are the module's own
+        given = Words(ids, table, position, None, *of_norm, None, 1.0, norm.eps, words.padding_idx)
+        return of["dropout"](EMBED_TEXT(given)[0])
 
     def query(self, tokens: Tensor) -> Tensor:
         """Of queries, which have no positions."""

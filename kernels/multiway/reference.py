@@ -145,15 +145,17 @@ def packed_attention(
         place = constant(places, q.device).long()[segment] + within
         of_pairs = bias[:, place[:, :, None], place[:, None, :]].transpose(0, 1)  # [B, H, S, S]
         mask = of_pairs if mask is None else of_pairs.masked_fill(~mask, float("-inf"))
-    (b, s), (_, heads, d), of_samples = row.shape, q.shape, [q, k, v]
+    (b, s), (_, heads, d), shared, of_samples = row.shape, q.shape, k.shape[1], [q, k, v]
     if not reading.in_order:  # a place behind the last row has no gradient
         at, back = row.flatten(), reading.place
         of_samples = [taken(t, at, back) for t in of_samples]
-    q_of, k_of, v_of = [t.reshape(b, s, *t.shape[1:]).transpose(1, 2) for t in of_samples]  # [B, H, S, d]
+    of_heads = zip(of_samples, (heads, shared, shared), strict=True)
+    q_of, k_of, v_of = [t.reshape(b, s, h, d).transpose(1, 2) for t, h in of_heads]  # [B, H, S, d]
     # the fused ones have no forward mode
     with sdpa_kernel(SDPBackend.MATH) if transforming() else AS_IT_IS:
-        grouped = heads != k.shape[1]
-        y = F.scaled_dot_product_attention(q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            q_of, k_of, v_of, attn_mask=mask, dropout_p=dropout, enable_gqa=heads != shared
+        )
     y = y.transpose(1, 2).reshape(b * s, heads * d)
     if reading.in_order:
         return y

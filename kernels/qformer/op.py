@@ -218,7 +218,7 @@ FEW_QUERY = Operator(
         ),
         Implementation("triton", passes=Deferred("mmfuse.kernels.qformer.kernel"), against=[_too_wide], traceable=True),
         Implementation(
-            "cpu", passes=compiled.CPU, against=[_not_float32, _drops, _no_backward, _several_queries, _shared]
+            "cpu", passes=compiled.CPU, against=[_shared, _several_queries, _not_float32, _drops, _no_backward]
         ),
         Implementation("chunked", passes=blocked, against=[_on_gpu, _drops]),
         Implementation("sdpa", function=reference.sdpa, against=[_wants_lse]),

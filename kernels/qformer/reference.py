@@ -100,7 +100,9 @@ def sdpa(q: Tensor, keys: Keys, dropout: float = 0.0) -> Outputs:
     """By torch's own attention, which keeps the statistics to itself."""
     k, v, kv_index, lengths = padded(keys)
     if kv_index is not None:
-        k, v, lengths = k[kv_index], v[kv_index], None if lengths is None else lengths[kv_index]
+        # an index waits longer to begin, but has its gradient without atomics
+        k, v = (t[kv_index] if t.requires_grad else t.index_select(0, kv_index) for t in (k, v))
+        lengths = None if lengths is None else lengths[kv_index]
     q, mask = q if q.shape[0] == k.shape[0] else q.expand(k.shape[0], -1, -1, -1), None
     if lengths is not None:
         # where there is no key all are seen, and the result is 0 in the end
