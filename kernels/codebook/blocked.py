@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,7 @@ from mmfuse.kernels.codebook.reference import first_of_largest, in_float64, mask
 # of the scores of a block of rows
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 _FEW = 16  # codes of a row that are scored again one by one
+_GROUP = 64  # scores or a few more, of which the largest says whether one of them may be its row's
 
 
 def code_argmax(
@@ -35,14 +37,22 @@ def _in_float32(z: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor
 
 
 def _scores(z: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their scores) of one block after another, in the same memory."""
+    """(rows, their scores) of one block after another, in the same memory; -inf up to whole groups."""
     (n, _), k = z.shape, len(weight)
     offset = weight.new_zeros((), dtype=dtype) if bias is None else bias.to(dtype)
     height = max(1, min(n, _BLOCK_BYTES[z.device.type] // (k * dtype.itemsize)))
-    memory = torch.empty(height, k, dtype=dtype, device=z.device)
+    memory = torch.empty(height, math.prod(_groups(k)), dtype=dtype, device=z.device)
+    memory[:, k:] = -torch.inf
     for i in range(0, n, height):
-        block = z[i : i + height]
-        yield slice(i, i + height), products.mm(block, weight.t(), memory[: len(block)]).add_(offset)
+        block, s = z[i : i + height], memory[: min(height, n - i)]
+        products.mm(block, weight.t(), s[:, :k]).add_(offset)
+        yield slice(i, i + height), s
+
+
+def _groups(k: int) -> tuple[int, int]:
+    """How many, and the scores in each."""
+    groups = max(1, k // _GROUP)
+    return groups, -(-k // groups)
 
 
 def _largest(z: Tensor, weight: Tensor, tie: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -64,7 +74,8 @@ def _has_known_errors(z: Tensor) -> bool:
 
 def _of_candidates(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """What a fast product cannot tell from its largest score is scored again in float64, on a CPU."""
-    d, native = z.shape[1], z.dtype == torch.bfloat16 and scale is None
+    (k, d), native = weight.shape, z.dtype == torch.bfloat16 and scale is None
+    in_group = _groups(k)
     x, w = (z, weight) if native else _in_float32(z, weight, scale)
     rounded = native and not products.pairs()
     # 1.01, as a norm in 16 bits is rounded
@@ -75,19 +86,26 @@ def _of_candidates(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor
     safe = (norm > 2.0**-60) & (norm < 2.0**60) & (largest > 2.0**-60) & (largest < 2.0**60) & (size < 2.0**120)
     codes = torch.full((len(z),), -1)
     for rows, s in _scores(x, w, None if rounded else bias, x.dtype if rounded else torch.float32):
+        best = None
         if rounded and bias is not None:
             rounding = 2.0**-7 * s.abs().float()
-            s = s.float().add_(bias.float())
+            rounding[:, k:] = 0
+            s = s.float()
+            s[:, :k] += bias.float()
             best, s = (s - rounding).amax(1), s.add_(rounding)
-        else:
-            best = s.amax(1)
+        groups = s.unflatten(1, in_group)
+        tops = groups.amax(2)
+        best = tops.amax(1) if best is None else best
         # scores are rounded, and so is this threshold
         least = best.double() - gap[rows] - (2.0**-6 if s.dtype == torch.bfloat16 else 2.0**-21) * best.abs()
-        row, code = (s >= least.to(s.dtype)[:, None]).nonzero(as_tuple=True)
+        least = least.to(s.dtype)[:, None]
+        row, group = (tops >= least).nonzero(as_tuple=True)
+        found, within = (groups[row, group] >= least[row]).nonzero(as_tuple=True)
+        row, code = row[found], group[found] * in_group[1] + within
         count = row.bincount(minlength=len(s))
         few = safe[rows] & (count <= _FEW) & best.isfinite()
         row, code = row[few[row]], code[few[row]]
-        codes[rows] = torch.where(few, len(w), -1).scatter_reduce_(0, row, code, "amin")
+        codes[rows] = torch.where(few, k, -1).scatter_reduce_(0, row, code, "amin")
         several = few & (count > 1)
         row, code = row[several[row]], code[several[row]]
         exact = (z[rows][row].double() * weight[code].double()).sum(1)
@@ -95,7 +113,7 @@ def _of_candidates(z: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor
         exact = exact if bias is None else exact + bias[code]
         top = exact.new_full((len(s),), -torch.inf).scatter_reduce_(0, row, exact, "amax")
         wins = exact >= (top - 2.0**-51 * (d + 8) * size[rows])[row]
-        nearest = codes[rows].masked_fill_(several, len(w)).scatter_reduce_(0, row[wins], code[wins], "amin")
+        nearest = codes[rows].masked_fill_(several, k).scatter_reduce_(0, row[wins], code[wins], "amin")
         codes[rows] = nearest
     left = (codes < 0).nonzero().squeeze(1)
     if len(left):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import mmfuse
 from judge import Results, cast, compared, judge
-from mmfuse.kernels._runtime import chosen
+from mmfuse.kernels._runtime import chosen, products
 from mmfuse.kernels._runtime.device import INTERPRET
 from mmfuse.kernels.codebook import assign_code, code_statistics, linear_argmax, nearest_code, vector_quantize
 from registered import backends, opcheck
@@ -267,6 +267,20 @@ def test_the_largest_output_of_a_linear_layer(backend: str, bias: bool) -> None:
     b = 5 * torch.randn(210, device=DEVICE) if bias else None
     expected = F.linear(x.double(), weight.double(), b.double() if bias else None).argmax(1)
     assert torch.equal(linear_argmax(x, weight, b, backend=backend), expected)
+
+
+@pytest.mark.parametrize("k", [40, 210, 517])
+@pytest.mark.parametrize("summed", [True, False])
+def test_candidates_of_16_bits(monkeypatch: pytest.MonkeyPatch, summed: bool, k: int) -> None:
+    # with sums of float32, and with rounded ones
+    if not summed:
+        monkeypatch.setattr(products, "pairs", lambda: False)
+    elif not products.pairs():
+        pytest.skip("this CPU has no products of bfloat16 with sums of float32")
+    x, weight = random(300, k, 64, torch.bfloat16)
+    for b in (None, 5 * torch.randn(k, device=DEVICE).bfloat16(), -40 + torch.randn(k, device=DEVICE).bfloat16()):
+        expected = (x.double() @ weight.double().t() + (0 if b is None else b.double())).argmax(1)
+        assert torch.equal(linear_argmax(x, weight, b, backend="chunked"), expected)
 
 
 def test_dtypes_that_differ_meet_in_the_wider_one() -> None:
