@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ os.environ["MMFUSE_TUNED"] = ""
 
 
 from mmfuse.fused.acceleration.method import Fused  # noqa: E402
+from mmfuse.kernels._runtime import configs  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -95,6 +97,19 @@ def pytest_sessionfinish() -> None:
 
 # `with torch.device(...)` knows constructors by identity: let it see the real ones before `_poison` replaces them
 _device_constructors()
+
+
+@pytest.fixture
+def taken_from() -> Iterator[Callable[..., None]]:
+    """Sets from which sizes on implementations are taken, in place of tables: from any, or as a function says."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def change(steps: Callable[..., configs.Steps] = lambda *of: ()) -> None:
+            patch.setattr(configs, "least", steps)
+            configs.forget()
+
+        yield change
+    configs.forget()
 
 
 @pytest.fixture

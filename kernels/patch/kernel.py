@@ -459,8 +459,8 @@ def _weight_kernel(
 
 @triton.jit(do_not_specialize=["B", "N", "R"])
 def _sums_kernel(
-    total_ptr,  # out [R + N, D], over the images
-    masked_ptr,  # out [R + N, D], over those where the patch is masked; or None
+    kept_ptr,  # out [R + N, D], over the images where the patch is not masked
+    masked_ptr,  # out [R + N, D], over the others
     g_ptr,  # [B, R + N, D] by its strides
     mask_ptr,  # [B, N], or None
     stride_image,
@@ -475,19 +475,20 @@ def _sums_kernel(
 ):
     slot = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_B, BLOCK_D), ACC)
+    kept = tl.zeros((BLOCK_B, BLOCK_D), ACC)
     masked = tl.zeros((BLOCK_B, BLOCK_D), ACC)
     for b0 in range(0, B, BLOCK_B):
         b = b0 + tl.arange(0, BLOCK_B)
         at = b.to(tl.int64) * stride_image + slot.to(tl.int64) * stride_row
         g = tl.load(g_ptr + at[:, None] + c[None, :], mask=(b < B)[:, None] & (c < D)[None, :], other=0.0).to(ACC)
-        total += g
         if mask_ptr is not None:  # noqa: SIM102  known when compiled, the other when run
             if slot >= R:
                 mask = tl.load(mask_ptr + b.to(tl.int64) * N + slot - R, mask=b < B, other=0)
                 masked += tl.where((mask != 0)[:, None], g, 0.0)
+                g = tl.where((mask != 0)[:, None], 0.0, g)
+        kept += g
     to = slot.to(tl.int64) * D + c
-    tl.store(total_ptr + to, tl.sum(total, axis=0), mask=c < D)
+    tl.store(kept_ptr + to, tl.sum(kept, axis=0), mask=c < D)
     if mask_ptr is not None:
         tl.store(masked_ptr + to, tl.sum(masked, axis=0), mask=c < D)
 
@@ -841,15 +842,15 @@ def backward_from(gather: Gather, grad: Tensor, stem: Stem, wanted: Collection[s
     grad = grad if grad.stride(2) == 1 else grad.contiguous()
     f = entering(stem)
     every = rows_of(stem, 0, b)
-    total = torch.zeros(r + n, d, dtype=acc, device=grad.device)
-    masked = torch.zeros_like(total)
+    kept = torch.zeros(r + n, d, dtype=acc, device=grad.device)
+    masked = torch.zeros_like(kept)
     product = torch.zeros(d, f.x.shape[1] * prod(f.g.kernel), dtype=acc, device=grad.device)
     if b * (r + n):
         launch(
             _sums_kernel,
             (r + n, triton.cdiv(d, _SUMS["BLOCK_D"])),
             grad,
-            total_ptr=total,
+            kept_ptr=kept,
             masked_ptr=masked,
             g_ptr=grad,
             mask_ptr=every.mask,
@@ -866,11 +867,12 @@ def backward_from(gather: Gather, grad: Tensor, stem: Stem, wanted: Collection[s
         rows = rows_of(stem, i, j)
         if rows.m:
             product += _weight_product(gather, grad[i:j].to(operand), f, rows, i, j, r)
+    total = kept + masked
     grads = {
-        "bias": (total - masked)[r:].sum(0),
-        "prefix": total[:r],
-        "prefix_position": total[:r],
-        "position": total[r:].clone(),  # results may not share memory
+        "bias": kept[r:].sum(0),
+        "prefix": kept[:r],
+        "prefix_position": kept[:r],
+        "position": total[r:],
         "mask_token": masked.sum(0),
         "type_embed": total.sum(0),
     }

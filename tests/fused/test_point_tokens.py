@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from mmfuse.fused.points import (
     PointBertGroup,
     PointPatchEmbed,
 )
-from mmfuse.kernels._runtime import configs
 from mmfuse.kernels.points import farthest_points
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,9 +133,9 @@ def results(cls: type, options: dict[str, Any], training: bool, dtype: torch.dty
     "cls, options", OPTIONS, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(map(str, v.values()))
 )
 def test_the_published_forward(
-    cls: type, options: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch
+    cls: type, options: dict[str, Any], training: bool, taken_from: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(configs, "least", lambda *_: ())
+    taken_from()
     got, expected, _ = results(cls, options, training, torch.float64)
     assert list(got) == list(expected)
     for name, value in expected.items():
@@ -146,10 +146,10 @@ def test_the_published_forward(
 
 @pytest.mark.parametrize("fused", [False, True], ids=["small", "fused"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_float32(training: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32(training: bool, fused: bool, taken_from: Callable[..., None]) -> None:
     """By the rule for tolerance: the layers one after another, as for so few points on a CPU, and fused."""
     if fused:
-        monkeypatch.setattr(configs, "least", lambda *_: ())
+        taken_from()
     # the layers one after another have eager's own errors: of these, few draws have most
     draws = [results(*OPTIONS[1], training, torch.float32) for _ in range(12 if fused else 100)]
     for name in draws[0][0]:
@@ -217,9 +217,9 @@ def test_wrong_options() -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["small", "fused"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_point_bert(training: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_point_bert(training: bool, fused: bool, taken_from: Callable[..., None]) -> None:
     if fused:
-        monkeypatch.setattr(configs, "least", lambda *_: ())
+        taken_from()
     points = torch.randn(2, 60, 3, device=DEVICE)
     neighbourhood, centre = PointBertGroup(7, 6)(points)
     assert torch.equal(centre, points.gather(1, farthest_points(points, 7)[..., None].expand(-1, -1, 3)))
@@ -244,9 +244,9 @@ def test_point_bert(training: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
         assert_no_worse(*(tokens[n + part].detach() for n in ("got", "eager", "exact")), part)
 
 
-def test_point_bert_in_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_point_bert_in_a_process_group(monkeypatch: pytest.MonkeyPatch, taken_from: Callable[..., None]) -> None:
     """Every parameter gets a gradient, for which DistributedDataParallel waits; SyncBatchNorm keeps its statistics."""
-    monkeypatch.setattr(configs, "least", lambda *_: ())
+    taken_from()
     m, groups = PointBertEncoder(16).to(DEVICE), torch.randn(2, 7, 6, 3, device=DEVICE)
     m(groups).sum().backward()
     assert all(p.grad is not None for p in m.parameters())

@@ -22,7 +22,6 @@ import tool_worlds
 import worlds
 from mmfuse.fused.acceleration.method import Fused
 from mmfuse.fused.acceleration.rules import RULES
-from mmfuse.kernels._runtime import configs
 from rule_samples import COSMOS, SAMPLES, VISION, Sample, first
 
 for library in ("diffusers", "open_clip", "timm", "torchscale.model.BEiT3", "transformers", "vector_quantize_pytorch"):
@@ -665,7 +664,7 @@ def test_dynamic_quantization(order: str) -> None:
 
 
 @pytest.mark.usefixtures("stepping_aside")
-def test_small_inputs_run_the_class_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_inputs_run_the_class_itself(monkeypatch: pytest.MonkeyPatch, taken_from: Callable[..., None]) -> None:
     """And what is named, bytes and large inputs do not."""
     from timm.layers.patch_embed import PatchEmbed
 
@@ -682,9 +681,6 @@ def test_small_inputs_run_the_class_itself(monkeypatch: pytest.MonkeyPatch) -> N
     with mmfuse.use_backend("chunked"):
         torch.testing.assert_close(stem(images), want)
     stem(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    with monkeypatch.context() as without_tables:
-        without_tables.setattr("mmfuse.kernels._runtime.operator.Operator.steps", lambda *_: ())
-        configs.forget()
-        torch.testing.assert_close(stem(images), want)
-    configs.forget()
+    taken_from()
+    torch.testing.assert_close(stem(images), want)
     assert len(fused) == 3

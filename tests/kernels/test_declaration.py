@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mmfuse
 from mmfuse import UnsupportedError
-from mmfuse.kernels._runtime import Implementation, Operator, Size, chosen, configs, explain, operators
+from mmfuse.kernels._runtime import Implementation, Operator, Size, chosen, explain, operators
 from mmfuse.kernels._runtime.operator import reached
 from registered import opcheck, registered
 
@@ -234,9 +234,9 @@ def test_autocast_is_off_inside() -> None:
     assert seen == [False]
 
 
-def test_the_choice(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice(caplog: pytest.LogCaptureFixture, taken_from: Callable[..., None]) -> None:
     x, a, _ = leaves()
-    monkeypatch.setattr(configs, "least", lambda *of: ((0, 2),) if "chunked" in of else ())
+    taken_from(lambda *of: ((0, 2),) if "chunked" in of else ())
     assert chosen(lambda: line(x, a, backend=None)) == "chunked"
     assert chosen(lambda: line(x[:1], a, backend=None)) == "torch"
     assert chosen(lambda: line(x[:1], a, backend="chunked")) == "chunked"

@@ -450,6 +450,18 @@ def test_gradcheck(case: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_the_gradient_of_a_masked_patch_stays_with_the_mask_token(backend: str) -> None:
+    pixels, mask = u8(2, 3, 16, 24), masked(2, 6)
+    inputs = {"weight": real(D, 3, 8, 8), **rows("bias", "mask_token")}
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    y = patch_embed(pixels, **inputs, mask=mask, backend=backend, **RGB)
+    g = torch.randn_like(y)
+    clean = torch.autograd.grad(y, leaves, g, retain_graph=True)
+    weight, bias, token = torch.autograd.grad(y, leaves, torch.where(mask[:, :, None], torch.nan, g))
+    assert torch.equal(weight, clean[0]) and torch.equal(bias, clean[1]) and token.isnan().all()
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_only_what_is_asked_for(backend: str) -> None:
     pixels, shape, options = CASES["vit"]()
     position = options["position"].requires_grad_()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfuse.kernels._runtime.dtypes import cast
+from mmfuse.kernels._runtime.registration import without_autocast
 from mmfuse.kernels.contrastive.queue.blocked import Directions
 
 _FEW = 1 << 17  # multiplications, up to which a product of 16 bits takes longer than one of float32 with the casts
@@ -24,23 +25,25 @@ def queue_itc_loss(given: Directions) -> Tensor:
     temp, ids = given.temp, given.ids
     (ways, b, width), n = given.query.shape, given.keys.shape[1] + given.queue.shape[0]
     query, query_m = given.query, given.query_m
-    # a graph is for any size
-    if query.is_cpu and not torch.compiler.is_compiling() and ways * b * n * width <= _FEW:
-        query = cast(query, temp.dtype)
-        query_m = None if query_m is None else cast(query_m, temp.dtype)
     pairs = zip(given.keys.unbind(), given.queues, strict=True)
     rows = torch.cat([cast(t, query.dtype) for pair in pairs for t in pair]).detach()
+    # a graph is for any size
+    if query.is_cpu and not torch.compiler.is_compiling() and ways * b * n * width <= _FEW:
+        query, rows = cast(query, temp.dtype), cast(rows, temp.dtype)
+        query_m = None if query_m is None else cast(query_m, temp.dtype)
     keys = rows.view(ways, n, width).mT
-    log_p = torch.log_softmax(_logits(torch.bmm(query, keys), temp), 2)
-    with torch.no_grad():
-        if ids is None or given.key_ids is None or given.queue_ids is None:
-            targets = torch.eye(b, n, dtype=temp.dtype, device=temp.device)
-        else:
-            same = (ids[:, None] == torch.cat([given.key_ids, given.queue_ids])).to(temp.dtype)
-            targets = same / same.sum(1, keepdim=True).clamp_min(1)
-        if query_m is not None:
-            soft = torch.softmax(_logits(torch.bmm(query_m, keys), temp), 2)
-            targets = targets.lerp(soft, given.alpha)
+    # which has rounded the operands as it would
+    with without_autocast(query):
+        log_p = torch.log_softmax(_logits(torch.bmm(query, keys), temp), 2)
+        with torch.no_grad():
+            if ids is None or given.key_ids is None or given.queue_ids is None:
+                targets = torch.eye(b, n, dtype=temp.dtype, device=temp.device)
+            else:
+                same = (ids[:, None] == torch.cat([given.key_ids, given.queue_ids])).to(temp.dtype)
+                targets = same / same.sum(1, keepdim=True).clamp_min(1)
+            if query_m is not None:
+                soft = torch.softmax(_logits(torch.bmm(query_m, keys), temp), 2)
+                targets = targets.lerp(soft, given.alpha)
     return (targets * log_p).sum((1, 2)) / -b
 
 
