@@ -134,6 +134,7 @@ void panel_rows(const float* a, int64_t of_a, int64_t rows, const PackedLine<flo
 }
 #endif
 
+typedef uint32_t Word __attribute__((aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(2), may_alias));
 
 #if __has_builtin(__builtin_shufflevector)
@@ -183,7 +184,15 @@ MMFUSE_INLINE void transpose(const T* from, int64_t of_row, int64_t of_feature, 
 #pragma GCC unroll 16
             for (int i = 0; i < SQUARE; ++i) *reinterpret_cast<Words*>(to + (e / FEATURES + i) * of_to + j * FEATURES) = x[i];
         }
-    for (int64_t e = 0; e < k; ++e)
+    int64_t e = 0;
+    if constexpr (FEATURES == 2)  // of columns that lie side by side
+        for (; of_row == 1 && e + 2 <= k; e += 2) {
+            const T *even = from + e * of_feature, *odd = even + of_feature;
+            Word* words = reinterpret_cast<Word*>(to + e / 2 * of_to);
+#pragma omp simd
+            for (int64_t j = 0; j < rows; ++j) words[j] = even[j].bits | uint32_t(odd[j].bits) << 16;
+        }
+    for (; e < k; ++e)
         for (int64_t j = e < deep ? whole : 0; j < rows; ++j)
             to[e / FEATURES * of_to + j * FEATURES + e % FEATURES] = from[j * of_row + e * of_feature];
 }

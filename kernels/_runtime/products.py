@@ -52,17 +52,21 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return _compiled(a, b.mT, a.new_empty(*a.shape[:-1], b.shape[-1]) if out is None else out)
 
 
-def _summed(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    if a.dtype == torch.bfloat16 and pairs() and is_plain([a, b, out]):
-        return _compiled(a.contiguous(), b.mT, out)
-    return torch.matmul(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
 def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total [M, N] += a b."""
+    """total [M, N] += a b; of 16-bit operands it may be float32."""
+    if total.dtype != a.dtype:
+        return _summed(a, b, total, adds=True)
     return total.addmm_(a, b) if _is_torchs(b.shape[-1], a, b, total) else _compiled(a, b.t(), total, adds=True)
+
+
+def _summed(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> Tensor:
+    if a.is_cuda:
+        wide: dict[str, Any] = {"out_dtype": out.dtype, "out": out}
+        return torch.addmm(out, a, b, **wide) if adds else torch.mm(a, b, **wide)
+    if a.dtype == torch.bfloat16 and pairs() and is_plain([a, b, out]):
+        return _compiled(a, b.mT, out, adds=adds)
+    a, b = a.to(out.dtype), b.to(out.dtype)
+    return out.addmm_(a, b) if adds else torch.matmul(a, b, out=out)
 
 
 def linear(
@@ -118,6 +122,11 @@ def _is_torchs(columns: int, a: Tensor, *others: Tensor | None) -> bool:
 
 
 def _compiled(a: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, adds: bool = False) -> Tensor:
+    if out.dim() == 2 and out.stride(1) != 1 and out.stride(0) == 1 and bias is None:
+        # of a transposed one the product is transposed
+        _compiled(weight, a, out.t(), adds=adds)
+        return out
+    a = a if a.dtype == torch.float32 else a.contiguous()
     into = out if out.stride(-1) == 1 else out.contiguous()
     bias = bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
     a, weight, to = (t if t.dim() == 3 else t[None] for t in (a, weight, into))

@@ -15,6 +15,7 @@ No b x N matrix is held unless the caller asks for the logits to be kept. The pa
 
 from __future__ import annotations
 
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,14 +52,14 @@ def fixed_point_step(x: Tensor, y: Tensor) -> Tensor:
 
 def finish(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, out: Tensor) -> Tensor:
     """Write factor * g into `out`, through the L2 normalisation when its inverse norms are given; return <x, g>."""
-    # float64: the rows' terms cancel in the sum, which is the gradient of the scale
-    dot = (g * x).sum(-1, dtype=torch.float64)
+    dot = (g * x.to(g.dtype)).sum(-1)
     if inverse is not None:
         # at |v| <= 1e-12 the clamp holds the norm fixed, so nothing is projected out
-        along = (dot * (inverse < 0.999e12)).to(g.dtype)
+        along = dot * (inverse < 0.999e12)
         g = torch.addcmul(g, x.to(g.dtype), along[:, None], value=-1) * inverse[:, None]
     torch.mul(g, factor, out=out)
-    return dot.sum()
+    # float64: the rows' terms cancel in the sum, which is the gradient of the scale
+    return dot.sum(dtype=torch.float64)
 
 
 def finish_rows(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, out: Tensor) -> Tensor:
@@ -66,7 +67,8 @@ def finish_rows(g: Tensor, x: Tensor, factor: Tensor, inverse: Tensor | None, ou
     total = g.new_zeros((), dtype=torch.float64)
     for i in range(0, len(g), 8192):
         rows = slice(i, i + 8192)
-        total = total + finish(g[rows], x[rows], factor, None if inverse is None else inverse[rows], out[rows])
+        inv = None if inverse is None else inverse[rows]
+        total = total + finish(g[rows].contiguous(), x[rows], factor, inv, out[rows])
     return total
 
 
@@ -197,7 +199,7 @@ class Blocks:
 
     def __init__(self, x: Tensor, y: Tensor):
         self.acc = accumulation_dtype(x.dtype)
-        self.dtype = x.dtype if x.is_cuda else self.acc  # of the gradient's products, whose G a CPU does not round
+        self.dtype = x.dtype if x.is_cuda else self.acc  # of G as a tile leaves it
         self.x, self.y = (products.operand(t, self.acc) for t in (x, y))
         b, n = len(x), len(y)
         rows = _BLOCK_BYTES[x.device.type] // max(1, n * self.acc.itemsize)
@@ -209,12 +211,6 @@ class Blocks:
 
     def logits(self, i: int, j: int, out: Tensor) -> Tensor:
         return products.mm(self.x[i:j], self.y.t(), out)
-
-    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        if left.dtype == self.acc:
-            products.add_mm_(total, left, right)
-        else:
-            torch.addmm(total, left, right, out_dtype=self.acc, out=total)
 
 
 class Statistics:
@@ -313,7 +309,7 @@ def grad(
     step = fixed_point_step(x, y) if logits.dtype == torch.int16 else dot[:0]
     if len(x) and len(y):
         u_block = None if logits.numel() else blocks.block(acc)
-        # G is rounded once, when it is whole
+        # rounded once, when it is whole
         g_dtype = blocks.dtype if targets is None else acc
         reuse = g_dtype == acc and u_block is not None and (targets is None or not dot.numel())
         g_block: Any = u_block if reuse else blocks.block(g_dtype)
@@ -380,24 +376,29 @@ class Gradients:
     ):
         self.blocks, self.x, self.y, self.x_inv, self.y_inv = blocks, x, y, x_inv, y_inv
         self.need_x, self.need_y, self.dy_dtype = need_x, need_y, dy_dtype or y.dtype
-        self.left, self.right = x.to(blocks.dtype), y.to(blocks.dtype)
-        self.unscale = 1 / FP16_SCALE if blocks.dtype == torch.float16 else 1.0
+        self.unscale = 1 / FP16_SCALE if blocks.x.dtype == torch.float16 else 1.0
         self.factor = factor * self.unscale
         new = {"dtype": blocks.acc, "device": x.device}
         self.dx = torch.zeros(x.shape if need_x else 0, dtype=dx_dtype or x.dtype, device=x.device)
         self.gx = torch.empty((min(blocks.rows, len(x)), x.shape[1]) if need_x else 0, **new)
-        self.gy = torch.zeros(y.shape if need_y else 0, **new)
+        # in 16 bits a CPU multiplies G as it lies, by xT: dy is made transposed
+        transposed = need_y and not x.is_cuda and blocks.x.dtype != blocks.acc
+        self.gy = torch.zeros(y.shape[::-1], **new).t() if transposed else torch.zeros(y.shape if need_y else 0, **new)
         self.xgy = torch.zeros((), dtype=torch.float64, device=x.device)
 
+    @cached_property
+    def rounded(self) -> Tensor:
+        return self.blocks.block(self.blocks.x.dtype)
+
     def add(self, g: Tensor, i: int, j: int) -> None:
-        if g.dtype != self.blocks.dtype:
-            g = (g / self.unscale).to(self.blocks.dtype)
+        if g.dtype != self.blocks.x.dtype:
+            g = self.rounded[: j - i].copy_(g if self.unscale == 1 else g / self.unscale)
         if self.need_x:
-            gx = products.mm(g, self.right, self.gx[: j - i])
+            gx = products.mm(g, self.blocks.y, self.gx[: j - i])
             inv = None if self.x_inv is None else self.x_inv[i:j]
             self.xgy += finish(gx, self.x[i:j], self.factor, inv, self.dx[i:j])
         if self.need_y:
-            self.blocks.add_product(self.gy, g.t(), self.left[i:j])
+            products.add_mm_(self.gy, g.t(), self.blocks.x[i:j])
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         dy = torch.zeros(self.y.shape if self.need_y else 0, dtype=self.dy_dtype, device=self.y.device)

@@ -189,21 +189,29 @@ def test_bfloat16_summed_in_float32(shape: tuple[int, int, int], layouts: str) -
     """Where a CPU has such products they are the compiled part's; elsewhere both operands become float32."""
     (m, k, n), (left, right) = shape, layouts.split()
 
-    def draw() -> tuple[Tensor, Tensor]:
-        return laid_out(m, k, left).bfloat16(), laid_out(k, n, right).bfloat16()
+    def draw() -> tuple[Tensor, Tensor, Tensor]:
+        return laid_out(m, k, left).bfloat16(), laid_out(k, n, right).bfloat16(), torch.randn(m, n)
 
-    def ours(a: Tensor, b: Tensor) -> Results:
+    def ours(a: Tensor, b: Tensor, c: Tensor) -> Results:
         y = torch.full((m, n), torch.nan)
         got = products.mm(products.operand(a, y.dtype), products.operand(b, y.dtype), y)
         assert got.data_ptr() == y.data_ptr()
-        return {"a b": got, "as they are": products.mm(a, b, torch.full((m, n), torch.nan))}
+        columns = c.t().clone(memory_format=torch.contiguous_format).t()
+        return {
+            "a b": got,
+            "as they are": products.mm(a, b, torch.full((m, n), torch.nan)),
+            "added": products.add_mm_(c.clone(), a, b),
+            "added to a transposed one": products.add_mm_(columns, a, b),
+        }
+
+    def formula(a: Tensor, b: Tensor, c: Tensor) -> Results:
+        y = a @ b
+        return dict.fromkeys(("a b", "as they are"), y) | dict.fromkeys(("added", "added to a transposed one"), y + c)
 
     draws = [draw() for _ in range(4)]
     if products.pairs():
-        assert fast(lambda: ours(*draws[0])) == 2
-    names = "a b", "as they are"
-    exact = (dict.fromkeys(names, a.double() @ b.double()) for a, b in draws)
-    float32 = (dict.fromkeys(names, a.float() @ b.float()) for a, b in draws)
+        assert fast(lambda: ours(*draws[0])) == 4
+    float32, exact = ([formula(*(t.to(dtype) for t in d)) for d in draws] for dtype in (torch.float32, torch.float64))
     judge(zip((ours(*d) for d in draws), float32, exact, strict=True))
 
 
