@@ -131,9 +131,9 @@ void packed(const Tensor& a, const Tensor& b, const float* bias, const Tensor& o
     float* to = numbers_of<float>(out, "out", ScalarType::Float);
     // out is read and written again after every PARTS sums of DEEP features
     constexpr int64_t PANELS = 3, PARTS = 3, LINES = DEPTH / 2, DEEP = LINES * PackedLine<T>::FEATURES;
-    // panels that a thread takes at once, as many for each thread
+    // panels that a thread takes at once: groups alike, and as many of them for each thread
     const int64_t panels = ceil_div(n, COLUMNS), threads = torch::stable::get_num_threads();
-    const int64_t some = ceil_div(panels, threads * ceil_div(panels, PANELS * threads)), groups = ceil_div(panels, some);
+    const int64_t groups = std::min(panels, threads * ceil_div(panels, PANELS * threads)), some = ceil_div(panels, groups);
     const int64_t height = 6 * ceil_div(rows, 6 * ceil_div(rows, ROWS_AT_ONCE));  // of whole tiles
     const int64_t grain = ceil_div(1 << 19, rows * (k + 1) * some * COLUMNS);
     torch::stable::parallel_for(0, heads * groups, grain, [&](int64_t begin, int64_t end) {
@@ -141,7 +141,7 @@ void packed(const Tensor& a, const Tensor& b, const float* bias, const Tensor& o
         const std::unique_ptr<T[]> dense(k <= 1 || a.stride(2) == 1 ? nullptr : new T[ROWS_AT_ONCE * DEEP]);
         const auto line = [&](int64_t part, int64_t panel) { return &lines[(part * PANELS + panel) * LINES]; };
         for (int64_t t = begin; t < end; ++t) {
-            const int64_t h = t / groups, first = t % groups * some, last = std::min(panels, first + some);
+            const int64_t h = t / groups, at = t % groups, first = at * panels / groups, last = (at + 1) * panels / groups;
             for (int64_t e0 = 0; e0 < std::max<int64_t>(k, 1); e0 += PARTS * DEEP) {
                 const int64_t parts = std::max<int64_t>(1, std::min(PARTS, ceil_div(k - e0, DEEP)));
                 for (int64_t q = 0; q < parts; ++q)
