@@ -126,8 +126,9 @@ def eager_images(x: Tensor, sizes: Tensor) -> Tensor:
 
 def _our_images(x: Tensor, sizes: Tensor, backend: str | None = None) -> Tensor:
     model = _of(x, sizes)
+    bert = model.bert
     with _using(backend):
-        return model.bert(model.query_tokens, kv=model.bert.project(x, once=True))[0]
+        return bert(model.query_tokens, kv=bert.project(x, once=True))[0]
 
 
 def _transformers(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:

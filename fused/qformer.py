@@ -310,7 +310,7 @@ class QFormerEncoder(_Module):
     def draws(self) -> bool:
         """Whether something is dropped up to the first cross-attention: each row then has its own."""
         first = _children(next(iter(_children(self)["layer"])))["attention"]
-        return first._dropout() > 0 or _active(first.output.dropout)
+        return first._dropout() > 0 or _active(_children(_children(first)["output"])["dropout"])
 
     @property
     def _crossing(self) -> list[Any]:

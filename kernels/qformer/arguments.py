@@ -80,9 +80,11 @@ class Tokens:
     def keys(self, heads: int) -> Keys:
         """As they are formed."""
         x = self.x if self.lengths is None else zero_behind(self.x, self.lengths)
-        k = F.linear(x, self.key_weight).unflatten(-1, (heads, -1))
-        v = F.linear(x, self.value_weight, self.value_bias).unflatten(-1, (heads, -1))
-        return Keys(k, v, None, self.lengths, None, self.x.shape[1])
+        (images, n), rows = x.shape[:2], x.flatten(0, 1)
+        of_heads = (images, n, heads, self.key_weight.shape[0] // heads)
+        k = F.linear(rows, self.key_weight).view(of_heads)
+        v = F.linear(rows, self.value_weight, self.value_bias).view(of_heads)
+        return Keys(k, v, None, self.lengths, None, n)
 
 
 def zero_behind(t: Tensor, lengths: Tensor) -> Tensor:
