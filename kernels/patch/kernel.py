@@ -867,14 +867,13 @@ def backward_from(gather: Gather, grad: Tensor, stem: Stem, wanted: Collection[s
         rows = rows_of(stem, i, j)
         if rows.m:
             product += _weight_product(gather, grad[i:j].to(operand), f, rows, i, j, r)
-    total = kept + masked
     grads = {
         "bias": kept[r:].sum(0),
         "prefix": kept[:r],
         "prefix_position": kept[:r],
-        "position": total[r:],
+        "position": kept[r:] + masked[r:],
         "mask_token": masked.sum(0),
-        "type_embed": total.sum(0),
+        "type_embed": kept.sum(0) + masked.sum(0),
     }
     if need["position"] and every.ids is not None:
         spread = torch.zeros(f.g.patches, d, dtype=acc, device=grad.device)
