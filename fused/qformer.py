@@ -142,6 +142,7 @@ def _affine(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
 
 
 _CALL = nn.Module.__call__
+_FEW = 32  # rows, of which a layer takes as long as of one sample's
 
 
 class _Module(nn.Module):
@@ -285,7 +286,8 @@ class QFormerLayer(_Module):
         of_queries = queries * routing.first.shape[0]
         of = _children(self)
         x = of["attention"](x, routing, kinds, of_queries if query_only else None)
-        query, text = (x, None) if of_queries == x.shape[0] else (x[:of_queries], x[of_queries:])
+        of_texts = x.shape[0] - of_queries
+        query, text = (x, None) if not of_texts else x.split_with_sizes([of_queries, of_texts])
         parts = []
         if queries:
             cross = of.get("crossattention")
@@ -338,7 +340,7 @@ class QFormerEncoder(_Module):
         if (free and is_plain([x])) or not self._reads_weights:
             # product by product: no weight is copied, and adapters and hooks are called
             each = [_children(p)[name](x) for p in of for name in ("key", "value")]
-            return QFormerKV(torch.stack(each, 2).view(*x.shape[:2], len(of), 2, heads, d // heads), lengths)
+            return QFormerKV(torch.cat(each, 2).view(*x.shape[:2], len(of), 2, heads, d // heads), lengths)
         weight = torch.stack([torch.stack([p.key.weight, p.value.weight]) for p in of])
         bias = torch.stack([torch.stack([p.key.bias, p.value.bias]) for p in of])
         affine = None if norm is None else (norm.weight, norm.bias, norm.eps)
@@ -361,7 +363,8 @@ class QFormerEncoder(_Module):
             batch = kv.rows
         if query is not None:
             # the first layer sees no image before its cross-attention: once for all rows, where nothing is drawn
-            once = query.shape[0] == 1 and not texts and not self.draws
+            several = torch.compiler.is_compiling() or batch * query.shape[1] > _FEW
+            once = several and query.shape[0] == 1 and not texts and not self.draws
             segments.insert(0, query if once else query.expand(batch, -1, -1))
         queries = 0 if query is None else query.shape[1]
         lengths = [None] * (len(segments) - len(texts)) + list(kept or [None] * len(texts))
