@@ -142,7 +142,6 @@ def _affine(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
 
 
 _CALL = nn.Module.__call__
-_FEW = 32  # rows, of which a layer takes as long as of one sample's
 
 
 class _Module(nn.Module):
@@ -363,8 +362,7 @@ class QFormerEncoder(_Module):
             batch = kv.rows
         if query is not None:
             # the first layer sees no image before its cross-attention: once for all rows, where nothing is drawn
-            several = torch.compiler.is_compiling() or batch * query.shape[1] > _FEW
-            once = several and query.shape[0] == 1 and not texts and not self.draws
+            once = query.shape[0] == 1 and not texts and not self.draws
             segments.insert(0, query if once else query.expand(batch, -1, -1))
         queries = 0 if query is None else query.shape[1]
         lengths = [None] * (len(segments) - len(texts)) + list(kept or [None] * len(texts))

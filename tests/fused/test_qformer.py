@@ -173,7 +173,6 @@ def test_dropout_draws_for_each_row_also_before_it_sees_an_image(hidden: float, 
     model = make(num_hidden_layers=1, hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention).train()
     seen = []
     model.encoder.layer[0].crossattention.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    # so many that one sample's rows are worth it where nothing is drawn
     model(normal(1, QUERIES, 24), kv=model.project(normal(20, 9, WIDTH)))
     assert len(seen[0]) == seen[0].unique(dim=0).shape[0] == 20 if hidden + attention else len(seen[0]) == 1
 
