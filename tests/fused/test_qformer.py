@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import tool_worlds
@@ -168,20 +168,68 @@ def test_rows_of_rows() -> None:
         kv.at(torch.tensor([0, 3]))
 
 
+def test_keys_and_values_look_at_what_they_are_given() -> None:
+    model, query = make(), normal(1, QUERIES, 24)
+    kv = model.project(normal(3, 9, WIDTH)).kv
+    for lengths, message in ((torch.tensor([9, 10, 1]), "lengths has 10"), (torch.tensor([9]), "lengths has shape")):
+        with pytest.raises(ValueError, match=message):
+            QFormerKV(kv, lengths)
+        with pytest.raises(ValueError, match=message):
+            model.project(normal(3, 9, WIDTH), lengths, once=True)
+    with pytest.raises(ValueError, match="index has -1, expected 0 <= index < 3, the number of images"):
+        QFormerKV(kv, None, torch.tensor([0, -1]))
+    with pytest.raises(TypeError, match=r"index has dtype torch.float32"):
+        QFormerKV(kv, None, torch.ones(2))
+    for wrong in (kv.half(), normal(3, 9, WIDTH).half()):
+        with torch.no_grad(), pytest.raises(TypeError, match=r"kv has dtype torch.float16, expected torch.float"):
+            model(query, kv=QFormerKV(wrong))
+    with torch.no_grad(), pytest.raises(ValueError, match="kv has shape"):
+        model(query, kv=QFormerKV(normal(3, 9, WIDTH + 1)))
+    strided = torch.tensor([2, 0, 1, 0, 0, 0])[::2]
+    close(model(query, kv=QFormerKV(kv, None, strided))[0], model(query, kv=QFormerKV(kv[[2, 1, 0]]))[0])
+
+
+def test_hooks_of_every_kind_are_called() -> None:
+    model, query, x, (ids, kept) = make(), normal(1, QUERIES, 24), normal(2, 9, WIDTH), texts(2)
+
+    def run() -> Tensor:
+        return sum(t.sum() for t in model(query, [ids], [kept], kv=model.project(x)))
+
+    called: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(m))
+    run()
+    handle.remove()
+    assert len(set(called)) > 30
+    for module in set(called):
+        seen: list[str] = []
+        handles = [
+            module.register_forward_pre_hook(lambda *_, seen=seen: seen.append("pre")),
+            module.register_forward_hook(lambda *_, seen=seen: seen.append("after")),
+        ]
+        # torch calls those of the backward for modules that return a tensor
+        whole = module not in (model, model.encoder)
+        if whole:
+            handles.append(module.register_full_backward_hook(lambda *_, seen=seen: seen.append("back")))
+        run().backward()
+        assert set(seen) == ({"pre", "after", "back"} if whole else {"pre", "after"}), type(module).__name__
+        for handle in handles:
+            handle.remove()
+
+
 @pytest.mark.parametrize(("hidden", "attention"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
 def test_dropout_draws_for_each_row_also_before_it_sees_an_image(hidden: float, attention: float) -> None:
     model = make(num_hidden_layers=1, hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention).train()
     seen = []
     model.encoder.layer[0].crossattention.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    model(normal(1, QUERIES, 24), kv=model.project(normal(20, 9, WIDTH)))
-    assert len(seen[0]) == seen[0].unique(dim=0).shape[0] == 20 if hidden + attention else len(seen[0]) == 1
+    model(normal(1, QUERIES, 24), kv=model.project(normal(3, 9, WIDTH)))
+    assert len(seen[0]) == 3 and seen[0].unique(dim=0).shape[0] == 3 if hidden + attention else len(seen[0]) == 1
 
 
 @pytest.mark.parametrize("path", ["embeddings.dropout", "encoder.layer.0.attention.output.dropout"])
 def test_dropout_at_inference_draws_for_each_row_too(path: str) -> None:
     model = make(hidden_dropout_prob=0.5)
     model.get_submodule(path).train()
-    (query,) = model(normal(1, QUERIES, 24), kv=model.project(normal(1, 5, WIDTH).expand(20, -1, -1)))
+    (query,) = model(normal(1, QUERIES, 24), kv=model.project(normal(1, 5, WIDTH).expand(2, -1, -1)))
     assert (query[0] - query[1]).abs().max() > 0.1
 
 

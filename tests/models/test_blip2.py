@@ -212,6 +212,8 @@ def test_the_first_stage_as_transformers_retrieval() -> None:
     found = theirs(image, ids, attention_mask=mask, use_image_text_matching_head=True)
     f = model.features(image, ids, mask)
     torch.testing.assert_close(model.match(f.kv, ids, f.kept), found.logits_per_image)
+    every = torch.full_like(f.kept, ids.shape[1])
+    torch.testing.assert_close(model.match(f.kv, ids), model.match(f.kv, ids, every))
     back = convert.from_transformers(state)
     assert all(torch.equal(t, back[key]) for key, t in model.state_dict().items() if key in back)
     assert all(

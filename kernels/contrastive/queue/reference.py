@@ -32,7 +32,7 @@ def queue_itc_loss(given: Directions) -> Tensor:
         query, rows = cast(query, temp.dtype), cast(rows, temp.dtype)
         query_m = None if query_m is None else cast(query_m, temp.dtype)
     keys = rows.view(ways, n, width).mT
-    # which has rounded the operands as it would
+    # autocast has rounded the operands already, and would round the few once more
     with without_autocast(query):
         log_p = torch.log_softmax(_logits(torch.bmm(query, keys), temp), 2)
         with torch.no_grad():
